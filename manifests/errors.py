@@ -1,0 +1,47 @@
+"""The errors that svgpipe raises for what a user or a file got wrong.
+
+    SvgpipeError                 one clear message, exit code 1
+    ├── UsageError               the command line or a recipe asks for something impossible, exit code 2
+    ├── MismatchError            two artifacts, or an artifact and a config, do not belong together
+    ├── ArtifactError            a file or directory is missing, damaged, unfinished or of another kind
+    └── DivergedError            training met a NaN or an infinity
+    Interrupted                  a stop that was asked for; what was done is kept, exit code 130
+
+A message names the file, what was expected, what was found and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class SvgpipeError(Exception):
+    """Something outside the code is wrong; the message is meant for the person at the terminal."""
+
+    exit_code = 1
+
+
+class UsageError(SvgpipeError):
+    """A command or recipe that cannot work as written."""
+
+    exit_code = 2
+
+
+class MismatchError(SvgpipeError):
+    """Two things that must belong together do not; the message names both and the differing fields."""
+
+
+class ArtifactError(SvgpipeError):
+    """A file or directory that is missing, damaged, unfinished or of another kind than needed."""
+
+
+class DivergedError(SvgpipeError):
+    """Training produced a NaN or an infinity; the message names the step and the last good checkpoint."""
+
+
+class Interrupted(SvgpipeError):
+    """The run was asked to stop; everything finished so far is on disk and the same command resumes."""
+
+    exit_code = 130
+
+
+class SvgpipeWarning(UserWarning):
+    """Something worth a person's attention that does not stop the run."""

@@ -1,0 +1,310 @@
+"""What every stage leaves behind: one directory, described by a `manifest.json` that is written last.
+
+A directory passes through three states, told apart by two files:
+
+    (absent)                      nothing there
+    plan.json                     work begun: the config and inputs it was begun with
+    plan.json + manifest.json     finished; the manifest is the last file written
+
+A directory without a manifest is unfinished and is resumed or refused, never read. The fingerprint of
+a manifest is the sha256 over its canonical identity: kind, schema, config, input fingerprints and what
+was produced. Times and versions are recorded but are not part of the identity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from svgpipe.manifests.errors import ArtifactError, MismatchError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+PLAN_NAME = "plan.json"
+
+Json = dict[str, Any]
+M = TypeVar("M", bound="Manifest")
+
+
+def svgpipe_version() -> str:
+    """Version of the installed svgpipe, or 'unknown' when run from a bare checkout."""
+    try:
+        return metadata.version("svgpipe")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def canonical_json(value: object) -> bytes:
+    """Bytes that are equal exactly when two JSON values are: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(value: object) -> str:
+    """sha256 (hex) over the canonical JSON of `value`."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds either its old or its whole new content, even after a crash."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside `path` durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Json:
+    """Parse a JSON object.
+
+    Raises:
+        ArtifactError: the file is missing, is not JSON, or is not an object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: expected a file, found none.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path}: expected JSON, found something else ({error}).") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def differing_fields(expected: object, found: object, prefix: str = "") -> list[str]:
+    """Dotted names of the leaves where two JSON values differ, with both values, in sorted order."""
+    if isinstance(expected, Mapping) and isinstance(found, Mapping):
+        lines: list[str] = []
+        for key in sorted(set(expected) | set(found)):
+            name = f"{prefix}.{key}" if prefix else str(key)
+            lines += differing_fields(expected.get(key), found.get(key), name)
+        return lines
+    if expected == found:
+        return []
+    return [f"{prefix}: {_shorten(expected)} there, {_shorten(found)} here"]
+
+
+def _shorten(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+class InputRef(BaseModel):
+    """An artifact that another one was made from: enough to check it and to say how it differs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    fingerprint: str
+    path: str = Field(description="Where it lay; for people, not part of any identity.")
+    config: Json
+    inputs: dict[str, str] = Field(default_factory=dict, description="Its own inputs, by fingerprint.")
+
+
+class Manifest(BaseModel):
+    """Fields that all manifests share; subclasses add what they produced.
+
+    Subclasses set `kind` and list in `OUTSIDE_IDENTITY` the fields that two equal artifacts may
+    differ in (times, long per-file lists that a content digest already covers).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    KIND: ClassVar[str]
+    NOUN: ClassVar[str]
+    OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset()
+    _SHARED_OUTSIDE: ClassVar[frozenset[str]] = frozenset(
+        {"svgpipe_version", "finished_at", "seconds", "inputs", "fingerprint"}
+    )
+
+    kind: str
+    schema_version: int = SCHEMA_VERSION
+    svgpipe_version: str = Field(default_factory=svgpipe_version)
+    finished_at: str = Field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    seconds: float = Field(0.0, ge=0, description="Wall time of the run that finished it.")
+    config: Json
+    inputs: dict[str, InputRef] = Field(default_factory=dict)
+    fingerprint: str = ""
+
+    def identity(self) -> Json:
+        """What the fingerprint covers."""
+        fields = self.model_dump(mode="json", exclude=set(self._SHARED_OUTSIDE | self.OUTSIDE_IDENTITY))
+        fields["inputs"] = {name: ref.fingerprint for name, ref in self.inputs.items()}
+        return fields
+
+    def sealed(self) -> Self:
+        """The same manifest with its fingerprint filled in."""
+        return self.model_copy(update={"fingerprint": digest(self.identity())})
+
+    def as_input(self, path: Path) -> InputRef:
+        """How a later stage's manifest refers to this one."""
+        inputs = {name: ref.fingerprint for name, ref in self.inputs.items()}
+        return InputRef(
+            kind=self.kind, fingerprint=self.fingerprint, path=str(path), config=self.config, inputs=inputs
+        )
+
+    def publish(self, directory: Path) -> Self:
+        """Seal and write `manifest.json`, after everything it describes is on disk."""
+        manifest = self.sealed()
+        write_json(directory / MANIFEST_NAME, manifest.model_dump(mode="json"))
+        return manifest
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Parse and check the manifest of a finished `directory`.
+
+        Raises:
+            ArtifactError: no manifest, another kind, a newer schema, or a content that does not
+                match its own fingerprint.
+        """
+        path = directory / MANIFEST_NAME
+        if not path.exists():
+            raise ArtifactError(_why_no_manifest(directory, cls.NOUN))
+        raw = read_json(path)
+        schema = raw.get("schema_version")
+        if isinstance(schema, int) and schema > SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{path}: expected manifest schema {SCHEMA_VERSION} or older, found {schema}, "
+                f"written by svgpipe {raw.get('svgpipe_version')}. Upgrade svgpipe to read it."
+            )
+        if raw.get("kind") != cls.KIND:
+            raise ArtifactError(f"{path}: expected a {cls.NOUN} ({cls.KIND}), found {raw.get('kind')!r}.")
+        try:
+            manifest = cls.model_validate(raw)
+        except ValidationError as error:
+            raise ArtifactError(f"{path}: not a valid {cls.KIND} manifest: {summarise(error)}") from error
+        expected = digest(manifest.identity())
+        if manifest.fingerprint != expected:
+            raise ArtifactError(
+                f"{path}: was altered after it was written: expected fingerprint {expected[:12]}, "
+                f"found {manifest.fingerprint[:12]}. Restore it or make the artifact anew."
+            )
+        return manifest
+
+
+def summarise(error: ValidationError) -> str:
+    """One line per problem of a pydantic error, without its web links."""
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+
+
+def _why_no_manifest(directory: Path, noun: str) -> str:
+    if not directory.exists():
+        return f"{directory}: expected a {noun}, found no such directory."
+    if (directory / PLAN_NAME).exists():
+        return (
+            f"{directory}: expected a finished {noun}, found one that was begun and not finished "
+            f"(no {MANIFEST_NAME}). Run the command that makes it again; it resumes."
+        )
+    return f"{directory}: expected a {noun}, found no {MANIFEST_NAME} in it."
+
+
+class WorkDir(Generic[M]):
+    """An output directory of one stage: refuses what does not belong, resumes what does.
+
+    `finished` is the manifest if the directory already holds exactly what is asked for.
+    """
+
+    def __init__(self, path: Path, kind: type[M], config: Json, inputs: Mapping[str, InputRef]) -> None:
+        """Begin or resume.
+
+        Args:
+            path: directory to create or resume.
+            kind: manifest class of the artifact.
+            config: exact config, JSON values only.
+            inputs: the artifacts it is made from.
+        Raises:
+            MismatchError: `path` was begun or finished with another config or other inputs.
+            ArtifactError: `path` holds something that is not svgpipe's.
+        """
+        self.path = path
+        self.config = cast(Json, json.loads(canonical_json(config)))
+        self.inputs = dict(inputs)
+        self.finished: M | None = None
+        self._started = time.monotonic()
+        plan = {
+            "kind": kind.KIND,
+            "config": self.config,
+            "inputs": {name: ref.fingerprint for name, ref in self.inputs.items()},
+        }
+        if path.exists() and not path.is_dir():
+            raise ArtifactError(f"{path}: expected a directory to write a {kind.NOUN} to, found a file.")
+        if (path / MANIFEST_NAME).exists():
+            done = kind.read(path)
+            found = {"kind": done.kind, "config": done.config}
+            found["inputs"] = {name: ref.fingerprint for name, ref in done.inputs.items()}
+            self._require_equal(found, plan, f"a finished {kind.NOUN} (fingerprint {done.fingerprint[:12]})")
+            self.finished = done
+        elif (path / PLAN_NAME).exists():
+            self._require_equal(read_json(path / PLAN_NAME), plan, f"a half-made {kind.NOUN}")
+        elif path.exists() and any(path.iterdir()):
+            raise ArtifactError(
+                f"{path}: expected an empty or new directory for the {kind.NOUN}, found files that are not "
+                "svgpipe's. Give another --out."
+            )
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / PLAN_NAME, plan)
+
+    def _require_equal(self, found: Json, plan: Json, noun: str) -> None:
+        lines = differing_fields(found, plan)
+        if lines:
+            raise MismatchError(
+                f"{self.path}: holds {noun} made otherwise (there {digest(found)[:12]}, here "
+                f"{digest(plan)[:12]}).\n  " + "\n  ".join(lines) + "\nGive another --out, or delete "
+                "this directory to make it anew."
+            )
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since this object was made."""
+        return round(time.monotonic() - self._started, 3)
+
+
+def require_same(
+    where: str, expected: InputRef, found: Manifest, found_path: Path, *, what_to_do: str
+) -> None:
+    """Raise unless the artifact `found` is the one that `expected` refers to.
+
+    Raises:
+        MismatchError: naming both fingerprints and the config fields and inputs that differ.
+    """
+    if expected.fingerprint == found.fingerprint:
+        return
+    other = found.as_input(found_path)
+    lines = differing_fields(
+        {"config": expected.config, "inputs": expected.inputs},
+        {"config": other.config, "inputs": other.inputs},
+    )
+    detail = "\n  ".join(lines) if lines else "same config and inputs, other content (another run of it)"
+    raise MismatchError(
+        f"{where}: was made with {expected.kind} {expected.fingerprint[:12]} ({expected.path}), but got "
+        f"{found.fingerprint[:12]} ({found_path}). They differ in:\n  {detail}\n{what_to_do}"
+    )

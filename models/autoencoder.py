@@ -1,0 +1,127 @@
+"""The SVG autoencoder: frozen backbone + residual encoder → latent map → decoder.
+
+Legend: B batch, F frozen channels, R residual channels, C = F + R, h w grid.
+Source: official dino_decoder.py; FACTS §5.
+"""
+
+from __future__ import annotations
+
+import torch
+from svgpipe.models.backbone import Backbone
+from svgpipe.models.decoder import Decoder
+from svgpipe.models.residual import IMAGENET_MEAN, IMAGENET_STD, Alignment, ResidualEncoder
+from torch import Tensor, nn
+
+
+class Autoencoder(nn.Module):
+    """Encode images to un-normalised latents and back.
+
+    Only the residual encoder, the mask token and the decoder are ever trained; the backbone runs
+    without gradients and its weights are not part of `trained_state`.
+    """
+
+    imagenet_mean: Tensor
+    imagenet_std: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        decoder: Decoder,
+        residual: ResidualEncoder | None,
+        *,
+        align: bool = True,
+        mask_ratio: float = 0.1,
+    ) -> None:
+        """Raises ValueError if backbone, residual encoder and decoder do not fit each other."""
+        super().__init__()
+        self.backbone, self.decoder, self.residual = backbone, decoder, residual
+        self.alignment = Alignment() if align and residual is not None else None
+        self.mask_ratio = mask_ratio
+        residual_channels = residual.channels if residual is not None else 0
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, residual_channels, 1, 1))
+        for name, values in (("imagenet_mean", IMAGENET_MEAN), ("imagenet_std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        if decoder.conv_in.in_channels != self.channels:
+            raise ValueError(
+                f"autoencoder: decoder: expected {self.channels} latent channels "
+                f"({backbone.channels} frozen + {residual_channels} residual), "
+                f"found {decoder.conv_in.in_channels}"
+            )
+        if residual is not None and residual.image_size // residual.patch_size != backbone.grid:
+            raise ValueError(
+                f"autoencoder: residual encoder: expected the backbone's grid of {backbone.grid}, "
+                f"found {residual.image_size // residual.patch_size}"
+            )
+
+    @property
+    def channels(self) -> int:
+        """Channels of the latent map, frozen first, residual last."""
+        return self.backbone.channels + (self.residual.channels if self.residual is not None else 0)
+
+    def encode(self, images: Tensor, mask_draws: Tensor | None = None) -> Tensor:
+        """(B,3,H,W) in [0,1] → (B,C,h,w) un-normalised.
+
+        Args:
+            images: RGB in [0,1].
+            mask_draws: (B,) uniform draws; in train mode a sample whose draw is below `mask_ratio` has
+                its whole residual replaced by the mask token, before alignment. None masks nothing.
+        """
+        with torch.no_grad():
+            frozen = self.backbone(images)
+        if self.residual is None:
+            return frozen
+        residual = self.residual((images - self.imagenet_mean) / self.imagenet_std)
+        return self.join(frozen, residual, mask_draws)
+
+    def join(self, frozen: Tensor, residual: Tensor, mask_draws: Tensor | None = None) -> Tensor:
+        """Mask, align and concatenate: (B,F,h,w), (B,R,h,w) → (B,C,h,w), residual last."""
+        if self.training and mask_draws is not None:
+            masked = (mask_draws < self.mask_ratio).view(-1, 1, 1, 1)
+            residual = torch.where(masked, self.mask_token.to(residual.dtype), residual)
+        if self.alignment is not None:
+            residual = self.alignment(frozen, residual)
+        return torch.cat([frozen, residual.to(frozen.dtype)], dim=1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B,C,h,w) un-normalised → (B,3,H,W), meant to lie in [-1,1]; not clamped."""
+        return torch.as_tensor(self.decoder(latents))
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: everything but the backbone."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Strictly load `trained_state`. Raises ValueError naming keys or shapes that do not fit."""
+        own = self.trained_state()
+        problems = [f"missing {k}" for k in own if k not in state]
+        problems += [f"left over {k}" for k in state if k not in own]
+        problems += [
+            f"{k}: expected {tuple(own[k].shape)}, found {tuple(v.shape)}"
+            for k, v in state.items()
+            if k in own and own[k].shape != v.shape
+        ]
+        if problems:
+            raise ValueError(f"autoencoder: {len(problems)} weights do not fit: {'; '.join(problems[:4])}")
+        self.load_state_dict(state, strict=False)  # strict above; the backbone is not in `state`
+
+
+def tokens_from_map(latents: Tensor) -> Tensor:
+    """(B,C,h,w) → (B,h*w,C), row-major."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def map_from_tokens(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B,h*w,C) → (B,C,h,w), row-major. Raises ValueError if the grid does not hold the tokens."""
+    if tokens.shape[1] != grid[0] * grid[1]:
+        raise ValueError(f"tokens: expected {grid[0]}x{grid[1]} of them, found {tokens.shape[1]}")
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
+
+
+def normalise(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(value - mean) / std over the last axis (channels), without epsilon, as the official code does."""
+    return (values - mean) / std
+
+
+def denormalise(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Inverse of `normalise`."""
+    return values * std + mean

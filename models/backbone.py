@@ -1,0 +1,203 @@
+"""The frozen feature extractor: any timm model as a map of patch features.
+
+Shapes: B batch, C channels, H W pixels, h w grid rows and columns.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+
+class Backbone(nn.Module):
+    """A timm model, frozen and in eval mode whatever the caller does: (B,3,H,W) in [0,1] → (B,C,h,w).
+
+    A ViT gives its final normalised patch tokens, prefix tokens dropped; a CNN gives the feature level
+    asked for. Images are resized to `input_size` where that differs from their own size, and normalised
+    with the model's own mean and std. Source of the use in SVG: official dino_decoder.py, encode().
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        input_size: int,
+        feature_level: int | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Build with random weights.
+
+        Args:
+            name: timm model name, with or without a pretrained tag.
+            input_size: pixels per side the model sees.
+            feature_level: index into timm's feature levels for CNNs; None for ViTs.
+            model_kwargs: passed to timm, for sizes other than the named one's.
+        Raises:
+            ValueError: timm does not know the name, or the level does not exist or is missing.
+        """
+        super().__init__()
+        if not timm.is_model(name):
+            near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:3]
+            raise ValueError(f"backbone: expected a timm model name, found {name!r}; near: {near or 'none'}")
+        self.name, self.input_size = name, input_size
+        kwargs = dict(model_kwargs or {})
+        architecture = name.split(".")[0]
+        self.model = timm.create_model(architecture, pretrained=False, num_classes=0, **kwargs)
+        self.is_vit = hasattr(self.model, "num_prefix_tokens")
+        self._check_level(feature_level)
+        self.feature_level = feature_level
+        cfg = timm.get_pretrained_cfg(name) or self.model.pretrained_cfg
+        cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
+        self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(cfg["std"]).view(1, 3, 1, 1), persistent=False)
+        if self.is_vit and hasattr(self.model, "set_input_size") and not _is_dynamic(self.model):
+            self.model.set_input_size(img_size=input_size)
+        self.requires_grad_(False)
+        self.train(False)
+
+    def _check_level(self, level: int | None) -> None:
+        if self.is_vit:
+            if level is not None:
+                raise ValueError(f"{self.name}: feature_level: expected null for a ViT, found {level}")
+            return
+        count = len(self.model.feature_info)
+        if level is None or not -count <= level < count:
+            raise ValueError(
+                f"{self.name}: feature_level: expected {-count}..{count - 1} for this CNN, found {level}"
+            )
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in eval mode: DINOv3's RoPE and BatchNorm are random or drift in train mode."""
+        del mode
+        return super().train(False)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the feature map."""
+        if self.is_vit:
+            return int(self.model.num_features)
+        return int(self.model.feature_info[self.feature_level]["num_chs"])
+
+    @property
+    def stride(self) -> int:
+        """Input pixels per grid cell."""
+        if self.is_vit:
+            patch = self.model.patch_embed.patch_size
+            return int(patch[0] if isinstance(patch, Sequence) else patch)
+        return int(self.model.feature_info[self.feature_level]["reduction"])
+
+    @property
+    def grid(self) -> int:
+        """Rows (= columns) of the feature map at `input_size`.
+
+        Raises:
+            ValueError: `input_size` is no multiple of the stride.
+        """
+        if self.input_size % self.stride:
+            raise ValueError(
+                f"{self.name}: input_size: expected a multiple of its stride {self.stride}, "
+                f"found {self.input_size}"
+            )
+        return self.input_size // self.stride
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B,3,H,W) in [0,1] → (B,C,h,w)."""
+        return self.features(self.prepare(images))
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Resize to `input_size` (bicubic, antialiased) and normalise: (B,3,H,W) in [0,1] → same range as trained."""
+        if images.shape[-2:] != (self.input_size, self.input_size):
+            images = F.interpolate(
+                images,
+                (self.input_size, self.input_size),
+                mode="bicubic",
+                antialias=True,
+                align_corners=False,
+            )
+        return (images - self.mean) / self.std
+
+    def features(self, normalised: Tensor) -> Tensor:
+        """(B,3,H,W) already normalised, any H W the model takes → (B,C,h,w)."""
+        if not self.is_vit:
+            levels = self.model.forward_intermediates(
+                normalised, indices=[self.feature_level], intermediates_only=True
+            )
+            return torch.as_tensor(levels[0])
+        tokens = self.model.forward_features(normalised)[:, self.model.num_prefix_tokens :]
+        rows, columns = normalised.shape[-2] // self.stride, normalised.shape[-1] // self.stride
+        return tokens.transpose(1, 2).reshape(len(tokens), -1, rows, columns)
+
+    def levels(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """Intermediate feature maps for a perceptual loss: (B,3,H,W) in [0,1] → list of (B,C_i,h_i,w_i)."""
+        maps = self.model.forward_intermediates(
+            self.prepare(images), indices=list(indices), intermediates_only=True
+        )
+        return list(maps)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Load weights in timm's or Meta's DINOv3 keys, strictly.
+
+        Meta keeps RoPE periods in bfloat16 and as part of the file; timm computes them in float32, so
+        they are copied where present and otherwise rounded through bfloat16 (FACTS §6).
+
+        Raises:
+            ValueError: keys are missing, left over or of another shape, or the file has qkv biases that
+                this timm variant would drop.
+        """
+        converted = dict(weights)
+        periods = weights.get("rope_embed.periods")
+        if "storage_tokens" in weights:
+            biased = any(k.endswith("qkv.bias") and bool(v.any()) for k, v in weights.items())
+            if biased and not any(k.endswith("q_bias") for k, _ in self.model.named_parameters()):
+                raise ValueError(
+                    f"{self.name}: this file has qkv biases, which the model has no place for; "
+                    f"use the backbone {self.name.split('.')[0]}_qkvb"
+                )
+            from timm.models.eva import checkpoint_filter_fn
+
+            with redirect_stdout(StringIO()):  # it prints the exception that it expects
+                converted = checkpoint_filter_fn(converted, self.model)
+        else:
+            converted = {k: v for k, v in converted.items() if not _is_head(k)}
+        own = self.model.state_dict()
+        problems = [f"missing {k}" for k in own if k not in converted]
+        problems += [f"left over {k}" for k in converted if k not in own]
+        problems += [
+            f"{k}: expected {tuple(own[k].shape)}, found {tuple(v.shape)}"
+            for k, v in converted.items()
+            if k in own and own[k].shape != v.shape
+        ]
+        if problems:
+            shown = "; ".join(problems[:4]) + ("; …" if len(problems) > 4 else "")
+            raise ValueError(f"{self.name}: {len(problems)} weights do not fit: {shown}")
+        self.model.load_state_dict(converted)
+        self._set_rope_periods(periods)
+
+    def _set_rope_periods(self, periods: Tensor | None) -> None:
+        rope = getattr(self.model, "rope", None)
+        if rope is None or not hasattr(rope, "periods") or "dinov3" not in self.name:
+            return
+        if periods is None:
+            periods = rope.periods.to(torch.bfloat16)
+        rope.periods.copy_(periods.to(rope.periods))
+
+
+def _is_dynamic(model: nn.Module) -> bool:
+    return bool(getattr(model, "dynamic_img_size", False))
+
+
+def _is_head(key: str) -> bool:
+    return key.startswith(("head.", "classifier.", "fc.", "head.fc."))

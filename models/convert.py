@@ -1,0 +1,79 @@
+"""Official key names → svgpipe's, and weights that come in other packages' order.
+
+Every converter is strict: a key that has no place is an error, or is in a list of keys that are knowingly
+dropped, with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+
+_RESIDUAL_RULES: list[tuple[str, str]] = [
+    (r"class_token", "vit.cls_token"),
+    (r"conv_proj\.(weight|bias)", r"vit.patch_embed.proj.\1"),
+    (r"encoder\.pos_embedding", "vit.pos_embed"),
+    (r"encoder\.layers\.encoder_layer_(\d+)\.ln_(\d)\.(weight|bias)", r"vit.blocks.\1.norm\2.\3"),
+    (
+        r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.in_proj_(weight|bias)",
+        r"vit.blocks.\1.attn.qkv.\2",
+    ),
+    (
+        r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.out_proj\.(weight|bias)",
+        r"vit.blocks.\1.attn.proj.\2",
+    ),
+    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.0\.(weight|bias)", r"vit.blocks.\1.mlp.fc1.\2"),
+    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.3\.(weight|bias)", r"vit.blocks.\1.mlp.fc2.\2"),
+    (r"encoder\.ln\.(weight|bias)", r"vit.norm.\1"),
+    (r"heads\.(0|2)\.(weight|bias)", r"head.\1.\2"),
+]
+
+
+def residual_from_official(state: State) -> dict[str, Tensor]:
+    """torchvision VisionTransformer keys (prefix extra_vit. removed) → ResidualEncoder's."""
+    return {_rename(key, _RESIDUAL_RULES): value for key, value in state.items()}
+
+
+def dit_from_official(state: State) -> dict[str, Tensor]:
+    """Official DiT keys → DiT's: they are the same, the position table included."""
+    return dict(state)
+
+
+def decoder_from_official(state: State) -> dict[str, Tensor]:
+    """Official Decoder keys (prefix decoder. removed) → Decoder's: the same, in float32."""
+    return {key: value.float() for key, value in state.items()}
+
+
+def discriminator_from_official(state: State) -> dict[str, Tensor]:
+    """taming NLayerDiscriminator keys → PatchDiscriminator's: they are the same."""
+    return dict(state)
+
+
+def in_order(state: State, own: State) -> dict[str, Tensor]:
+    """Weights of the same model from another package, matched by order; shapes must agree one by one.
+
+    Raises:
+        ValueError: another number of tensors, or a shape that differs.
+    """
+    if len(state) != len(own):
+        raise ValueError(f"weights by order: expected {len(own)} tensors, found {len(state)}")
+    matched = {}
+    for (own_key, own_value), (key, value) in zip(own.items(), state.items(), strict=True):
+        if own_value.shape != value.shape:
+            raise ValueError(
+                f"weights by order: {own_key}: expected {tuple(own_value.shape)}, "
+                f"found {tuple(value.shape)} ({key})"
+            )
+        matched[own_key] = value
+    return matched
+
+
+def _rename(key: str, rules: list[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        if re.fullmatch(pattern, key):
+            return re.sub(pattern, replacement, key)
+    raise ValueError(f"official weights: the key {key!r} has no place in this model")

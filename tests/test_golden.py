@@ -1,0 +1,473 @@
+"""Agreement with the recorded official implementation, to the tolerance that each recording states.
+
+Every configuration is read from the JSON files, so SVGPIPE_GOLDEN may point at other recordings.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from svgpipe.models import convert
+from svgpipe.models.autoencoder import (
+    Autoencoder,
+    denormalise,
+    map_from_tokens,
+    normalise,
+    tokens_from_map,
+)
+from svgpipe.models.backbone import Backbone
+from svgpipe.models.decoder import Decoder
+from svgpipe.models.dit import DiT, time_features
+from svgpipe.models.flow import Guidance, drop_labels, flow_loss, sample, shift_time, time_grid
+from svgpipe.models.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from svgpipe.models.residual import Alignment, ResidualEncoder
+from svgpipe.stages.images import centre_crop
+from torch import Tensor
+
+from .conftest import Golden, GoldenFolder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """The recordings were made with one thread; two move the official code itself by up to 2.5e-6."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def close(found: Tensor, expected: Tensor, atol: float) -> None:
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found.float(), expected.float(), atol=atol, rtol=0)
+
+
+def build_dit(recording: Golden) -> DiT:
+    config, state = recording.meta["config"], recording.group("sd.")
+    side = math.isqrt(state["pos_embed"].shape[1])
+    model = DiT(
+        grid=(side, side),
+        in_channels=config["in_channels"],
+        num_classes=config["num_classes"],
+        width=config["hidden_size"],
+        depth=config["depth"],
+        heads=config["num_heads"],
+        mlp_ratio=config["mlp_ratio"],
+        qk_norm=config["qk_norm"],
+        learn_sigma=config["learn_sigma"],
+    )
+    close(model.pos_embed, state["pos_embed"], 1e-6)
+    model.load_state_dict(convert.dit_from_official(state))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["dit_plain", "dit_sigma"])
+def test_golden_dit(golden: GoldenFolder, name: str) -> None:
+    recording = golden.open(name)
+    model = build_dit(recording)
+    x, t, y = recording["x"], recording["t"], recording["y"]
+    with torch.no_grad():
+        close(time_features(t, 256), recording["mid.t_freq"], recording.atol)
+        close(model.t_embedder(t) + model.y_embedder(y), recording["mid.c"], recording.atol)
+        close(model.raw(x, t, y), recording["out"], recording.atol)
+        close(model(x, t, y), recording["out"][..., : x.shape[-1]], recording.atol)
+        state = convert.dit_from_official(recording.group("sd."))
+        state["pos_embed"] = recording["alt.pos_embed_random"]
+        model.load_state_dict(state)
+        close(model.raw(x, t, y), recording["alt.out_with_pos_embed_random"], recording.atol)
+
+
+def test_golden_flow_train(golden: GoldenFolder) -> None:
+    recording = golden.open("flow_train")
+    rtol = recording.meta["suggested_rtol"]
+    for name, case in recording.meta["cases"].items():
+        weights = golden.weights_of(case["weights_from"])
+        model = build_dit(weights)
+        part = recording.group(f"{name}.")
+        torch.manual_seed(case["torch_manual_seed"])
+        z0 = torch.randn_like(part["x1"])
+        u = torch.rand(len(z0))
+        torch.randn_like(z0)  # drawn and multiplied by zero in the official code
+        torch.testing.assert_close(z0, part["z0"], rtol=0, atol=0)
+        torch.testing.assert_close(u, part["u"], rtol=0, atol=0)
+        t = shift_time(u, case["timestep_shift"])
+        torch.testing.assert_close(t, part["t"], rtol=0, atol=1e-7)
+        y = part["y"]
+        if "drop_u" in part:
+            torch.testing.assert_close(torch.rand(len(y)), part["drop_u"], rtol=0, atol=0)
+            y = drop_labels(y, part["drop_u"], case["class_dropout_prob_used"], model.null_label)
+            assert torch.equal(y, part["y_effective"])
+        loss = flow_loss(model, part["x1"], z0, t, y)
+        torch.testing.assert_close(loss.per_sample, part["mse"], rtol=rtol, atol=0)
+        torch.testing.assert_close(loss.mean, part["loss"], rtol=rtol, atol=0)
+        assert loss.mean.item() == pytest.approx(case["loss"], rel=rtol)
+        loss.mean.backward()
+        grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        for key, expected in part.items():
+            if key.startswith("grad."):
+                found = grads[key.removeprefix("grad.")]
+                torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-6)
+        for key, norm in case["grad_l2"].items():
+            assert grads[key].norm().item() == pytest.approx(norm, rel=rtol * 10, abs=1e-6), key
+
+
+def test_golden_flow_sample(golden: GoldenFolder) -> None:
+    recording = golden.open("flow_sample")
+    for name, case in recording.meta["cases"].items():
+        model = build_dit(golden.weights_of(case["weights_from"]))
+        calls: list[int] = []
+
+        def velocity(x: Tensor, t: Tensor, y: Tensor, model: DiT = model, calls: list[int] = calls) -> Tensor:
+            calls.append(len(x))
+            return model(x, t, y)
+
+        unguided = case["null_cond"] is None
+        guidance = Guidance() if unguided else Guidance(case["cfg"], case["cfg_mode"])
+        z, y = recording[case["z"]], recording[case["y"]]
+        out = sample(
+            velocity,
+            z,
+            y,
+            null_label=model.null_label,
+            steps=case["sample_steps"],
+            shift=case["timestep_shift"],
+            solver=case["mode"],
+            guidance=guidance,
+        )
+        close(out, recording[f"out.{name}"], recording.atol)
+        assert out.abs().max().item() == pytest.approx(case["out_absmax"], abs=recording.atol)
+        # The official sampler calls twice wherever a null label is given; here both halves share a call,
+        # and a half without weight is not computed.
+        per_step = {"euler": 1, "heun": 2}[case["mode"]]
+        assert len(calls) == case["sample_steps"] * per_step
+        assert case["model_calls"] == len(calls) * (1 if unguided else 2)
+
+
+def test_golden_flow_tseq(golden: GoldenFolder) -> None:
+    recording = golden.open("flow_tseq")
+    for name, case in recording.meta["cases"].items():
+        grid = time_grid(case["sample_steps"], case["timestep_shift"])
+        close(grid, recording[f"t.{name}"], recording.atol)
+        close((grid[1:] - grid[:-1])[:, None], recording[f"dt.{name}"], recording.atol)
+        assert (grid[0].item(), grid[-1].item()) == (case["first"], case["last"])
+
+
+def test_golden_decoder(golden: GoldenFolder) -> None:
+    recording = golden.open("decoder")
+    config = recording.meta["config"]
+    decoder = Decoder(
+        **{k: config[k] for k in ("z_channels", "ch", "ch_mult", "num_res_blocks", "attn_resolutions")},
+        resolution=config["resolution"],
+        out_ch=config["out_ch"],
+        dropout=config["dropout"],
+    ).eval()
+    found = [k for k, m in decoder.named_modules() if type(m).__name__ == "AttnBlock"]
+    assert sorted(found) == sorted(recording.meta["attention_modules"])
+    decoder.load_state_dict(convert.decoder_from_official(recording.group("sd.")))
+    with torch.no_grad():
+        out = decoder(recording["z"])
+    close(out, recording["out"], recording.atol)
+    summary = recording.meta["out_summary"]
+    assert list(out.shape) == summary["shape"]
+    assert out.mean().item() == pytest.approx(summary["mean"], abs=1e-4)
+
+
+def build_residual(recording: Golden) -> ResidualEncoder:
+    config = recording.meta["config"]
+    model = ResidualEncoder(
+        image_size=config["img_size"],
+        patch_size=config["patch_size"],
+        channels=config["output_dim"],
+        depth=config["num_layers"],
+        width=config["hidden_dim"],
+        heads=config["num_heads"],
+        mlp_ratio=config["mlp_dim"] / config["hidden_dim"],
+    )
+    model.load_state_dict(convert.residual_from_official(recording.group("sd.")))
+    return model.eval()
+
+
+def test_golden_residual(golden: GoldenFolder) -> None:
+    recording = golden.open("residual")
+    model = build_residual(recording)
+    with torch.no_grad():
+        out = model(recording["x"]).flatten(2)
+    close(out, recording["out"], recording.atol)
+    assert out.mean().item() == pytest.approx(recording.meta["out_summary"]["mean"], abs=1e-5)
+
+
+def test_golden_residual_has_the_official_size(golden: GoldenFolder) -> None:
+    sizes = golden.weights_of("residual").meta["official_sizes"]
+    model = ResidualEncoder(
+        image_size=sizes["img_size"],
+        patch_size=sizes["patch_size"],
+        channels=sizes["output_dim"],
+        depth=sizes["num_layers"],
+        width=sizes["hidden_dim"],
+        heads=sizes["num_heads"],
+    )
+    assert sum(p.numel() for p in model.parameters()) == sizes["parameters"]
+
+
+def test_golden_align(golden: GoldenFolder) -> None:
+    recording = golden.open("align")
+    for name, case in recording.meta["cases"].items():
+        part = recording.group(f"{name}.")
+        frozen = part["h"].unsqueeze(-1)
+        residual = part["h_vit"].clone().unsqueeze(-1).requires_grad_()
+        stats = Alignment.statistics(frozen, residual)
+        close(stats, part["stats"], recording.atol)
+        train = Alignment().train()
+        out = train(frozen, residual)
+        close(out.squeeze(-1), part["out"], recording.atol)
+        out.backward(part["upstream"].unsqueeze(-1))
+        assert residual.grad is not None
+        torch.testing.assert_close(residual.grad.squeeze(-1), part["grad_h_vit"], rtol=1e-4, atol=1e-5)
+        # In eval mode the same scalars are frozen, and a sample no longer depends on its company.
+        train.eval()
+        train.freeze(stats)
+        together = train(frozen, residual).squeeze(-1)
+        close(together, part["out"], recording.atol)
+        assert torch.equal(train(frozen[:1], residual[:1]).squeeze(-1), together[:1])
+        if case["batch_dependence"] is not None:
+            alone = Alignment().train()(frozen[:1], residual[:1]).squeeze(-1)
+            close(alone, part["out_first_sample_alone"], recording.atol)
+            assert (alone - together[:1]).abs().max().item() == pytest.approx(
+                case["batch_dependence"], abs=recording.atol
+            )
+
+
+class _RecordedBackbone(Backbone):
+    """A backbone that returns recorded tokens; everything after it is the real code."""
+
+    def __init__(self, channels: int, grid: tuple[int, int]) -> None:
+        torch.nn.Module.__init__(self)
+        self._channels, self._grid = channels, grid
+
+    @property
+    def channels(self) -> int:
+        return self._channels
+
+    @property
+    def grid(self) -> int:
+        return self._grid[0]
+
+
+def test_golden_encode(golden: GoldenFolder) -> None:
+    recording = golden.open("encode")
+    config = recording.meta["config"]
+    grid = (config["H"], config["W"])
+    frozen = map_from_tokens(recording["tokens"], grid)
+    residual = map_from_tokens(recording["residual"].transpose(1, 2), grid)
+    backbone = _RecordedBackbone(config["D1"], grid)
+    for name, case in recording.meta["cases"].items():
+        extra = case["extra_vit_config"]
+        channels = 0 if extra is None else extra["output_dim"]
+        encoder = None
+        if extra is not None:
+            # Only its sizes matter here: join() is given the recorded output.
+            encoder = ResidualEncoder(
+                image_size=grid[0], patch_size=1, channels=channels, depth=1, width=8, heads=2
+            )
+        model = Autoencoder(
+            backbone,
+            Decoder(z_channels=config["D1"] + channels, ch=32, ch_mult=(1,), num_res_blocks=1),
+            encoder,
+            align=extra is not None and extra["use_outnorm"],
+            mask_ratio=0.0 if extra is None else extra["mask_ratio"],
+        ).train(case["training"])
+        draws = None
+        if case["training"]:
+            with torch.no_grad():
+                model.mask_token.copy_(recording["mask_token"].unsqueeze(-1))
+            draws = recording["mask_u"]
+        elif model.alignment is not None:
+            model.alignment.freeze(Alignment.statistics(frozen, residual))
+        z = frozen if encoder is None else model.join(frozen, residual, draws)
+        close(z.detach(), recording[f"z.{name}"], recording.atol)
+        assert list(z.shape) == case["z_shape"]
+        mean, std = (recording[k][..., : z.shape[1]] for k in ("stats_mean", "stats_std"))
+        close(
+            normalise(tokens_from_map(z.detach()), mean, std),
+            recording[f"seq_normalised.{name}"],
+            recording.atol,
+        )
+    stats = golden.weights_of("stats")
+    real = recording.group("real.")
+    close(
+        normalise(tokens_from_map(real["z"]), stats["mean"], stats["std"]),
+        real["seq_normalised"],
+        recording.atol,
+    )
+    map_back = map_from_tokens(
+        denormalise(real["seq_sampled"], stats["mean"], stats["std"]), tuple(real["z"].shape[2:])
+    )
+    close(map_back, real["z_denormalised"], recording.atol)
+
+
+def build_dinov3(recording: Golden, input_size: int, name: str) -> Backbone:
+    config = recording.meta["config"]
+    kwargs = {
+        "embed_dim": config["embed_dim"],
+        "depth": config["depth"],
+        "num_heads": config["num_heads"],
+        "mlp_ratio": config["ffn_ratio"] * 2 / 3,
+        "num_reg_tokens": config["n_storage_tokens"],
+        "patch_size": config["patch_size"],
+    }
+    return Backbone(name, input_size=input_size, model_kwargs=kwargs)
+
+
+def test_golden_dinov3(golden: GoldenFolder) -> None:
+    recording = golden.open("dinov3")
+    meta_keys = recording.group("sd.")
+    inputs = sorted({k.split(".")[0] for k in recording.meta["tensors"] if k.startswith("in")})
+    backbone = build_dinov3(recording, 64, "vit_small_plus_patch16_dinov3_qkvb")
+    prefix = backbone.model.num_prefix_tokens
+    for periods, suffix in ((None, ""), (recording["periods_bf16"], "_bf16_periods")):
+        state = dict(meta_keys)
+        if periods is not None:
+            state["rope_embed.periods"] = periods
+        backbone.load(state)
+        for name in inputs:
+            x = recording[f"{name}.x"]
+            with torch.no_grad():
+                tokens = backbone.model.forward_features(x)
+                patches = tokens_from_map(backbone.features(x))
+            close(patches, recording[f"{name}.x_norm_patchtokens{suffix}"], recording.atol)
+            if periods is None:
+                close(tokens[:, 0], recording[f"{name}.x_norm_clstoken"], recording.atol)
+                close(tokens[:, 1:prefix], recording[f"{name}.x_storage_tokens"], recording.atol)
+
+
+def test_golden_dinov3_plain_variant_refuses_biases(golden: GoldenFolder) -> None:
+    recording = golden.weights_of("dinov3")
+    with pytest.raises(ValueError, match="qkvb"):
+        build_dinov3(recording, 64, "vit_small_plus_patch16_dinov3").load(recording.group("sd."))
+
+
+def test_golden_encode_e2e(golden: GoldenFolder) -> None:
+    recording = golden.open("encode_e2e")
+    dino, residual = (golden.weights_of(name) for name in recording.meta["weights_from"])
+    x = recording["x"]
+    backbone = build_dinov3(dino, x.shape[-1], "vit_small_plus_patch16_dinov3_qkvb")
+    backbone.load(dino.group("sd."))
+    encoder = build_residual(residual)
+    channels = backbone.channels + encoder.channels
+    decoder = Decoder(z_channels=channels, ch=32, ch_mult=(1,), num_res_blocks=1)
+    model = Autoencoder(backbone, decoder, encoder, mask_ratio=0.0).eval()
+    images = x * backbone.std + backbone.mean
+    assert model.alignment is not None
+
+    def official(images: Tensor) -> Tensor:
+        """Alignment by the batch, as officially in eval mode too; everything else in eval mode."""
+        assert model.alignment is not None
+        model.alignment.train()
+        with torch.no_grad():
+            return model.encode(images)
+
+    z = official(images)
+    close(z, recording["z"], recording.atol)
+    alone = official(images[:1])
+    close(alone, recording["z_first_image_alone"], recording.atol)
+    dependence = recording.meta["batch_dependence"]
+    moved = (alone - z[:1]).abs()
+    frozen = backbone.channels
+    assert moved[:, :frozen].max().item() == pytest.approx(dependence["frozen_channels"], abs=recording.atol)
+    assert moved[:, frozen:].max().item() == pytest.approx(
+        dependence["residual_channels"], abs=recording.atol
+    )
+    sequence = normalise(tokens_from_map(z), recording["stats_mean"], recording["stats_std"])
+    close(sequence, recording["seq_normalised"], recording.atol * 10)  # divided by stds below one
+
+
+def test_golden_loss(golden: GoldenFolder) -> None:
+    recording = golden.open("loss")
+    config, rtol = recording.meta["config"], recording.meta["suggested_rtol"]
+    state = convert.discriminator_from_official(recording.group("disc."))
+    layers = sum(1 for k in state if k.endswith("running_mean"))
+
+    def stand_in(x: Tensor, r: Tensor) -> Tensor:
+        return config["p_scale"] * (x - r).square().mean(dim=(1, 2, 3), keepdim=True)
+
+    for step in config["steps"]:
+        discriminator = PatchDiscriminator(width=config["ndf"], layers=layers).train()
+        discriminator.load_state_dict(state)
+        last_layer = recording["last_w"].clone().requires_grad_()
+        r = F.conv2d(recording["feat"], last_layer, padding=1)
+        logged = recording.meta["cases"][f"step{step}.opt0"]
+        on = step >= config["disc_start"]
+        loss = generator_loss(
+            recording["real"],
+            r,
+            perceptual=stand_in,
+            perceptual_weight=1.0,
+            discriminator=discriminator,
+            last_layer=last_layer,
+            discriminator_weight=config["disc_weight"],
+            discriminator_on=on,
+        )
+        assert loss.nll.item() == pytest.approx(logged["train/nll_loss"], rel=rtol)
+        # Officially logged as "rec_loss": the l1 with the perceptual distance added to every element.
+        assert (loss.l1 + loss.perceptual).item() == pytest.approx(logged["train/rec_loss"], rel=rtol)
+        assert loss.perceptual.item() == pytest.approx(logged["train/p_loss"], rel=rtol)
+        torch.testing.assert_close(loss.total.detach(), recording[f"step{step}.opt0.loss"], rtol=rtol, atol=0)
+        (grad,) = torch.autograd.grad(loss.total, last_layer, retain_graph=True)
+        expected = recording[f"step{step}.opt0.grad_last_w"]
+        torch.testing.assert_close(grad, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+
+        discriminator.load_state_dict(state)
+        g = -discriminator(r).mean()
+        assert g.item() == pytest.approx(logged["train/g_loss"], rel=rtol)
+        nll = ((recording["real"] - r).abs() + stand_in(recording["real"], r)).sum() / len(r)
+        weight = config["disc_weight"] * adaptive_weight(nll, g, last_layer).item()
+        assert weight == pytest.approx(logged["train/d_weight"], rel=rtol)
+        if on:
+            assert loss.adaptive_weight.item() == pytest.approx(logged["train/d_weight"], rel=rtol)
+
+        discriminator.load_state_dict(state)
+        d_loss = discriminator_loss(discriminator, recording["real"], r, "hinge") * float(on)
+        torch.testing.assert_close(d_loss.detach(), recording[f"step{step}.opt1.loss"], rtol=rtol, atol=1e-7)
+        d_loss.backward()
+        first = discriminator.main[0].weight
+        assert isinstance(first, Tensor)
+        assert first.grad is not None
+        torch.testing.assert_close(
+            first.grad, recording[f"step{step}.opt1.grad_disc_conv0"], rtol=rtol, atol=1e-6
+        )
+
+
+def test_golden_crop(golden: GoldenFolder) -> None:
+    recording = golden.open("crop")
+    for name, case in recording.meta["cases"].items():
+        source = recording[f"{name}.in"].numpy()
+        assert source.shape[:2] == (case["h"], case["w"])
+        found = centre_crop(Image.fromarray(source), case["image_size"])
+        np.testing.assert_array_equal(np.asarray(found), recording[f"{name}.out"].numpy())
+
+
+def test_golden_stats(golden: GoldenFolder) -> None:
+    """The published statistics: what they say of themselves, and that they invert."""
+    recording = golden.open("stats")
+    for key in ("mean", "std"):
+        for group, summary in recording.meta["summary"][key].items():
+            values = recording[key]
+            if "_" in group:
+                first, last = (int(part) for part in group.split("_")[1:])
+                values = values[..., first : last + 1]
+            assert list(values.shape) == summary["shape"]
+            for statistic, value in (
+                ("min", values.min()),
+                ("max", values.max()),
+                ("mean", values.double().mean()),
+                ("std", values.double().std()),
+            ):
+                assert value.item() == pytest.approx(summary[statistic], abs=1e-6), (key, group, statistic)
+    z = torch.randn(2, 4, recording["mean"].shape[-1], generator=torch.Generator().manual_seed(0))
+    back = denormalise(normalise(z, recording["mean"], recording["std"]), recording["mean"], recording["std"])
+    torch.testing.assert_close(back, z, rtol=1e-4, atol=1e-5)
