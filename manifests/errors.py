@@ -4,8 +4,8 @@
     ├── UsageError               the command line or a recipe asks for something impossible, exit code 2
     ├── MismatchError            two artifacts, or an artifact and a config, do not belong together
     ├── ArtifactError            a file or directory is missing, damaged, unfinished or of another kind
-    └── DivergedError            training met a NaN or an infinity
-    Interrupted                  a stop that was asked for; what was done is kept, exit code 130
+    ├── DivergedError            training met a NaN or an infinity
+    └── InterruptedRunError      a stop that was asked for; what was done is kept, exit code 130
 
 A message names the file, what was expected, what was found and what to do next.
 """
@@ -37,7 +37,7 @@ class DivergedError(SvgpipeError):
     """Training produced a NaN or an infinity; the message names the step and the last good checkpoint."""
 
 
-class Interrupted(SvgpipeError):
+class InterruptedRunError(SvgpipeError):
     """The run was asked to stop; everything finished so far is on disk and the same command resumes."""
 
     exit_code = 130

@@ -126,7 +126,12 @@ class InputRef(BaseModel):
     fingerprint: str
     path: str = Field(description="Where it lay; for people, not part of any identity.")
     config: Json
-    inputs: dict[str, str] = Field(default_factory=dict, description="Its own inputs, by fingerprint.")
+    inputs: dict[str, InputRef] = Field(default_factory=dict, description="Its own inputs: the lineage.")
+
+    def identity(self) -> Json:
+        """What two references are compared by, and shown where they differ."""
+        inputs = {name: {"fingerprint": ref.fingerprint, **ref.identity()} for name, ref in self.inputs.items()}
+        return {"config": self.config, "inputs": inputs}
 
 
 class Manifest(BaseModel):
@@ -167,9 +172,7 @@ class Manifest(BaseModel):
     def as_input(self, path: Path) -> InputRef:
         """How a later stage's manifest refers to this one."""
         inputs = {name: ref.fingerprint for name, ref in self.inputs.items()}
-        return InputRef(
-            kind=self.kind, fingerprint=self.fingerprint, path=str(path), config=self.config, inputs=inputs
-        )
+        return InputRef(kind=self.kind, fingerprint=self.fingerprint, path=str(path), config=self.config, inputs=inputs)
 
     def publish(self, directory: Path) -> Self:
         """Seal and write `manifest.json`, after everything it describes is on disk."""
@@ -288,9 +291,7 @@ class WorkDir(Generic[M]):
         return round(time.monotonic() - self._started, 3)
 
 
-def require_same(
-    where: str, expected: InputRef, found: Manifest, found_path: Path, *, what_to_do: str
-) -> None:
+def require_same(where: str, expected: InputRef, found: Manifest, found_path: Path, *, what_to_do: str) -> None:
     """Raise unless the artifact `found` is the one that `expected` refers to.
 
     Raises:
@@ -298,11 +299,7 @@ def require_same(
     """
     if expected.fingerprint == found.fingerprint:
         return
-    other = found.as_input(found_path)
-    lines = differing_fields(
-        {"config": expected.config, "inputs": expected.inputs},
-        {"config": other.config, "inputs": other.inputs},
-    )
+    lines = differing_fields(expected.identity(), found.as_input(found_path).identity())
     detail = "\n  ".join(lines) if lines else "same config and inputs, other content (another run of it)"
     raise MismatchError(
         f"{where}: was made with {expected.kind} {expected.fingerprint[:12]} ({expected.path}), but got "

@@ -7,6 +7,7 @@ Unknown keys are refused with the nearest valid name. Defaults live here and now
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
 import typing
@@ -39,9 +40,7 @@ class ShardSection(Section):
     crop: Positive | None = Field(
         None, description="Store ADM centre crops of this side as PNG; null keeps the original bytes."
     )
-    max_pixels: Positive = Field(
-        178_956_970, description="Larger images are rejected as bombs (Pillow's limit)."
-    )
+    max_pixels: Positive = Field(178_956_970, description="Larger images are rejected as bombs (Pillow's limit).")
     seed: Natural = Field(0, description="Of the order in which images are spread over shards.")
 
 
@@ -72,9 +71,7 @@ class ResidualSection(Section):
     heads: Positive = 8
     mlp_ratio: float = Field(4.0, gt=0)
     dropout: Fraction = 0.1
-    mask_ratio: Fraction = Field(
-        0.1, description="Training: chance that a sample's residual is masked whole."
-    )
+    mask_ratio: Fraction = Field(0.1, description="Training: chance that a sample's residual is masked whole.")
     align: bool = Field(True, description="Match the residual's distribution to the backbone's.")
 
     @model_validator(mode="after")
@@ -168,16 +165,12 @@ class ExtractSection(Section):
     batch_size: Positive = 64
     precision: Precision = "float32"
     views: tuple[Literal["original", "flip"], ...] = ("original", "flip")
-    calibration_images: Positive = Field(
-        4096, description="Evenly spread rows that fix channel mean and std."
-    )
+    calibration_images: Positive = Field(4096, description="Evenly spread rows that fix channel mean and std.")
 
     @model_validator(mode="after")
     def _views_once(self) -> Self:
         if not self.views or len(set(self.views)) != len(self.views) or self.views[0] != "original":
-            raise ValueError(
-                f"views must begin with 'original' and name no view twice, found {list(self.views)}"
-            )
+            raise ValueError(f"views must begin with 'original' and name no view twice, found {list(self.views)}")
         return self
 
 
@@ -189,9 +182,7 @@ class DiTSection(Section):
     heads: Positive = 6
     mlp_ratio: float = Field(4.0, gt=0)
     qk_norm: bool = True
-    learn_sigma: bool = Field(
-        False, description="True only to match official files: half the head is unused."
-    )
+    learn_sigma: bool = Field(False, description="True only to match official files: half the head is unused.")
 
     @model_validator(mode="after")
     def _shapes(self) -> Self:
@@ -251,9 +242,7 @@ class EvaluationSection(Section):
     precision: Precision = "bfloat16"
     weights: Literal["ema", "raw"] = "ema"
     extractor: ExtractorSection = ExtractorSection()
-    reference_images: Positive | None = Field(
-        None, description="At most this many, evenly spread; null: all."
-    )
+    reference_images: Positive | None = Field(None, description="At most this many, evenly spread; null: all.")
     seed: Natural = 0
 
     @model_validator(mode="after")
@@ -281,14 +270,14 @@ def builtin_names() -> list[str]:
     return sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Load a built-in recipe or a YAML file and apply `section.key=value` overrides.
+def load_recipe(name_or_file: str | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a built-in recipe or a YAML file (None: all defaults) and apply `section.key=value` overrides.
 
     Raises:
         UsageError: no such recipe or file, not YAML, an unknown key (with the nearest valid one), or a
             value that cannot work.
     """
-    raw, where = _read_with_base(name_or_file)
+    raw, where = _read_with_base(name_or_file) if name_or_file is not None else ({}, "--set")
     for override in overrides:
         _apply_override(raw, override)
     _refuse_unknown_keys(raw, Recipe, where)
@@ -340,9 +329,7 @@ def _read_source(name_or_file: str) -> tuple[dict[str, Any], str]:
         names = builtin_names()
         near = difflib.get_close_matches(name_or_file, names, 1, 0.3)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise UsageError(
-            f"recipe {name_or_file!r}: expected one of {', '.join(names)} or a .yaml file.{hint}"
-        )
+        raise UsageError(f"recipe {name_or_file!r}: expected one of {', '.join(names)} or a .yaml file.{hint}")
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -371,10 +358,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         target = inner
     # YAML 1.1 reads 1e-4 as a string; numbers written so are meant as numbers.
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     target[key] = value
 
 
@@ -389,9 +374,7 @@ def _refuse_unknown_keys(raw: dict[str, Any], model: type[BaseModel], where: str
         inner = _section_of(field.annotation)
         if inner is not None:
             if not isinstance(value, dict):
-                raise UsageError(
-                    f"{where}: {prefix}{key}: expected a section with keys, found {_brief(value)}."
-                )
+                raise UsageError(f"{where}: {prefix}{key}: expected a section with keys, found {_brief(value)}.")
             _refuse_unknown_keys(value, inner, where, f"{prefix}{key}.")
 
 

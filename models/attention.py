@@ -6,7 +6,6 @@ import functools
 import logging
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,5 +37,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         _say_once_no_cuda()
     elif (kernel := _xformers()) is not None:
         out = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return torch.as_tensor(out.transpose(1, 2))
+        return out.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v)

@@ -84,7 +84,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B,C,h,w) un-normalised → (B,3,H,W), meant to lie in [-1,1]; not clamped."""
-        return torch.as_tensor(self.decoder(latents))
+        return self.decoder(latents)
 
     def trained_state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: everything but the backbone."""

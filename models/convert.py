@@ -65,8 +65,7 @@ def in_order(state: State, own: State) -> dict[str, Tensor]:
     for (own_key, own_value), (key, value) in zip(own.items(), state.items(), strict=True):
         if own_value.shape != value.shape:
             raise ValueError(
-                f"weights by order: {own_key}: expected {tuple(own_value.shape)}, "
-                f"found {tuple(value.shape)} ({key})"
+                f"weights by order: {own_key}: expected {tuple(own_value.shape)}, found {tuple(value.shape)} ({key})"
             )
         matched[own_key] = value
     return matched

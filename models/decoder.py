@@ -6,9 +6,9 @@ Source: official ldm/modules/diffusionmodules/model.py (class Decoder); FACTS §
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from svgpipe.models.attention import attend
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         skip = self.nin_shortcut(x) if self.has_shortcut else x
-        return torch.as_tensor(skip + h)
+        return skip + h
 
 
 class AttnBlock(nn.Module):
@@ -55,7 +55,7 @@ class AttnBlock(nn.Module):
         normed = self.norm(x)
         q, k, v = (f(normed).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))
         mixed = attend(q, k, v).squeeze(1).transpose(1, 2).reshape(b, c, h, w)
-        return torch.as_tensor(x + self.proj_out(mixed))
+        return x + self.proj_out(mixed)
 
 
 class Upsample(nn.Module):
@@ -66,7 +66,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class _Mid(nn.Module):
@@ -77,13 +77,13 @@ class _Mid(nn.Module):
         self.block_2 = ResBlock(channels, channels, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.block_2(self.attn_1(self.block_1(x))))
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class _Level(nn.Module):
     def __init__(self, widths: Sequence[int], *, attention: bool, upsample: bool, dropout: float) -> None:
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.block = nn.ModuleList(ResBlock(a, b, dropout) for a, b in pairs)
         self.attn = nn.ModuleList(AttnBlock(b) for _, b in pairs if attention)
         if upsample:
@@ -95,7 +95,7 @@ class _Level(nn.Module):
             x = block(x)
             if len(self.attn):
                 x = self.attn[i](x)
-        return torch.as_tensor(self.upsample(x)) if self.has_upsample else x
+        return self.upsample(x) if self.has_upsample else x
 
 
 class Decoder(nn.Module):
@@ -148,4 +148,4 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(list(self.up)):
             h = level(h)
-        return torch.as_tensor(self.conv_out(F.silu(self.norm_out(h))))
+        return self.conv_out(F.silu(self.norm_out(h)))

@@ -33,9 +33,7 @@ def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:
 def time_features(t_B: Tensor, count: int = 256) -> Tensor:
     """(B,) times in [0,1], unscaled → (B,count): cosines, then sines, of t * 10000^(-k/(count/2))."""
     half = count // 2
-    frequencies = torch.exp(
-        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t_B.device) / half
-    )
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t_B.device) / half)
     angles = t_B.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -48,7 +46,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t_B: Tensor) -> Tensor:
-        return torch.as_tensor(self.mlp(time_features(t_B)))
+        return self.mlp(time_features(t_B))
 
 
 class LabelEmbedder(nn.Module):
@@ -59,7 +57,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, labels_B: Tensor) -> Tensor:
-        return torch.as_tensor(self.embedding_table(labels_B))
+        return self.embedding_table(labels_B)
 
 
 class Attention(nn.Module):
@@ -78,7 +76,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x_BTD).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         # Under autocast LayerNorm gives float32; attention wants one dtype.
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return torch.as_tensor(self.proj(attend(q, k, v).transpose(1, 2).reshape(b, t, d)))
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(b, t, d))
 
 
 class MLP(nn.Module):
@@ -90,7 +88,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(int(width * ratio), width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 def _modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
@@ -109,12 +107,8 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c_BD).chunk(6, dim=1)
         shape = x_BTD.shape[-1:]
-        x_BTD = x_BTD + gate_a[:, None] * self.attn(
-            _modulate(F.layer_norm(x_BTD, shape, eps=1e-6), shift_a, scale_a)
-        )
-        return x_BTD + gate_m[:, None] * self.mlp(
-            _modulate(F.layer_norm(x_BTD, shape, eps=1e-6), shift_m, scale_m)
-        )
+        x_BTD = x_BTD + gate_a[:, None] * self.attn(_modulate(F.layer_norm(x_BTD, shape, eps=1e-6), shift_a, scale_a))
+        return x_BTD + gate_m[:, None] * self.mlp(_modulate(F.layer_norm(x_BTD, shape, eps=1e-6), shift_m, scale_m))
 
 
 class FinalLayer(nn.Module):
@@ -127,9 +121,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c_BD).chunk(2, dim=1)
-        return torch.as_tensor(
-            self.linear(_modulate(F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6), shift, scale))
-        )
+        return self.linear(_modulate(F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6), shift, scale))
 
 
 class DiT(nn.Module):
@@ -176,12 +168,13 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for index in (0, 2):
-            nn.init.normal_(self.t_embedder.mlp[index].weight, std=0.02)
-        zeroed = [block.adaLN_modulation[1] for block in self.blocks if isinstance(block, Block)]
-        for linear in [*zeroed, self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for module in self.t_embedder.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        zeroed: list[nn.Module] = [self.final_layer]
+        zeroed += [block.adaLN_modulation for block in self.blocks if isinstance(block, Block)]
+        for parameter in (p for module in zeroed for p in module.parameters()):
+            nn.init.zeros_(parameter)
 
     @property
     def null_label(self) -> int:
@@ -201,4 +194,4 @@ class DiT(nn.Module):
         x_BTD = self.ln1(x_BTC) + self.pos_embed
         for block in self.blocks:
             x_BTD = block(x_BTD, c_BD)
-        return torch.as_tensor(self.final_layer(x_BTD, c_BD))
+        return self.final_layer(x_BTD, c_BD)

@@ -83,8 +83,7 @@ class Guidance:
         """Raises ValueError for a mode that does not exist."""
         if not re.fullmatch(r"constant|linear|late|early-[\d.]+|cfg_star-\d+-[\d.]+", self.mode):
             raise ValueError(
-                "guidance mode: expected constant, linear, late, early-R or cfg_star-K-R, "
-                f"found {self.mode!r}"
+                f"guidance mode: expected constant, linear, late, early-R or cfg_star-K-R, found {self.mode!r}"
             )
 
     def weights(self, step: int, steps: int, t: float) -> tuple[float, float]:
@@ -104,7 +103,7 @@ class Guidance:
 def guided_velocity(
     velocity: Velocity, z_BTC: Tensor, t: float, y_B: Tensor, null_label: int, weights: tuple[float, float]
 ) -> Tensor:
-    """Conditional and unconditional velocity in one forward of 2B, mixed; one half alone where the other has no weight."""
+    """Conditional and unconditional velocity mixed, from one forward of 2B; a half without weight is not computed."""
     conditional, unconditional = weights
     b = len(z_BTC)
     null_B = torch.full_like(y_B, null_label)

@@ -45,7 +45,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.as_tensor(self.main(images))
+        return self.main(images)
 
 
 class LPIPS(nn.Module):
@@ -100,7 +100,8 @@ class BackbonePerceptual(nn.Module):
     """Distance in the frozen backbone's own intermediate features: x, r in [-1,1] → (B,1,1,1).
 
     As LPIPS without the learned weights: unit-length channels, squared difference, mean over the grid,
-    summed over levels. For where LPIPS's weights cannot be had.
+    summed over levels. Images are compared at their own resolution, not at the backbone's `input_size`.
+    For where LPIPS's weights cannot be had.
     """
 
     def __init__(self, backbone: Backbone, levels: Sequence[int]) -> None:

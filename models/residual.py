@@ -38,8 +38,7 @@ class ResidualEncoder(nn.Module):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(
-                f"residual encoder: image size: expected a multiple of the patch size {patch_size}, "
-                f"found {image_size}"
+                f"residual encoder: image size: expected a multiple of the patch size {patch_size}, found {image_size}"
             )
         if width % heads:
             raise ValueError(f"residual encoder: width {width} is not divisible by heads {heads}")
@@ -73,7 +72,7 @@ class ResidualEncoder(nn.Module):
             )
         tokens = self.head(self.vit.forward_features(images)[:, 1:])
         side = self.image_size // self.patch_size
-        return torch.as_tensor(tokens.transpose(1, 2).reshape(len(images), -1, side, side))
+        return tokens.transpose(1, 2).reshape(len(images), -1, side, side)
 
 
 class Alignment(nn.Module):

@@ -100,12 +100,20 @@ def encode_png(pixels: RGBArray) -> bytes:
     return buffer.getvalue()
 
 
-def grid_image(pixels: NDArray[np.uint8], columns: int) -> Image.Image:
-    """(N,H,W,3) uint8 → one picture, row by row, missing cells white."""
+def tile(pixels: RGBArray, columns: int) -> RGBArray:
+    """(N,H,W,3) uint8 → one (rows*H, columns*W, 3) picture, row by row, missing cells white."""
     n, height, width, _ = pixels.shape
     rows = -(-n // columns)
     sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
-    for i, tile in enumerate(pixels):
+    for i, picture in enumerate(pixels):
         row, column = divmod(i, columns)
-        sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = tile
-    return Image.fromarray(sheet)
+        sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = picture
+    return sheet
+
+
+def psnr(expected: RGBArray, found: RGBArray) -> NDArray[np.float64]:
+    """(N,) dB per image, of 8-bit images: 10 log10(255² / MSE); infinite where they are equal."""
+    error = (expected.astype(np.float64) - found.astype(np.float64)) ** 2
+    with np.errstate(divide="ignore"):
+        values: NDArray[np.float64] = 10 * np.log10(255.0**2 / error.mean(axis=(1, 2, 3)))
+    return values

@@ -271,9 +271,7 @@ def test_golden_encode(golden: GoldenFolder) -> None:
         encoder = None
         if extra is not None:
             # Only its sizes matter here: join() is given the recorded output.
-            encoder = ResidualEncoder(
-                image_size=grid[0], patch_size=1, channels=channels, depth=1, width=8, heads=2
-            )
+            encoder = ResidualEncoder(image_size=grid[0], patch_size=1, channels=channels, depth=1, width=8, heads=2)
         model = Autoencoder(
             backbone,
             Decoder(z_channels=config["D1"] + channels, ch=32, ch_mult=(1,), num_res_blocks=1),
@@ -379,9 +377,7 @@ def test_golden_encode_e2e(golden: GoldenFolder) -> None:
     moved = (alone - z[:1]).abs()
     frozen = backbone.channels
     assert moved[:, :frozen].max().item() == pytest.approx(dependence["frozen_channels"], abs=recording.atol)
-    assert moved[:, frozen:].max().item() == pytest.approx(
-        dependence["residual_channels"], abs=recording.atol
-    )
+    assert moved[:, frozen:].max().item() == pytest.approx(dependence["residual_channels"], abs=recording.atol)
     sequence = normalise(tokens_from_map(z), recording["stats_mean"], recording["stats_std"])
     close(sequence, recording["seq_normalised"], recording.atol * 10)  # divided by stds below one
 
@@ -437,9 +433,7 @@ def test_golden_loss(golden: GoldenFolder) -> None:
         first = discriminator.main[0].weight
         assert isinstance(first, Tensor)
         assert first.grad is not None
-        torch.testing.assert_close(
-            first.grad, recording[f"step{step}.opt1.grad_disc_conv0"], rtol=rtol, atol=1e-6
-        )
+        torch.testing.assert_close(first.grad, recording[f"step{step}.opt1.grad_disc_conv0"], rtol=rtol, atol=1e-6)
 
 
 def test_golden_crop(golden: GoldenFolder) -> None:

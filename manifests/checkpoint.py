@@ -1,0 +1,166 @@
+"""Checkpoints: training state that a killed run resumes from, and the finished weights of both models.
+
+    checkpoints/latest.json             the checkpoints that exist, oldest first, with the hash of every file
+    checkpoints/step-00001000/*.safetensors
+    autoencoder.safetensors             trained part of the autoencoder (residual, alignment, mask token, decoder)
+    ema.safetensors, raw.safetensors    diffusion transformer, averaged and as trained
+    statistics.safetensors              channel_mean, channel_std of the cache it was trained on
+
+Nothing is ever unpickled. A checkpoint becomes visible by one rename of latest.json.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import safetensors
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from svgpipe.manifests.errors import ArtifactError, SvgpipeWarning
+from svgpipe.manifests.manifest import Json, Manifest, file_sha256, read_json, sync_directory, write_json
+from torch import Tensor
+
+AUTOENCODER_FILE = "autoencoder.safetensors"
+EMA_FILE, RAW_FILE, STATISTICS_FILE = "ema.safetensors", "raw.safetensors", "statistics.safetensors"
+
+
+class AutoencoderManifest(Manifest):
+    """A trained autoencoder: which backbone, which latents it gives, and the hash of what was trained."""
+
+    KIND: ClassVar[str] = "autoencoder"
+    NOUN: ClassVar[str] = "autoencoder"
+    OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"heldout_psnr", "reconstruction_grid"})
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    steps: int
+    image_size: int
+    grid: tuple[int, int]
+    frozen_channels: int
+    residual_channels: int
+    backbone_weights: str = Field(description="sha256 over the backbone's tensors, as loaded.")
+    alignment: list[float] | None = Field(description="Frozen scalars: frozen mean, std, residual mean, std.")
+    content: str = Field(description=f"sha256 of {AUTOENCODER_FILE}.")
+    heldout_psnr: float | None = Field(None, description="dB, mean over held-out images; null without any.")
+    reconstruction_grid: str | None = None
+
+
+class DiffusionManifest(Manifest):
+    """A trained diffusion transformer, with the statistics that its latents are normalised by."""
+
+    KIND: ClassVar[str] = "diffusion"
+    NOUN: ClassVar[str] = "diffusion model"
+    OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"heldout_loss", "num_parameters"})
+
+    kind: Literal["diffusion"] = "diffusion"
+    steps: int
+    grid: tuple[int, int]
+    channels: int
+    class_names: list[str]
+    content: dict[str, str] = Field(description="sha256 of each safetensors file.")
+    num_parameters: int
+    heldout_loss: float | None = None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write safetensors atomically; returns the file's sha256."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    sha256 = file_sha256(partial)
+    partial.replace(path)
+    sync_directory(path.parent)
+    return sha256
+
+
+def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Read safetensors to the CPU.
+
+    Raises:
+        ArtifactError: missing, unreadable, or not the file whose hash was recorded.
+    """
+    if not path.exists():
+        raise ArtifactError(f"{path}: expected weights, found no such file.")
+    if sha256 is not None and (found := file_sha256(path)) != sha256:
+        raise ArtifactError(
+            f"{path}: expected sha256 {sha256[:12]}, found {found[:12]}: truncated or altered. "
+            "Restore the file or train again."
+        )
+    try:
+        return load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One training state: step number, named tensor groups, and JSON values."""
+
+    step: int
+    groups: dict[str, dict[str, Tensor]]
+    values: Json
+
+
+class CheckpointStore:
+    """The checkpoints of one run. `latest` is what latest.json says, never a guess from file names."""
+
+    def __init__(self, directory: Path, keep: int = 2) -> None:
+        """Keep the newest `keep` checkpoints in `directory`."""
+        self.directory, self.keep = directory, keep
+
+    def _listed(self) -> list[Json]:
+        path = self.directory / "latest.json"
+        return list(read_json(path)["checkpoints"]) if path.exists() else []
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write and publish a checkpoint, then remove those beyond `keep`."""
+        name = f"step-{checkpoint.step:08d}"
+        folder = self.directory / name
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while writing it
+        folder.mkdir(parents=True)
+        hashes = {
+            group: save_tensors(folder / f"{group}.safetensors", tensors)
+            for group, tensors in checkpoint.groups.items()
+        }
+        entry = {"step": checkpoint.step, "folder": name, "files": hashes, "values": checkpoint.values}
+        entries = [e for e in self._listed() if e["step"] < checkpoint.step]
+        entries = [*entries, entry][-self.keep :]
+        write_json(self.directory / "latest.json", {"checkpoints": entries})
+        kept = {e["folder"] for e in entries}
+        for old in self.directory.glob("step-*"):
+            if old.name not in kept:
+                shutil.rmtree(old, ignore_errors=True)
+        return folder
+
+    def latest(self) -> Checkpoint | None:
+        """The newest intact checkpoint; a damaged one is named in a warning and the one before is used.
+
+        Raises:
+            ArtifactError: checkpoints are listed, but none is intact.
+        """
+        entries = self._listed()
+        problems = []
+        for entry in reversed(entries):
+            folder = self.directory / entry["folder"]
+            try:
+                groups = {
+                    group: load_tensors(folder / f"{group}.safetensors", sha256)
+                    for group, sha256 in entry["files"].items()
+                }
+            except ArtifactError as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                warnings.warn(f"{problem} Falling back to step {entry['step']}.", SvgpipeWarning, stacklevel=2)
+            return Checkpoint(int(entry["step"]), groups, dict(entry["values"]))
+        if problems:
+            raise ArtifactError(
+                f"{self.directory}: no intact checkpoint: {problems[0]} Delete the directory to restart."
+            )
+        return None

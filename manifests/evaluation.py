@@ -1,0 +1,77 @@
+"""What an evaluation leaves: latents, decoded images, features, and one report whose every number can be traced.
+
+latents/SETTING/            generated latents, a Zarr group in the feature cache's own format
+images/SET/shard-*.tar      decoded images (PNG) as WebDataset tars with the usual index
+features/SET.safetensors    what distances are computed from
+report.json, report.html
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.manifest import Json, Manifest, read_json, summarise, write_json
+
+REPORT_NAME = "report.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Measured(_Record):
+    """One set of images, measured against the reference."""
+
+    name: str
+    role: Literal["samples", "heldout", "reconstructions", "decoded-noise"]
+    num_images: int
+    frechet_distance: float = Field(description="Against the reference; FID only where the metric is named so.")
+    kernel_distance: float = Field(description="Polynomial MMD², mean over subsets (KID for Inception).")
+    kernel_distance_std: float
+    class_accuracy: float | None = Field(
+        description="Share whose nearest class mean of the reference, in this feature space, is their own class."
+    )
+    psnr: float | None = Field(None, description="dB against the originals; reconstructions only.")
+    sampler: Json | None = Field(None, description="Everything that decides a sample; samples only.")
+
+
+class Report(_Record):
+    """`report.json`."""
+
+    schema_version: int = 1
+    metric: str = Field(description="What frechet_distance is: FID, or a Fréchet distance in a named space.")
+    extractor: Json
+    reference: Json
+    image_size: int
+    class_names: list[str]
+    results: list[Measured]
+    not_measured: list[str] = Field(default_factory=list, description="What is missing, and why.")
+
+    def write(self, directory: Path) -> None:
+        """Write report.json atomically."""
+        write_json(directory / REPORT_NAME, self.model_dump(mode="json"))
+
+    @classmethod
+    def read(cls, directory: Path) -> Report:
+        """Parse report.json. Raises ArtifactError if it is missing or not a report."""
+        path = directory / REPORT_NAME
+        try:
+            return cls.model_validate(read_json(path))
+        except ValidationError as error:
+            raise ArtifactError(f"{path}: not a report: {summarise(error)}") from error
+
+
+class EvaluationManifest(Manifest):
+    """A finished evaluation."""
+
+    KIND: ClassVar[str] = "evaluation"
+    NOUN: ClassVar[str] = "evaluation"
+
+    kind: Literal["evaluation"] = "evaluation"
+    num_samples: int
+    settings: list[str] = Field(description="Folder names of the points of the sweep.")
+    content: str = Field(description="sha256 over latents and decoded images.")
+    report: str = Field(description="sha256 of report.json.")

@@ -1,0 +1,68 @@
+"""What a person sees while a stage runs: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+LINE_EVERY_S = 15.0
+
+
+class ConsoleProgress:
+    """Implements the stages' Progress on stderr. Use as a context manager."""
+
+    def __init__(self) -> None:
+        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._bars: RichProgress | None = None
+        self._task: TaskID | None = None
+        self._name, self._total, self._done, self._last = "", 0, 0, 0.0
+
+    def __enter__(self) -> ConsoleProgress:
+        if self.console.is_terminal:
+            self._bars = RichProgress(
+                TextColumn("{task.description:<18}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def begin(self, task: str, total: int, done: int = 0) -> None:
+        """A new task; see stages.progress."""
+        self._name, self._total, self._done, self._last = task, total, done, time.monotonic()
+        if self._bars is not None:
+            self._task = self._bars.add_task(task, total=total, completed=done, note="")
+        else:
+            resumed = f" ({done} done before)" if done else ""
+            self.console.print(f"{task}: {total}{resumed}")
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """More is done; see stages.progress."""
+        self._done += count
+        if self._bars is not None and self._task is not None:
+            self._bars.advance(self._task, count)
+            if note:
+                self._bars.update(self._task, note=note)
+        elif self._done >= self._total or (note and time.monotonic() - self._last > LINE_EVERY_S):
+            self._last = time.monotonic()
+            self.console.print(f"{self._name}: {self._done}/{self._total}  {note}".rstrip())
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self.console.print(text, markup=False)

@@ -1,0 +1,196 @@
+"""`svgpipe inspect`: any artifact's story in one screen."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from svgpipe.manifests.cache import CacheManifest, FeatureCache
+from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.evaluation import EvaluationManifest, Report
+from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, Manifest, read_json
+from svgpipe.manifests.shards import ShardSet, ShardSetManifest
+
+KINDS: dict[str, type[Manifest]] = {
+    kind.KIND: kind
+    for kind in (ShardSetManifest, AutoencoderManifest, CacheManifest, DiffusionManifest, EvaluationManifest)
+}
+
+
+def describe(path: Path) -> Json:
+    """What lies at `path`, as JSON values: an artifact, or {"workdir": …, "artifacts": […]} for a folder of them.
+
+    Raises:
+        ArtifactError: nothing of svgpipe's is there, or its manifest is damaged.
+    """
+    if (path / MANIFEST_NAME).exists():
+        return _describe_finished(path)
+    if (path / PLAN_NAME).exists():
+        return _describe_unfinished(path)
+    inner = sorted(
+        p for p in (path.iterdir() if path.is_dir() else []) if (p / MANIFEST_NAME).exists() or (p / PLAN_NAME).exists()
+    )
+    if not inner:
+        raise ArtifactError(f"{path}: expected an svgpipe artifact, found neither {MANIFEST_NAME} nor {PLAN_NAME}.")
+    return {"workdir": str(path), "artifacts": [describe(p) for p in inner]}
+
+
+def _describe_finished(path: Path) -> Json:
+    kind = str(read_json(path / MANIFEST_NAME).get("kind"))
+    if kind not in KINDS:
+        raise ArtifactError(f"{path / MANIFEST_NAME}: expected one of {', '.join(KINDS)}, found kind {kind!r}.")
+    manifest = KINDS[kind].read(path)
+    return {
+        "path": str(path),
+        "kind": kind,
+        "finished": True,
+        "fingerprint": manifest.fingerprint,
+        "finished_at": manifest.finished_at,
+        "seconds": manifest.seconds,
+        "svgpipe_version": manifest.svgpipe_version,
+        "facts": _FACTS[kind](path, manifest),
+        "inputs": {name: _lineage(ref) for name, ref in manifest.inputs.items()},
+        "config": manifest.config,
+    }
+
+
+def _describe_unfinished(path: Path) -> Json:
+    plan = read_json(path / PLAN_NAME)
+    facts: Json = {}
+    if (records := path / "records").is_dir():
+        facts["tars finished"] = len(list(records.glob("*.json")))
+    for journal in sorted(path.glob("journal")) + sorted(path.glob("journal/*")):
+        if journal.is_dir() and (count := len(list(journal.glob("unit-*.json")))):
+            facts[f"{journal.name}: units finished"] = count
+    latest = path / "checkpoints" / "latest.json"
+    if latest.exists():
+        facts["checkpoint at step"] = read_json(latest)["checkpoints"][-1]["step"]
+    return {
+        "path": str(path),
+        "kind": plan["kind"],
+        "finished": False,
+        "facts": facts or {"progress": "nothing that a resume could use"},
+        "inputs": {name: {"fingerprint": fingerprint} for name, fingerprint in plan["inputs"].items()},
+        "config": plan["config"],
+    }
+
+
+def _lineage(ref: InputRef) -> Json:
+    inputs = {name: _lineage(child) for name, child in ref.inputs.items()}
+    return {
+        "kind": ref.kind,
+        "fingerprint": ref.fingerprint,
+        "path": ref.path,
+        **({"inputs": inputs} if inputs else {}),
+    }
+
+
+def _shard_facts(path: Path, manifest: Any) -> Json:
+    assert isinstance(manifest, ShardSetManifest)
+    labels = np.bincount(ShardSet.open(path).rows.label, minlength=len(manifest.class_names))
+    rejects = [json.loads(line) for line in (path / "rejected.jsonl").read_text().splitlines()]
+    return {
+        "images": f"{manifest.num_images} in {len(manifest.shards)} tars, {manifest.num_heldout} held out",
+        "inputs": f"{manifest.num_inputs} = {manifest.num_images} stored + {manifest.num_rejected} rejected",
+        "rejected because": dict(Counter(r["reason"] for r in rejects).most_common(5)),
+        "classes": f"{len(manifest.class_names)}: {_some(manifest.class_names)}",
+        "images per class": f"{labels.min()} to {labels.max()}",
+        "bytes": sum(shard.num_bytes for shard in manifest.shards),
+    }
+
+
+def _autoencoder_facts(path: Path, manifest: Any) -> Json:
+    assert isinstance(manifest, AutoencoderManifest)
+    backbone = manifest.config["backbone"]
+    return {
+        "backbone": f"{backbone['name']}, weights {backbone['weights']} ({manifest.backbone_weights[:12]})",
+        "latent": f"{manifest.grid[0]}x{manifest.grid[1]} x ({manifest.frozen_channels} frozen + "
+        f"{manifest.residual_channels} residual) from {manifest.image_size} px",
+        "steps": manifest.steps,
+        "held-out PSNR (dB)": None if manifest.heldout_psnr is None else round(manifest.heldout_psnr, 2),
+        "alignment scalars": manifest.alignment,
+        "reconstructions": manifest.reconstruction_grid and str(path / manifest.reconstruction_grid),
+    }
+
+
+def _cache_facts(path: Path, manifest: Any) -> Json:
+    cache = FeatureCache(path)
+    mean, std = (cache.store.array(name) for name in ("stored_mean", "stored_std"))
+    return {
+        "samples": f"{len(cache)} = {manifest.num_valid} valid + {manifest.num_rejected} rejected, "
+        f"{manifest.num_heldout} held out",
+        "shape": "x".join(map(str, cache.shape)) + f" {manifest.store_dtype} (sample, view, row, column, channel)",
+        "views": cache.views,
+        "backbone": f"{manifest.backbone}, weights {manifest.backbone_weights}",
+        "classes": f"{len(cache.classes)}: {_some(cache.classes)}",
+        "bytes": manifest.num_bytes,
+        "stored mean, most distant from 0": round(float(mean[np.abs(mean).argmax()]), 4),
+        "stored std": f"{std.min():.4f} to {std.max():.4f}",
+    }
+
+
+def _diffusion_facts(path: Path, manifest: Any) -> Json:
+    assert isinstance(manifest, DiffusionManifest)
+    return {
+        "parameters": manifest.num_parameters,
+        "tokens": f"{manifest.grid[0]}x{manifest.grid[1]} of {manifest.channels} channels",
+        "classes": f"{len(manifest.class_names)}: {_some(manifest.class_names)}",
+        "steps": manifest.steps,
+        "held-out loss": manifest.heldout_loss,
+    }
+
+
+def _evaluation_facts(path: Path, manifest: Any) -> Json:
+    assert isinstance(manifest, EvaluationManifest)
+    report = Report.read(path)
+    distances = {r.name: round(r.frechet_distance, 3) for r in report.results}
+    return {"metric": report.metric, "distances": distances, "samples per setting": manifest.num_samples}
+
+
+_FACTS: dict[str, Callable[[Path, Any], Json]] = {
+    "shard-set": _shard_facts,
+    "autoencoder": _autoencoder_facts,
+    "feature-cache": _cache_facts,
+    "diffusion": _diffusion_facts,
+    "evaluation": _evaluation_facts,
+}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+
+
+def show(found: Json, console: Console | None = None) -> None:
+    """Print what `describe` found."""
+    console = console or Console(highlight=False)
+    for artifact in found.get("artifacts", [found]):
+        console.print(_panel(artifact))
+
+
+def _panel(artifact: Json) -> Panel:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    if artifact["finished"]:
+        seconds = f"{artifact['seconds']:.0f} s"
+        table.add_row("finished", f"{artifact['finished_at']} in {seconds}, svgpipe {artifact['svgpipe_version']}")
+        table.add_row("fingerprint", artifact["fingerprint"])
+    else:
+        table.add_row("unfinished", "run the command that makes it again; it resumes")
+    for name, value in artifact["facts"].items():
+        if isinstance(value, dict):
+            value = "\n".join(f"{k}: {v}" for k, v in value.items()) or "none"
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        table.add_row(name, str(value))
+    for name, ref in artifact["inputs"].items():
+        table.add_row(f"from {name}", f"{ref['fingerprint'][:12]}  {ref.get('path', '')}")
+    return Panel(table, title=f"{artifact['kind']}  {artifact['path']}", title_align="left")

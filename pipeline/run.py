@@ -1,0 +1,135 @@
+"""All stages in order, in one working directory; what is finished and unchanged is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.manifest import MANIFEST_NAME, Manifest
+from svgpipe.manifests.recipe import Recipe
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.pipeline.cluster import connected
+from svgpipe.pipeline.demo import write_photographs
+from svgpipe.pipeline.report import render_report
+from svgpipe.stages.decoding import latent_decoder
+from svgpipe.stages.extract import extract
+from svgpipe.stages.progress import Progress
+from svgpipe.stages.sample_and_eval import sample_and_eval
+from svgpipe.stages.shard import shard
+from svgpipe.stages.train_autoencoder import train_autoencoder
+from svgpipe.stages.train_diffusion import train_diffusion
+from svgpipe.stages.units import Resources
+
+DEMO_SOURCE = "demo-photographs"
+
+
+@dataclass(frozen=True)
+class WorkLayout:
+    """Where each stage's artifact lies in a working directory."""
+
+    root: Path
+
+    @property
+    def shards(self) -> Path:
+        return self.root / "shards"
+
+    @property
+    def autoencoder(self) -> Path:
+        return self.root / "autoencoder"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def diffusion(self) -> Path:
+        return self.root / "diffusion"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation"
+
+
+def run_recipe(
+    recipe: Recipe,
+    workdir: Path,
+    *,
+    source: str | None = None,
+    resources: Resources | None = None,
+    address: str | None = None,
+    progress: Progress,
+) -> Path:
+    """Run every stage of `recipe` in `workdir`; returns the report's path. Run again to resume.
+
+    Args:
+        source: image folder, instead of the recipe's.
+        resources: of the Ray workers. address: of a Ray cluster; None is this machine.
+    Raises:
+        UsageError: no source is named anywhere. Whatever the stages raise.
+    """
+    layout, resources = WorkLayout(workdir), resources or Resources()
+    images = _find_source(source or recipe.source, workdir)
+    _stage(layout.shards, progress, lambda: shard(images, layout.shards, recipe.shard, progress=progress))
+    shards = ShardSet.open(layout.shards)
+    _stage(
+        layout.autoencoder,
+        progress,
+        lambda: train_autoencoder(shards, layout.autoencoder, recipe.autoencoder, progress=progress),
+    )
+    with connected(address):
+        _stage(
+            layout.cache,
+            progress,
+            lambda: extract(
+                shards,
+                layout.autoencoder,
+                layout.cache,
+                recipe.extract,
+                resources=resources,
+                progress=progress,
+            ),
+        )
+        _stage(
+            layout.diffusion,
+            progress,
+            lambda: train_diffusion(
+                FeatureCache(layout.cache),
+                layout.diffusion,
+                recipe.diffusion,
+                decode=latent_decoder(layout.autoencoder),
+                progress=progress,
+            ),
+        )
+        _stage(
+            layout.evaluation,
+            progress,
+            lambda: sample_and_eval(
+                layout.diffusion,
+                layout.autoencoder,
+                shards,
+                layout.evaluation,
+                recipe.evaluation,
+                resources=resources,
+                progress=progress,
+            ),
+        )
+    return render_report(layout.evaluation, layout.autoencoder, layout.diffusion, shards)
+
+
+def _find_source(source: str | None, workdir: Path) -> Path:
+    if source is None:
+        raise UsageError("no images: name a folder with --source DIR, or as `source:` in the recipe.")
+    if source == DEMO_SOURCE:
+        workdir.mkdir(parents=True, exist_ok=True)
+        return write_photographs(workdir / "photographs")
+    return Path(source)
+
+
+def _stage(out: Path, progress: Progress, job: Callable[[], Manifest]) -> None:
+    finished = (out / MANIFEST_NAME).exists()
+    manifest = job()
+    state = "finished before, unchanged" if finished else f"finished in {manifest.seconds:.0f} s"
+    progress.say(f"{out.name}: {state} ({manifest.fingerprint[:12]})")

@@ -1,0 +1,189 @@
+"""Image sets → features → distances, through torch-fidelity.
+
+A distance is called FID only where torch-fidelity's Inception made the features; with a timm backbone it is a
+Fréchet distance in that backbone's space and is named so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.manifest import digest, file_sha256
+from svgpipe.manifests.recipe import ExtractorSection
+from svgpipe.manifests.shards import ShardFile, read_index, read_member
+from svgpipe.models.backbone import Backbone
+from svgpipe.stages.encoder import state_digest
+from svgpipe.stages.images import RGBArray, centre_crop, decode_image, to_array
+from svgpipe.stages.training import pick_device
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.utils import get_featuresdict_from_dataset
+
+FEATURES = "pooled"
+KERNEL_SUBSETS = 50
+KERNEL_SUBSET_SIZE = 1000
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """Where the bytes of one image lie."""
+
+    tar: Path
+    offset: int
+    size: int
+    sha256: str
+    label: int
+
+
+def refs_of(directory: Path, shards: Sequence[ShardFile]) -> list[ImageRef]:
+    """All images of some tars, in order."""
+    refs = []
+    for shard in shards:
+        index = read_index(directory / shard.name.replace(".tar", ".parquet"), shard.num_images)
+        columns = (index[name] for name in ("offset", "size", "sha256", "label"))
+        for offset, size, sha256, label in zip(*columns, strict=True):
+            refs.append(ImageRef(directory / shard.name, int(offset), int(size), str(sha256), int(label)))
+    return refs
+
+
+class ImageSet(Dataset[Tensor]):
+    """(3,S,S) uint8 images for torch-fidelity; ADM centre crops where they are larger."""
+
+    def __init__(self, refs: Sequence[ImageRef], size: int) -> None:
+        self.refs, self.size = refs, size
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    def pixels(self, i: int) -> RGBArray:
+        """(S,S,3) uint8."""
+        ref = self.refs[i]
+        image = decode_image(read_member(ref.tar, ref.offset, ref.size, ref.sha256))
+        return to_array(image if image.size == (self.size, self.size) else centre_crop(image, self.size))
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.from_numpy(self.pixels(i)).permute(2, 0, 1).contiguous()
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(n,)"""
+        return np.asarray([ref.label for ref in self.refs], np.int64)
+
+    @property
+    def digest(self) -> str:
+        """Of the images' bytes and how they are cropped: what features may be cached by."""
+        return digest([self.size, [ref.sha256 for ref in self.refs]])
+
+
+class BackboneExtractor(FeatureExtractorBase):  # type: ignore[misc]
+    """A timm backbone's pooled embedding as a torch-fidelity extractor: (B,3,H,W) uint8 → (B,D)."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone.name, [FEATURES])
+        self.backbone = backbone
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return (FEATURES,)
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        model = self.backbone.model
+        features = model.forward_features(self.backbone.prepare(images.float() / 255))
+        return (model.forward_head(features, pre_logits=True).float(),)
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A feature extractor and how to speak of it."""
+
+    module: nn.Module
+    layer: str
+    metric: str
+    description: dict[str, Any]
+
+    @torch.no_grad()
+    def features(self, images: ImageSet, batch_size: int) -> Tensor:
+        """(n,D) float32 on the CPU."""
+        device = pick_device()
+        found = get_featuresdict_from_dataset(
+            images, self.module.to(device), batch_size, device.type == "cuda", True, False
+        )
+        return torch.as_tensor(found[self.layer]).float()
+
+
+def load_extractor(config: ExtractorSection, backbone: Backbone) -> Extractor:
+    """The extractor that the recipe names.
+
+    Raises:
+        ArtifactError: Inception weights that are neither given nor to be downloaded; which file, from where,
+            and which option.
+    """
+    if config.kind == "backbone":
+        name = backbone.name
+        return Extractor(
+            BackboneExtractor(backbone).eval(),
+            FEATURES,
+            f"Fréchet distance in {name} space (not FID)",
+            {"kind": "backbone", "name": name, "weights": state_digest(backbone.state_dict())},
+        )
+    path = None if config.weights == "hub" else Path(config.weights)
+    if path is not None and not path.is_file():
+        raise ArtifactError(f"{path}: expected torch-fidelity's Inception weights, found no such file.")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            module = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=None if path is None else str(path)
+            )
+    except Exception as error:  # urllib's kinds and torch's for a damaged file
+        raise ArtifactError(
+            f"evaluation.extractor: Inception weights could not be loaded ({str(error).splitlines()[0]}). "
+            f"Download {INCEPTION_URL} and give it with --set evaluation.extractor.weights=FILE, or measure in the "
+            "backbone's space with --set evaluation.extractor.kind=backbone."
+        ) from error
+    weights = file_sha256(path) if path is not None else state_digest(module.state_dict())
+    return Extractor(
+        module.eval(), "2048", "FID", {"kind": "inception", "name": "inception-v3-compat", "weights": weights}
+    )
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """Of two (n,D) feature sets, in float64, by torch-fidelity."""
+    statistics = [fid_features_to_statistics(features.double()) for features in (first, second)]
+    return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
+
+
+def kernel_distance(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of the polynomial MMD² over random subsets, by torch-fidelity."""
+    size = min(KERNEL_SUBSET_SIZE, len(first), len(second))
+    found = kid_features_to_metric(
+        first.double(), second.double(), kid_subsets=KERNEL_SUBSETS, kid_subset_size=size, verbose=False
+    )
+    return float(found[KEY_METRIC_KID_MEAN]), float(found[KEY_METRIC_KID_STD])
+
+
+def class_accuracy(
+    reference: Tensor, reference_labels: NDArray[np.int64], features: Tensor, labels: NDArray[np.int64]
+) -> float | None:
+    """Share of rows whose nearest class mean of the reference is their own class; None with fewer than two classes."""
+    classes = np.unique(reference_labels)
+    if len(classes) < 2:
+        return None
+    means = torch.stack([reference[torch.from_numpy(reference_labels == c)].mean(0) for c in classes])
+    nearest = classes[torch.cdist(features, means).argmin(1).numpy()]
+    return float((nearest == labels).mean())

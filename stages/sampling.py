@@ -1,0 +1,114 @@
+"""Drawing latents from a diffusion model: noise and label of sample i are functions of (seed, i) alone.
+
+Legend: B batch, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from svgpipe.manifests.checkpoint import EMA_FILE, RAW_FILE, STATISTICS_FILE, DiffusionManifest, load_tensors
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.recipe import DiffusionSection, DiTSection, Precision
+from svgpipe.models.dit import DiT
+from svgpipe.models.flow import Guidance, sample
+from svgpipe.stages.training import autocast, generator
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """One point of a sweep: everything that decides a latent besides the model."""
+
+    steps: int
+    guidance: float
+    solver: Literal["euler", "heun"]
+    guidance_mode: str
+    time_shift: float
+    seed: int
+    precision: Precision
+    weights: Literal["ema", "raw"]
+
+    @property
+    def name(self) -> str:
+        """Folder name: the two values that a sweep varies."""
+        return f"steps-{self.steps:03d}_guidance-{self.guidance:g}"
+
+
+def build_dit(config: DiTSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> DiT:
+    """A new transformer of the recipe's size. Raises ValueError for sizes that do not fit."""
+    return DiT(
+        grid=grid,
+        in_channels=channels,
+        num_classes=num_classes,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        mlp_ratio=config.mlp_ratio,
+        qk_norm=config.qk_norm,
+        learn_sigma=config.learn_sigma,
+    )
+
+
+@dataclass(frozen=True)
+class TrainedDiffusion:
+    """A finished diffusion model and the statistics of the latents it was trained on."""
+
+    model: DiT
+    manifest: DiffusionManifest
+    channel_mean: NDArray[np.float32]
+    channel_std: NDArray[np.float32]
+
+
+def load_diffusion(directory: Path, weights: Literal["ema", "raw"] = "ema") -> TrainedDiffusion:
+    """Open a finished diffusion model in eval mode, every file checked against its manifest.
+
+    Raises:
+        ArtifactError: unfinished, damaged, or weights of other shapes than its config says.
+    """
+    manifest = DiffusionManifest.read(directory)
+    config = DiffusionSection.model_validate(manifest.config)
+    model = build_dit(
+        config.model, grid=manifest.grid, channels=manifest.channels, num_classes=len(manifest.class_names)
+    )
+    file = EMA_FILE if weights == "ema" else RAW_FILE
+    try:
+        model.load_state_dict(load_tensors(directory / file, manifest.content[file]))
+    except RuntimeError as error:
+        raise ArtifactError(f"{directory / file}: does not fit its manifest's config: {error}") from error
+    statistics = load_tensors(directory / STATISTICS_FILE, manifest.content[STATISTICS_FILE])
+    mean, std = (statistics[k].numpy() for k in ("channel_mean", "channel_std"))
+    return TrainedDiffusion(model.eval(), manifest, mean, std)
+
+
+def initial_noise(seed: int, indices: Sequence[int], tokens: int, channels: int) -> Tensor:
+    """(B,T,C) standard normal; row b depends on (seed, indices[b]) only."""
+    return torch.stack([torch.randn(tokens, channels, generator=generator(seed, "sample", i)) for i in indices])
+
+
+def labels_of(indices: Sequence[int], num_classes: int) -> Tensor:
+    """(B,) int64: classes in turn, so that every class is drawn equally often."""
+    return torch.tensor([i % num_classes for i in indices], dtype=torch.int64)
+
+
+@torch.inference_mode()
+def draw_latents(model: DiT, indices: Sequence[int], settings: SamplerSettings, device: torch.device) -> Tensor:
+    """Normalised latents (B,T,C) float32 of the samples numbered `indices`."""
+    noise = initial_noise(settings.seed, indices, model.grid[0] * model.grid[1], model.in_channels)
+    with autocast(device, settings.precision):
+        return sample(
+            model,
+            noise.to(device),
+            labels_of(indices, model.num_classes).to(device),
+            null_label=model.null_label,
+            steps=settings.steps,
+            shift=settings.time_shift,
+            solver=settings.solver,
+            guidance=Guidance(settings.guidance, settings.guidance_mode),
+        ).float()

@@ -1,0 +1,123 @@
+"""Training images from the tars: an endless, restartable stream of augmented batches.
+
+Batch n depends on (seed, n, batch size, number of decoding workers) only, so a resumed run sees what an
+undisturbed one would have seen.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import webdataset as wds
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.stages.images import RejectedImageError, RGBArray, centre_crop, decode_image, random_crop, to_array
+from svgpipe.stages.training import seed_of
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+Sample = dict[str, Any]
+
+
+class TrainingImages(IterableDataset[Tensor]):
+    """Batches (B,3,S,S) uint8 of the training split, from batch `start` on, for ever."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        size: int,
+        batch_size: int,
+        crop: Literal["random", "centre"],
+        flip: bool,
+        buffer: int,
+        seed: int,
+        start: int,
+    ) -> None:
+        """Raises ArtifactError if the set has no training image."""
+        self.tars = [(shards.directory / s.name, s.num_images) for s in shards.shards if s.split == "train"]
+        self.tars = [(path, count) for path, count in self.tars if count]
+        if not self.tars:
+            raise ArtifactError(f"{shards.directory}: expected training images, found none in its tars.")
+        self.size, self.batch_size, self.crop, self.flip = size, batch_size, crop, flip
+        self.buffer, self.seed, self.start = buffer, seed, start
+
+    def __iter__(self) -> Iterator[Tensor]:
+        info = get_worker_info()
+        lanes = info.num_workers if info else 1
+        # The loader takes batches from its workers in turn; after a resume, turn 0 is batch `start`.
+        lane = ((info.id if info else 0) + self.start) % lanes
+        done = len(range(lane, self.start, lanes))
+        samples = self._samples(lane, lanes, skip=done * self.batch_size)
+        while True:
+            batch = [next(samples) for _ in range(self.batch_size)]
+            yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).contiguous()
+
+    def _samples(self, lane: int, lanes: int, skip: int) -> Iterator[RGBArray]:
+        epoch = 0
+        while True:
+            order = list(self.tars)
+            random.Random(seed_of(self.seed, "shards", epoch)).shuffle(order)
+            mine = order[lane::lanes]
+            count = sum(n for _, n in mine)
+            if skip >= count:
+                skip -= count
+            else:
+                for sample in self._epoch([path for path, _ in mine], lane, epoch):
+                    if skip:
+                        skip -= 1
+                    else:
+                        yield self._augment(sample, epoch)
+            epoch += 1
+
+    def _epoch(self, tars: Sequence[Path], lane: int, epoch: int) -> Iterator[Sample]:
+        rng = random.Random(seed_of(self.seed, "buffer", epoch, lane))
+        return iter(
+            wds.DataPipeline(
+                wds.SimpleShardList([str(path) for path in tars]),
+                wds.tarfile_to_samples(),
+                wds.shuffle(self.buffer, initial=self.buffer, rng=rng),
+            )
+        )
+
+    def _augment(self, sample: Sample, epoch: int) -> RGBArray:
+        key = str(sample["__key__"])
+        data = next(sample[e] for e in ("jpg", "png", "webp") if e in sample)
+        try:
+            image = decode_image(data)
+        except RejectedImageError as error:
+            raise ArtifactError(f"{sample['__url__']}: image {key}: {error}. Shard the source again.") from error
+        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(key.encode())])
+        pixels = to_array(
+            random_crop(image, self.size, rng) if self.crop == "random" else centre_crop(image, self.size)
+        )
+        return pixels[:, ::-1] if self.flip and rng.random() < 0.5 else pixels
+
+
+def training_batches(dataset: TrainingImages, workers: int) -> Iterator[Tensor]:
+    """Iterate over `dataset`, decoding in `workers` extra processes (0: in this one)."""
+    workers = min(workers, len(dataset.tars))
+    if workers == 0:
+        return iter(dataset)
+    return iter(
+        DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context="spawn", prefetch_factor=4)
+    )
+
+
+def evenly_spread(total: int, count: int | None) -> list[int]:
+    """At most `count` of range(total), evenly spread and in order."""
+    if count is None or count >= total:
+        return list(range(total))
+    return [int(i) for i in np.linspace(0, total - 1, count).round()]
+
+
+def load_images(shards: ShardSet, rows: Sequence[int], size: int) -> RGBArray:
+    """(N,S,S,3) uint8 ADM centre crops of the given rows."""
+    crops = [to_array(centre_crop(decode_image(shards.read_image(row)), size)) for row in rows]
+    return np.stack(crops) if crops else np.zeros((0, size, size, 3), np.uint8)

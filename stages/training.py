@@ -1,0 +1,162 @@
+"""What both training stages share: seeds, schedules, metrics on disk, stopping, optimizer state."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import threading
+import types
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from svgpipe.manifests.errors import ArtifactError, DivergedError
+from svgpipe.manifests.manifest import write_atomic
+from svgpipe.manifests.recipe import Precision, ScheduleSection
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed that only depends on `parts`: the same in every process and on every machine."""
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+
+
+def generator(*parts: int | str) -> torch.Generator:
+    """A CPU generator seeded with `seed_of(*parts)`."""
+    return torch.Generator().manual_seed(seed_of(*parts))
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """bfloat16 autocast, or nothing for float32."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def learning_rate(step: int, steps: int, base: float, schedule: ScheduleSection) -> float:
+    """Learning rate at optimiser step `step` (from 0) of `steps`: linear warm-up, then constant or cosine."""
+    if step < schedule.warmup_steps:
+        return base * (step + 1) / schedule.warmup_steps
+    if schedule.kind == "constant":
+        return base
+    progress = (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps)
+    factor = schedule.final_factor + (1 - schedule.final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return base * factor
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def require_finite(values: dict[str, float], step: int, checkpoint: Path) -> None:
+    """Raise DivergedError, with the step and where the last good checkpoint lies, on a NaN or infinity."""
+    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if bad:
+        saved = sorted(checkpoint.glob("step-*"))
+        last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved yet"
+        raise DivergedError(
+            f"training diverged at step {step}: {', '.join(f'{k} is {v}' for k, v in bad.items())}; {last}. "
+            "Lower the learning rate, clip gradients, or train in float32, in a new --out."
+        )
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard scalars of one run; a resumed run drops what lies past its step."""
+
+    def __init__(self, directory: Path, start_step: int) -> None:
+        self.path = directory / "metrics.jsonl"
+        kept = [entry for entry in read_metrics(self.path) if entry["step"] <= start_step]
+        write_atomic(self.path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+        self._file = self.path.open("a")
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, **values: float) -> None:
+        """Append one line and the same scalars; `step` counts finished optimiser steps."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, pixels: Any) -> None:
+        """An (H,W,3) uint8 picture."""
+        self._board.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Lines of a metrics.jsonl; a last line cut short by a kill is left out.
+
+    Raises:
+        ArtifactError: a line other than the last is not JSON.
+    """
+    if not path.exists():
+        return []
+    entries = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ArtifactError(f"{path}: line {number}: expected JSON ({error}).") from error
+    return entries
+
+
+class StopRequest:
+    """Whether Ctrl-C (or SIGTERM) was seen; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __call__(self, number: int, frame: types.FrameType | None) -> None:
+        del frame
+        if self.seen:
+            raise KeyboardInterrupt
+        self.seen = True
+        signal.signal(number, signal.default_int_handler)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Within the block, the first SIGINT or SIGTERM only sets a flag, so that a step can be finished and saved."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # signals only reach the main thread; a stage run elsewhere is stopped by its caller
+        return
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimizer state as flat tensors, `INDEX.NAME`, in the order of its parameters."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": torch.as_tensor(value) for i, entry in state.items() for name, value in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Inverse of `optimizer_tensors`, for an optimizer over the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
