@@ -26,9 +26,10 @@ import tensorstore as ts
 import zarr
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
+from zarr.codecs import BytesCodec, Crc32cCodec
+
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.manifest import Manifest
-from zarr.codecs import BytesCodec, Crc32cCodec
 
 DIMENSIONS = ("sample", "view", "row", "column", "channel")
 Features = NDArray[np.float16]
@@ -38,7 +39,7 @@ class CacheManifest(Manifest):
     """What a feature cache holds and what made it; training reads this before any row."""
 
     KIND: ClassVar[str] = "feature-cache"
-    NOUN: ClassVar[str] = "feature cache"
+    NOUN: ClassVar[str] = "a feature cache"
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"num_bytes"})
 
     kind: Literal["feature-cache"] = "feature-cache"

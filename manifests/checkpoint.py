@@ -22,9 +22,10 @@ from typing import ClassVar, Literal
 import safetensors
 from pydantic import Field
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from svgpipe.manifests.errors import ArtifactError, SvgpipeWarning
 from svgpipe.manifests.manifest import Json, Manifest, file_sha256, read_json, sync_directory, write_json
-from torch import Tensor
 
 AUTOENCODER_FILE = "autoencoder.safetensors"
 EMA_FILE, RAW_FILE, STATISTICS_FILE = "ema.safetensors", "raw.safetensors", "statistics.safetensors"
@@ -34,7 +35,7 @@ class AutoencoderManifest(Manifest):
     """A trained autoencoder: which backbone, which latents it gives, and the hash of what was trained."""
 
     KIND: ClassVar[str] = "autoencoder"
-    NOUN: ClassVar[str] = "autoencoder"
+    NOUN: ClassVar[str] = "an autoencoder"
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"heldout_psnr", "reconstruction_grid"})
 
     kind: Literal["autoencoder"] = "autoencoder"
@@ -54,7 +55,7 @@ class DiffusionManifest(Manifest):
     """A trained diffusion transformer, with the statistics that its latents are normalised by."""
 
     KIND: ClassVar[str] = "diffusion"
-    NOUN: ClassVar[str] = "diffusion model"
+    NOUN: ClassVar[str] = "a diffusion model"
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"heldout_loss", "num_parameters"})
 
     kind: Literal["diffusion"] = "diffusion"

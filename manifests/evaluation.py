@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.manifest import Json, Manifest, read_json, summarise, write_json
 
@@ -68,7 +69,7 @@ class EvaluationManifest(Manifest):
     """A finished evaluation."""
 
     KIND: ClassVar[str] = "evaluation"
-    NOUN: ClassVar[str] = "evaluation"
+    NOUN: ClassVar[str] = "an evaluation"
 
     kind: Literal["evaluation"] = "evaluation"
     num_samples: int

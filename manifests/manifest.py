@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 
 SCHEMA_VERSION = 1
@@ -144,7 +145,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     KIND: ClassVar[str]
-    NOUN: ClassVar[str]
+    NOUN: ClassVar[str]  # with its article, for messages: "a shard set"
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset()
     _SHARED_OUTSIDE: ClassVar[frozenset[str]] = frozenset(
         {"svgpipe_version", "finished_at", "seconds", "inputs", "fingerprint"}
@@ -171,8 +172,9 @@ class Manifest(BaseModel):
 
     def as_input(self, path: Path) -> InputRef:
         """How a later stage's manifest refers to this one."""
-        inputs = {name: ref.fingerprint for name, ref in self.inputs.items()}
-        return InputRef(kind=self.kind, fingerprint=self.fingerprint, path=str(path), config=self.config, inputs=inputs)
+        return InputRef(
+            kind=self.kind, fingerprint=self.fingerprint, path=str(path), config=self.config, inputs=self.inputs
+        )
 
     def publish(self, directory: Path) -> Self:
         """Seal and write `manifest.json`, after everything it describes is on disk."""
@@ -199,7 +201,7 @@ class Manifest(BaseModel):
                 f"written by svgpipe {raw.get('svgpipe_version')}. Upgrade svgpipe to read it."
             )
         if raw.get("kind") != cls.KIND:
-            raise ArtifactError(f"{path}: expected a {cls.NOUN} ({cls.KIND}), found {raw.get('kind')!r}.")
+            raise ArtifactError(f"{path}: expected {cls.NOUN} ({cls.KIND}), found {raw.get('kind')!r}.")
         try:
             manifest = cls.model_validate(raw)
         except ValidationError as error:
@@ -220,13 +222,13 @@ def summarise(error: ValidationError) -> str:
 
 def _why_no_manifest(directory: Path, noun: str) -> str:
     if not directory.exists():
-        return f"{directory}: expected a {noun}, found no such directory."
+        return f"{directory}: expected {noun}, found no such directory."
     if (directory / PLAN_NAME).exists():
         return (
-            f"{directory}: expected a finished {noun}, found one that was begun and not finished "
+            f"{directory}: expected {noun}, found one that was begun and not finished "
             f"(no {MANIFEST_NAME}). Run the command that makes it again; it resumes."
         )
-    return f"{directory}: expected a {noun}, found no {MANIFEST_NAME} in it."
+    return f"{directory}: expected {noun}, found no {MANIFEST_NAME} in it."
 
 
 class WorkDir(Generic[M]):
@@ -258,18 +260,18 @@ class WorkDir(Generic[M]):
             "inputs": {name: ref.fingerprint for name, ref in self.inputs.items()},
         }
         if path.exists() and not path.is_dir():
-            raise ArtifactError(f"{path}: expected a directory to write a {kind.NOUN} to, found a file.")
+            raise ArtifactError(f"{path}: expected a directory for {kind.NOUN}, found a file.")
         if (path / MANIFEST_NAME).exists():
             done = kind.read(path)
             found = {"kind": done.kind, "config": done.config}
             found["inputs"] = {name: ref.fingerprint for name, ref in done.inputs.items()}
-            self._require_equal(found, plan, f"a finished {kind.NOUN} (fingerprint {done.fingerprint[:12]})")
+            self._require_equal(found, plan, f"{kind.NOUN} (fingerprint {done.fingerprint[:12]})")
             self.finished = done
         elif (path / PLAN_NAME).exists():
-            self._require_equal(read_json(path / PLAN_NAME), plan, f"a half-made {kind.NOUN}")
+            self._require_equal(read_json(path / PLAN_NAME), plan, f"{kind.NOUN}, half made,")
         elif path.exists() and any(path.iterdir()):
             raise ArtifactError(
-                f"{path}: expected an empty or new directory for the {kind.NOUN}, found files that are not "
+                f"{path}: expected an empty or new directory for {kind.NOUN}, found files that are not "
                 "svgpipe's. Give another --out."
             )
         else:
@@ -280,7 +282,7 @@ class WorkDir(Generic[M]):
         lines = differing_fields(found, plan)
         if lines:
             raise MismatchError(
-                f"{self.path}: holds {noun} made otherwise (there {digest(found)[:12]}, here "
+                f"{self.path}: holds {noun} that was begun otherwise (there {digest(found)[:12]}, here "
                 f"{digest(plan)[:12]}).\n  " + "\n  ".join(lines) + "\nGive another --out, or delete "
                 "this directory to make it anew."
             )

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self, Union
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
 from svgpipe.manifests.errors import UsageError
 
 Precision = Literal["float32", "bfloat16"]

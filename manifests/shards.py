@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
+
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.manifest import (
     MANIFEST_NAME,
@@ -59,7 +60,7 @@ class ShardSetManifest(Manifest):
     """What a shard set holds."""
 
     KIND: ClassVar[str] = "shard-set"
-    NOUN: ClassVar[str] = "shard set"
+    NOUN: ClassVar[str] = "a shard set"
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"shards"})
 
     kind: Literal["shard-set"] = "shard-set"

@@ -7,10 +7,11 @@ Source: official dino_decoder.py; FACTS §5.
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from svgpipe.models.backbone import Backbone
 from svgpipe.models.decoder import Decoder
 from svgpipe.models.residual import IMAGENET_MEAN, IMAGENET_STD, Alignment, ResidualEncoder
-from torch import Tensor, nn
 
 
 class Autoencoder(nn.Module):

@@ -10,8 +10,9 @@ import itertools
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from svgpipe.models.attention import attend
 from torch import Tensor, nn
+
+from svgpipe.models.attention import attend
 
 
 def _norm(channels: int) -> nn.GroupNorm:

@@ -10,8 +10,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from svgpipe.models.attention import attend
 from torch import Tensor, nn
+
+from svgpipe.models.attention import attend
 
 
 def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:

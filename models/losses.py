@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 import torchvision
-from svgpipe.models.backbone import Backbone
 from torch import Tensor, nn
+
+from svgpipe.models.backbone import Backbone
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 """x, r (B,3,H,W) in [-1,1] → (B,1,1,1) distance."""

@@ -13,8 +13,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
+
 from svgpipe.manifests.errors import SvgpipeError, SvgpipeWarning
 from svgpipe.manifests.manifest import svgpipe_version
 
@@ -47,6 +47,7 @@ AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluste
 
 def _resources(num_workers: int, cpus: float, gpus: float | None) -> Resources:
     import torch
+
     from svgpipe.stages.units import Resources
 
     return Resources(num_workers, cpus, gpus if gpus is not None else float(torch.cuda.is_available()))
@@ -278,18 +279,22 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     try:
         result = app(arguments, standalone_mode=False, prog_name="svgpipe")
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
     except SvgpipeError as error:
         typer.echo(f"error: {error}", err=True)
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("stopped. What was finished is kept; the same command resumes.", err=True)
         return 130
     except OSError as error:
         typer.echo(f"error: {_explain(error)}", err=True)
         return 1
+    except Exception as error:
+        # Usage errors: click's own class, which newer typer versions carry inside and do not export.
+        show = getattr(error, "show", None)
+        if not callable(show):
+            raise
+        show()
+        return 2
     return result if isinstance(result, int) else 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
 from svgpipe.manifests.errors import ArtifactError
 
 PHOTOGRAPHS = {

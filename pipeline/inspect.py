@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+
 from svgpipe.manifests.cache import CacheManifest, FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.errors import ArtifactError

@@ -12,6 +12,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 from PIL import Image
+
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report
 from svgpipe.manifests.manifest import InputRef, write_atomic

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
 from svgpipe.stages.encoder import load_autoencoder
 from svgpipe.stages.pixels import as_pixels
 from svgpipe.stages.training import pick_device

@@ -12,6 +12,8 @@ import numpy as np
 import timm
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+
 from svgpipe.manifests.checkpoint import AUTOENCODER_FILE, AutoencoderManifest, load_tensors
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.recipe import AutoencoderSection, BackboneSection
@@ -22,7 +24,6 @@ from svgpipe.models.decoder import Decoder
 from svgpipe.models.residual import ResidualEncoder
 from svgpipe.stages.images import RGBArray
 from svgpipe.stages.pixels import as_pixels, as_unit_range
-from torch import Tensor
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

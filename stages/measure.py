@@ -16,6 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+from torch_fidelity.utils import get_featuresdict_from_dataset
+
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.manifest import digest, file_sha256
 from svgpipe.manifests.recipe import ExtractorSection
@@ -24,13 +32,6 @@ from svgpipe.models.backbone import Backbone
 from svgpipe.stages.encoder import state_digest
 from svgpipe.stages.images import RGBArray, centre_crop, decode_image, to_array
 from svgpipe.stages.training import pick_device
-from torch import Tensor, nn
-from torch.utils.data import Dataset
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from torch_fidelity.utils import get_featuresdict_from_dataset
 
 FEATURES = "pooled"
 KERNEL_SUBSETS = 50

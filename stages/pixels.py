@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from svgpipe.stages.images import RGBArray
 from torch import Tensor
+
+from svgpipe.stages.images import RGBArray
 
 
 def as_unit_range(pixels: RGBArray) -> Tensor:

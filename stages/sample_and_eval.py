@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
 from svgpipe.manifests.cache import FeatureStore, StoreSpec
 from svgpipe.manifests.checkpoint import AutoencoderManifest, load_tensors, save_tensors
 from svgpipe.manifests.errors import ArtifactError, UsageError
@@ -47,7 +49,6 @@ from svgpipe.stages.progress import Progress, Silent
 from svgpipe.stages.sampling import SamplerSettings, draw_latents, initial_noise, labels_of, load_diffusion
 from svgpipe.stages.streaming import evenly_spread
 from svgpipe.stages.units import Resources, Row, run_units, start_worker
-from torch import Tensor
 
 RECONSTRUCTIONS, NOISE = "reconstructions", "decoded-noise"
 

@@ -13,13 +13,14 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
 from svgpipe.manifests.checkpoint import EMA_FILE, RAW_FILE, STATISTICS_FILE, DiffusionManifest, load_tensors
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.recipe import DiffusionSection, DiTSection, Precision
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import Guidance, sample
 from svgpipe.stages.training import autocast, generator
-from torch import Tensor
 
 
 @dataclass(frozen=True)

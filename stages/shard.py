@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.manifest import InputRef, WorkDir, digest, read_json, write_atomic, write_json
 from svgpipe.manifests.recipe import ShardSection

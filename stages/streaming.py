@@ -15,12 +15,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import webdataset as wds
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.stages.images import RejectedImageError, RGBArray, centre_crop, decode_image, random_crop, to_array
 from svgpipe.stages.training import seed_of
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 Sample = dict[str, Any]
 

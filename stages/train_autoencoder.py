@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from svgpipe.manifests.checkpoint import (
     AUTOENCODER_FILE,
     AutoencoderManifest,
@@ -47,7 +49,6 @@ from svgpipe.stages.training import (
     set_learning_rate,
     stop_on_signal,
 )
-from torch import Tensor
 
 GRID_IMAGES = 16
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import (
     EMA_FILE,
@@ -50,7 +52,6 @@ from svgpipe.stages.training import (
     set_learning_rate,
     stop_on_signal,
 )
-from torch import Tensor
 
 GRID_SAMPLES = 32
 Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]

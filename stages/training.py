@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
 from svgpipe.manifests.errors import ArtifactError, DivergedError
 from svgpipe.manifests.manifest import write_atomic
 from svgpipe.manifests.recipe import Precision, ScheduleSection
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 
 def seed_of(*parts: int | str) -> int:

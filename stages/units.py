@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from svgpipe.manifests.errors import SvgpipeError
 
 Row = dict[str, Any]

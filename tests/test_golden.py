@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
+
 from svgpipe.models import convert
 from svgpipe.models.autoencoder import (
     Autoencoder,
@@ -28,7 +30,6 @@ from svgpipe.models.flow import Guidance, drop_labels, flow_loss, sample, shift_
 from svgpipe.models.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from svgpipe.models.residual import Alignment, ResidualEncoder
 from svgpipe.stages.images import centre_crop
-from torch import Tensor
 
 from .conftest import Golden, GoldenFolder
 

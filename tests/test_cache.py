@@ -1,0 +1,169 @@
+"""The feature cache: opens without svgpipe, reads any rows in any order, refuses to lie."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.cache import FeatureStore, StoreSpec
+from svgpipe.manifests.errors import ArtifactError
+
+from .conftest import Finished
+
+ROWS, VIEWS = 11, 2
+SPEC = StoreSpec(ROWS, ("original", "flip"), (2, 3), 5, 4, ("a", "b"))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[FeatureStore, np.ndarray]:
+    path = tmp_path_factory.mktemp("store") / "store"
+    store = FeatureStore.create(path, SPEC, np.zeros(5, np.float32), np.ones(5, np.float32))
+    values = np.random.default_rng(0).normal(size=(ROWS, VIEWS, 2, 3, 5)).astype(np.float16)
+    values[6] = 0  # an all-zero row must be written too, and read back without complaint
+    for unit in range(SPEC.num_units):
+        rows = SPEC.rows_of(unit)
+        store.write_unit(unit, values[rows.start : rows.stop])
+    return store, values
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.integers(-ROWS, ROWS - 1), max_size=20), data=st.data())
+def test_reads_equal_numpy_indexing(
+    written: tuple[FeatureStore, np.ndarray], rows: list[int], data: st.DataObject
+) -> None:
+    store, values = written
+    views = data.draw(st.lists(st.integers(0, VIEWS - 1), min_size=len(rows), max_size=len(rows)))
+    index = np.asarray(rows, int)
+    np.testing.assert_array_equal(store.read(rows, views), values[index, np.asarray(views, int)])
+    np.testing.assert_array_equal(store.read(rows, "flip"), values[index, 1])
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 10_000), st.integers(1, 700))
+def test_units_partition_the_rows(num_samples: int, unit_rows: int) -> None:
+    spec = StoreSpec(num_samples, ("original",), (1, 1), 1, unit_rows, ())
+    covered = [row for unit in range(spec.num_units) for row in spec.rows_of(unit)]
+    assert covered == list(range(num_samples))
+
+
+def test_bad_indices_are_refused_at_once(written: tuple[FeatureStore, np.ndarray]) -> None:
+    store, _ = written
+    for bad in ([ROWS], [-ROWS - 1], [[0, 1]], [0.5], ["a"]):
+        with pytest.raises(IndexError, match="expected"):
+            store.read_async(bad)
+    with pytest.raises(ValueError, match="expected one of original, flip"):
+        store.read([0], view="sideways")
+    with pytest.raises(IndexError, match=r"view numbers: expected 0\.\.1"):
+        store.read([0], view=[2])
+
+
+def test_writes_of_another_shape_are_refused(written: tuple[FeatureStore, np.ndarray]) -> None:
+    store, values = written
+    with pytest.raises(ValueError, match="unit 2: expected float16"):
+        store.write_unit(2, values[:4])
+    with pytest.raises(ValueError, match="found float32"):
+        store.write_unit(0, values[:4].astype(np.float32))  # type: ignore[arg-type]
+
+
+def test_a_missing_shard_is_an_error_and_not_zeros(written: tuple[FeatureStore, np.ndarray], tmp_path: Path) -> None:
+    store, values = written
+    copy = tmp_path / "copy"
+    shutil.copytree(store.path, copy)
+    FeatureStore.open(copy).unit_file(1).unlink()
+    damaged = FeatureStore.open(copy)
+    np.testing.assert_array_equal(damaged.read([0, 10]), values[[0, 10], 0])
+    with pytest.raises(ArtifactError, match="cannot read features"):
+        damaged.read([5])
+
+
+def test_a_flipped_bit_is_an_error(written: tuple[FeatureStore, np.ndarray], tmp_path: Path) -> None:
+    store, _ = written
+    copy = tmp_path / "copy"
+    shutil.copytree(store.path, copy)
+    file = FeatureStore.open(copy).unit_file(0)
+    content = bytearray(file.read_bytes())
+    content[7] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match="cannot read features"):
+        FeatureStore.open(copy).read(range(4))
+
+
+def test_plain_zarr_and_tensorstore_open_it(finished: Finished) -> None:
+    cache = finished.cache
+    group = zarr.open_group(str(finished.root / "cache"), mode="r")
+    features = group["features"]
+    assert isinstance(features, zarr.Array)
+    assert features.metadata.dimension_names == ("sample", "view", "row", "column", "channel")  # type: ignore[union-attr]
+    assert (features.shape, features.dtype) == (cache.shape, np.float16)
+    assert features.chunks == (1, 1, 4, 4, 116)
+    assert features.shards == (8, 2, 4, 4, 116)
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(finished.root / "cache" / "features")}}
+    other = tensorstore.open(spec).result()
+    everything = cache.read(range(len(cache)))
+    np.testing.assert_array_equal(np.asarray(features[:, 0]), everything)
+    np.testing.assert_array_equal(other[:, 0].read().result(), everything)
+    assert group.attrs["class_names"] == ["astronaut", "cat", "coffee"]
+    assert group.attrs["svgpipe"]["fingerprint"] == cache.manifest.fingerprint  # type: ignore[index, call-overload]
+
+
+def test_the_cache_in_python(finished: Finished) -> None:
+    cache = FeatureCache(str(finished.root / "cache"))
+    assert len(cache) == 36
+    assert cache.shape == (36, 2, 4, 4, 116)
+    assert cache.classes == ["astronaut", "cat", "coffee"]
+    row = cache[3]
+    assert row.features.shape == (4, 4, 116)
+    assert row.class_name == cache.classes[row.label]
+    assert row.valid
+    assert (cache.labels == finished.shards.rows.label).all()
+    assert (cache.heldout == finished.shards.rows.heldout).all()
+    assert cache[-1].label == cache.labels[-1]
+    with pytest.raises(IndexError):
+        cache[36]
+    with pytest.raises(TypeError, match="read"):
+        cache[1:3]
+    assert cache.group["features"].shape == cache.shape  # type: ignore[union-attr]
+    assert len(list(iter(cache))) == 36
+
+
+def test_stored_values_are_normalised_and_denormalize_inverts(finished: Finished) -> None:
+    cache = finished.cache
+    stored = cache.read(range(len(cache))).astype(np.float64)
+    assert abs(stored.mean(axis=(0, 1, 2))).mean() < 0.2
+    assert abs(stored.std(axis=(0, 1, 2)) - 1).mean() < 0.2
+    back = cache.denormalize(stored)
+    assert back.dtype == np.float32
+    np.testing.assert_allclose((back - cache.channel_mean) / cache.channel_std, stored, atol=1e-4)
+    both = np.concatenate([stored, cache.read(range(len(cache)), "flip")]).reshape(-1, 116)
+    np.testing.assert_allclose(cache.store.array("stored_mean"), both.mean(0), atol=1e-4)
+    np.testing.assert_allclose(cache.store.array("stored_std"), both.std(0), atol=1e-4)
+
+
+def test_a_cache_survives_pickling(finished: Finished) -> None:
+    cache = finished.cache
+    cache.read([0])
+    again = pickle.loads(pickle.dumps(cache))
+    np.testing.assert_array_equal(again.read([1]), cache.read([1]))
+
+
+def test_stores_that_are_not_there_or_not_the_manifests(finished: Finished, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="expected a feature cache, found no such directory"):
+        FeatureCache(tmp_path / "none")
+    with pytest.raises(ArtifactError, match="expected a feature cache"):
+        FeatureCache(finished.root / "shards")
+    with pytest.raises(ArtifactError, match="expected a Zarr v3 group"):
+        FeatureStore.open(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.root / "cache", copy)
+    shutil.rmtree(copy / "features")
+    with pytest.raises(ArtifactError, match="expected a Zarr v3 group"):
+        FeatureCache(copy)

@@ -1,0 +1,125 @@
+"""The command line as a person meets it: skip what is done, say what is wrong, lose nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from svgpipe.manifests.checkpoint import CheckpointStore
+from svgpipe.pipeline.cli import main
+
+from .conftest import Finished, Outcome
+
+STAGES = ("shards", "autoencoder", "cache", "diffusion", "evaluation")
+
+
+def test_run_again_skips_everything(finished: Finished, photographs: Path, svgpipe: Callable[..., Outcome]) -> None:
+    before = {stage: (finished.root / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+    found = svgpipe("run", finished.recipe_file, "--workdir", finished.root, "--source", photographs)
+    assert found.code == 0, found.err
+    assert found.err.count("finished before, unchanged") == 5
+    assert {stage: (finished.root / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES} == before
+    assert str(finished.root / "evaluation" / "report.html") in found.out
+
+
+def test_run_refuses_a_changed_recipe_and_names_the_field(
+    finished: Finished, photographs: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    options = ["--workdir", finished.root, "--source", photographs, "--set", "autoencoder.batch_size=3"]
+    found = svgpipe("run", finished.recipe_file, *options)
+    assert found.code == 1
+    assert "config.batch_size: 4 there, 3 here" in found.err
+
+
+def test_run_without_a_source(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    found = svgpipe("run", finished.recipe_file, "--workdir", tmp_path / "work")
+    assert found.code == 2
+    assert "--source" in found.err
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_inspect_tells_every_artifacts_story(finished: Finished, svgpipe: Callable[..., Outcome], stage: str) -> None:
+    found = svgpipe("inspect", finished.root / stage)
+    assert found.code == 0, found.err
+    assert len(found.out.splitlines()) < 40
+    as_json = json.loads(svgpipe("inspect", finished.root / stage, "--json").out)
+    assert as_json["finished"] is True
+    assert as_json["fingerprint"] in found.out
+    assert as_json["facts"]
+
+
+def test_inspect_of_a_working_directory_and_of_nothing(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    everything = json.loads(svgpipe("inspect", finished.root, "--json").out)
+    assert {Path(a["path"]).name for a in everything["artifacts"]} == set(STAGES)
+    found = svgpipe("inspect", tmp_path)
+    assert found.code == 1
+    assert "expected an svgpipe artifact" in found.err
+
+
+def test_inspect_of_unfinished_work(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    shutil.copytree(finished.root / "cache", tmp_path / "cache")
+    (tmp_path / "cache" / "manifest.json").unlink()
+    found = svgpipe("inspect", tmp_path / "cache")
+    assert "unfinished" in found.out
+    assert "units finished" in found.out
+    for command in (["train-diffusion", "--cache", tmp_path / "cache", "--out", tmp_path / "out"],):
+        refused = svgpipe(*command)
+        assert refused.code == 1
+        assert "begun and not finished" in refused.err
+
+
+def test_inspect_of_altered_work(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    shutil.copytree(finished.root / "cache", tmp_path / "cache")
+    path = tmp_path / "cache" / "manifest.json"
+    path.write_text(path.read_text().replace('"num_valid": 36', '"num_valid": 35'))
+    found = svgpipe("inspect", tmp_path / "cache")
+    assert found.code == 1
+    assert "altered after it was written" in found.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["shard"], ["Missing argument"]),
+        (["extract", "--shards", "x"], ["Missing option"]),
+        (["nonsense"], ["No such command"]),
+        (["run", "no-such-recipe", "--workdir", "w"], ["no-such-recipe", "expected one of demo"]),
+        (["run", "demo", "--workdir", "w", "--set", "diffusion.stepz=1"], ["did you mean diffusion.steps"]),
+        (["shard", "a", "b", "--holdout", "2"], ["holdout"]),
+    ],
+)
+def test_usage_errors_exit_with_2(svgpipe: Callable[..., Outcome], arguments: list[str], words: list[str]) -> None:
+    found = svgpipe(*arguments)
+    assert found.code == 2
+    for word in words:
+        assert word in found.err
+
+
+def test_a_full_disk_is_one_message(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/step-00000004")
+
+    monkeypatch.setattr(CheckpointStore, "save", full)
+    cache = ["--cache", finished.root / "cache", "--recipe", finished.recipe_file]
+    found = svgpipe("train-diffusion", *cache, "--out", tmp_path / "out")
+    assert found.code == 1
+    assert "/data/step-00000004: no space left on the device" in found.err
+
+
+def test_the_console_script_and_its_version() -> None:
+    script = Path(sys.executable).with_name("svgpipe")
+    found = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("svgpipe ")
+    assert main(["--help"]) == 0

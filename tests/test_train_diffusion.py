@@ -1,0 +1,245 @@
+"""Diffusion training: from the cache alone, the same batches in any run, exactly resumable."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from svgpipe.manifests.checkpoint import DiffusionManifest
+from svgpipe.manifests.recipe import ScheduleSection
+from svgpipe.stages.batches import batch_at
+from svgpipe.stages.training import learning_rate, read_metrics
+
+from .conftest import Finished, Outcome, run_and_kill
+
+
+def train_args(finished: Finished, out: Path, *more: object) -> list[object]:
+    return [
+        "train-diffusion",
+        "--cache",
+        finished.root / "cache",
+        "--out",
+        out,
+        "--recipe",
+        finished.recipe_file,
+        *more,
+    ]
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    pairs = [(load_file(one / name), load_file(two / name)) for name in ("ema.safetensors", "raw.safetensors")]
+    return all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in pairs)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    num_rows=st.integers(1, 60),
+    batch_size=st.integers(1, 70),
+    num_views=st.integers(1, 2),
+    epoch=st.integers(0, 3),
+)
+def test_every_epoch_is_a_permutation_without_gaps(
+    seed: int, num_rows: int, batch_size: int, num_views: int, epoch: int
+) -> None:
+    """Whatever the batch size: positions e*N … (e+1)*N-1 of the stream hold every row once."""
+    steps = range(-(-(epoch + 1) * num_rows // batch_size))
+    batches = [batch_at(s, seed=seed, batch_size=batch_size, num_rows=num_rows, num_views=num_views) for s in steps]
+    rows = np.concatenate([b.rows for b in batches])[epoch * num_rows : (epoch + 1) * num_rows]
+    assert sorted(rows.tolist()) == list(range(num_rows))
+    views = np.concatenate([b.views for b in batches])
+    assert views.min() >= 0
+    assert views.max() < num_views
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 500), st.integers(1, 16), st.integers(1, 40))
+def test_the_stream_does_not_depend_on_the_batch_size(step: int, batch_size: int, num_rows: int) -> None:
+    batch = batch_at(step, seed=7, batch_size=batch_size, num_rows=num_rows, num_views=2)
+    for i in range(batch_size):
+        one = batch_at(step * batch_size + i, seed=7, batch_size=1, num_rows=num_rows, num_views=2)
+        assert (one.rows[0], one.views[0]) == (batch.rows[i], batch.views[i])
+
+
+def test_epochs_and_seeds_differ_and_both_views_occur() -> None:
+    def rows(seed: int, step: int) -> tuple[list[int], list[int]]:
+        batch = batch_at(step, seed=seed, batch_size=64, num_rows=64, num_views=2)
+        return batch.rows.tolist(), batch.views.tolist()
+
+    assert rows(0, 0) == rows(0, 0)
+    assert rows(0, 0)[0] != rows(0, 1)[0]
+    assert rows(0, 0)[0] != rows(1, 0)[0]
+    assert 10 < sum(rows(0, 0)[1]) < 54
+
+
+def test_learning_rate_schedules() -> None:
+    warm = ScheduleSection(warmup_steps=4, kind="cosine", final_factor=0.1)
+    rates = [learning_rate(s, 20, 2.0, warm) for s in range(21)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[4] == pytest.approx(2.0)
+    assert rates[20] == pytest.approx(0.2)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert {learning_rate(s, 20, 2.0, ScheduleSection()) for s in range(20)} == {2.0}
+
+
+def test_training_needs_the_cache_and_nothing_else(finished: Finished, tmp_path: Path) -> None:
+    """In a fresh process, with the shards and the autoencoder moved away: no timm, no webdataset, no Ray."""
+    alone = tmp_path / "alone"
+    shutil.copytree(finished.root / "cache", alone / "cache")
+    moved = finished.root.with_name("moved")
+    finished.root.rename(moved)
+    arguments = [
+        "train-diffusion",
+        "--cache",
+        alone / "cache",
+        "--out",
+        alone / "out",
+        "--recipe",
+        finished.recipe_file,
+    ]
+    code = (
+        "import sys; from svgpipe.pipeline.cli import main; code = main(sys.argv[1:]); "
+        "print(code, [m for m in ('timm', 'webdataset', 'ray', 'torchvision') if m in sys.modules])"
+    )
+    try:
+        found = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+    finally:
+        moved.rename(finished.root)
+    assert found.stdout.splitlines()[-1] == "0 []", found.stderr
+    assert same_weights(alone / "out", finished.root / "diffusion")
+
+
+def test_what_training_leaves(finished: Finished) -> None:
+    folder = finished.root / "diffusion"
+    manifest = DiffusionManifest.read(folder)
+    assert (manifest.steps, manifest.grid, manifest.channels) == (12, (4, 4), 116)
+    assert manifest.class_names == ["astronaut", "cat", "coffee"]
+    entries = read_metrics(folder / "metrics.jsonl")
+    assert [e["step"] for e in entries if "loss" in e] == list(range(1, 13))
+    held = [e["heldout_loss"] for e in entries if "heldout_loss" in e]
+    assert [e["step"] for e in entries if "heldout_loss" in e] == [4, 8, 12]
+    assert held[-1] == manifest.heldout_loss
+    assert held[-1] < held[0]
+    with Image.open(folder / "samples" / "step-00000012.png") as grid:
+        assert grid.size == (8 * 32, 4 * 32)
+    scalars = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [e.step for e in scalars.Scalars("loss")] == list(range(1, 13))
+    statistics = load_file(folder / "statistics.safetensors")
+    np.testing.assert_array_equal(statistics["channel_std"].numpy(), finished.cache.channel_std)
+    assert not same_weights_of_average_and_raw(folder)
+
+
+def same_weights_of_average_and_raw(folder: Path) -> bool:
+    ema, raw = (load_file(folder / name) for name in ("ema.safetensors", "raw.safetensors"))
+    return all(torch.equal(ema[key], raw[key]) for key in ema)
+
+
+@pytest.mark.parametrize("kill_after", [4, 8])
+def test_a_killed_run_ends_bit_for_bit_the_same(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], kill_after: int
+) -> None:
+    out = tmp_path / "killed"
+    latest = out / "checkpoints" / "latest.json"
+    run_and_kill(train_args(finished, out), lambda: latest.exists() and f'"step": {kill_after}' in latest.read_text())
+    assert not (out / "manifest.json").exists()
+    resumed = svgpipe(*train_args(finished, out))
+    assert resumed.code == 0, resumed.err
+    assert "resumed at step" in resumed.err
+    assert same_weights(out, finished.root / "diffusion")
+    metrics = [
+        [(e["step"], e["loss"], e["grad_norm"]) for e in read_metrics(f / "metrics.jsonl") if "loss" in e]
+        for f in (out, finished.root / "diffusion")
+    ]
+    assert metrics[0] == metrics[1]
+
+
+def test_ctrl_c_finishes_the_step_saves_and_resumes(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    out = tmp_path / "out"
+    more = ["--set", "diffusion.steps=5000", "--set", "diffusion.checkpoint_every=100000"]
+    command = [sys.executable, "-c", "from svgpipe.pipeline.cli import entry; entry()"]
+    process = subprocess.Popen(
+        [*command, *map(str, train_args(finished, out, *more))], stderr=subprocess.PIPE, text=True
+    )
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "saved. The same command resumes." in err
+    assert "Traceback" not in err
+    described = svgpipe("inspect", out)
+    assert "checkpoint at step" in described.out
+
+
+def test_divergence_stops_with_the_step_and_the_last_checkpoint(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    more = ["--set", "diffusion.learning_rate=1e38", "--set", "diffusion.checkpoint_every=1"]
+    found = svgpipe(*train_args(finished, tmp_path / "out", *more))
+    assert found.code == 1
+    assert "training diverged at step" in found.err
+    assert "the last good checkpoint is" in found.err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_another_cache_is_refused(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    other = tmp_path / "cache"
+    options = ["--shards", finished.root / "shards", "--autoencoder", finished.root / "autoencoder", "--out", other]
+    more = ["--recipe", finished.recipe_file, "--set", "extract.views=[original]"]
+    assert svgpipe("extract", *options, *more).code == 0
+    arguments = train_args(finished, finished.root / "diffusion")
+    arguments[2] = other
+    found = svgpipe(*arguments)
+    assert found.code == 1
+    assert "inputs.cache" in found.err
+
+
+def test_a_cache_without_training_rows_is_refused(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    copy = tmp_path / "cache"
+    shutil.copytree(finished.root / "cache", copy)
+    from svgpipe.manifests.cache import FeatureStore
+
+    FeatureStore.open(copy).put("heldout", np.ones(36, bool))
+    arguments = train_args(finished, tmp_path / "out")
+    arguments[2] = copy
+    found = svgpipe(*arguments)
+    assert found.code == 2
+    assert "expected valid rows to train on" in found.err
+
+
+def test_a_cache_that_lost_a_shard_stops_with_its_name(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    copy = tmp_path / "cache"
+    shutil.copytree(finished.root / "cache", copy)
+    (copy / "features" / "c" / "1" / "0" / "0" / "0" / "0").unlink()
+    arguments = train_args(finished, tmp_path / "out")
+    arguments[2] = copy
+    found = svgpipe(*arguments)
+    assert found.code == 1
+    assert f"{copy}: cannot read features" in found.err
