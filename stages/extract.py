@@ -22,11 +22,12 @@ from svgpipe.manifests.cache import CacheManifest, FeatureStore, StoreSpec
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import WorkDir, digest, file_sha256, read_json, write_json
+from svgpipe.manifests.manifest import WorkDir, digest, read_json, write_json
 from svgpipe.manifests.recipe import ExtractSection
-from svgpipe.manifests.shards import Rows, ShardSet, read_member
+from svgpipe.manifests.shards import Rows, ShardSet
 from svgpipe.stages.encoder import load_autoencoder
-from svgpipe.stages.images import RejectedImageError, RGBArray, centre_crop, decode_image, to_array
+from svgpipe.stages.extract_tasks import CollectMoments, ReadImages, WriteUnit
+from svgpipe.stages.images import RGBArray
 from svgpipe.stages.moments import Moments, merge_all
 from svgpipe.stages.progress import Progress, Silent
 from svgpipe.stages.streaming import evenly_spread
@@ -82,7 +83,9 @@ def extract(
     progress.begin("extract", len(rows), len(rows) - sum(len(spec.rows_of(u)) for u in missing))
     items = [{"unit": unit, "refs": job.refs(list(spec.rows_of(unit)))} for unit in missing]
     worker_args = {**job.worker_args, "mean": mean, "std": std, "views": config.views}
-    for done in run_units(items, _Read(encoder.image_size), _Encode, worker_args, _Write(store, journal), resources):
+    for done in run_units(
+        items, ReadImages(encoder.image_size), _Encode, worker_args, WriteUnit(store, journal), resources
+    ):
         progress.advance(len(spec.rows_of(int(done["unit"]))))
     return _publish(work, store, journal, job, progress)
 
@@ -120,25 +123,6 @@ class _Job:
             "precision": self.config.precision,
             "threads": self.resources.threads,
         }
-
-
-class _Read:
-    """CPU task: range reads, decode, ADM centre crop."""
-
-    def __init__(self, image_size: int) -> None:
-        self.image_size = image_size
-
-    def __call__(self, row: Row) -> Row:
-        refs = json.loads(row["refs"])
-        pixels = np.zeros((len(refs), self.image_size, self.image_size, 3), np.uint8)
-        rejects = []
-        for i, (tar, offset, size, sha256, key) in enumerate(refs):
-            try:
-                data = read_member(Path(tar), offset, size, sha256)
-                pixels[i] = to_array(centre_crop(decode_image(data), self.image_size))
-            except (RejectedImageError, ArtifactError) as error:
-                rejects.append({"row": i, "tar": tar, "offset": offset, "key": key, "reason": str(error)})
-        return {"unit": row["unit"], "pixels": pixels, "rejects": json.dumps(rejects)}
 
 
 class _Encode:
@@ -196,38 +180,6 @@ class _Encode:
         return {"unit": row["unit"], "features": values, "rejects": row["rejects"]}
 
 
-class _Write:
-    """CPU task: one outer shard, whole, then its journal record."""
-
-    def __init__(self, store: FeatureStore, journal: Journal) -> None:
-        self.path, self.spec, self.journal_path = store.path.resolve(), store.spec, journal.directory.resolve()
-
-    def __call__(self, row: Row) -> Row:
-        unit, features = int(row["unit"]), np.ascontiguousarray(row["features"])
-        rejects = json.loads(row["rejects"])
-        store = FeatureStore(self.path, self.spec)
-        store.write_unit(unit, features)
-        valid = np.ones(len(features), bool)
-        valid[[reject["row"] for reject in rejects]] = False
-        entry = {
-            "sha256": file_sha256(store.unit_file(unit)),
-            "num_bytes": store.unit_file(unit).stat().st_size,
-            "rejects": rejects,
-            "moments": Moments.of(features[valid]).as_json(),
-        }
-        Journal(self.journal_path).record(unit, entry)
-        return {"unit": unit}
-
-
-class _CollectMoments:
-    """CPU task of the calibration pass: moments instead of a write."""
-
-    def __call__(self, row: Row) -> Row:
-        valid = np.ones(len(row["features"]), bool)
-        valid[[reject["row"] for reject in json.loads(row["rejects"])]] = False
-        return {"unit": row["unit"], "moments": json.dumps(Moments.of(row["features"][valid]).as_json())}
-
-
 def _calibrate(job: _Job, path: Path, progress: Progress) -> dict[str, Any]:
     """Mean and std per channel over evenly spread training rows, measured once and kept for every resume."""
     if path.exists():
@@ -240,8 +192,8 @@ def _calibrate(job: _Job, path: Path, progress: Progress) -> dict[str, Any]:
     items = [{"unit": i, "refs": job.refs(chunk)} for i, chunk in enumerate(chunks)]
     progress.begin("calibrate", len(chosen))
     parts: dict[int, Moments] = {}
-    reader = _Read(job.encoder.image_size)
-    for done in run_units(items, reader, _Encode, job.worker_args, _CollectMoments(), job.resources):
+    reader = ReadImages(job.encoder.image_size)
+    for done in run_units(items, reader, _Encode, job.worker_args, CollectMoments(), job.resources):
         parts[int(done["unit"])] = Moments.from_json(json.loads(done["moments"]))
         progress.advance(len(chunks[int(done["unit"])]))
     total = merge_all((parts[i] for i in sorted(parts)), len(next(iter(parts.values())).mean))

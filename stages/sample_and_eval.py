@@ -30,10 +30,11 @@ from svgpipe.manifests.evaluation import REPORT_NAME, EvaluationManifest, Measur
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import WorkDir, digest, file_sha256, require_same
 from svgpipe.manifests.recipe import AutoencoderSection, EvaluationSection
-from svgpipe.manifests.shards import ShardFile, ShardSet, TarImage, shard_name, write_tar
+from svgpipe.manifests.shards import ShardFile, ShardSet
 from svgpipe.models.flow import Guidance
 from svgpipe.stages.encoder import build_backbone, load_autoencoder, reconstruct
-from svgpipe.stages.images import encode_png, psnr
+from svgpipe.stages.eval_tasks import ReadForDecoding, WriteImages, WriteLatents, pass_on
+from svgpipe.stages.images import psnr
 from svgpipe.stages.measure import (
     Extractor,
     ImageRef,
@@ -208,8 +209,8 @@ class _Sweep:
             "threads": self.resources.threads,
         }
         paths = [store.path.resolve() for store in stores]
-        writer = _WriteLatents(paths, spec, self.units_per_set, journal.directory.resolve())
-        for _ in run_units(items, _pass_on, _Draw, args, writer, self.resources):
+        writer = WriteLatents(paths, spec, self.units_per_set, journal.directory.resolve())
+        for _ in run_units(items, pass_on, _Draw, args, writer, self.resources):
             self.progress.advance(1, f"{total} latents in all")
         return stores
 
@@ -252,17 +253,13 @@ class _Sweep:
             "batch_size": self.config.batch_size,
             "threads": self.resources.threads,
         }
-        writer = _WriteImages(self.out.resolve(), journal.directory.resolve())
-        for _ in run_units(items, _ReadForDecoding(sets.size), _Decode, args, writer, self.resources):
+        writer = WriteImages(self.out.resolve(), journal.directory.resolve())
+        for _ in run_units(items, ReadForDecoding(sets.size), _Decode, args, writer, self.resources):
             self.progress.advance()
         found: dict[str, list[ShardFile]] = {name: [] for name in names}
         for unit, job in enumerate(jobs):
             found[job["set"]].append(ShardFile.model_validate(journal.read(unit)["shard"]))
         return found
-
-
-def _pass_on(row: Row) -> Row:
-    return row
 
 
 class _Draw:
@@ -292,41 +289,6 @@ class _Draw:
             raise ArtifactError(f"{setting.name}: the model drew latents that are not finite; train longer or anew.")
         shape = (len(rows), 1, *self.spec.grid, self.spec.channels)
         return {"unit": row["unit"], "latents": latents.reshape(shape)}
-
-
-@dataclass(frozen=True)
-class _WriteLatents:
-    """CPU task: one outer shard of one setting, then its journal record."""
-
-    paths: list[Path]
-    spec: StoreSpec
-    units_per_set: int
-    journal: Path
-
-    def __call__(self, row: Row) -> Row:
-        setting, unit = divmod(int(row["unit"]), self.units_per_set)
-        store = FeatureStore(self.paths[setting], self.spec)
-        store.write_unit(unit, np.ascontiguousarray(row["latents"]))
-        Journal(self.journal).record(int(row["unit"]), {"sha256": file_sha256(store.unit_file(unit))})
-        return {"unit": row["unit"]}
-
-
-@dataclass(frozen=True)
-class _ReadForDecoding:
-    """CPU task: latents of a store, or pixels of real images, or nothing for noise."""
-
-    size: int
-
-    def __call__(self, row: Row) -> Row:
-        job = json.loads(row["job"])
-        empty = np.zeros((0,), np.float32)
-        latents = pixels = empty
-        if job["store"] is not None:
-            latents = FeatureStore.open(Path(job["store"])).read(job["indices"]).astype(np.float32)
-        if job["refs"]:
-            images = ImageSet([ImageRef(Path(r[0]), *r[1:]) for r in job["refs"]], self.size)
-            pixels = np.stack([images.pixels(i) for i in range(len(images))])
-        return {**row, "latents": latents, "pixels": pixels}
 
 
 class _Decode:
@@ -364,28 +326,6 @@ class _Decode:
         else:
             pixels = self._decode(torch.from_numpy(np.array(row["latents"])))
         return {"unit": row["unit"], "job": row["job"], "images": pixels}
-
-
-@dataclass(frozen=True)
-class _WriteImages:
-    """CPU task: one tar, then its journal record."""
-
-    out: Path
-    journal: Path
-
-    def __call__(self, row: Row) -> Row:
-        job = json.loads(row["job"])
-        folder = self.out / "images" / job["set"]
-        labels = [ref[4] for ref in job["refs"]]
-        if job["store"] is not None:
-            labels = FeatureStore.open(Path(job["store"])).array("label")[job["indices"]].tolist()
-        members = [
-            TarImage(f"{index:08d}", encode_png(pixels), "png", labels[i] if labels else 0)
-            for i, (index, pixels) in enumerate(zip(job["indices"], np.asarray(row["images"]), strict=True))
-        ]
-        shard = write_tar(folder / shard_name(job["number"]), members, "train")
-        Journal(self.journal).record(int(row["unit"]), {"shard": shard.model_dump()})
-        return {"unit": row["unit"]}
 
 
 def _measure(

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from svgpipe.manifests.errors import SvgpipeError
+
+if TYPE_CHECKING:
+    import torch
 
 Row = dict[str, Any]
 
@@ -88,6 +89,8 @@ def _own_error(error: BaseException | None) -> SvgpipeError | OSError | None:
 
 def start_worker(threads: int) -> torch.device:
     """Called by every actor at its start: its device, and its share of the cores."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.device("cuda")
     torch.set_num_threads(threads)
