@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -274,9 +275,21 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
         typer.echo(f"warning: {message}", err=True)
 
 
+def _show_log() -> None:
+    """svgpipe's own log lines (which attention kernel was chosen, say) on stderr; no other library's."""
+    log = logging.getLogger("svgpipe")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake prints one message, never a traceback."""
     warnings.showwarning = _show_warning
+    _show_log()
     try:
         result = app(arguments, standalone_mode=False, prog_name="svgpipe")
     except SvgpipeError as error:

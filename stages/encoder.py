@@ -141,35 +141,37 @@ def build_autoencoder(config: AutoencoderSection) -> Autoencoder:
             f"{grid}x{grid} grid, expected image_size {size}. Change ch_mult, backbone.input_size or image_size."
         )
     try:
-        residual = None
-        if config.residual.enabled:
-            residual = ResidualEncoder(
-                image_size=size,
-                patch_size=size // grid,
-                channels=config.residual.channels,
-                depth=config.residual.depth,
-                width=config.residual.width,
-                heads=config.residual.heads,
-                mlp_ratio=config.residual.mlp_ratio,
-                dropout=config.residual.dropout,
-            )
-        decoder = Decoder(
-            z_channels=backbone.channels + (residual.channels if residual else 0),
-            ch=config.decoder.ch,
-            ch_mult=config.decoder.ch_mult,
-            num_res_blocks=config.decoder.num_res_blocks,
-            attn_resolutions=(grid,) if config.decoder.attention else (),
-            resolution=size,
-        )
-        return Autoencoder(
-            backbone,
-            decoder,
-            residual,
-            align=config.residual.align,
-            mask_ratio=config.residual.mask_ratio,
-        )
+        # Initial weights depend on the recipe's seed alone, not on what drew random numbers before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return _assemble(config, backbone)
     except ValueError as error:
         raise UsageError(f"autoencoder: {error}") from error
+
+
+def _assemble(config: AutoencoderSection, backbone: Backbone) -> Autoencoder:
+    grid, size = backbone.grid, config.image_size
+    residual = None
+    if config.residual.enabled:
+        residual = ResidualEncoder(
+            image_size=size,
+            patch_size=size // grid,
+            channels=config.residual.channels,
+            depth=config.residual.depth,
+            width=config.residual.width,
+            heads=config.residual.heads,
+            mlp_ratio=config.residual.mlp_ratio,
+            dropout=config.residual.dropout,
+        )
+    decoder = Decoder(
+        z_channels=backbone.channels + (residual.channels if residual else 0),
+        ch=config.decoder.ch,
+        ch_mult=config.decoder.ch_mult,
+        num_res_blocks=config.decoder.num_res_blocks,
+        attn_resolutions=(grid,) if config.decoder.attention else (),
+        resolution=size,
+    )
+    return Autoencoder(backbone, decoder, residual, align=config.residual.align, mask_ratio=config.residual.mask_ratio)
 
 
 def load_autoencoder(directory: Path) -> tuple[Autoencoder, AutoencoderManifest]:

@@ -147,8 +147,8 @@ class _Trainer:
     def __post_init__(self) -> None:
         config = self.config
         self.device = pick_device()
-        self._seed_everything()
         self.perceptual = load_perceptual(config.perceptual, self.model)
+        torch.manual_seed(seed_of(config.seed, "discriminator"))
         self.discriminator = (
             PatchDiscriminator(width=config.discriminator.width, layers=config.discriminator.layers)
             if config.discriminator.enabled
@@ -165,18 +165,6 @@ class _Trainer:
         self.step = self._resume()
         self.log = MetricsLog(self.work.path, self.step)
         self.heldout = self._load_heldout()
-
-    def _seed_everything(self) -> None:
-        """Initial weights depend on the seed alone; the backbone is already loaded."""
-        torch.manual_seed(seed_of(self.config.seed, "initial weights"))
-        for module in (self.model.residual, self.model.decoder):
-            if module is not None:
-                for child in module.modules():
-                    reset = getattr(child, "reset_parameters", None)
-                    if callable(reset):
-                        reset()
-        with torch.no_grad():
-            self.model.mask_token.normal_(std=0.02)
 
     def _load_heldout(self) -> RGBArray:
         rows = np.flatnonzero(self.shards.rows.heldout)

@@ -126,11 +126,9 @@ class StopRequest:
         self.seen = False
 
     def __call__(self, number: int, frame: types.FrameType | None) -> None:
-        del frame
         if self.seen:
-            raise KeyboardInterrupt
+            signal.default_int_handler(number, frame)
         self.seen = True
-        signal.signal(number, signal.default_int_handler)
 
 
 @contextmanager

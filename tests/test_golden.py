@@ -303,9 +303,8 @@ def test_golden_encode(golden: GoldenFolder) -> None:
         real["seq_normalised"],
         recording.atol,
     )
-    map_back = map_from_tokens(
-        denormalise(real["seq_sampled"], stats["mean"], stats["std"]), tuple(real["z"].shape[2:])
-    )
+    rows, columns = real["z"].shape[2:]
+    map_back = map_from_tokens(denormalise(real["seq_sampled"], stats["mean"], stats["std"]), (rows, columns))
     close(map_back, real["z_denormalised"], recording.atol)
 
 

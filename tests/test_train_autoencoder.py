@@ -94,6 +94,7 @@ def test_frozen_scalars_are_those_of_the_training_images(finished: Finished) -> 
     with torch.no_grad():
         residual = model.residual((images - model.imagenet_mean) / model.imagenet_std)
         expected = Alignment.statistics(model.backbone(images), residual)
+    assert manifest.alignment is not None
     np.testing.assert_allclose(manifest.alignment, expected.numpy(), rtol=1e-3, atol=1e-4)
 
 
