@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.errors import ArtifactError, storage_error
 from svgpipe.manifests.manifest import Manifest
 
 DIMENSIONS = ("sample", "view", "row", "column", "channel")
@@ -166,7 +166,10 @@ class FeatureStore:
         expected = (len(rows), len(self.spec.views), *self.spec.grid, self.spec.channels)
         if features.shape != expected or features.dtype != np.float16:
             raise ValueError(f"unit {unit}: expected float16 {expected}, found {features.dtype} {features.shape}")
-        self._tensorstore(write=True)[rows.start : rows.stop].write(features).result()
+        try:
+            self._tensorstore(write=True)[rows.start : rows.stop].write(features).result()
+        except ValueError as error:  # tensorstore's word for whatever the file system refused
+            raise storage_error(self.unit_file(unit), error) from error
 
     def unit_file(self, unit: int) -> Path:
         """The file of outer shard `unit`."""
@@ -184,10 +187,7 @@ class FeatureStore:
         """Start reading; `.result()` gives what `read` would. Raises IndexError or ValueError at once."""
         rows = self._check_indices(indices)
         views = self._check_views(view, rows)
-        try:
-            return self._tensorstore().vindex[rows, views].read()
-        except ValueError as error:
-            raise ArtifactError(f"{self.path}: {error}") from error
+        return self._tensorstore().vindex[rows, views].read()
 
     def read(self, indices: ArrayLike, view: str | ArrayLike = "original") -> Features:
         """Rows in any order, duplicates and negative indices allowed: (n, row, column, channel) float16.
@@ -199,11 +199,10 @@ class FeatureStore:
             IndexError: an index or view number out of range. ValueError: an unknown view name.
             ArtifactError: a shard that is missing or whose checksum is wrong.
         """
+        future = self.read_async(indices, view)
         try:
-            return np.asarray(self.read_async(indices, view).result())
+            return np.asarray(future.result())
         except ValueError as error:  # tensorstore's word for missing and corrupt chunks
-            if isinstance(error, IndexError) or "view" in str(error)[:5]:
-                raise
             raise ArtifactError(f"{self.path}: cannot read features: {error}") from error
 
     def _check_indices(self, indices: ArrayLike) -> NDArray[np.int64]:

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -24,7 +23,7 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from svgpipe.manifests.errors import ArtifactError, SvgpipeWarning
+from svgpipe.manifests.errors import ArtifactError, storage_error
 from svgpipe.manifests.manifest import Json, Manifest, file_sha256, read_json, sync_directory, write_json
 
 AUTOENCODER_FILE = "autoencoder.safetensors"
@@ -71,9 +70,13 @@ class DiffusionManifest(Manifest):
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write safetensors atomically; returns the file's sha256."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    try:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+    except (safetensors.SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise storage_error(path, error) from error
     sha256 = file_sha256(partial)
     partial.replace(path)
     sync_directory(path.parent)
@@ -119,6 +122,12 @@ class CheckpointStore:
         path = self.directory / "latest.json"
         return list(read_json(path)["checkpoints"]) if path.exists() else []
 
+    @property
+    def newest(self) -> Path | None:
+        """Folder of the newest published checkpoint."""
+        entries = self._listed()
+        return self.directory / entries[-1]["folder"] if entries else None
+
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write and publish a checkpoint, then remove those beyond `keep`."""
         name = f"step-{checkpoint.step:08d}"
@@ -139,8 +148,8 @@ class CheckpointStore:
                 shutil.rmtree(old, ignore_errors=True)
         return folder
 
-    def latest(self) -> Checkpoint | None:
-        """The newest intact checkpoint; a damaged one is named in a warning and the one before is used.
+    def latest(self, say: Callable[[str], None]) -> Checkpoint | None:
+        """The newest intact checkpoint; a damaged one is named through `say` and the one before is used.
 
         Raises:
             ArtifactError: checkpoints are listed, but none is intact.
@@ -158,7 +167,7 @@ class CheckpointStore:
                 problems.append(str(error))
                 continue
             for problem in problems:
-                warnings.warn(f"{problem} Falling back to step {entry['step']}.", SvgpipeWarning, stacklevel=2)
+                say(f"{problem} Falling back to step {entry['step']}.")
             return Checkpoint(int(entry["step"]), groups, dict(entry["values"]))
         if problems:
             raise ArtifactError(

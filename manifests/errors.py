@@ -12,6 +12,10 @@ A message names the file, what was expected, what was found and what to do next.
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
 
 class SvgpipeError(Exception):
     """Something outside the code is wrong; the message is meant for the person at the terminal."""
@@ -43,5 +47,18 @@ class InterruptedRunError(SvgpipeError):
     exit_code = 130
 
 
-class SvgpipeWarning(UserWarning):
-    """Something worth a person's attention that does not stop the run."""
+def first_line(error: BaseException) -> str:
+    """Kind and first line of another library's error, for use inside a message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def storage_error(path: Path, error: Exception) -> Exception:
+    """What to raise for a failed write that a storage library reports in words of its own.
+
+    A full disk becomes the OSError that it was; anything else an ArtifactError with the library's words.
+    """
+    text = str(error)
+    if os.strerror(errno.ENOSPC) in text or "os error 28" in text:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    return ArtifactError(f"{path}: could not be written: {text}")

@@ -61,11 +61,15 @@ def file_sha256(path: Path) -> str:
 def write_atomic(path: Path, content: bytes) -> None:
     """Write `content` so that `path` holds either its old or its whole new content, even after a crash."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
 
 
@@ -106,7 +110,11 @@ def differing_fields(expected: object, found: object, prefix: str = "") -> list[
         lines: list[str] = []
         for key in sorted(set(expected) | set(found)):
             name = f"{prefix}.{key}" if prefix else str(key)
-            lines += differing_fields(expected.get(key), found.get(key), name)
+            if key in expected and key in found:
+                lines += differing_fields(expected[key], found[key], name)
+            else:
+                there, here = (_shorten(side[key]) if key in side else "absent" for side in (expected, found))
+                lines.append(f"{name}: {there} there, {here} here")
         return lines
     if expected == found:
         return []
@@ -231,6 +239,17 @@ def _why_no_manifest(directory: Path, noun: str) -> str:
     return f"{directory}: expected {noun}, found no {MANIFEST_NAME} in it."
 
 
+def _holds_nothing(path: Path) -> bool:
+    """No work that could be lost: absent, empty, or at most a plan and what a killed write left of it.
+
+    Such a plan is replaced without asking, so that a command refused for its options can be run with better ones.
+    """
+    if not path.exists():
+        return True
+    names = {entry.name for entry in path.iterdir()}
+    return all(name == PLAN_NAME or (name.startswith(".") and name.endswith(".partial")) for name in names)
+
+
 class WorkDir(Generic[M]):
     """An output directory of one stage: refuses what does not belong, resumes what does.
 
@@ -267,16 +286,16 @@ class WorkDir(Generic[M]):
             found["inputs"] = {name: ref.fingerprint for name, ref in done.inputs.items()}
             self._require_equal(found, plan, f"{kind.NOUN} (fingerprint {done.fingerprint[:12]})")
             self.finished = done
+        elif _holds_nothing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / PLAN_NAME, plan)
         elif (path / PLAN_NAME).exists():
             self._require_equal(read_json(path / PLAN_NAME), plan, f"{kind.NOUN}, half made,")
-        elif path.exists() and any(path.iterdir()):
+        else:
             raise ArtifactError(
                 f"{path}: expected an empty or new directory for {kind.NOUN}, found files that are not "
                 "svgpipe's. Give another --out."
             )
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(path / PLAN_NAME, plan)
 
     def _require_equal(self, found: Json, plan: Json, noun: str) -> None:
         lines = differing_fields(found, plan)

@@ -30,7 +30,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ShardSection(Section):
@@ -41,7 +41,9 @@ class ShardSection(Section):
     crop: Positive | None = Field(
         None, description="Store ADM centre crops of this side as PNG; null keeps the original bytes."
     )
-    max_pixels: Positive = Field(178_956_970, description="Larger images are rejected as bombs (Pillow's limit).")
+    max_pixels: int = Field(
+        178_956_970, gt=0, le=178_956_970, description="Larger images are rejected as bombs; at most Pillow's limit."
+    )
     seed: Natural = Field(0, description="Of the order in which images are spread over shards.")
 
 
@@ -203,7 +205,7 @@ class DiffusionSection(Section):
     batch_size: Positive = 256
     learning_rate: float = Field(1e-4, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     label_dropout: Fraction = 0.1
     time_shift: float = Field(0.4, gt=0, description="Below 1 pushes training times towards noise.")
@@ -237,19 +239,22 @@ class EvaluationSection(Section):
     solver: Literal["euler", "heun"] = "euler"
     guidance_mode: str = "constant"
     time_shift: float = Field(0.15, gt=0)
-    num_samples: Positive = 50_000
+    num_samples: int = Field(50_000, ge=2)
     batch_size: Positive = 125
     unit_rows: Positive = Field(500, description="Samples per latent shard and per tar: the unit of resume.")
     precision: Precision = "bfloat16"
     weights: Literal["ema", "raw"] = "ema"
     extractor: ExtractorSection = ExtractorSection()
-    reference_images: Positive | None = Field(None, description="At most this many, evenly spread; null: all.")
+    reference_images: int | None = Field(None, ge=2, description="At most this many, evenly spread; null: all.")
     seed: Natural = 0
 
     @model_validator(mode="after")
     def _sweep(self) -> Self:
         if not self.steps or not self.guidance:
             raise ValueError("steps and guidance must each name at least one value")
+        for name, values in (("steps", self.steps), ("guidance", self.guidance)):
+            if len({f"{value:g}" for value in values}) != len(values):
+                raise ValueError(f"{name} must name no value twice, found {list(values)}")
         return self
 
 
@@ -323,7 +328,7 @@ def _read_source(name_or_file: str) -> tuple[dict[str, Any], str]:
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
             raise UsageError(f"{path}: expected a recipe file, found none.")
-        text, where = path.read_text(), str(path)
+        text, where = path.read_text(errors="replace"), str(path)
     elif "/" not in name_or_file and builtin.is_file():
         text, where = builtin.read_text(), f"recipe {name_or_file}"
     else:

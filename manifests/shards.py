@@ -116,7 +116,12 @@ class ShardSet:
             manifest = ShardSetManifest.read(directory)
             chosen = manifest.shards
         else:
-            paths = [Path(p) for p in braceexpand.braceexpand(text)]
+            try:
+                paths = [Path(p) for p in braceexpand.braceexpand(text)]
+            except ValueError as error:
+                raise UsageError(f"{text}: the braces do not match.") from error
+            if len(set(paths)) != len(paths):
+                raise UsageError(f"{text}: names a tar twice.")
             directories = {p.parent for p in paths}
             if len(directories) != 1:
                 raise UsageError(f"{text}: expected tars of one directory, found {len(directories)} directories.")
@@ -149,9 +154,9 @@ class ShardSet:
     def as_input(self) -> InputRef:
         """Identity for later stages; a part of a set is another input than the whole."""
         ref = self.manifest.as_input(self.directory)
-        if len(self.shards) == len(self.manifest.shards):
-            return ref
         names = [shard.name for shard in self.shards]
+        if names == [shard.name for shard in self.manifest.shards]:
+            return ref
         return ref.model_copy(
             update={"fingerprint": digest([ref.fingerprint, names]), "config": {**ref.config, "only": names}}
         )

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 def _xformers() -> Callable[..., Tensor] | None:
     try:
         from xformers.ops import memory_efficient_attention
+
+        log.info("attention by xformers")
     except ImportError:
         log.info("xformers is not installed: attention by PyTorch's scaled_dot_product_attention")
         return None

@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H W pixels, h w grid rows and columns.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
@@ -49,6 +50,10 @@ class Backbone(nn.Module):
             ValueError: timm does not know the name, or the level does not exist or is missing.
         """
         super().__init__()
+        try:
+            cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        except RuntimeError as error:
+            raise ValueError(f"backbone: {error}") from error
         if not timm.is_model(name):
             near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:3]
             raise ValueError(f"backbone: expected a timm model name, found {name!r}; near: {near or 'none'}")
@@ -59,7 +64,7 @@ class Backbone(nn.Module):
         self.is_vit = hasattr(self.model, "num_prefix_tokens")
         self._check_level(feature_level)
         self.feature_level = feature_level
-        cfg = timm.get_pretrained_cfg(name) or self.model.pretrained_cfg
+        cfg = cfg or self.model.pretrained_cfg
         cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg["std"]).view(1, 3, 1, 1), persistent=False)
@@ -139,8 +144,16 @@ class Backbone(nn.Module):
         return tokens.transpose(1, 2).reshape(len(tokens), -1, rows, columns)
 
     def levels(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
-        """Intermediate feature maps at the images' own resolution: (B,3,H,W) in [0,1] → list of (B,C_i,h_i,w_i)."""
-        normalised = (images - self.mean) / self.std
+        """Intermediate feature maps at the images' own resolution: (B,3,H,W) in [0,1] → list of (B,C_i,h_i,w_i).
+
+        A ViT of fixed size sees them resized. Raises ValueError for a level that the model does not have.
+        """
+        count = len(self.model.blocks) if self.is_vit else len(self.model.feature_info)
+        bad = [index for index in indices if not -count <= index < count]
+        if bad:
+            raise ValueError(f"{self.name}: levels: expected {-count}..{count - 1}, found {bad[0]}")
+        fixed = self.is_vit and not _is_dynamic(self.model)
+        normalised = self.prepare(images) if fixed else (images - self.mean) / self.std
         return list(self.model.forward_intermediates(normalised, indices=list(indices), intermediates_only=True))
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
@@ -168,6 +181,25 @@ class Backbone(nn.Module):
                 converted = checkpoint_filter_fn(converted, self.model)
         else:
             converted = {k: v for k, v in converted.items() if not _is_head(k)}
+        native = self._size_of_positions(converted)
+        if native is not None:
+            # Learned position tables come at the size of their training; timm resamples them afterwards.
+            self.model.set_input_size(img_size=native)
+        self._load_strictly(converted)
+        if native is not None:
+            self.model.set_input_size(img_size=self.input_size)
+        self._set_rope_periods(periods)
+
+    def _size_of_positions(self, converted: Mapping[str, Tensor]) -> int | None:
+        """Pixels per side that a learned position table in the weights is for, where it is not the model's own."""
+        theirs, own = converted.get("pos_embed"), self.model.state_dict().get("pos_embed")
+        if theirs is None or own is None or theirs.shape == own.shape or not hasattr(self.model, "set_input_size"):
+            return None
+        prefix = own.shape[1] - self.grid**2
+        side = math.isqrt(max(0, theirs.shape[1] - prefix))
+        return side * self.stride if side**2 + prefix == theirs.shape[1] else None
+
+    def _load_strictly(self, converted: Mapping[str, Tensor]) -> None:
         own = self.model.state_dict()
         problems = [f"missing {k}" for k in own if k not in converted]
         problems += [f"left over {k}" for k in converted if k not in own]
@@ -180,7 +212,6 @@ class Backbone(nn.Module):
             shown = "; ".join(problems[:4]) + ("; …" if len(problems) > 4 else "")
             raise ValueError(f"{self.name}: {len(problems)} weights do not fit: {shown}")
         self.model.load_state_dict(converted)
-        self._set_rope_periods(periods)
 
     def _set_rope_periods(self, periods: Tensor | None) -> None:
         rope = getattr(self.model, "rope", None)

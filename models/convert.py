@@ -1,7 +1,7 @@
 """Official key names → svgpipe's, and weights that come in other packages' order.
 
-Every converter is strict: a key that has no place is an error, or is in a list of keys that are knowingly
-dropped, with the reason.
+Where the names are the same, the converter says so; strictness then is load_state_dict's. A key that a renaming
+converter has no rule for is an error.
 """
 
 from __future__ import annotations

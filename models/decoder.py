@@ -54,7 +54,7 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         normed = self.norm(x)
-        q, k, v = (f(normed).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))
+        q, k, v = (f(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for f in (self.q, self.k, self.v))
         mixed = attend(q, k, v).squeeze(1).transpose(1, 2).reshape(b, c, h, w)
         return x + self.proj_out(mixed)
 
@@ -146,6 +146,9 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Raises ValueError for another number of channels."""
+        if z.shape[1] != self.conv_in.in_channels:
+            raise ValueError(f"decoder: expected {self.conv_in.in_channels} latent channels, found {z.shape[1]}")
         h = self.mid(self.conv_in(z))
         for level in reversed(list(self.up)):
             h = level(h)

@@ -53,9 +53,9 @@ class TimeEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     """(B,) int64 → (B,D). The last row is the null label, `num_classes`."""
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    def __init__(self, num_classes: int, width: int, *, null_row: bool = True) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        self.embedding_table = nn.Embedding(num_classes + null_row, width)
 
     def forward(self, labels_B: Tensor) -> Tensor:
         return self.embedding_table(labels_B)
@@ -146,8 +146,12 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
         qk_norm: bool = True,
         learn_sigma: bool = False,
+        null_row: bool = True,
     ) -> None:
-        """Raises ValueError if heads do not divide the width or the grid is empty."""
+        """Raises ValueError if heads do not divide the width or the grid is empty.
+
+        Without `null_row` there is no null label, as in official models of class_dropout_prob 0.
+        """
         super().__init__()
         if width % heads:
             raise ValueError(f"DiT: width: expected a multiple of heads {heads}, found {width}")
@@ -158,7 +162,7 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", sincos_position_table(width, *grid))
         self.ln1 = nn.Linear(in_channels, width)
         self.t_embedder = TimeEmbedder(width)
-        self.y_embedder = LabelEmbedder(num_classes, width)
+        self.y_embedder = LabelEmbedder(num_classes, width, null_row=null_row)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm=qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, in_channels * (2 if learn_sigma else 1))
         self._initialise()

@@ -81,7 +81,7 @@ class Guidance:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a mode that does not exist."""
-        if not re.fullmatch(r"constant|linear|late|early-[\d.]+|cfg_star-\d+-[\d.]+", self.mode):
+        if not re.fullmatch(r"constant|linear|late|early-\d+(\.\d+)?|cfg_star-\d+-\d+(\.\d+)?", self.mode):
             raise ValueError(
                 f"guidance mode: expected constant, linear, late, early-R or cfg_star-K-R, found {self.mode!r}"
             )

@@ -26,6 +26,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, *, width: int = 64, layers: int = 3) -> None:
         super().__init__()
+        self.smallest = 6 * 2 ** (layers - 1)  # below, the last convolution has nothing to see
         parts: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
         before = width
         for i in range(1, layers + 1):
@@ -46,6 +47,11 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Raises ValueError for images that are too small for the layers."""
+        if min(images.shape[-2:]) < self.smallest:
+            raise ValueError(
+                f"discriminator: expected images of at least {self.smallest} pixels, found {min(images.shape[-2:])}"
+            )
         return self.main(images)
 
 
@@ -108,6 +114,9 @@ class BackbonePerceptual(nn.Module):
     def __init__(self, backbone: Backbone, levels: Sequence[int]) -> None:
         super().__init__()
         self.backbone, self.level_indices = backbone, tuple(levels)
+        side = backbone.input_size
+        with torch.no_grad():
+            backbone.levels(torch.zeros(1, 3, side, side), self.level_indices)  # raises ValueError for a bad level
 
     def forward(self, x: Tensor, r: Tensor) -> Tensor:
         with torch.no_grad():

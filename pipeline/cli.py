@@ -10,13 +10,12 @@ import errno
 import json
 import logging
 import sys
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from svgpipe.manifests.errors import SvgpipeError, SvgpipeWarning
+from svgpipe.manifests.errors import SvgpipeError
 from svgpipe.manifests.manifest import svgpipe_version
 
 if TYPE_CHECKING:
@@ -39,14 +38,17 @@ ShardsOption = Annotated[
 ]
 AutoencoderOption = Annotated[Path, typer.Option("--autoencoder", help="Finished autoencoder.")]
 WorkersOption = Annotated[int, typer.Option("--num-workers", min=1, help="Encoder or sampler actors.")]
-CpusOption = Annotated[float, typer.Option("--cpus-per-worker", min=0.1, help="CPUs each actor asks Ray for.")]
+CpusOption = Annotated[
+    float | None,
+    typer.Option("--cpus-per-worker", min=0.1, help="CPUs each actor asks Ray for; default 1 or its share."),
+]
 GpusOption = Annotated[
     float | None, typer.Option("--gpus-per-worker", min=0, help="GPUs each actor asks for; default 1 if there is any.")
 ]
 AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster; without it, this machine.")]
 
 
-def _resources(num_workers: int, cpus: float, gpus: float | None) -> Resources:
+def _resources(num_workers: int, cpus: float | None, gpus: float | None) -> Resources:
     import torch
 
     from svgpipe.stages.units import Resources
@@ -106,7 +108,7 @@ def extract(
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     num_workers: WorkersOption = 1,
-    cpus_per_worker: CpusOption = 1.0,
+    cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
 ) -> None:
@@ -182,7 +184,7 @@ def sample_and_eval(
     steps: Annotated[str | None, typer.Option("--steps", help="For example 5,10,25.")] = None,
     guidance: Annotated[str | None, typer.Option("--guidance", help="For example 1.0,1.5.")] = None,
     num_workers: WorkersOption = 1,
-    cpus_per_worker: CpusOption = 1.0,
+    cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
 ) -> None:
@@ -210,7 +212,7 @@ def run(
     source: Annotated[str | None, typer.Option("--source", help="Image folder, instead of the recipe's.")] = None,
     overrides: SetOption = None,
     num_workers: WorkersOption = 1,
-    cpus_per_worker: CpusOption = 1.0,
+    cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
 ) -> None:
@@ -270,11 +272,6 @@ def _explain(error: OSError) -> str:
     return f"{where}{error.strerror or error}. What was finished is kept."
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    if issubclass(category, SvgpipeWarning):
-        typer.echo(f"warning: {message}", err=True)
-
-
 def _show_log() -> None:
     """svgpipe's own log lines (which attention kernel was chosen, say) on stderr; no other library's."""
     log = logging.getLogger("svgpipe")
@@ -288,7 +285,6 @@ def _show_log() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake prints one message, never a traceback."""
-    warnings.showwarning = _show_warning
     _show_log()
     try:
         result = app(arguments, standalone_mode=False, prog_name="svgpipe")

@@ -59,7 +59,7 @@ class ConsoleProgress:
             self._bars.advance(self._task, count)
             if note:
                 self._bars.update(self._task, note=note)
-        elif self._done >= self._total or (note and time.monotonic() - self._last > LINE_EVERY_S):
+        elif self._done >= self._total or time.monotonic() - self._last > LINE_EVERY_S:
             self._last = time.monotonic()
             self.console.print(f"{self._name}: {self._done}/{self._total}  {note}".rstrip())
 

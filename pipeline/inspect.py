@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from svgpipe.manifests.cache import CacheManifest, FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
@@ -191,7 +192,7 @@ def _panel(artifact: Json) -> Panel:
             value = "\n".join(f"{k}: {v}" for k, v in value.items()) or "none"
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
-        table.add_row(name, str(value))
+        table.add_row(name, Text(str(value)))
     for name, ref in artifact["inputs"].items():
-        table.add_row(f"from {name}", f"{ref['fingerprint'][:12]}  {ref.get('path', '')}")
-    return Panel(table, title=f"{artifact['kind']}  {artifact['path']}", title_align="left")
+        table.add_row(f"from {name}", Text(f"{ref['fingerprint'][:12]}  {ref.get('path', '')}"))
+    return Panel(table, title=Text(f"{artifact['kind']}  {artifact['path']}"), title_align="left")

@@ -99,25 +99,27 @@ def _grids(evaluation: Path, report: Report, samples: Sequence[Measured], refere
 
     def by_class(images: ImageSet, rows: int) -> list[int]:
         labels = images.labels
-        members = [np.flatnonzero(labels == c)[:rows].tolist() for c in classes]
-        return [column[row] for row in range(rows) for column in members if row < len(column)]
+        members = [column for c in classes if (column := np.flatnonzero(labels == c)[:rows].tolist())]
+        full_rows = min((len(column) for column in members), default=0)
+        return [column[row] for row in range(full_rows) for column in members]
 
     def grid(title: str, note: str, images: ImageSet, rows: int) -> Grid:
         chosen = by_class(images, rows)
         pictures = [_picture(images.pixels(i), names[int(images.labels[i])]) for i in chosen]
-        return Grid(title, note, columns, pictures)
+        return Grid(title, note, len({int(images.labels[i]) for i in chosen}) or 1, pictures)
 
-    real = ImageSet(refs_of(reference.directory, [s for s in reference.shards if s.split == "train"]), size)
+    train = refs_of(reference.directory, [s for s in reference.shards if s.split == "train"])
+    real = ImageSet(train, size)
     grids = [grid("Real images", "from the training split", real, 2)]
     rebuilt = _decoded(evaluation, RECONSTRUCTIONS, size)
     heldout = refs_of(reference.directory, [s for s in reference.shards if s.split == "heldout"])
-    pool = heldout or refs_of(reference.directory, reference.shards)
+    pool = heldout if len(heldout) >= 2 else train
     originals = ImageSet([pool[i] for i in evenly_spread(len(pool), len(rebuilt))], size)
     chosen = by_class(rebuilt, 1)
     pairs = [_picture(originals.pixels(i), names[int(originals.labels[i])]) for i in chosen]
     pairs += [_picture(rebuilt.pixels(i), "rebuilt") for i in chosen]
-    kind = "held-out" if heldout else "training"
-    grids.append(Grid("Reconstructions", f"{kind} images above, encoded and decoded below", columns, pairs))
+    kind = "held-out" if pool is heldout else "training"
+    grids.append(Grid("Reconstructions", f"{kind} images above, encoded and decoded below", len(chosen) or 1, pairs))
     for result in samples:
         settings = result.sampler or {}
         title = f"Samples, {settings['steps']} step{'s' if settings['steps'] > 1 else ''}"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import AUTOENCODER_FILE, AutoencoderManifest, load_tensors
-from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
+from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError, first_line
 from svgpipe.manifests.recipe import AutoencoderSection, BackboneSection
 from svgpipe.models.autoencoder import Autoencoder
 from svgpipe.models.backbone import Backbone
@@ -81,7 +81,7 @@ def _from_hub(name: str) -> dict[str, Tensor]:
     except Exception as error:  # timm and the hub client raise many kinds; all mean: no weights from there
         raise ArtifactError(
             f"autoencoder.backbone: could not get the weights of {name} from the model hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'}). Give a local "
+            f"({first_line(error)}). Give a local "
             "file with --set autoencoder.backbone.weights=FILE (timm or Meta keys), or =random to go without."
         ) from error
     return dict(model.state_dict())
@@ -116,7 +116,7 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
             else torch.load(path, map_location="cpu", weights_only=True)
         )
     except Exception as error:  # the two libraries raise whatever a damaged file provokes
-        raise ArtifactError(f"{path}: not a readable weight file: {str(error).splitlines()[0]}") from error
+        raise ArtifactError(f"{path}: not a readable weight file: {first_line(error)}") from error
     for key in ("state_dict", "model", "teacher"):
         if isinstance(raw, dict) and isinstance(raw.get(key), dict):
             raw = raw[key]

@@ -236,7 +236,10 @@ def _publish(
     for reject in rejected:
         progress.say(f"row {reject['row']} is not valid: {reject['reason']}")
     backbone = job.encoder.config["backbone"]
-    small = {name: digest(store.array(name).tolist()) for name in ("label", "valid", "heldout", "channel_mean")}
+    small = {
+        name: digest(store.array(name).tolist())
+        for name in ("label", "valid", "heldout", "channel_mean", "channel_std")
+    }
     manifest = CacheManifest(
         config=work.config,
         inputs=work.inputs,

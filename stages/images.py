@@ -9,12 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from svgpipe.manifests.errors import ArtifactError
+
 RGBArray = NDArray[np.uint8]
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP")
+LONGEST_SIDE = 100  # times the shorter one
 EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 
 
-class RejectedImageError(ValueError):
+class RejectedImageError(ArtifactError):
     """An image that cannot be used; the message is the reason that goes into the records."""
 
 
@@ -36,8 +39,12 @@ def decode_image(data: bytes, *, max_pixels: int = 178_956_970) -> Image.Image:
         width, height = image.size
         if width * height > max_pixels:
             raise RejectedImageError(f"too large: {width}x{height} exceeds {max_pixels} pixels")
+        if max(width, height) > LONGEST_SIDE * min(width, height):
+            raise RejectedImageError(
+                f"too thin: {width}x{height} is over {LONGEST_SIDE}:1 and would explode when cropped"
+            )
         frames = getattr(image, "n_frames", 1)
-        if frames > 1:
+        if frames > 1 and image.format != "MPO":  # a phone's JPEG with a second picture: the first is the photograph
             raise RejectedImageError(f"animated: {frames} frames")
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))

@@ -24,7 +24,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
-from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.errors import ArtifactError, first_line
 from svgpipe.manifests.manifest import digest, file_sha256
 from svgpipe.manifests.recipe import ExtractorSection
 from svgpipe.manifests.shards import ShardFile, read_index, read_member
@@ -153,7 +153,7 @@ def load_extractor(config: ExtractorSection, backbone: Backbone) -> Extractor:
             )
     except Exception as error:  # urllib's kinds and torch's for a damaged file
         raise ArtifactError(
-            f"evaluation.extractor: Inception weights could not be loaded ({str(error).splitlines()[0]}). "
+            f"evaluation.extractor: Inception weights could not be loaded ({first_line(error)}). "
             f"Download {INCEPTION_URL} and give it with --set evaluation.extractor.weights=FILE, or measure in the "
             "backbone's space with --set evaluation.extractor.kind=backbone."
         ) from error

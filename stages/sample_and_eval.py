@@ -145,6 +145,7 @@ class _RealSets:
     heldout: list[ImageRef]
     reconstructed: list[ImageRef]
     size: int
+    class_names: list[str]
 
     @classmethod
     def of(cls, shards: ShardSet, config: EvaluationSection, size: int) -> _RealSets:
@@ -154,9 +155,9 @@ class _RealSets:
             raise ArtifactError(f"{shards.directory}: expected at least two reference images, found {len(train)}.")
         reference = [train[i] for i in evenly_spread(len(train), config.reference_images)]
         floor = [heldout[i] for i in evenly_spread(len(heldout), config.num_samples)]
-        pool = heldout or train
+        pool = heldout if len(heldout) >= 2 else train
         reconstructed = [pool[i] for i in evenly_spread(len(pool), config.num_samples)]
-        return cls(reference, floor, reconstructed, size)
+        return cls(reference, floor, reconstructed, size, shards.manifest.class_names)
 
 
 @dataclass(frozen=True)
@@ -343,7 +344,10 @@ def _measure(
     if len(sets.heldout) >= 2:
         everything["heldout"] = ImageSet(sets.heldout, size)
     else:
-        not_measured.append("held-out real images (the floor): the reference has none; shard with a holdout")
+        not_measured.append("held-out real images (the floor): the reference has fewer than two; shard with a holdout")
+    same_classes = sets.class_names == class_names
+    if not same_classes:
+        not_measured.append("share of samples nearest to their own class: the reference has other classes")
     progress.begin("measure", len(everything))
     features = {}
     for name, image_set in everything.items():
@@ -353,7 +357,7 @@ def _measure(
 
     def measured(name: str, role: Any, **more: Any) -> Measured:
         mean, std = kernel_distance(features[name], reference)
-        has_labels = role != NOISE
+        has_labels = role != NOISE and (same_classes or role != "samples")
         return Measured(
             name=name,
             role=role,

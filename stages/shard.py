@@ -15,12 +15,13 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from svgpipe.manifests.errors import ArtifactError, UsageError
+from svgpipe.manifests.errors import ArtifactError, SvgpipeError, UsageError
 from svgpipe.manifests.manifest import InputRef, WorkDir, digest, read_json, write_atomic, write_json
 from svgpipe.manifests.recipe import ShardSection
 from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split, TarImage, shard_name, write_tar
@@ -66,6 +67,8 @@ def shard(
         ArtifactError: every image of a class was rejected.
     """
     progress = progress or Silent()
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{out}: expected a directory outside the source {source}, which would become a class of it.")
     class_names, files = scan(source)
     listing = digest([[f.path, f.size] for f in files])
     origin = InputRef(kind="image-folder", fingerprint=listing, path=str(source), config={"files": len(files)})
@@ -93,9 +96,9 @@ def scan(source: Path) -> tuple[list[str], list[SourceFile]]:
     class_names = sorted(e.name for e in os.scandir(source) if e.is_dir() and not e.name.startswith("."))
     if not class_names:
         raise UsageError(f"{source}: expected class folders (class/image.jpg), found none.")
-    files = [SourceFile(e.name, e.stat().st_size, None) for e in os.scandir(source) if _counts(e)]
+    files = [SourceFile(e.name, _size(e), None) for e in os.scandir(source) if _counts(e)]
     for label, name in enumerate(class_names):
-        found = [SourceFile(os.path.relpath(e.path, source), e.stat().st_size, label) for e in _walk(source / name)]
+        found = [SourceFile(os.path.relpath(e.path, source), _size(e), label) for e in _walk(source / name)]
         if not found:
             raise UsageError(f"{source / name}: expected images of class {name!r}, found none. Remove the folder.")
         files += found
@@ -107,7 +110,12 @@ def _what(path: Path) -> str:
 
 
 def _counts(entry: os.DirEntry[str]) -> bool:
-    return entry.is_file() and not entry.name.startswith(".")
+    # A broken symbolic link counts: it is an input that cannot be read, and is rejected with that reason.
+    return not entry.name.startswith(".") and not entry.is_dir()
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    return entry.stat(follow_symlinks=entry.is_file()).st_size
 
 
 def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
@@ -156,6 +164,11 @@ def _run(jobs: Sequence[ShardJob], workers: int) -> Iterator[None]:
             for future in as_completed(futures):
                 future.result()
                 yield
+        except BrokenProcessPool as error:
+            raise SvgpipeError(
+                "a sharding process was killed (out of memory?). What was finished is kept; run the command again, "
+                "with fewer --workers if it happens again."
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -206,7 +219,9 @@ def _load(job: ShardJob, file: SourceFile) -> tuple[bytes, str]:
     if job.crop is not None:
         return encode_png(to_array(centre_crop(image, job.crop))), "png"
     with Image.open(io.BytesIO(data)) as header:
-        return data, {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(str(header.format), EXTENSIONS[suffix])
+        return data, {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}.get(
+            str(header.format), EXTENSIONS[suffix]
+        )
 
 
 def _publish(

@@ -7,6 +7,7 @@ undisturbed one would have seen.
 from __future__ import annotations
 
 import random
+import signal
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -106,9 +107,28 @@ def training_batches(dataset: TrainingImages, workers: int) -> Iterator[Tensor]:
     workers = min(workers, len(dataset.tars))
     if workers == 0:
         return iter(dataset)
-    return iter(
-        DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context="spawn", prefetch_factor=4)
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context="spawn",
+        prefetch_factor=4,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
+    return _plain_errors(loader)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches the whole group; the training process finishes its step, and needs its batches for that."""
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _plain_errors(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
+    try:
+        yield from loader
+    except ArtifactError as error:  # the loader puts the worker's whole traceback into the message
+        raise ArtifactError(str(error).rstrip().rsplit("ArtifactError: ", 1)[-1]) from None
 
 
 def evenly_spread(total: int, count: int | None) -> list[int]:

@@ -18,7 +18,7 @@ from svgpipe.manifests.checkpoint import (
     CheckpointStore,
     save_tensors,
 )
-from svgpipe.manifests.errors import ArtifactError, InterruptedRunError
+from svgpipe.manifests.errors import ArtifactError, InterruptedRunError, UsageError
 from svgpipe.manifests.manifest import WorkDir, write_atomic
 from svgpipe.manifests.recipe import AutoencoderSection, PerceptualSection
 from svgpipe.manifests.shards import ShardSet
@@ -105,7 +105,10 @@ def load_perceptual(config: PerceptualSection, model: Autoencoder) -> BackbonePe
     if config.weight == 0:
         return None
     if config.kind == "backbone":
-        return BackbonePerceptual(model.backbone, config.levels)
+        try:
+            return BackbonePerceptual(model.backbone, config.levels)
+        except ValueError as error:
+            raise UsageError(f"autoencoder.perceptual: {error}") from error
     lpips = LPIPS()
     try:
         lpips.load(
@@ -174,7 +177,7 @@ class _Trainer:
         return load_images(self.shards, chosen, self.config.image_size)
 
     def _resume(self) -> int:
-        saved = self.store.latest()
+        saved = self.store.latest(self.progress.say)
         if saved is None:
             return 0
         self.model.load_trained_state(saved.groups["model"])
@@ -267,9 +270,12 @@ class _Trainer:
     def _apply(self, name: str, loss: Tensor) -> None:
         optimizer = self.optimizers[name]
         value = loss.item()
-        require_finite({f"{name} loss": value}, self.step + 1, self.store.directory)
+        require_finite({f"{name} loss": value}, self.step + 1, self.store)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
+        require_finite({f"{name} gradient norm": norm.item()}, self.step + 1, self.store)
         optimizer.step()
 
     def _record(self, loss: GeneratorLoss, d_loss: float, rate: float) -> str:

@@ -187,7 +187,7 @@ class _Trainer:
         self.log = MetricsLog(self.work.path, self.step)
 
     def _resume(self) -> int:
-        saved = self.store.latest()
+        saved = self.store.latest(self.progress.say)
         if saved is None:
             return 0
         self.model.load_state_dict(saved.groups["model"])
@@ -245,12 +245,12 @@ class _Trainer:
         self.model.train()
         x1 = tokens.to(self.device, non_blocking=True).float()
         loss = self._loss(self.model, x1, labels, generator(config.seed, "step", step)).mean
-        require_finite({"loss": loss.item()}, step + 1, self.store.directory)
+        require_finite({"loss": loss.item()}, step + 1, self.store)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         limit = config.clip_grad_norm if config.clip_grad_norm is not None else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        require_finite({"gradient norm": norm.item()}, step + 1, self.store.directory)
+        require_finite({"gradient norm": norm.item()}, step + 1, self.store)
         self.optimizer.step()
         self._average()
         return loss.detach(), norm

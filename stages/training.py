@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from svgpipe.manifests.checkpoint import CheckpointStore
 from svgpipe.manifests.errors import ArtifactError, DivergedError
 from svgpipe.manifests.manifest import write_atomic
 from svgpipe.manifests.recipe import Precision, ScheduleSection
@@ -62,12 +63,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-def require_finite(values: dict[str, float], step: int, checkpoint: Path) -> None:
+def require_finite(values: dict[str, float], step: int, store: CheckpointStore) -> None:
     """Raise DivergedError, with the step and where the last good checkpoint lies, on a NaN or infinity."""
     bad = {name: value for name, value in values.items() if not math.isfinite(value)}
     if bad:
-        saved = sorted(checkpoint.glob("step-*"))
-        last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved yet"
+        newest = store.newest
+        last = "no checkpoint had been saved yet" if newest is None else f"the last good checkpoint is {newest}"
         raise DivergedError(
             f"training diverged at step {step}: {', '.join(f'{k} is {v}' for k, v in bad.items())}; {last}. "
             "Lower the learning rate, clip gradients, or train in float32, in a new --out."

@@ -85,6 +85,7 @@ class GoldenFolder:
 def golden() -> Any:
     """The recorded behaviour of the official code; every tensor of an opened fixture must be used."""
     if not (GOLDEN / "README.md").exists() and not list(GOLDEN.glob("*.json")):
+        assert "SVGPIPE_GOLDEN" not in os.environ, f"SVGPIPE_GOLDEN names {GOLDEN}, where no recordings are"
         pytest.skip(f"no golden recordings at {GOLDEN}; set SVGPIPE_GOLDEN to their folder")
     folder = GoldenFolder(GOLDEN)
     yield folder

@@ -52,7 +52,7 @@ def test_inspect_tells_every_artifacts_story(finished: Finished, svgpipe: Callab
     assert len(found.out.splitlines()) < 40
     as_json = json.loads(svgpipe("inspect", finished.root / stage, "--json").out)
     assert as_json["finished"] is True
-    assert as_json["fingerprint"] in found.out
+    assert as_json["fingerprint"][:40] in found.out
     assert as_json["facts"]
 
 
@@ -87,12 +87,23 @@ def test_inspect_of_altered_work(finished: Finished, tmp_path: Path, svgpipe: Ca
     assert "altered after it was written" in found.err
 
 
+def test_a_manifest_of_a_newer_schema(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    shutil.copytree(finished.root / "cache", tmp_path / "cache")
+    path = tmp_path / "cache" / "manifest.json"
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    found = svgpipe("train-diffusion", "--cache", tmp_path / "cache", "--out", tmp_path / "out")
+    assert found.code == 1
+    assert "schema 1 or older, found 2" in found.err
+    assert "Upgrade svgpipe" in found.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["shard"], ["Missing argument"]),
         (["extract", "--shards", "x"], ["Missing option"]),
         (["nonsense"], ["No such command"]),
+        (["extract", "--shards", "x/{a.tar", "--autoencoder", "a", "--out", "o"], ["braces"]),
         (["run", "no-such-recipe", "--workdir", "w"], ["no-such-recipe", "expected one of demo"]),
         (["run", "demo", "--workdir", "w", "--set", "diffusion.stepz=1"], ["did you mean diffusion.steps"]),
         (["shard", "a", "b", "--holdout", "2"], ["holdout"]),

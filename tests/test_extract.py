@@ -146,6 +146,28 @@ def test_inputs_that_are_not_there(finished: Finished, tmp_path: Path, svgpipe: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tar_cut_short_is_named(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    shutil.copytree(finished.root / "shards", tmp_path / "shards")
+    tar = tmp_path / "shards" / "shard-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:-2048])
+    arguments = extract_args(finished, tmp_path / "out")
+    arguments[2] = tmp_path / "shards"
+    found = svgpipe(*arguments)
+    assert found.code == 1
+    assert f"{tar}: expected a tar of" in found.err
+
+
+def test_more_workers_than_the_machine_has_is_refused_and_does_not_hang(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    found = svgpipe(*extract_args(finished, tmp_path / "out", "--num-workers", 99, "--cpus-per-worker", 1))
+    assert found.code == 2
+    assert "99 workers of 1 CPUs" in found.err
+    found = svgpipe(*extract_args(finished, tmp_path / "out", "--gpus-per-worker", 64))
+    assert found.code == 2
+    assert "64 GPUs" in found.err
+
+
 @pytest.mark.slow
 def test_dinov3_at_256_pixels_with_random_weights_asked_for(
     photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]

@@ -61,6 +61,7 @@ def build_dit(recording: Golden) -> DiT:
         mlp_ratio=config["mlp_ratio"],
         qk_norm=config["qk_norm"],
         learn_sigma=config["learn_sigma"],
+        null_row=config["class_dropout_prob"] > 0,
     )
     close(model.pos_embed, state["pos_embed"], 1e-6)
     model.load_state_dict(convert.dit_from_official(state))

@@ -20,7 +20,7 @@ from svgpipe.models.convert import in_order, residual_from_official
 from svgpipe.models.decoder import Decoder
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import Guidance, sample, shift_time
-from svgpipe.models.losses import LPIPS, BackbonePerceptual
+from svgpipe.models.losses import LPIPS, BackbonePerceptual, PatchDiscriminator
 from svgpipe.models.residual import Alignment, ResidualEncoder
 from svgpipe.stages.encoder import build_backbone, read_weight_file
 
@@ -76,6 +76,18 @@ def test_patch_14_models_make_a_16_grid_from_256_pixels() -> None:
     backbone = Backbone("vit_small_patch14_dinov2.lvd142m", input_size=224)
     assert (backbone.grid, backbone.channels) == (16, 384)
     assert backbone(torch.rand(1, 3, 256, 256)).shape == (1, 384, 16, 16)
+
+
+def test_position_tables_of_another_size_are_resampled_as_timm_does() -> None:
+    torch.manual_seed(0)
+    name = "vit_tiny_patch16_224"
+    trained = timm.create_model(name, pretrained=False, num_classes=0)
+    backbone = Backbone(name, input_size=96)
+    backbone.load(trained.state_dict())
+    trained.eval().set_input_size(img_size=96)
+    images = torch.rand(1, 3, 96, 96)
+    expected = trained.forward_features(backbone.prepare(images))[:, 1:]
+    torch.testing.assert_close(tokens_from_map(backbone(images)), expected)
 
 
 def test_default_dinov3_has_the_published_size() -> None:
@@ -172,6 +184,12 @@ def test_parts_that_do_not_fit_are_named() -> None:
         ResidualEncoder(image_size=30, patch_size=16)
     with pytest.raises(ValueError, match="multiples of 32"):
         Decoder(z_channels=4, ch=20, ch_mult=(1,))
+    with pytest.raises(ValueError, match="expected 4 latent channels, found 5"):
+        Decoder(z_channels=4, ch=32, ch_mult=(1,))(torch.zeros(1, 5, 2, 2))
+    with pytest.raises(ValueError, match="at least 24 pixels, found 16"):
+        PatchDiscriminator(layers=3)(torch.zeros(1, 3, 16, 16))
+    assert PatchDiscriminator(layers=3)(torch.zeros(1, 3, 24, 24)).shape[-1] >= 1
+    assert PatchDiscriminator(layers=2)(torch.zeros(1, 3, 12, 12)).shape[-1] >= 1
     with pytest.raises(ValueError, match="has no place"):
         residual_from_official({"surprise": torch.zeros(1)})
 
@@ -264,7 +282,7 @@ def test_flow_refuses_what_does_not_exist() -> None:
         sample(lambda z, t, y: z, z0, y, null_label=1, steps=1, shift=1.0, solver="rk4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 1, found 0"):
         sample(lambda z, t, y: z, z0, y, null_label=1, steps=0, shift=1.0)
-    for mode in ("interval", "early", "cfg_star-1", "late-0.3"):
+    for mode in ("interval", "early", "early-.", "cfg_star-1", "late-0.3"):
         with pytest.raises(ValueError, match="guidance mode"):
             Guidance(2.0, mode)
 

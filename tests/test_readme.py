@@ -47,7 +47,7 @@ def test_commands_parse_and_stop_at_the_missing_data(command: list[str], tmp_pat
 
 def test_recipes_targets_and_folders_named_here_exist() -> None:
     for name in builtin_names():
-        assert name in README or name.rsplit("-", 1)[-1] in ("s", "b", "l", "xl")
+        assert f"`{name}`" in README or f"`-{name.rsplit('-', 1)[-1]}`" in README
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make (\w+)", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -51,7 +51,7 @@ def test_recipes_are_frozen() -> None:
         ("diffusion.model.widht=64", ["diffusion.model.widht", "diffusion.model.width"]),
         ("diffusion.steps=0", ["diffusion.steps", "greater than 0", "found 0"]),
         ("diffusion.steps=many", ["diffusion.steps", "'many'"]),
-        ("diffusion.model.heads=5", ["width 256", "heads 5"]),
+        ("diffusion.model.heads=5", ["width 192", "heads 5"]),
         ("autoencoder.residual.heads=7", ["width 96", "heads 7"]),
         ("autoencoder.decoder.ch=20", ["32 groups"]),
         ("extract.views=[flip]", ["original"]),

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import struct
+import subprocess
+import sys
 import tarfile
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +61,9 @@ def zoo(tmp_path: Path) -> Path:
     save(bad / "animated.webp", rgb, save_all=True, append_images=[rgb.convert("L").convert("RGB")])
     (bad / "notes.txt").write_text("labels by hand")
     (bad / "bomb.png").write_bytes(_huge_png(60_000, 60_000))
+    (bad / "gone.jpg").symlink_to(bad / "nowhere.jpg")
+    save(bad / "thread.png", Image.new("RGB", (1, 2000)))
+    save(good / "phone.jpg", rgb, format="MPO", save_all=True, append_images=[rgb])
     (root / "loose.jpg").write_bytes(whole)
     (bad / ".DS_Store").write_bytes(b"x")
     return root
@@ -74,9 +82,9 @@ def test_every_input_is_stored_or_rejected_with_a_reason(
 ) -> None:
     found = svgpipe("shard", zoo, tmp_path / "out", "--workers", 1)
     assert found.code == 0, found.err
-    assert "18 inputs = 11 stored + 7 rejected" in found.out
+    assert "21 inputs = 12 stored + 9 rejected" in found.out
     shards = ShardSet.open(tmp_path / "out")
-    assert (shards.manifest.num_inputs, shards.manifest.num_images, shards.manifest.num_rejected) == (18, 11, 7)
+    assert (shards.manifest.num_inputs, shards.manifest.num_images, shards.manifest.num_rejected) == (21, 12, 9)
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     reasons = {r["path"]: r["reason"] for r in rejects}
     assert reasons["bad/empty.jpg"] == "empty file (0 bytes)"
@@ -85,11 +93,13 @@ def test_every_input_is_stored_or_rejected_with_a_reason(
     assert reasons["bad/animated.webp"] == "animated: 2 frames"
     assert "extension .txt" in reasons["bad/notes.txt"]
     assert "too large: " in reasons["bad/bomb.png"]
+    assert "unreadable" in reasons["bad/gone.jpg"]
+    assert "too thin: 1x2000" in reasons["bad/thread.png"]
     assert reasons["loose.jpg"] == "not in a class folder"
     assert set(shards.rows.path) == {
         "bad/one-good.png",
         *(f"good/{n}" for n in ("rgb.jpg", "rgb.JPEG", "rgb.png", "rgb.webp", "grey.png", "palette.png")),
-        *(f"good/{n}" for n in ("rgba.png", "cmyk.jpg", "nested/sixteen.png", "rotated.jpg")),
+        *(f"good/{n}" for n in ("rgba.png", "cmyk.jpg", "nested/sixteen.png", "rotated.jpg", "phone.jpg")),
     }
     assert {p: int(n) for p, n in zip(shards.rows.path, shards.rows.label, strict=True)}["good/rgb.png"] == 1
 
@@ -169,6 +179,62 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, svgpipe: Callabl
     assert tree_bytes(out, *patterns) == tree_bytes(tmp_path / "whole", *patterns)
     assert not list(out.glob("*.partial"))
     assert ShardSet.open(out).manifest.fingerprint == ShardSet.open(tmp_path / "whole").manifest.fingerprint
+
+
+def test_a_killed_worker_is_one_message_and_the_same_command_resumes(
+    tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    source, out = write_crops(tmp_path / "source", per_class=120), tmp_path / "out"
+    command = ["shard", source, out, "--set", "shard.images_per_shard=10", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from svgpipe.pipeline.cli import entry; entry()", *map(str, command)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(list((out / "records").glob("*.json"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [c for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "a sharding process was killed" in err
+    assert "Traceback" not in err
+    assert svgpipe(*command).code == 0
+    assert svgpipe("shard", source, tmp_path / "whole", *command[3:]).code == 0
+    assert tree_bytes(out, "*.tar", "*.parquet") == tree_bytes(tmp_path / "whole", "*.tar", "*.parquet")
+
+
+def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    """A real one: a file system of half a megabyte in memory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a small file system here")
+    try:
+        source = write_crops(tmp_path / "source", per_class=60)
+        command = ["shard", source, disk / "out", "--workers", 1, "--set", "shard.images_per_shard=6"]
+        found = svgpipe(*command)
+        assert found.code == 1
+        assert "no space left on the device" in found.err
+        done = {p.name: p.stat().st_mtime_ns for p in (disk / "out").glob("*.tar")}
+        assert done
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        assert svgpipe(*command).code == 0
+        kept = {p.name: p.stat().st_mtime_ns for p in (disk / "out").glob("*.tar")}
+        assert sum(kept[name] == done[name] for name in done) >= len(done) - 1
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
+
+
+def test_the_output_may_not_lie_in_the_source(photographs: Path, svgpipe: Callable[..., Outcome]) -> None:
+    found = svgpipe("shard", photographs, photographs / "shards")
+    assert found.code == 2
+    assert "outside the source" in found.err
 
 
 def test_a_finished_set_is_left_alone_and_another_source_is_refused(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, MismatchError
@@ -143,17 +143,49 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         (["autoencoder.backbone.input_size=60"], 2, ["multiple of its stride 16", "found 60"]),
         (["autoencoder.decoder.ch_mult=[1,1]"], 2, ["2 levels make 8 pixels", "image_size 32"]),
         (["autoencoder.perceptual.kind=lpips-vgg"], 1, ["could not download", "vgg_weights=FILE", "kind=backbone"]),
+        (["autoencoder.perceptual.levels=[9]"], 2, ["levels: expected -5..4, found 9"]),
+        (["autoencoder.backbone.name=tf_efficientnet_lite0.typo"], 2, ["autoencoder.backbone", "typo"]),
+        (["autoencoder.learning_rate=inf"], 2, ["learning_rate", "finite"]),
         (["autoencoder.perceptual.levels=[]"], 2, ["perceptual.levels"]),
     ],
 )
 def test_what_cannot_be_trained(
-    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], change: list[str], code: int, words: list[str]
+    finished: Finished,
+    tmp_path: Path,
+    svgpipe: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+    change: list[str],
+    code: int,
+    words: list[str],
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # spares its retries, same failure
     sets = [text for item in change for text in ("--set", item)]
     found = svgpipe(*train_args(finished, tmp_path / "out", *sets))
     assert found.code == code, found.err
     for word in words:
         assert word in found.err
+
+
+def test_weights_of_another_shape_are_named(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    save_file({"conv_stem.weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    change = ["--set", f"autoencoder.backbone.weights={tmp_path / 'weights.safetensors'}"]
+    found = svgpipe(*train_args(finished, tmp_path / "out", *change))
+    assert found.code == 1
+    for word in ("weights.safetensors", "do not fit", "missing"):
+        assert word in found.err
+
+
+def test_a_refused_command_can_be_run_again_with_better_options(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """The error says which option to change; following it must not meet what the refused run left."""
+    out = tmp_path / "out"
+    change = ["--set", "autoencoder.perceptual.kind=lpips-vgg", "--set", "autoencoder.perceptual.vgg_weights=/none.pth"]
+    assert svgpipe(*train_args(finished, out, *change)).code == 1
+    found = svgpipe(*train_args(finished, out))
+    assert found.code == 0, found.err
 
 
 def test_divergence_stops_with_the_step_and_the_last_checkpoint(
