@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from svgpipe.manifests.errors import ArtifactError
 
 RGBArray = NDArray[np.uint8]
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow opens MPO, two pictures in one JPEG, as JPEG
 LONGEST_SIDE = 100  # times the shorter one
 EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 

@@ -107,7 +107,11 @@ def test_missing_unfinished_and_unparsable(tmp_path: Path) -> None:
 def test_a_work_directory_resumes_its_own_work_only(tmp_path: Path) -> None:
     out = tmp_path / "out"
     ref = InputRef(kind="image-folder", fingerprint="one", path="p", config={})
+    assert WorkDir(out, ShardSetManifest, {"seed": 3}, {"source": ref}).finished is None
+    # Nothing was done under that plan yet, so another one may take its place.
+    (out / ".plan.json.123.partial").write_text("{")
     assert WorkDir(out, ShardSetManifest, {"seed": 0}, {"source": ref}).finished is None
+    (out / "shard-000000.tar").write_text("hours of work")
     assert WorkDir(out, ShardSetManifest, {"seed": 0}, {"source": ref}).finished is None
     with pytest.raises(MismatchError, match=r"config\.seed: 0 there, 1 here"):
         WorkDir(out, ShardSetManifest, {"seed": 1}, {"source": ref})

@@ -49,7 +49,7 @@ def test_recipes_targets_and_folders_named_here_exist() -> None:
     for name in builtin_names():
         assert f"`{name}`" in README or f"`-{name.rsplit('-', 1)[-1]}`" in README
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make (\w+)", README):
+    for target in re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for folder in ("pipeline", "stages", "models", "manifests", "tests"):
         assert f"`{folder}/`" in README
