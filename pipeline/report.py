@@ -17,9 +17,9 @@ from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report
 from svgpipe.manifests.manifest import InputRef, write_atomic
 from svgpipe.manifests.shards import ShardFile, ShardSet
+from svgpipe.stages.comparison import RECONSTRUCTIONS
 from svgpipe.stages.images import RGBArray
 from svgpipe.stages.measure import ImageSet, refs_of
-from svgpipe.stages.sample_and_eval import RECONSTRUCTIONS
 from svgpipe.stages.streaming import evenly_spread
 from svgpipe.stages.training import read_metrics
 

@@ -116,10 +116,15 @@ class _Job:
         )
 
     @property
+    def batch_size(self) -> int:
+        """Images per forward: short batches are filled up to it, so it should not exceed what a unit holds."""
+        return min(self.config.batch_size, self.config.unit_rows, len(self.rows))
+
+    @property
     def worker_args(self) -> dict[str, Any]:
         return {
             "autoencoder": self.autoencoder.resolve(),
-            "batch_size": self.config.batch_size,
+            "batch_size": self.batch_size,
             "precision": self.config.precision,
             "threads": self.resources.threads,
         }
@@ -187,7 +192,7 @@ def _calibrate(job: _Job, path: Path, progress: Progress) -> dict[str, Any]:
     training = np.flatnonzero(~job.rows.heldout)
     pool = training if len(training) else np.arange(len(job.rows))
     chosen = [int(pool[i]) for i in evenly_spread(len(pool), job.config.calibration_images)]
-    size = job.config.batch_size
+    size = job.batch_size
     chunks = [chosen[i : i + size] for i in range(0, len(chosen), size)]
     items = [{"unit": i, "refs": job.refs(chunk)} for i, chunk in enumerate(chunks)]
     progress.begin("calibrate", len(chosen))

@@ -24,34 +24,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureStore, StoreSpec
-from svgpipe.manifests.checkpoint import AutoencoderManifest, load_tensors, save_tensors
+from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, UsageError
-from svgpipe.manifests.evaluation import REPORT_NAME, EvaluationManifest, Measured, Report
+from svgpipe.manifests.evaluation import REPORT_NAME, EvaluationManifest
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import WorkDir, digest, file_sha256, require_same
 from svgpipe.manifests.recipe import AutoencoderSection, EvaluationSection
 from svgpipe.manifests.shards import ShardFile, ShardSet
 from svgpipe.models.flow import Guidance
+from svgpipe.stages.comparison import NOISE, RECONSTRUCTIONS, RealSets, compare
 from svgpipe.stages.encoder import build_backbone, load_autoencoder, reconstruct
 from svgpipe.stages.eval_tasks import ReadForDecoding, WriteImages, WriteLatents, pass_on
-from svgpipe.stages.images import psnr
 from svgpipe.stages.measure import (
-    Extractor,
-    ImageRef,
-    ImageSet,
-    class_accuracy,
-    frechet_distance,
-    kernel_distance,
     load_extractor,
-    refs_of,
 )
 from svgpipe.stages.pixels import as_pixels
 from svgpipe.stages.progress import Progress, Silent
 from svgpipe.stages.sampling import SamplerSettings, draw_latents, initial_noise, labels_of, load_diffusion
-from svgpipe.stages.streaming import evenly_spread
 from svgpipe.stages.units import Resources, Row, run_units, start_worker
-
-RECONSTRUCTIONS, NOISE = "reconstructions", "decoded-noise"
 
 
 def sample_and_eval(
@@ -98,10 +88,19 @@ def sample_and_eval(
         config.extractor, build_backbone(AutoencoderSection.model_validate(encoder.config).backbone, encoder.image_size)
     )
     sweep = _Sweep(diffusion, autoencoder, out, config, settings, resources, progress)
-    sets = _RealSets.of(reference, config, encoder.image_size)
+    sets = RealSets.of(reference, config, encoder.image_size)
     stores = sweep.draw(trained.manifest.grid, trained.manifest.channels, trained.manifest.class_names)
     images = sweep.decode(stores, sets, trained.channel_mean, trained.channel_std)
-    report = _measure(sweep, sets, images, extractor, trained.manifest.class_names, encoder.image_size)
+    report = compare(
+        out,
+        sets,
+        images,
+        settings,
+        trained.manifest.class_names,
+        extractor,
+        batch_size=config.batch_size,
+        progress=progress,
+    )
     report.write(out)
     latents = [Journal(out / "journal" / "draw").read(unit) for unit in range(sweep.num_draw_units)]
     tars = {name: [shard.sha256 for shard in shards] for name, shards in images.items()}
@@ -135,29 +134,6 @@ def _settings(config: EvaluationSection) -> list[SamplerSettings]:
         for guidance in config.guidance
         for steps in config.steps
     ]
-
-
-@dataclass(frozen=True)
-class _RealSets:
-    """Real images of the reference: what is measured against, the floor, and what is reconstructed."""
-
-    reference: list[ImageRef]
-    heldout: list[ImageRef]
-    reconstructed: list[ImageRef]
-    size: int
-    class_names: list[str]
-
-    @classmethod
-    def of(cls, shards: ShardSet, config: EvaluationSection, size: int) -> _RealSets:
-        train = refs_of(shards.directory, [s for s in shards.shards if s.split == "train"])
-        heldout = refs_of(shards.directory, [s for s in shards.shards if s.split == "heldout"])
-        if len(train) < 2:
-            raise ArtifactError(f"{shards.directory}: expected at least two reference images, found {len(train)}.")
-        reference = [train[i] for i in evenly_spread(len(train), config.reference_images)]
-        floor = [heldout[i] for i in evenly_spread(len(heldout), config.num_samples)]
-        pool = heldout if len(heldout) >= 2 else train
-        reconstructed = [pool[i] for i in evenly_spread(len(pool), config.num_samples)]
-        return cls(reference, floor, reconstructed, size, shards.manifest.class_names)
 
 
 @dataclass(frozen=True)
@@ -218,7 +194,7 @@ class _Sweep:
     def decode(
         self,
         stores: Sequence[FeatureStore],
-        sets: _RealSets,
+        sets: RealSets,
         mean: NDArray[np.float32],
         std: NDArray[np.float32],
     ) -> dict[str, list[ShardFile]]:
@@ -327,82 +303,3 @@ class _Decode:
         else:
             pixels = self._decode(torch.from_numpy(np.array(row["latents"])))
         return {"unit": row["unit"], "job": row["job"], "images": pixels}
-
-
-def _measure(
-    sweep: _Sweep,
-    sets: _RealSets,
-    images: dict[str, list[ShardFile]],
-    extractor: Extractor,
-    class_names: list[str],
-    size: int,
-) -> Report:
-    progress, out = sweep.progress, sweep.out
-    generated = {name: ImageSet(refs_of(out / "images" / name, shards), size) for name, shards in images.items()}
-    everything = {"reference": ImageSet(sets.reference, size), **generated}
-    not_measured = []
-    if len(sets.heldout) >= 2:
-        everything["heldout"] = ImageSet(sets.heldout, size)
-    else:
-        not_measured.append("held-out real images (the floor): the reference has fewer than two; shard with a holdout")
-    same_classes = sets.class_names == class_names
-    if not same_classes:
-        not_measured.append("share of samples nearest to their own class: the reference has other classes")
-    progress.begin("measure", len(everything))
-    features = {}
-    for name, image_set in everything.items():
-        features[name] = _features(out / "features", name, image_set, extractor, sweep.config.batch_size)
-        progress.advance(1, name)
-    reference, labels = features["reference"], everything["reference"].labels
-
-    def measured(name: str, role: Any, **more: Any) -> Measured:
-        mean, std = kernel_distance(features[name], reference)
-        has_labels = role != NOISE and (same_classes or role != "samples")
-        return Measured(
-            name=name,
-            role=role,
-            num_images=len(features[name]),
-            frechet_distance=frechet_distance(features[name], reference),
-            kernel_distance=mean,
-            kernel_distance_std=std,
-            class_accuracy=class_accuracy(reference, labels, features[name], everything[name].labels)
-            if has_labels
-            else None,
-            **more,
-        )
-
-    results = [measured(s.name, "samples", sampler=asdict(s)) for s in sweep.settings]
-    if "heldout" in features:
-        results.append(measured("heldout", "heldout"))
-    originals = ImageSet(sets.reconstructed, size)
-    quality = _mean_psnr(originals, everything[RECONSTRUCTIONS])
-    results.append(measured(RECONSTRUCTIONS, "reconstructions", psnr=quality))
-    results.append(measured(NOISE, "decoded-noise"))
-    return Report(
-        metric=extractor.metric,
-        extractor=extractor.description,
-        reference={"num_images": len(sets.reference), "content": everything["reference"].digest, "split": "train"},
-        image_size=size,
-        class_names=class_names,
-        results=results,
-        not_measured=not_measured,
-    )
-
-
-def _features(folder: Path, name: str, images: ImageSet, extractor: Extractor, batch_size: int) -> Tensor:
-    """Features of a set, kept by the content of images and extractor, never by name alone."""
-    folder.mkdir(exist_ok=True)
-    key = digest([images.digest, extractor.description])[:16]
-    path = folder / f"{name}-{key}.safetensors"
-    if path.exists():
-        return load_tensors(path)["features"]
-    found = extractor.features(images, batch_size)
-    save_tensors(path, {"features": found})
-    return found
-
-
-def _mean_psnr(originals: ImageSet, reconstructions: ImageSet) -> float | None:
-    """dB, mean over images; None where every one is reproduced exactly."""
-    values = [psnr(originals.pixels(i)[None], reconstructions.pixels(i)[None])[0] for i in range(len(originals))]
-    finite = [value for value in values if np.isfinite(value)]
-    return float(np.mean(finite)) if finite else None
