@@ -29,7 +29,7 @@ from svgpipe.manifests.manifest import digest, file_sha256
 from svgpipe.manifests.recipe import ExtractorSection
 from svgpipe.manifests.shards import ShardFile, read_index, read_member
 from svgpipe.models.backbone import Backbone
-from svgpipe.stages.encoder import state_digest
+from svgpipe.stages.encoder import read_weight_file, state_digest
 from svgpipe.stages.images import RGBArray, centre_crop, decode_image, to_array
 from svgpipe.stages.training import pick_device
 
@@ -144,8 +144,9 @@ def load_extractor(config: ExtractorSection, backbone: Backbone) -> Extractor:
             {"kind": "backbone", "name": name, "weights": state_digest(backbone.state_dict())},
         )
     path = None if config.weights == "hub" else Path(config.weights)
-    if path is not None and not path.is_file():
-        raise ArtifactError(f"{path}: expected torch-fidelity's Inception weights, found no such file.")
+    if path is not None:
+        # torch-fidelity unpickles whatever it is given; a file that passes here holds tensors and nothing else.
+        read_weight_file(path)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             module = FeatureExtractorInceptionV3(

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from torch_fidelity import feature_extractor_inceptionv3
 
 from svgpipe.manifests.cache import FeatureStore
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
+from svgpipe.manifests.manifest import file_sha256
 from svgpipe.stages.decoding import latent_decoder
 from svgpipe.stages.images import decode_image, to_array
 from svgpipe.stages.measure import class_accuracy, frechet_distance, kernel_distance
@@ -160,6 +162,31 @@ def test_a_decoder_that_does_not_belong_is_refused(
     for word in (mine, theirs, "config.steps: 6 there, 1 here", "config.learning_rate"):
         assert word in found.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_inception_from_a_file_is_called_fid(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published file cannot be had here: one of the same layout with random weights takes its way."""
+    module = feature_extractor_inceptionv3
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: None)
+        torch.manual_seed(0)
+        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.save(network.state_dict(), tmp_path / "inception.pth")
+    change = ["--set", "evaluation.extractor.kind=inception", "--steps", "1", "--guidance", "1.0"]
+    weights = ["--set", f"evaluation.extractor.weights={tmp_path / 'inception.pth'}"]
+    found = svgpipe(*eval_args(finished, tmp_path / "out", *change, *weights))
+    assert found.code == 0, found.err
+    report = Report.read(tmp_path / "out")
+    assert report.metric == "FID"
+    assert report.extractor["weights"] == file_sha256(tmp_path / "inception.pth")
+    (tmp_path / "inception.pth").write_bytes(b"cut short")
+    found = svgpipe(*eval_args(finished, tmp_path / "again", *change, *weights))
+    assert found.code == 1
+    assert "inception.pth: not a readable weight file" in found.err
 
 
 @pytest.mark.parametrize(
