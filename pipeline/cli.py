@@ -283,6 +283,20 @@ def _show_log() -> None:
         log.propagate = False
 
 
+def _stopped() -> int:
+    typer.echo("stopped. What was finished is kept; the same command resumes.", err=True)
+    return 130
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: landing in another library's lock, it can surface as a RuntimeError."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. A user's mistake prints one message, never a traceback."""
     _show_log()
@@ -292,19 +306,21 @@ def main(arguments: list[str] | None = None) -> int:
         typer.echo(f"error: {error}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("stopped. What was finished is kept; the same command resumes.", err=True)
-        return 130
+        return _stopped()
     except OSError as error:
         typer.echo(f"error: {_explain(error)}", err=True)
         return 1
     except Exception as error:
+        if _interrupted(error):
+            return _stopped()
         # Usage errors: click's own class, which newer typer versions carry inside and do not export.
         show = getattr(error, "show", None)
         if not callable(show):
             raise
         show()
         return 2
-    return result if isinstance(result, int) else 0
+    # typer turns Ctrl-C into a result of 130, without a word.
+    return _stopped() if result == 130 else result if isinstance(result, int) else 0
 
 
 def entry() -> None:

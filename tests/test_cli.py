@@ -129,6 +129,24 @@ def test_a_full_disk_is_one_message(
     assert "/data/step-00000004: no space left on the device" in found.err
 
 
+def test_ctrl_c_inside_a_library_is_no_traceback(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it happens when the signal lands while Ray's reader holds a queue's lock."""
+
+    def interrupted(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("release unlocked lock")
+
+    monkeypatch.setattr(CheckpointStore, "save", interrupted)
+    cache = ["--cache", finished.root / "cache", "--recipe", finished.recipe_file]
+    found = svgpipe("train-diffusion", *cache, "--out", tmp_path / "out")
+    assert found.code == 130
+    assert "the same command resumes" in found.err
+
+
 def test_the_console_script_and_its_version() -> None:
     script = Path(sys.executable).with_name("svgpipe")
     found = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
