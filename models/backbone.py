@@ -5,7 +5,6 @@ Shapes: B batch, C channels, H W pixels, h w grid rows and columns.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -16,8 +15,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-log = logging.getLogger(__name__)
 
 
 class Backbone(nn.Module):

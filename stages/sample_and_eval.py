@@ -40,7 +40,14 @@ from svgpipe.stages.measure import (
 )
 from svgpipe.stages.pixels import as_pixels
 from svgpipe.stages.progress import Progress, Silent
-from svgpipe.stages.sampling import SamplerSettings, draw_latents, initial_noise, labels_of, load_diffusion
+from svgpipe.stages.sampling import (
+    SamplerSettings,
+    TrainedDiffusion,
+    draw_latents,
+    initial_noise,
+    labels_of,
+    load_diffusion,
+)
 from svgpipe.stages.units import Resources, Row, run_units, start_worker
 
 
@@ -89,7 +96,7 @@ def sample_and_eval(
     )
     sweep = _Sweep(diffusion, autoencoder, out, config, settings, resources, progress)
     sets = RealSets.of(reference, config, encoder.image_size)
-    stores = sweep.draw(trained.manifest.grid, trained.manifest.channels, trained.manifest.class_names)
+    stores = sweep.draw(trained)
     images = sweep.decode(stores, sets, trained.channel_mean, trained.channel_std)
     report = compare(
         out,
@@ -154,13 +161,13 @@ class _Sweep:
     def num_draw_units(self) -> int:
         return self.units_per_set * len(self.settings)
 
-    def draw(self, grid: tuple[int, int], channels: int, class_names: Sequence[str]) -> list[FeatureStore]:
+    def draw(self, trained: TrainedDiffusion) -> list[FeatureStore]:
         """Latents of every setting, as Zarr groups in the cache's format."""
         config = self.config
+        grid, channels, class_names = trained.manifest.grid, trained.manifest.channels, trained.manifest.class_names
         spec = StoreSpec(config.num_samples, ("original",), grid, channels, config.unit_rows, tuple(class_names))
         journal = Journal(self.out / "journal" / "draw")
         stores = []
-        trained = load_diffusion(self.diffusion, config.weights)
         for i, setting in enumerate(self.settings):
             path = self.out / "latents" / setting.name
             mine = range(i * self.units_per_set, (i + 1) * self.units_per_set)

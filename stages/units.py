@@ -44,7 +44,8 @@ def run_units(
     """Run `items` through read → worker → write on a connected Ray; yields what `write` returned, as it comes.
 
     Raises:
-        SvgpipeError, OSError: raised by any of the three, unwrapped from Ray's own errors.
+        UsageError: more CPUs or GPUs asked for than Ray has.
+        SvgpipeError, OSError: raised by any of the three, unwrapped from Ray's own errors; or a worker died.
     """
     import ray
 
