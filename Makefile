@@ -15,7 +15,7 @@ install: $(STAMP) ## create .venv and install svgpipe with its demo and developm
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,s3,dev]"
 	@touch $(STAMP)
 
 demo: install    ## run the whole pipeline on photographs into runs/demo

@@ -11,8 +11,6 @@ Nothing is ever unpickled. A checkpoint becomes visible by one rename of latest.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +18,12 @@ from typing import ClassVar, Literal
 
 import safetensors
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from svgpipe.manifests.errors import ArtifactError, storage_error
-from svgpipe.manifests.manifest import Json, Manifest, file_sha256, read_json, sync_directory, write_json
+from svgpipe.manifests.manifest import Json, Manifest, read_json, write_json
+from svgpipe.manifests.storage import Location, children, file_sha256, make_directory, remove_tree, staged
 
 AUTOENCODER_FILE = "autoencoder.safetensors"
 EMA_FILE, RAW_FILE, STATISTICS_FILE = "ema.safetensors", "raw.safetensors", "statistics.safetensors"
@@ -67,23 +66,18 @@ class DiffusionManifest(Manifest):
     heldout_loss: float | None = None
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def save_tensors(path: Location, tensors: Mapping[str, Tensor]) -> str:
     """Write safetensors atomically; returns the file's sha256."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        with staged(path) as partial:
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial)
+            sha256 = file_sha256(partial)
     except (safetensors.SafetensorError, OSError) as error:
-        partial.unlink(missing_ok=True)
         raise storage_error(path, error) from error
-    sha256 = file_sha256(partial)
-    partial.replace(path)
-    sync_directory(path.parent)
     return sha256
 
 
-def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+def load_tensors(path: Location, sha256: str | None = None) -> dict[str, Tensor]:
     """Read safetensors to the CPU.
 
     Raises:
@@ -97,7 +91,7 @@ def load_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
             "Restore the file or train again."
         )
     try:
-        return load_file(path)
+        return load_file(path) if isinstance(path, Path) else load(path.read_bytes())
     except (safetensors.SafetensorError, OSError) as error:
         raise ArtifactError(f"{path}: not a readable safetensors file: {error}") from error
 
@@ -114,7 +108,7 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run. `latest` is what latest.json says, never a guess from file names."""
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+    def __init__(self, directory: Location, keep: int = 2) -> None:
         """Keep the newest `keep` checkpoints in `directory`."""
         self.directory, self.keep = directory, keep
 
@@ -123,17 +117,17 @@ class CheckpointStore:
         return list(read_json(path)["checkpoints"]) if path.exists() else []
 
     @property
-    def newest(self) -> Path | None:
+    def newest(self) -> Location | None:
         """Folder of the newest published checkpoint."""
         entries = self._listed()
         return self.directory / entries[-1]["folder"] if entries else None
 
-    def save(self, checkpoint: Checkpoint) -> Path:
+    def save(self, checkpoint: Checkpoint) -> Location:
         """Write and publish a checkpoint, then remove those beyond `keep`."""
         name = f"step-{checkpoint.step:08d}"
         folder = self.directory / name
-        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed while writing it
-        folder.mkdir(parents=True)
+        remove_tree(folder)  # left by a run that was killed while writing it
+        make_directory(folder)
         hashes = {
             group: save_tensors(folder / f"{group}.safetensors", tensors)
             for group, tensors in checkpoint.groups.items()
@@ -143,9 +137,9 @@ class CheckpointStore:
         entries = [*entries, entry][-self.keep :]
         write_json(self.directory / "latest.json", {"checkpoints": entries})
         kept = {e["folder"] for e in entries}
-        for old in self.directory.glob("step-*"):
-            if old.name not in kept:
-                shutil.rmtree(old, ignore_errors=True)
+        for old in children(self.directory):
+            if old.name.startswith("step-") and old.name not in kept:
+                remove_tree(old)
         return folder
 
     def latest(self, say: Callable[[str], None]) -> Checkpoint | None:

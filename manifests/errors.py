@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import os
-from pathlib import Path
 
 
 class SvgpipeError(Exception):
@@ -53,7 +52,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def storage_error(path: Path, error: Exception) -> Exception:
+def storage_error(path: object, error: Exception) -> Exception:
     """What to raise for a failed write that a storage library reports in words of its own.
 
     A full disk becomes the OSError that it was; anything else an ArtifactError with the library's words.

@@ -8,13 +8,13 @@ report.json, report.html
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.manifest import Json, Manifest, read_json, summarise, write_json
+from svgpipe.manifests.storage import Location
 
 REPORT_NAME = "report.json"
 
@@ -51,12 +51,12 @@ class Report(_Record):
     results: list[Measured]
     not_measured: list[str] = Field(default_factory=list, description="What is missing, and why.")
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: Location) -> None:
         """Write report.json atomically."""
         write_json(directory / REPORT_NAME, self.model_dump(mode="json"))
 
     @classmethod
-    def read(cls, directory: Path) -> Report:
+    def read(cls, directory: Location) -> Report:
         """Parse report.json. Raises ArtifactError if it is missing or not a report."""
         path = directory / REPORT_NAME
         try:

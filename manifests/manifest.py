@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from svgpipe.manifests.errors import ArtifactError, MismatchError
+from svgpipe.manifests.lock import LOCK_NAME, Lock
+from svgpipe.manifests.storage import Location, children, make_directory, remove_partials, write_atomic
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -52,42 +52,12 @@ def digest(value: object) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file's bytes, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds either its old or its whole new content, even after a crash."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames inside `path` durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Location, value: object) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Json:
+def read_json(path: Location) -> Json:
     """Parse a JSON object.
 
     Raises:
@@ -178,20 +148,20 @@ class Manifest(BaseModel):
         """The same manifest with its fingerprint filled in."""
         return self.model_copy(update={"fingerprint": digest(self.identity())})
 
-    def as_input(self, path: Path) -> InputRef:
+    def as_input(self, path: Location) -> InputRef:
         """How a later stage's manifest refers to this one."""
         return InputRef(
             kind=self.kind, fingerprint=self.fingerprint, path=str(path), config=self.config, inputs=self.inputs
         )
 
-    def publish(self, directory: Path) -> Self:
+    def publish(self, directory: Location) -> Self:
         """Seal and write `manifest.json`, after everything it describes is on disk."""
         manifest = self.sealed()
         write_json(directory / MANIFEST_NAME, manifest.model_dump(mode="json"))
         return manifest
 
     @classmethod
-    def read(cls, directory: Path) -> Self:
+    def read(cls, directory: Location) -> Self:
         """Parse and check the manifest of a finished `directory`.
 
         Raises:
@@ -201,6 +171,11 @@ class Manifest(BaseModel):
         path = directory / MANIFEST_NAME
         if not path.exists():
             raise ArtifactError(_why_no_manifest(directory, cls.NOUN))
+        return cls.parse(path)
+
+    @classmethod
+    def parse(cls, path: Location) -> Self:
+        """Parse and check one manifest file. Raises as `read`."""
         raw = read_json(path)
         schema = raw.get("schema_version")
         if isinstance(schema, int) and schema > SCHEMA_VERSION:
@@ -228,7 +203,7 @@ def summarise(error: ValidationError) -> str:
     return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
-def _why_no_manifest(directory: Path, noun: str) -> str:
+def _why_no_manifest(directory: Location, noun: str) -> str:
     if not directory.exists():
         return f"{directory}: expected {noun}, found no such directory."
     if (directory / PLAN_NAME).exists():
@@ -239,24 +214,25 @@ def _why_no_manifest(directory: Path, noun: str) -> str:
     return f"{directory}: expected {noun}, found no {MANIFEST_NAME} in it."
 
 
-def _holds_nothing(path: Path) -> bool:
+def _holds_nothing(path: Location) -> bool:
     """No work that could be lost: absent, empty, or at most a plan and what a killed write left of it.
 
     Such a plan is replaced without asking, so that a command refused for its options can be run with better ones.
     """
     if not path.exists():
         return True
-    names = {entry.name for entry in path.iterdir()}
-    return all(name == PLAN_NAME or (name.startswith(".") and name.endswith(".partial")) for name in names)
+    names = {entry.name for entry in children(path)}
+    return all(name in (PLAN_NAME, LOCK_NAME) or (name.startswith(".") and name.endswith(".partial")) for name in names)
 
 
 class WorkDir(Generic[M]):
     """An output directory of one stage: refuses what does not belong, resumes what does.
 
-    `finished` is the manifest if the directory already holds exactly what is asked for.
+    `finished` is the manifest if the directory already holds exactly what is asked for. Otherwise its lock is
+    held until the end of the `with` block.
     """
 
-    def __init__(self, path: Path, kind: type[M], config: Json, inputs: Mapping[str, InputRef]) -> None:
+    def __init__(self, path: Location, kind: type[M], config: Json, inputs: Mapping[str, InputRef]) -> None:
         """Begin or resume.
 
         Args:
@@ -267,7 +243,9 @@ class WorkDir(Generic[M]):
         Raises:
             MismatchError: `path` was begun or finished with another config or other inputs.
             ArtifactError: `path` holds something that is not svgpipe's.
+            BusyError: another process works in it.
         """
+        self._lock: Lock | None = None
         self.path = path
         self.config = cast(Json, json.loads(canonical_json(config)))
         self.inputs = dict(inputs)
@@ -280,22 +258,54 @@ class WorkDir(Generic[M]):
         }
         if path.exists() and not path.is_dir():
             raise ArtifactError(f"{path}: expected a directory for {kind.NOUN}, found a file.")
-        if (path / MANIFEST_NAME).exists():
-            done = kind.read(path)
-            found = {"kind": done.kind, "config": done.config}
-            found["inputs"] = {name: ref.fingerprint for name, ref in done.inputs.items()}
-            self._require_equal(found, plan, f"{kind.NOUN} (fingerprint {done.fingerprint[:12]})")
-            self.finished = done
-        elif _holds_nothing(path):
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(path / PLAN_NAME, plan)
-        elif (path / PLAN_NAME).exists():
-            self._require_equal(read_json(path / PLAN_NAME), plan, f"{kind.NOUN}, half made,")
-        else:
+        if self._is_finished(kind, plan):
+            return
+        if not _holds_nothing(path) and not (path / PLAN_NAME).exists():
             raise ArtifactError(
                 f"{path}: expected an empty or new directory for {kind.NOUN}, found files that are not "
                 "svgpipe's. Give another --out."
             )
+        make_directory(path)
+        self._lock = Lock(path)
+        try:
+            # Whoever held the lock until now may have begun or even finished it.
+            if self._is_finished(kind, plan):
+                self.close()
+            elif _holds_nothing(path):
+                write_json(path / PLAN_NAME, plan)
+            else:
+                self._require_equal(read_json(path / PLAN_NAME), plan, f"{kind.NOUN}, half made,")
+            remove_partials(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def check_lock(self) -> None:
+        """Raise BusyError if the lock was lost to another process."""
+        if self._lock is not None:
+            self._lock.check()
+
+    def _is_finished(self, kind: type[M], plan: Json) -> bool:
+        if not (self.path / MANIFEST_NAME).exists():
+            return False
+        done = kind.read(self.path)
+        found = {"kind": done.kind, "config": done.config}
+        found["inputs"] = {name: ref.fingerprint for name, ref in done.inputs.items()}
+        self._require_equal(found, plan, f"{kind.NOUN} (fingerprint {done.fingerprint[:12]})")
+        self.finished = done
+        return True
 
     def _require_equal(self, found: Json, plan: Json, noun: str) -> None:
         lines = differing_fields(found, plan)
@@ -312,17 +322,17 @@ class WorkDir(Generic[M]):
         return round(time.monotonic() - self._started, 3)
 
 
-def require_same(where: str, expected: InputRef, found: Manifest, found_path: Path, *, what_to_do: str) -> None:
-    """Raise unless the artifact `found` is the one that `expected` refers to.
+def require_same(where: str, expected: InputRef, found: InputRef, *, what_to_do: str) -> None:
+    """Raise unless both refer to the same artifact.
 
     Raises:
         MismatchError: naming both fingerprints and the config fields and inputs that differ.
     """
     if expected.fingerprint == found.fingerprint:
         return
-    lines = differing_fields(expected.identity(), found.as_input(found_path).identity())
+    lines = differing_fields(expected.identity(), found.identity())
     detail = "\n  ".join(lines) if lines else "same config and inputs, other content (another run of it)"
     raise MismatchError(
         f"{where}: was made with {expected.kind} {expected.fingerprint[:12]} ({expected.path}), but got "
-        f"{found.fingerprint[:12]} ({found_path}). They differ in:\n  {detail}\n{what_to_do}"
+        f"{found.fingerprint[:12]} ({found.path}). They differ in:\n  {detail}\n{what_to_do}"
     )

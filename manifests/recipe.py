@@ -169,6 +169,8 @@ class ExtractSection(Section):
     precision: Precision = "float32"
     views: tuple[Literal["original", "flip"], ...] = ("original", "flip")
     calibration_images: Positive = Field(4096, description="Evenly spread rows that fix channel mean and std.")
+    store_dtype: Literal["float16", "int8"] = "float16"
+    compile: bool = Field(False, description="torch.compile the encoder; its features differ in the last bits.")
 
     @model_validator(mode="after")
     def _views_once(self) -> Self:

@@ -1,11 +1,16 @@
-"""Shard sets: WebDataset tars, and beside each an index that makes every row one range read.
+"""Shard sets: WebDataset tars, and an index that makes every row one range read.
 
-On disk:
+On disk, a set that svgpipe wrote:
 
     shard-000000.tar        KEY.jpg|png|webp, KEY.cls (label as text), KEY.json (path of the source)
-    shard-000000.parquet    key, label, offset, size, sha256, path — of the image member, in tar order
+    shard-000000.parquet    its index, see index.py
     rejected.jsonl          path, reason — inputs = stored + rejected
     manifest.json           ShardSetManifest; splits are whole tars, training tars first
+
+and one that was made by others and indexed, where the tars lie elsewhere:
+
+    index/000000.parquet    one per tar, in the order of the manifest
+    manifest.json
 
 A row's number is its position over all tars of the set, in order.
 """
@@ -15,33 +20,26 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import braceexpand
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as parquet
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from svgpipe.manifests.errors import ArtifactError, UsageError
-from svgpipe.manifests.manifest import (
-    MANIFEST_NAME,
-    InputRef,
-    Manifest,
-    digest,
-    file_sha256,
-    sync_directory,
-    write_atomic,
-)
+from svgpipe.manifests.index import ImageRef, read_index, refs_of_table, write_index
+from svgpipe.manifests.manifest import MANIFEST_NAME, InputRef, Manifest, digest
+from svgpipe.manifests.storage import Location, absolute, file_sha256, file_size, location, staged
 
 Split = Literal["train", "heldout"]
+# Opened indexes that one process keeps: neighbouring units lie in the same tars.
+INDEXES_KEPT = 4
 
 
 class ShardFile(BaseModel):
@@ -49,11 +47,29 @@ class ShardFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: str = Field(description="Beside the manifest, or the whole location of a tar made by others.")
     split: Split
     num_images: int
     num_bytes: int
     sha256: str
+    index_sha256: str
+    index: str | None = Field(None, description="Below the set's directory; null: the tar's name with .parquet.")
+
+
+def tar_of(directory: Location, shard: ShardFile) -> Location:
+    """Where a tar of the set in `directory` lies."""
+    return location(shard.name) if "/" in shard.name else directory / shard.name
+
+
+def index_of(directory: Location, shard: ShardFile) -> Location:
+    """Where its index lies."""
+    return directory / (shard.index or shard.name.replace(".tar", ".parquet"))
+
+
+def refs_of(directory: Location, shards: Sequence[ShardFile]) -> list[ImageRef]:
+    """All images of some tars, in order. Raises ArtifactError for a missing or altered index."""
+    tables = ((shard, read_index(index_of(directory, shard), shard.num_images)) for shard in shards)
+    return [ref for shard, table in tables for ref in refs_of_table(table, tar_of(directory, shard))]
 
 
 class ShardSetManifest(Manifest):
@@ -69,27 +85,23 @@ class ShardSetManifest(Manifest):
     num_images: int
     num_rejected: int
     num_heldout: int
-    content: str = Field(description="sha256 over the names and hashes of all tars.")
+    content: str = Field(description="sha256 over names, splits and hashes of all tars and their indexes.")
     shards: list[ShardFile]
 
     @staticmethod
     def content_of(shards: Sequence[ShardFile]) -> str:
         """Digest that `content` must equal."""
-        return digest([[shard.name, shard.split, shard.sha256] for shard in shards])
+        return digest([[shard.name, shard.split, shard.sha256, shard.index_sha256] for shard in shards])
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The index of many images, as columns of equal length N."""
+    """What is known of every image without opening it, as columns of equal length N."""
 
     shard: NDArray[np.int32]  # position in ShardSet.shards
-    label: NDArray[np.int32]
-    offset: NDArray[np.int64]  # of the image member's bytes in its tar
-    size: NDArray[np.int64]
+    label: NDArray[np.int32]  # −1 where `rejected` and unknown
     heldout: NDArray[np.bool_]
-    key: list[str]
-    sha256: list[str]
-    path: list[str]
+    rejected: NDArray[np.bool_]  # known to be unusable when it was indexed
 
     def __len__(self) -> int:
         return len(self.label)
@@ -98,11 +110,22 @@ class Rows:
 class ShardSet:
     """A finished shard set, or some tars of one."""
 
-    def __init__(self, directory: Path, manifest: ShardSetManifest, shards: Sequence[ShardFile]) -> None:
+    def __init__(self, directory: Location, manifest: ShardSetManifest, shards: Sequence[ShardFile]) -> None:
         self.directory, self.manifest, self.shards = directory, manifest, tuple(shards)
+        self._starts = np.cumsum([0, *(shard.num_images for shard in self.shards)])
+        self._tables: dict[int, pa.Table] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"directory": self.directory, "manifest": self.manifest, "shards": self.shards}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
 
     @classmethod
-    def open(cls, spec: str | Path) -> ShardSet:
+    def open(cls, spec: str | Location) -> ShardSet:
         """Open a directory, one tar, or a brace pattern such as 'path/shard-{000000..000009}.tar'.
 
         Raises:
@@ -112,43 +135,58 @@ class ShardSet:
         """
         text = str(spec)
         if not text.endswith(".tar"):
-            directory = Path(text)
+            directory = location(text)
             manifest = ShardSetManifest.read(directory)
-            chosen = manifest.shards
-        else:
-            try:
-                paths = [Path(p) for p in braceexpand.braceexpand(text)]
-            except ValueError as error:
-                raise UsageError(f"{text}: the braces do not match.") from error
-            if len(set(paths)) != len(paths):
-                raise UsageError(f"{text}: names a tar twice.")
-            directories = {p.parent for p in paths}
-            if len(directories) != 1:
-                raise UsageError(f"{text}: expected tars of one directory, found {len(directories)} directories.")
-            directory = directories.pop()
-            manifest = ShardSetManifest.read(directory)
-            listed = {shard.name: shard for shard in manifest.shards}
-            unknown = [p.name for p in paths if p.name not in listed]
-            if unknown:
-                raise ArtifactError(
-                    f"{directory / unknown[0]}: not a shard of {directory / MANIFEST_NAME}, which lists "
-                    f"{len(listed)} from {next(iter(listed), 'none')}."
-                )
-            chosen = [listed[p.name] for p in paths]
-        found = cls(directory, manifest, chosen)
+            return cls._checked(directory, manifest, manifest.shards)
+        paths = expand(text)
+        directories = {str(p.parent) for p in paths}
+        if len(directories) != 1:
+            raise UsageError(f"{text}: expected tars of one directory, found {len(directories)} directories.")
+        directory = paths[0].parent
+        if paths[0].exists() and not (directory / MANIFEST_NAME).exists():
+            raise ArtifactError(
+                f"{directory}: expected a shard set, found tars without {MANIFEST_NAME}. If others made them, index "
+                f"them once with `svgpipe index '{text}' OUT`, then give OUT."
+            )
+        return cls._some(directory, [p.name for p in paths])
+
+    @classmethod
+    def of_input(cls, ref: InputRef) -> ShardSet:
+        """Open what an artifact recorded as its shards. Raises as `open`, also where they have moved."""
+        directory, only = location(ref.path), ref.config.get("only")
+        return cls.open(directory) if only is None else cls._some(directory, only)
+
+    @classmethod
+    def _some(cls, directory: Location, names: Sequence[str]) -> ShardSet:
+        manifest = ShardSetManifest.read(directory)
+        listed = {shard.name: shard for shard in manifest.shards}
+        unknown = [name for name in names if name not in listed]
+        if unknown:
+            raise ArtifactError(
+                f"{directory / unknown[0]}: not a shard of {directory / MANIFEST_NAME}, which lists "
+                f"{len(listed)} from {next(iter(listed), 'none')}."
+            )
+        return cls._checked(directory, manifest, [listed[name] for name in names])
+
+    @classmethod
+    def _checked(cls, directory: Location, manifest: ShardSetManifest, shards: Sequence[ShardFile]) -> ShardSet:
+        found = cls(directory, manifest, shards)
         found.check_files()
         return found
+
+    def absolute(self) -> ShardSet:
+        """The same set for a process with another current directory."""
+        return ShardSet(absolute(self.directory), self.manifest, self.shards)
 
     def check_files(self) -> None:
         """Raise ArtifactError for a tar that is missing or not of its recorded size."""
         for shard in self.shards:
-            path = self.directory / shard.name
-            size = path.stat().st_size if path.exists() else None
+            size = file_size(tar_of(self.directory, shard))
             if size != shard.num_bytes:
                 found = "none" if size is None else f"{size} bytes"
                 raise ArtifactError(
-                    f"{path}: expected a tar of {shard.num_bytes} bytes, found {found}. "
-                    "Restore it, or run `svgpipe shard` again into a new directory."
+                    f"{tar_of(self.directory, shard)}: expected a tar of {shard.num_bytes} bytes, found {found}. "
+                    "Restore it, or make the shard set again in a new directory."
                 )
 
     def as_input(self) -> InputRef:
@@ -161,42 +199,79 @@ class ShardSet:
             update={"fingerprint": digest([ref.fingerprint, names]), "config": {**ref.config, "only": names}}
         )
 
-    def tars(self, split: Split | None = None) -> list[Path]:
+    def tars(self, split: Split | None = None) -> list[Location]:
         """Paths of the tars, all or those of one split, in order."""
-        return [self.directory / s.name for s in self.shards if split in (None, s.split)]
+        return [tar_of(self.directory, s) for s in self.shards if split in (None, s.split)]
 
     @cached_property
     def rows(self) -> Rows:
-        """The whole index. Raises ArtifactError for a missing or altered parquet file."""
-        columns: dict[str, list[Any]] = {name: [] for name in INDEX_COLUMNS}
-        shard_of: list[NDArray[np.int32]] = []
-        heldout: list[NDArray[np.bool_]] = []
-        for position, shard in enumerate(self.shards):
-            table = read_index(self.directory / shard.name.replace(".tar", ".parquet"), shard.num_images)
-            for name in INDEX_COLUMNS:
-                columns[name] += table[name]
-            shard_of.append(np.full(shard.num_images, position, np.int32))
-            heldout.append(np.full(shard.num_images, shard.split == "heldout"))
+        """Labels and splits of every row. Raises ArtifactError for a missing or altered index."""
+        labels, rejected = [np.zeros(0, np.int32)], [np.zeros(0, np.bool_)]
+        for shard in self.shards:
+            table = read_index(index_of(self.directory, shard), shard.num_images, ["label"])
+            labels.append(table["label"].to_numpy())
+            reasons = "reject" in table.column_names
+            rejected.append(table["reject"].is_valid().to_numpy() if reasons else np.zeros(len(table), np.bool_))
+        counts = np.diff(self._starts)
+        heldout = np.asarray([shard.split == "heldout" for shard in self.shards], np.bool_)
         return Rows(
-            shard=np.concatenate(shard_of) if shard_of else np.zeros(0, np.int32),
-            label=np.asarray(columns["label"], np.int32),
-            offset=np.asarray(columns["offset"], np.int64),
-            size=np.asarray(columns["size"], np.int64),
-            heldout=np.concatenate(heldout) if heldout else np.zeros(0, np.bool_),
-            key=[str(v) for v in columns["key"]],
-            sha256=[str(v) for v in columns["sha256"]],
-            path=[str(v) for v in columns["path"]],
+            shard=np.repeat(np.arange(len(self.shards), dtype=np.int32), counts),
+            label=np.concatenate(labels).astype(np.int32),
+            heldout=np.repeat(heldout, counts),
+            rejected=np.concatenate(rejected),
         )
 
-    def read_image(self, row: int) -> bytes:
-        """Bytes of the image at `row`, checked against the index.
+    def refs(self, rows: Iterable[int]) -> list[ImageRef]:
+        """Where the images of `rows` lie. Reads the indexes of their tars only, and keeps the last few.
 
         Raises:
-            ArtifactError: the tar does not hold the recorded bytes there.
+            IndexError: no such row. ArtifactError: a missing or altered index.
         """
-        rows = self.rows
-        path = self.directory / self.shards[int(rows.shard[row])].name
-        return read_member(path, int(rows.offset[row]), int(rows.size[row]), rows.sha256[row])
+        wanted = np.fromiter(rows, np.int64)
+        bad = wanted[(wanted < 0) | (wanted >= len(self))]
+        if bad.size:
+            raise IndexError(f"row {bad[0]}: expected 0..{len(self) - 1}")
+        positions = np.searchsorted(self._starts, wanted, side="right") - 1
+        found = []
+        # One take per stretch of rows in the same tar; units are such stretches.
+        for stretch in np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(positions)) + 1):
+            if len(stretch):
+                position = int(positions[stretch[0]])
+                table = self._table(position).take(wanted[stretch] - self._starts[position])
+                found += refs_of_table(table, tar_of(self.directory, self.shards[position]))
+        return found
+
+    def _table(self, position: int) -> pa.Table:
+        if position not in self._tables:
+            shard = self.shards[position]
+            while len(self._tables) >= INDEXES_KEPT:
+                del self._tables[next(iter(self._tables))]
+            self._tables[position] = read_index(index_of(self.directory, shard), shard.num_images)
+        return self._tables[position]
+
+    def usable(self, split: Split) -> list[ImageRef]:
+        """All images of one split but those rejected when they were indexed. Raises as `refs_of`."""
+        found = refs_of(self.directory, [shard for shard in self.shards if shard.split == split])
+        return [ref for ref in found if ref.reject is None]
+
+    def read_image(self, row: int) -> bytes:
+        """Bytes of the image at `row`. Raises ArtifactError where the tar does not hold the recorded ones."""
+        return self.refs([row])[0].read()
+
+
+def expand(pattern: str) -> list[Location]:
+    """A tar, or a brace pattern of tars, as locations in order.
+
+    Raises:
+        UsageError: braces that do not match, or a tar named twice.
+    """
+    try:
+        names = list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise UsageError(f"{pattern}: the braces do not match.") from error
+    if len(set(names)) != len(names):
+        raise UsageError(f"{pattern}: names a tar twice.")
+    return [location(name) for name in names]
 
 
 @dataclass(frozen=True)
@@ -210,45 +285,27 @@ class TarImage:
     path: str = ""
 
 
-_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("label", pa.int32()),
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("sha256", pa.string()),
-        ("path", pa.string()),
-    ]
-)
-INDEX_COLUMNS = tuple(_SCHEMA.names)
-
-
-def write_tar(tar_path: Path, images: Iterable[TarImage], split: Split) -> ShardFile:
-    """Write one tar and its index; the tar appears by a rename, after its index. The bytes depend on `images` only."""
-    columns: dict[str, list[Any]] = {name: [] for name in INDEX_COLUMNS}
-    partial = tar_path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+def write_tar(tar_path: Location, images: Iterable[TarImage], split: Split) -> ShardFile:
+    """Write one tar and its index; the tar appears after its index. The bytes depend on `images` only."""
+    refs = []
+    with staged(tar_path) as partial:
+        with tarfile.open(partial, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for image in images:
                 offset = tar.offset + tarfile.BLOCKSIZE
                 _append(tar, image)
                 sha256 = hashlib.sha256(image.data).hexdigest()
-                row = (image.key, image.label, offset, len(image.data), sha256, image.path)
-                for name, value in zip(INDEX_COLUMNS, row, strict=True):
-                    columns[name].append(value)
-        file.flush()
-        os.fsync(file.fileno())
-    buffer = io.BytesIO()
-    parquet.write_table(pa.table(columns, schema=_SCHEMA), buffer)
-    write_atomic(tar_path.with_suffix(".parquet"), buffer.getvalue())
-    partial.replace(tar_path)
-    sync_directory(tar_path.parent)
+                refs.append(
+                    ImageRef(tar_path, offset, len(image.data), sha256, image.key, image.label, path=image.path)
+                )
+        index_sha256 = write_index(tar_path.with_suffix(".parquet"), refs)
+        sha256, num_bytes = file_sha256(partial), partial.stat().st_size
     return ShardFile(
         name=tar_path.name,
         split=split,
-        num_images=len(columns["key"]),
-        num_bytes=tar_path.stat().st_size,
-        sha256=file_sha256(tar_path),
+        num_images=len(refs),
+        num_bytes=num_bytes,
+        sha256=sha256,
+        index_sha256=index_sha256,
     )
 
 
@@ -258,34 +315,6 @@ def _append(tar: tarfile.TarFile, image: TarImage) -> None:
         member = tarfile.TarInfo(f"{image.key}.{name}")
         member.size = len(content)
         tar.addfile(member, io.BytesIO(content))
-
-
-def read_member(tar: Path, offset: int, size: int, sha256: str) -> bytes:
-    """One range read, checked. Raises ArtifactError where the bytes are not the recorded ones."""
-    with tar.open("rb") as file:
-        file.seek(offset)
-        data = file.read(size)
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        raise ArtifactError(
-            f"{tar}: offset {offset}: expected {size} bytes with sha256 {sha256[:12]}, "
-            f"found {len(data)} bytes with {found[:12]}. The tar was altered or cut short."
-        )
-    return data
-
-
-def read_index(path: Path, num_images: int) -> dict[str, list[Any]]:
-    """Columns of one tar's index. Raises ArtifactError if it is missing, unreadable or of another length."""
-    if not path.exists():
-        raise ArtifactError(f"{path}: expected the index of its tar, found none.")
-    try:
-        table: dict[str, list[Any]] = parquet.read_table(path).to_pydict()
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: not a readable parquet file: {error}") from error
-    lengths = {name: len(table.get(name, [])) for name in INDEX_COLUMNS}
-    if set(lengths.values()) != {num_images}:
-        raise ArtifactError(f"{path}: expected {num_images} rows of {', '.join(INDEX_COLUMNS)}, found {lengths}.")
-    return table
 
 
 def shard_name(number: int) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Table
 
 LINE_EVERY_S = 15.0
 
@@ -66,3 +69,22 @@ class ConsoleProgress:
     def say(self, text: str) -> None:
         """One line that stays."""
         self.console.print(text, markup=False)
+
+
+def show_timings(timings: Mapping[str, Any]) -> None:
+    """Print where an extraction's time went, a row per worker, and the advice that follows from it."""
+    if not timings.get("workers"):
+        return
+    phases = list(dict.fromkeys(phase for worker in timings["workers"] for phase in worker["seconds"]))
+    table = Table(title="seconds per worker", title_justify="left", box=None, pad_edge=False)
+    for name in ("", "worker", "images", *phases):
+        table.add_column(name, justify="left" if name in ("", "worker") else "right")
+    for worker in timings["workers"]:
+        seconds = [f"{worker['seconds'][phase]:.1f}" if phase in worker["seconds"] else "" for phase in phases]
+        table.add_row(worker["role"], worker["worker"], str(worker["images"]), *seconds)
+    console = Console(highlight=False)
+    console.print(table)
+    rate = timings["steady_images_per_s"]
+    steady = "" if rate is None else f", {rate:.1f} images/s once under way"
+    console.print(f"{timings['images']} images in {timings['seconds']:.1f} s{steady}", markup=False)
+    console.print(timings["advice"], markup=False)

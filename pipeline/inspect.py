@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,20 +13,17 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from svgpipe.manifests.cache import CacheManifest, FeatureCache
+from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
-from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
-from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, Manifest, read_json
+from svgpipe.manifests.journal import finished_units
+from svgpipe.manifests.kinds import artifacts_below, read_any
+from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, read_json
 from svgpipe.manifests.shards import ShardSet, ShardSetManifest
-
-KINDS: dict[str, type[Manifest]] = {
-    kind.KIND: kind
-    for kind in (ShardSetManifest, AutoencoderManifest, CacheManifest, DiffusionManifest, EvaluationManifest)
-}
+from svgpipe.manifests.storage import Location, children
 
 
-def describe(path: Path) -> Json:
+def describe(path: Location) -> Json:
     """What lies at `path`, as JSON values: an artifact, or {"workdir": …, "artifacts": […]} for a folder of them.
 
     Raises:
@@ -37,19 +33,12 @@ def describe(path: Path) -> Json:
         return _describe_finished(path)
     if (path / PLAN_NAME).exists():
         return _describe_unfinished(path)
-    inner = sorted(
-        p for p in (path.iterdir() if path.is_dir() else []) if (p / MANIFEST_NAME).exists() or (p / PLAN_NAME).exists()
-    )
-    if not inner:
-        raise ArtifactError(f"{path}: expected an svgpipe artifact, found neither {MANIFEST_NAME} nor {PLAN_NAME}.")
-    return {"workdir": str(path), "artifacts": [describe(p) for p in inner]}
+    return {"workdir": str(path), "artifacts": [describe(p) for p in artifacts_below(path)]}
 
 
-def _describe_finished(path: Path) -> Json:
-    kind = str(read_json(path / MANIFEST_NAME).get("kind"))
-    if kind not in KINDS:
-        raise ArtifactError(f"{path / MANIFEST_NAME}: expected one of {', '.join(KINDS)}, found kind {kind!r}.")
-    manifest = KINDS[kind].read(path)
+def _describe_finished(path: Location) -> Json:
+    manifest = read_any(path)
+    kind = manifest.kind
     return {
         "path": str(path),
         "kind": kind,
@@ -64,13 +53,14 @@ def _describe_finished(path: Path) -> Json:
     }
 
 
-def _describe_unfinished(path: Path) -> Json:
+def _describe_unfinished(path: Location) -> Json:
     plan = read_json(path / PLAN_NAME)
     facts: Json = {}
-    if (records := path / "records").is_dir():
-        facts["tars finished"] = len(list(records.glob("*.json")))
-    for journal in sorted(path.glob("journal")) + sorted(path.glob("journal/*")):
-        if journal.is_dir() and (count := len(list(journal.glob("unit-*.json")))):
+    if tars := children(path / "records"):
+        facts["tars finished"] = len(tars)
+    inner = [child for child in children(path / "journal") if child.suffix == ""]
+    for journal in [path / "journal", *inner]:
+        if count := len(finished_units(journal)):
             facts[f"{journal.name}: units finished"] = count
     latest = path / "checkpoints" / "latest.json"
     if latest.exists():
@@ -95,7 +85,7 @@ def _lineage(ref: InputRef) -> Json:
     }
 
 
-def _shard_facts(path: Path, manifest: Any) -> Json:
+def _shard_facts(path: Location, manifest: Any) -> Json:
     assert isinstance(manifest, ShardSetManifest)
     labels = np.bincount(ShardSet.open(path).rows.label, minlength=len(manifest.class_names))
     rejects = [json.loads(line) for line in (path / "rejected.jsonl").read_text().splitlines()]
@@ -109,7 +99,7 @@ def _shard_facts(path: Path, manifest: Any) -> Json:
     }
 
 
-def _autoencoder_facts(path: Path, manifest: Any) -> Json:
+def _autoencoder_facts(path: Location, manifest: Any) -> Json:
     assert isinstance(manifest, AutoencoderManifest)
     backbone = manifest.config["backbone"]
     return {
@@ -123,7 +113,7 @@ def _autoencoder_facts(path: Path, manifest: Any) -> Json:
     }
 
 
-def _cache_facts(path: Path, manifest: Any) -> Json:
+def _cache_facts(path: Location, manifest: Any) -> Json:
     cache = FeatureCache(path)
     mean, std = (cache.store.array(name) for name in ("stored_mean", "stored_std"))
     return {
@@ -139,7 +129,7 @@ def _cache_facts(path: Path, manifest: Any) -> Json:
     }
 
 
-def _diffusion_facts(path: Path, manifest: Any) -> Json:
+def _diffusion_facts(path: Location, manifest: Any) -> Json:
     assert isinstance(manifest, DiffusionManifest)
     return {
         "parameters": manifest.num_parameters,
@@ -150,14 +140,14 @@ def _diffusion_facts(path: Path, manifest: Any) -> Json:
     }
 
 
-def _evaluation_facts(path: Path, manifest: Any) -> Json:
+def _evaluation_facts(path: Location, manifest: Any) -> Json:
     assert isinstance(manifest, EvaluationManifest)
     report = Report.read(path)
     distances = {r.name: round(r.frechet_distance, 3) for r in report.results}
     return {"metric": report.metric, "distances": distances, "samples per setting": manifest.num_samples}
 
 
-_FACTS: dict[str, Callable[[Path, Any], Json]] = {
+_FACTS: dict[str, Callable[[Location, Any], Json]] = {
     "shard-set": _shard_facts,
     "autoencoder": _autoencoder_facts,
     "feature-cache": _cache_facts,

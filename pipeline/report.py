@@ -7,7 +7,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 
 import jinja2
 import numpy as np
@@ -15,12 +14,14 @@ from PIL import Image
 
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report
-from svgpipe.manifests.manifest import InputRef, write_atomic
-from svgpipe.manifests.shards import ShardFile, ShardSet
+from svgpipe.manifests.index import read_index, refs_of_table
+from svgpipe.manifests.manifest import InputRef
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.storage import Location, children, write_atomic
 from svgpipe.stages.comparison import RECONSTRUCTIONS
 from svgpipe.stages.images import RGBArray
-from svgpipe.stages.measure import ImageSet, refs_of
-from svgpipe.stages.streaming import evenly_spread
+from svgpipe.stages.measure import ImageSet
+from svgpipe.stages.selection import evenly_spread
 from svgpipe.stages.training import read_metrics
 
 REPORT_PAGE = "report.html"
@@ -59,7 +60,7 @@ class Curve:
     last: float
 
 
-def render_report(evaluation: Path, autoencoder: Path, diffusion: Path, reference: ShardSet) -> Path:
+def render_report(evaluation: Location, autoencoder: Location, diffusion: Location, reference: ShardSet) -> Location:
     """Write `report.html` into a finished evaluation; returns its path. Nothing is measured here."""
     manifest = EvaluationManifest.read(evaluation)
     report = Report.read(evaluation)
@@ -92,7 +93,7 @@ def _picture(pixels: RGBArray, caption: str) -> Picture:
     return Picture("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), caption)
 
 
-def _grids(evaluation: Path, report: Report, samples: Sequence[Measured], reference: ShardSet) -> list[Grid]:
+def _grids(evaluation: Location, report: Report, samples: Sequence[Measured], reference: ShardSet) -> list[Grid]:
     names, size = report.class_names, report.image_size
     columns = min(len(names), MAX_COLUMNS)
     classes = evenly_spread(len(names), columns)
@@ -108,11 +109,10 @@ def _grids(evaluation: Path, report: Report, samples: Sequence[Measured], refere
         pictures = [_picture(images.pixels(i), names[int(images.labels[i])]) for i in chosen]
         return Grid(title, note, len({int(images.labels[i]) for i in chosen}) or 1, pictures)
 
-    train = refs_of(reference.directory, [s for s in reference.shards if s.split == "train"])
+    train, heldout = reference.usable("train"), reference.usable("heldout")
     real = ImageSet(train, size)
     grids = [grid("Real images", "from the training split", real, 2)]
     rebuilt = _decoded(evaluation, RECONSTRUCTIONS, size)
-    heldout = refs_of(reference.directory, [s for s in reference.shards if s.split == "heldout"])
     pool = heldout if len(heldout) >= 2 else train
     originals = ImageSet([pool[i] for i in evenly_spread(len(pool), len(rebuilt))], size)
     chosen = by_class(rebuilt, 1)
@@ -128,26 +128,18 @@ def _grids(evaluation: Path, report: Report, samples: Sequence[Measured], refere
     return grids
 
 
-def _decoded(evaluation: Path, name: str, size: int) -> ImageSet:
+def _decoded(evaluation: Location, name: str, size: int) -> ImageSet:
     """Images of one set, from its tars' own indexes."""
     folder = evaluation / "images" / name
-    shards = [
-        ShardFile(name=path.name, split="train", num_images=_count(path), num_bytes=0, sha256="")
-        for path in sorted(folder.glob("shard-*.tar"))
-    ]
-    return ImageSet(refs_of(folder, shards), size)
-
-
-def _count(tar: Path) -> int:
-    import pyarrow.parquet as parquet
-
-    return int(parquet.read_metadata(tar.with_suffix(".parquet")).num_rows)
+    tars = [path for path in children(folder) if path.suffix == ".tar"]
+    refs = [ref for tar in tars for ref in refs_of_table(read_index(tar.with_suffix(".parquet"), None), tar)]
+    return ImageSet(refs, size)
 
 
 WIDTH, HEIGHT = 300, 110
 
 
-def _curves(path: Path, names: Sequence[str], stage: str) -> list[Curve]:
+def _curves(path: Location, names: Sequence[str], stage: str) -> list[Curve]:
     entries = read_metrics(path)
     curves = []
     for name in names:

@@ -11,6 +11,7 @@ from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.manifest import MANIFEST_NAME, Manifest
 from svgpipe.manifests.recipe import Recipe
 from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.storage import Location
 from svgpipe.pipeline.cluster import connected
 from svgpipe.pipeline.demo import write_photographs
 from svgpipe.pipeline.report import render_report
@@ -30,38 +31,38 @@ DEMO_SOURCE = "demo-photographs"
 class WorkLayout:
     """Where each stage's artifact lies in a working directory."""
 
-    root: Path
+    root: Location
 
     @property
-    def shards(self) -> Path:
+    def shards(self) -> Location:
         return self.root / "shards"
 
     @property
-    def autoencoder(self) -> Path:
+    def autoencoder(self) -> Location:
         return self.root / "autoencoder"
 
     @property
-    def cache(self) -> Path:
+    def cache(self) -> Location:
         return self.root / "cache"
 
     @property
-    def diffusion(self) -> Path:
+    def diffusion(self) -> Location:
         return self.root / "diffusion"
 
     @property
-    def evaluation(self) -> Path:
+    def evaluation(self) -> Location:
         return self.root / "evaluation"
 
 
 def run_recipe(
     recipe: Recipe,
-    workdir: Path,
+    workdir: Location,
     *,
     source: str | None = None,
     resources: Resources | None = None,
     address: str | None = None,
     progress: Progress,
-) -> Path:
+) -> Location:
     """Run every stage of `recipe` in `workdir`; returns the report's path. Run again to resume.
 
     Args:
@@ -119,16 +120,18 @@ def run_recipe(
     return render_report(layout.evaluation, layout.autoencoder, layout.diffusion, shards)
 
 
-def _find_source(source: str | None, workdir: Path) -> Path:
+def _find_source(source: str | None, workdir: Location) -> Path:
     if source is None:
         raise UsageError("no images: name a folder with --source DIR, or as `source:` in the recipe.")
     if source == DEMO_SOURCE:
+        if not isinstance(workdir, Path):
+            raise UsageError(f"{workdir}: the demo draws its photographs into the working directory; give a folder.")
         workdir.mkdir(parents=True, exist_ok=True)
         return write_photographs(workdir / "photographs")
     return Path(source)
 
 
-def _stage(out: Path, progress: Progress, job: Callable[[], Manifest]) -> None:
+def _stage(out: Location, progress: Progress, job: Callable[[], Manifest]) -> None:
     finished = (out / MANIFEST_NAME).exists()
     manifest = job()
     state = "finished before, unchanged" if finished else f"finished in {manifest.seconds:.0f} s"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,22 +12,22 @@ from torch import Tensor
 from svgpipe.manifests.checkpoint import load_tensors, save_tensors
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.evaluation import Measured, Report
+from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.manifest import digest
 from svgpipe.manifests.recipe import EvaluationSection
-from svgpipe.manifests.shards import ShardFile, ShardSet
+from svgpipe.manifests.shards import ShardFile, ShardSet, refs_of
+from svgpipe.manifests.storage import Location, make_directory
 from svgpipe.stages.images import psnr
 from svgpipe.stages.measure import (
     Extractor,
-    ImageRef,
     ImageSet,
     class_accuracy,
     frechet_distance,
     kernel_distance,
-    refs_of,
 )
 from svgpipe.stages.progress import Progress
 from svgpipe.stages.sampling import SamplerSettings
-from svgpipe.stages.streaming import evenly_spread
+from svgpipe.stages.selection import evenly_spread
 
 RECONSTRUCTIONS, NOISE = "reconstructions", "decoded-noise"
 
@@ -46,8 +45,7 @@ class RealSets:
     @classmethod
     def of(cls, shards: ShardSet, config: EvaluationSection, size: int) -> RealSets:
         """Choose them from a shard set. Raises ArtifactError with fewer than two training images."""
-        train = refs_of(shards.directory, [s for s in shards.shards if s.split == "train"])
-        heldout = refs_of(shards.directory, [s for s in shards.shards if s.split == "heldout"])
+        train, heldout = shards.usable("train"), shards.usable("heldout")
         if len(train) < 2:
             raise ArtifactError(f"{shards.directory}: expected at least two reference images, found {len(train)}.")
         reference = [train[i] for i in evenly_spread(len(train), config.reference_images)]
@@ -58,7 +56,7 @@ class RealSets:
 
 
 def compare(
-    out: Path,
+    out: Location,
     sets: RealSets,
     images: dict[str, list[ShardFile]],
     settings: Sequence[SamplerSettings],
@@ -128,9 +126,9 @@ def compare(
     )
 
 
-def _features(folder: Path, name: str, images: ImageSet, extractor: Extractor, batch_size: int) -> Tensor:
+def _features(folder: Location, name: str, images: ImageSet, extractor: Extractor, batch_size: int) -> Tensor:
     """Features of a set, kept by the content of images and extractor, never by name alone."""
-    folder.mkdir(exist_ok=True)
+    make_directory(folder)
     key = digest([images.digest, extractor.description])[:16]
     path = folder / f"{name}-{key}.safetensors"
     if path.exists():

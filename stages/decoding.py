@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from svgpipe.manifests.storage import Location
 from svgpipe.stages.encoder import load_autoencoder
 from svgpipe.stages.pixels import as_pixels
 from svgpipe.stages.training import pick_device
 
 
-def latent_decoder(autoencoder: Path) -> Callable[[NDArray[np.float32]], NDArray[np.uint8]]:
+def latent_decoder(autoencoder: Location) -> Callable[[NDArray[np.float32]], NDArray[np.uint8]]:
     """Denormalised latents (n,row,column,channel) → (n,H,W,3) uint8, with the decoder at `autoencoder`.
 
     Raises:

@@ -17,6 +17,7 @@ from torch import Tensor
 from svgpipe.manifests.checkpoint import AUTOENCODER_FILE, AutoencoderManifest, load_tensors
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError, first_line
 from svgpipe.manifests.recipe import AutoencoderSection, BackboneSection
+from svgpipe.manifests.storage import Location
 from svgpipe.models.autoencoder import Autoencoder
 from svgpipe.models.backbone import Backbone
 from svgpipe.models.convert import in_order
@@ -174,7 +175,7 @@ def _assemble(config: AutoencoderSection, backbone: Backbone) -> Autoencoder:
     return Autoencoder(backbone, decoder, residual, align=config.residual.align, mask_ratio=config.residual.mask_ratio)
 
 
-def load_autoencoder(directory: Path) -> tuple[Autoencoder, AutoencoderManifest]:
+def load_autoencoder(directory: Location) -> tuple[Autoencoder, AutoencoderManifest]:
     """Open a finished autoencoder, in eval mode, every weight checked against its manifest.
 
     Raises:

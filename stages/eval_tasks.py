@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from svgpipe.manifests.cache import FeatureStore, StoreSpec
+from svgpipe.manifests.index import read_member
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import file_sha256
-from svgpipe.manifests.shards import TarImage, read_member, shard_name, write_tar
+from svgpipe.manifests.shards import TarImage, shard_name, write_tar
+from svgpipe.manifests.storage import Location, file_sha256, location
+from svgpipe.manifests.store import FeatureStore, StoreSpec
 from svgpipe.stages.images import centre_crop, decode_image, encode_png, to_array
 
 Row = dict[str, Any]
@@ -30,10 +30,10 @@ def pass_on(row: Row) -> Row:
 class WriteLatents:
     """CPU task: one outer shard of one setting, then its journal record."""
 
-    paths: list[Path]
+    paths: list[Location]
     spec: StoreSpec
     units_per_set: int
-    journal: Path
+    journal: Location
 
     def __call__(self, row: Row) -> Row:
         setting, unit = divmod(int(row["unit"]), self.units_per_set)
@@ -54,9 +54,9 @@ class ReadForDecoding:
         empty = np.zeros((0,), np.float32)
         latents = pixels = empty
         if job["store"] is not None:
-            latents = FeatureStore.open(Path(job["store"])).read(job["indices"]).astype(np.float32)
+            latents = FeatureStore.open(location(job["store"])).read(job["indices"]).astype(np.float32)
         if job["refs"]:
-            images = (decode_image(read_member(Path(tar), *where)) for tar, *where, _ in job["refs"])
+            images = (decode_image(read_member(location(tar), *where)) for tar, *where, _ in job["refs"])
             pixels = np.stack([to_array(centre_crop(image, self.size)) for image in images])
         return {**row, "latents": latents, "pixels": pixels}
 
@@ -65,19 +65,19 @@ class ReadForDecoding:
 class WriteImages:
     """CPU task: one tar, then its journal record."""
 
-    out: Path
-    journal: Path
+    out: Location
+    journal: Location
 
     def __call__(self, row: Row) -> Row:
         job = json.loads(row["job"])
         folder = self.out / "images" / job["set"]
         labels = [ref[4] for ref in job["refs"]]
         if job["store"] is not None:
-            labels = FeatureStore.open(Path(job["store"])).array("label")[job["indices"]].tolist()
+            labels = FeatureStore.open(location(job["store"])).array("label")[job["indices"]].tolist()
         members = [
             TarImage(f"{index:08d}", encode_png(pixels), "png", labels[i] if labels else 0)
             for i, (index, pixels) in enumerate(zip(job["indices"], np.asarray(row["images"]), strict=True))
         ]
         shard = write_tar(folder / shard_name(job["number"]), members, "train")
-        Journal(self.journal).record(int(row["unit"]), {"shard": shard.model_dump()})
+        Journal(self.journal).record(int(row["unit"]), {"set": job["set"], "shard": shard.model_dump()})
         return {"unit": row["unit"]}

@@ -1,4 +1,4 @@
-"""The CPU tasks around the encoder actors of an extraction: read and decode, write, collect moments.
+"""The CPU tasks around the encoder actors of an extraction: read and decode, write, collect statistics.
 
 Apart from extract.py so that the processes that run them need not load torch.
 """
@@ -6,68 +6,89 @@ Apart from extract.py so that the processes that run them need not load torch.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from svgpipe.manifests.cache import FeatureStore
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import file_sha256
-from svgpipe.manifests.shards import read_member
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.storage import absolute
+from svgpipe.manifests.store import FeatureStore
+from svgpipe.stages.cache_output import write_unit
 from svgpipe.stages.images import RejectedImageError, centre_crop, decode_image, to_array
 from svgpipe.stages.moments import Moments
+from svgpipe.stages.timings import Stopwatch
 
 Row = dict[str, Any]
 
 
 class ReadImages:
-    """CPU task: range reads, decode, ADM centre crop."""
+    """CPU task: range reads, decode, ADM centre crop. Opens only the indexes of the tars that a unit needs."""
 
-    def __init__(self, image_size: int) -> None:
-        self.image_size = image_size
+    def __init__(self, shards: ShardSet, image_size: int) -> None:
+        self.shards, self.image_size = shards.absolute(), image_size
 
     def __call__(self, row: Row) -> Row:
-        refs = json.loads(row["refs"])
+        watch = Stopwatch("reader")
+        with watch.phase("read"):
+            refs = self.shards.refs([int(r) for r in row["rows"]])
         pixels = np.zeros((len(refs), self.image_size, self.image_size, 3), np.uint8)
         rejects = []
-        for i, (tar, offset, size, sha256, key) in enumerate(refs):
+        for i, ref in enumerate(refs):
             try:
-                data = read_member(Path(tar), offset, size, sha256)
-                pixels[i] = to_array(centre_crop(decode_image(data), self.image_size))
-            except (RejectedImageError, ArtifactError) as error:
-                rejects.append({"row": i, "tar": tar, "offset": offset, "key": key, "reason": str(error)})
-        return {"unit": row["unit"], "pixels": pixels, "rejects": json.dumps(rejects)}
+                if ref.reject is not None:
+                    raise RejectedImageError(ref.reject)
+                with watch.phase("read"):
+                    data = self._bytes(ref)
+                with watch.phase("decode"):
+                    pixels[i] = to_array(centre_crop(decode_image(data), self.image_size))
+            except RejectedImageError as error:
+                reason = str(error)
+                rejects.append({"row": i, "tar": str(ref.tar), "offset": ref.offset, "key": ref.key, "reason": reason})
+        return {
+            "unit": row["unit"],
+            "pixels": pixels,
+            "rejects": json.dumps(rejects),
+            "timings": json.dumps([watch.entry()]),
+        }
+
+    def _bytes(self, ref: ImageRef) -> bytes:
+        try:
+            return ref.read()
+        except ArtifactError as error:
+            raise RejectedImageError(f"other bytes than indexed: {error}") from error
 
 
 class WriteUnit:
-    """CPU task: one outer shard, whole, then its journal record."""
+    """CPU task: one outer shard, whole, then its statistics, then its journal record."""
 
     def __init__(self, store: FeatureStore, journal: Journal) -> None:
-        self.path, self.spec, self.journal_path = store.path.resolve(), store.spec, journal.directory.resolve()
+        self.path, self.spec, self.journal_path = absolute(store.path), store.spec, absolute(journal.directory)
 
     def __call__(self, row: Row) -> Row:
         unit, features = int(row["unit"]), np.ascontiguousarray(row["features"])
-        rejects = json.loads(row["rejects"])
-        store = FeatureStore(self.path, self.spec)
-        store.write_unit(unit, features)
-        valid = np.ones(len(features), bool)
-        valid[[reject["row"] for reject in rejects]] = False
-        entry = {
-            "sha256": file_sha256(store.unit_file(unit)),
-            "num_bytes": store.unit_file(unit).stat().st_size,
-            "rejects": rejects,
-            "moments": Moments.of(features[valid]).as_json(),
-        }
-        Journal(self.journal_path).record(unit, entry)
-        return {"unit": unit}
+        store, journal = FeatureStore(self.path, self.spec), Journal(self.journal_path)
+        watch = write_unit(store, journal, unit, features, json.loads(row["rejects"]))
+        timings = [*json.loads(row["timings"]), watch.entry()]
+        return {"unit": unit, "rejects": row["rejects"], "timings": json.dumps(timings)}
 
 
 class CollectMoments:
-    """CPU task of the calibration pass: moments instead of a write."""
+    """CPU task of the calibration pass: statistics instead of a write, and some vectors to choose int8 steps by."""
+
+    def __init__(self, sampled_vectors: int) -> None:
+        self.sampled_vectors = sampled_vectors
 
     def __call__(self, row: Row) -> Row:
         valid = np.ones(len(row["features"]), bool)
         valid[[reject["row"] for reject in json.loads(row["rejects"])]] = False
-        return {"unit": row["unit"], "moments": json.dumps(Moments.of(row["features"][valid]).as_json())}
+        features = row["features"][valid]
+        flat = features.reshape(-1, features.shape[-1])
+        chosen = np.linspace(0, len(flat) - 1, min(self.sampled_vectors, len(flat))).round().astype(int)
+        return {
+            "unit": row["unit"],
+            "moments": Moments.of(features).to_bytes(),
+            "sample": np.ascontiguousarray(flat[chosen]),
+        }

@@ -25,9 +25,10 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, k
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from svgpipe.manifests.errors import ArtifactError, first_line
-from svgpipe.manifests.manifest import digest, file_sha256
+from svgpipe.manifests.index import ImageRef
+from svgpipe.manifests.manifest import digest
 from svgpipe.manifests.recipe import ExtractorSection
-from svgpipe.manifests.shards import ShardFile, read_index, read_member
+from svgpipe.manifests.storage import file_sha256
 from svgpipe.models.backbone import Backbone
 from svgpipe.stages.encoder import read_weight_file, state_digest
 from svgpipe.stages.images import RGBArray, centre_crop, decode_image, to_array
@@ -39,28 +40,6 @@ KERNEL_SUBSET_SIZE = 1000
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
-
-
-@dataclass(frozen=True)
-class ImageRef:
-    """Where the bytes of one image lie."""
-
-    tar: Path
-    offset: int
-    size: int
-    sha256: str
-    label: int
-
-
-def refs_of(directory: Path, shards: Sequence[ShardFile]) -> list[ImageRef]:
-    """All images of some tars, in order."""
-    refs = []
-    for shard in shards:
-        index = read_index(directory / shard.name.replace(".tar", ".parquet"), shard.num_images)
-        columns = (index[name] for name in ("offset", "size", "sha256", "label"))
-        for offset, size, sha256, label in zip(*columns, strict=True):
-            refs.append(ImageRef(directory / shard.name, int(offset), int(size), str(sha256), int(label)))
-    return refs
 
 
 class ImageSet(Dataset[Tensor]):
@@ -75,7 +54,7 @@ class ImageSet(Dataset[Tensor]):
     def pixels(self, i: int) -> RGBArray:
         """(S,S,3) uint8."""
         ref = self.refs[i]
-        image = decode_image(read_member(ref.tar, ref.offset, ref.size, ref.sha256))
+        image = decode_image(ref.read())
         return to_array(image if image.size == (self.size, self.size) else centre_crop(image, self.size))
 
     def __getitem__(self, i: int) -> Tensor:

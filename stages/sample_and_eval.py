@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,14 +22,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from svgpipe.manifests.cache import FeatureStore, StoreSpec
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.evaluation import REPORT_NAME, EvaluationManifest
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import WorkDir, digest, file_sha256, require_same
+from svgpipe.manifests.manifest import WorkDir, digest, require_same
 from svgpipe.manifests.recipe import AutoencoderSection, EvaluationSection
 from svgpipe.manifests.shards import ShardFile, ShardSet
+from svgpipe.manifests.storage import Location, absolute, file_sha256, make_directory
+from svgpipe.manifests.store import FeatureStore, StoreSpec
 from svgpipe.models.flow import Guidance
 from svgpipe.stages.comparison import NOISE, RECONSTRUCTIONS, RealSets, compare
 from svgpipe.stages.encoder import build_backbone, load_autoencoder, reconstruct
@@ -52,10 +52,10 @@ from svgpipe.stages.units import Resources, Row, run_units, start_worker
 
 
 def sample_and_eval(
-    diffusion: Path,
-    autoencoder: Path,
+    diffusion: Location,
+    autoencoder: Location,
     reference: ShardSet,
-    out: Path,
+    out: Location,
     config: EvaluationSection,
     *,
     resources: Resources | None = None,
@@ -77,8 +77,7 @@ def sample_and_eval(
     require_same(
         str(diffusion),
         trained.manifest.inputs["cache"].inputs["autoencoder"],
-        encoder,
-        autoencoder,
+        encoder.as_input(autoencoder),
         what_to_do="Sample with the autoencoder that extracted the cache; another one decodes to noise.",
     )
     settings = _settings(config)
@@ -87,39 +86,40 @@ def sample_and_eval(
         "autoencoder": encoder.as_input(autoencoder),
         "reference": reference.as_input(),
     }
-    work = WorkDir(out, EvaluationManifest, config.model_dump(mode="json"), inputs)
-    if work.finished is not None:
-        return work.finished
-    # Weights that are missing should stop a sweep before it has sampled for hours.
-    extractor = load_extractor(
-        config.extractor, build_backbone(AutoencoderSection.model_validate(encoder.config).backbone, encoder.image_size)
-    )
-    sweep = _Sweep(diffusion, autoencoder, out, config, settings, resources, progress)
-    sets = RealSets.of(reference, config, encoder.image_size)
-    stores = sweep.draw(trained)
-    images = sweep.decode(stores, sets, trained.channel_mean, trained.channel_std)
-    report = compare(
-        out,
-        sets,
-        images,
-        settings,
-        trained.manifest.class_names,
-        extractor,
-        batch_size=config.batch_size,
-        progress=progress,
-    )
-    report.write(out)
-    latents = [Journal(out / "journal" / "draw").read(unit) for unit in range(sweep.num_draw_units)]
-    tars = {name: [shard.sha256 for shard in shards] for name, shards in images.items()}
-    return EvaluationManifest(
-        config=work.config,
-        inputs=work.inputs,
-        seconds=work.seconds,
-        num_samples=config.num_samples,
-        settings=[setting.name for setting in settings],
-        content=digest([[entry["sha256"] for entry in latents], tars]),
-        report=file_sha256(out / REPORT_NAME),
-    ).publish(out)
+    with WorkDir(out, EvaluationManifest, config.model_dump(mode="json"), inputs) as work:
+        if work.finished is not None:
+            return work.finished
+        # Weights that are missing should stop a sweep before it has sampled for hours.
+        extractor = load_extractor(
+            config.extractor,
+            build_backbone(AutoencoderSection.model_validate(encoder.config).backbone, encoder.image_size),
+        )
+        sweep = _Sweep(diffusion, autoencoder, out, config, settings, resources, progress)
+        sets = RealSets.of(reference, config, encoder.image_size)
+        stores = sweep.draw(trained)
+        images = sweep.decode(stores, sets, trained.channel_mean, trained.channel_std)
+        report = compare(
+            out,
+            sets,
+            images,
+            settings,
+            trained.manifest.class_names,
+            extractor,
+            batch_size=config.batch_size,
+            progress=progress,
+        )
+        report.write(out)
+        latents = [Journal(out / "journal" / "draw").read(unit) for unit in range(sweep.num_draw_units)]
+        tars = {name: [shard.sha256 for shard in shards] for name, shards in images.items()}
+        return EvaluationManifest(
+            config=work.config,
+            inputs=work.inputs,
+            seconds=work.seconds,
+            num_samples=config.num_samples,
+            settings=[setting.name for setting in settings],
+            content=digest([[entry["sha256"] for entry in latents], tars]),
+            report=file_sha256(out / REPORT_NAME),
+        ).publish(out)
 
 
 def _settings(config: EvaluationSection) -> list[SamplerSettings]:
@@ -145,9 +145,9 @@ def _settings(config: EvaluationSection) -> list[SamplerSettings]:
 
 @dataclass(frozen=True)
 class _Sweep:
-    diffusion: Path
-    autoencoder: Path
-    out: Path
+    diffusion: Location
+    autoencoder: Location
+    out: Location
     config: EvaluationSection
     settings: list[SamplerSettings]
     resources: Resources
@@ -185,15 +185,15 @@ class _Sweep:
         total = config.num_samples * len(self.settings)
         self.progress.begin("sample", self.num_draw_units, self.num_draw_units - len(missing))
         args = {
-            "diffusion": self.diffusion.resolve(),
+            "diffusion": absolute(self.diffusion),
             "settings": self.settings,
             "spec": spec,
             "units_per_set": self.units_per_set,
             "batch_size": config.batch_size,
             "threads": self.resources.threads,
         }
-        paths = [store.path.resolve() for store in stores]
-        writer = WriteLatents(paths, spec, self.units_per_set, journal.directory.resolve())
+        paths = [absolute(store.path) for store in stores]
+        writer = WriteLatents(paths, spec, self.units_per_set, absolute(journal.directory))
         for _ in run_units(items, pass_on, _Draw, args, writer, self.resources):
             self.progress.advance(1, f"{total} latents in all")
         return stores
@@ -218,26 +218,26 @@ class _Sweep:
                     {
                         "set": name,
                         "number": number,
-                        "store": None if store is None else str(store.path.resolve()),
+                        "store": None if store is None else str(absolute(store.path)),
                         "indices": indices,
-                        "refs": [[str(r.tar.resolve()), r.offset, r.size, r.sha256, r.label] for r in refs],
+                        "refs": [[str(absolute(r.tar)), r.offset, r.size, r.sha256, r.label] for r in refs],
                     }
                 )
         journal = Journal(self.out / "journal" / "decode")
         missing = journal.missing(len(jobs))
         self.progress.begin("decode", len(jobs), len(jobs) - len(missing))
         for name in names:
-            (self.out / "images" / name).mkdir(parents=True, exist_ok=True)
+            make_directory(self.out / "images" / name)
         items = [{"unit": unit, "job": json.dumps(jobs[unit])} for unit in missing]
         args = {
-            "autoencoder": self.autoencoder.resolve(),
+            "autoencoder": absolute(self.autoencoder),
             "mean": mean,
             "std": std,
             "seed": self.config.seed,
             "batch_size": self.config.batch_size,
             "threads": self.resources.threads,
         }
-        writer = WriteImages(self.out.resolve(), journal.directory.resolve())
+        writer = WriteImages(absolute(self.out), absolute(journal.directory))
         for _ in run_units(items, ReadForDecoding(sets.size), _Decode, args, writer, self.resources):
             self.progress.advance()
         found: dict[str, list[ShardFile]] = {name: [] for name in names}
@@ -251,7 +251,7 @@ class _Draw:
 
     def __init__(
         self,
-        diffusion: Path,
+        diffusion: Location,
         settings: list[SamplerSettings],
         spec: StoreSpec,
         units_per_set: int,
@@ -280,7 +280,7 @@ class _Decode:
 
     def __init__(
         self,
-        autoencoder: Path,
+        autoencoder: Location,
         mean: NDArray[np.float32],
         std: NDArray[np.float32],
         seed: int,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 from svgpipe.manifests.checkpoint import EMA_FILE, RAW_FILE, STATISTICS_FILE, DiffusionManifest, load_tensors
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.recipe import DiffusionSection, DiTSection, Precision
+from svgpipe.manifests.storage import Location
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import Guidance, sample
 from svgpipe.stages.training import autocast, generator
@@ -67,7 +67,7 @@ class TrainedDiffusion:
     channel_std: NDArray[np.float32]
 
 
-def load_diffusion(directory: Path, weights: Literal["ema", "raw"] = "ema") -> TrainedDiffusion:
+def load_diffusion(directory: Location, weights: Literal["ema", "raw"] = "ema") -> TrainedDiffusion:
     """Open a finished diffusion model in eval mode, every file checked against its manifest.
 
     Raises:

@@ -11,7 +11,6 @@ import io
 import json
 import multiprocessing
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,9 +21,10 @@ from pathlib import Path
 from PIL import Image
 
 from svgpipe.manifests.errors import ArtifactError, SvgpipeError, UsageError
-from svgpipe.manifests.manifest import InputRef, WorkDir, digest, read_json, write_atomic, write_json
+from svgpipe.manifests.manifest import InputRef, WorkDir, digest, read_json, write_json
 from svgpipe.manifests.recipe import ShardSection
 from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split, TarImage, shard_name, write_tar
+from svgpipe.manifests.storage import Location, children, location, make_directory, remove_tree, write_atomic
 from svgpipe.stages.images import EXTENSIONS, RejectedImageError, centre_crop, decode_image, encode_png, to_array
 from svgpipe.stages.progress import Progress, Silent
 
@@ -53,7 +53,7 @@ class ShardJob:
 
 
 def shard(
-    source: Path, out: Path, config: ShardSection, *, workers: int = 0, progress: Progress | None = None
+    source: Path, out: Location, config: ShardSection, *, workers: int = 0, progress: Progress | None = None
 ) -> ShardSetManifest:
     """Write the shard set of `source` to `out`; run again to resume.
 
@@ -67,22 +67,23 @@ def shard(
         ArtifactError: every image of a class was rejected.
     """
     progress = progress or Silent()
-    if out.resolve().is_relative_to(source.resolve()):
+    if isinstance(out, Path) and out.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"{out}: expected a directory outside the source {source}, which would become a class of it.")
     class_names, files = scan(source)
     listing = digest([[f.path, f.size] for f in files])
     origin = InputRef(kind="image-folder", fingerprint=listing, path=str(source), config={"files": len(files)})
-    work = WorkDir(out, ShardSetManifest, config.model_dump(mode="json"), {"source": origin})
-    if work.finished is not None:
-        return work.finished
-    jobs = list(plan(files, source, out, config))
-    records = out / "records"
-    records.mkdir(exist_ok=True)
-    missing = [job for job in jobs if not _record_path(records, job.number).exists()]
-    progress.begin("shard", len(jobs), len(jobs) - len(missing))
-    for _ in _run(missing, workers or os.cpu_count() or 1):
-        progress.advance()
-    return _publish(work, class_names, files, jobs)
+    with WorkDir(out, ShardSetManifest, config.model_dump(mode="json"), {"source": origin}) as work:
+        if work.finished is not None:
+            return work.finished
+        jobs = list(plan(files, source, out, config))
+        records = out / "records"
+        make_directory(records)
+        done = {path.name for path in children(records)}
+        missing = [job for job in jobs if _record_path(records, job.number).name not in done]
+        progress.begin("shard", len(jobs), len(jobs) - len(missing))
+        for _ in _run(missing, workers or os.cpu_count() or 1):
+            progress.advance()
+        return _publish(work, class_names, files, jobs)
 
 
 def scan(source: Path) -> tuple[list[str], list[SourceFile]]:
@@ -126,7 +127,7 @@ def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
             yield entry
 
 
-def plan(files: Sequence[SourceFile], source: Path, out: Path, config: ShardSection) -> Iterator[ShardJob]:
+def plan(files: Sequence[SourceFile], source: Path, out: Location, config: ShardSection) -> Iterator[ShardJob]:
     """Spread the files over tars: held-out ones last, each split in an order that only the seed decides."""
 
     def order(file: SourceFile) -> bytes:
@@ -176,7 +177,7 @@ def _run(jobs: Sequence[ShardJob], workers: int) -> Iterator[None]:
 
 def write_shard(job: ShardJob) -> None:
     """Write one tar, then its index, then the record that says it is complete."""
-    out = Path(job.out)
+    out = location(job.out)
     rejects: list[dict[str, str]] = []
     labels: Counter[str] = Counter()
 
@@ -196,7 +197,7 @@ def write_shard(job: ShardJob) -> None:
     write_json(_record_path(out / "records", job.number), record)
 
 
-def _record_path(records: Path, number: int) -> Path:
+def _record_path(records: Location, number: int) -> Location:
     return records / f"{number:06d}.json"
 
 
@@ -258,5 +259,5 @@ def _publish(
         content=ShardSetManifest.content_of(shards),
         shards=shards,
     ).publish(work.path)
-    shutil.rmtree(work.path / "records")
+    remove_tree(work.path / "records")
     return manifest

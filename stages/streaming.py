@@ -10,8 +10,7 @@ import random
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,11 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.index import ImageRef
+from svgpipe.manifests.shards import ShardFile, ShardSet, refs_of
 from svgpipe.stages.images import RejectedImageError, RGBArray, centre_crop, decode_image, random_crop, to_array
 from svgpipe.stages.training import seed_of
-
-Sample = dict[str, Any]
 
 
 class TrainingImages(IterableDataset[Tensor]):
@@ -43,8 +41,9 @@ class TrainingImages(IterableDataset[Tensor]):
         start: int,
     ) -> None:
         """Raises ArtifactError if the set has no training image."""
-        self.tars = [(shards.directory / s.name, s.num_images) for s in shards.shards if s.split == "train"]
-        self.tars = [(path, count) for path, count in self.tars if count]
+        usable = np.bincount(shards.rows.shard[~shards.rows.rejected], minlength=len(shards.shards)).tolist()
+        self.directory = shards.directory
+        self.tars = [(s, n) for s, n in zip(shards.shards, usable, strict=True) if s.split == "train" and n]
         if not self.tars:
             raise ArtifactError(f"{shards.directory}: expected training images, found none in its tars.")
         self.size, self.batch_size, self.crop, self.flip = size, batch_size, crop, flip
@@ -71,31 +70,33 @@ class TrainingImages(IterableDataset[Tensor]):
             if skip >= count:
                 skip -= count
             else:
-                for sample in self._epoch([path for path, _ in mine], lane, epoch):
+                for sample in self._epoch([shard for shard, _ in mine], lane, epoch):
                     if skip:
                         skip -= 1
                     else:
                         yield self._augment(sample, epoch)
             epoch += 1
 
-    def _epoch(self, tars: Sequence[Path], lane: int, epoch: int) -> Iterator[Sample]:
+    def _epoch(self, tars: Sequence[ShardFile], lane: int, epoch: int) -> Iterator[tuple[ImageRef, bytes]]:
         rng = random.Random(seed_of(self.seed, "buffer", epoch, lane))
-        return iter(
-            wds.DataPipeline(
-                wds.SimpleShardList([str(path) for path in tars]),
-                wds.tarfile_to_samples(),
-                wds.shuffle(self.buffer, initial=self.buffer, rng=rng),
-            )
-        )
+        return iter(wds.shuffle(self.buffer, initial=self.buffer, rng=rng)(self._members(tars)))
 
-    def _augment(self, sample: Sample, epoch: int) -> RGBArray:
-        key = str(sample["__key__"])
-        data = next(sample[e] for e in ("jpg", "png", "webp") if e in sample)
+    def _members(self, tars: Sequence[ShardFile]) -> Iterator[tuple[ImageRef, bytes]]:
+        """Images in tar order, by the index: tars made by others may hold their members in any order."""
+        for shard in tars:
+            for ref in refs_of(self.directory, [shard]):
+                if ref.reject is None:
+                    yield ref, ref.read()
+
+    def _augment(self, sample: tuple[ImageRef, bytes], epoch: int) -> RGBArray:
+        ref, data = sample
         try:
             image = decode_image(data)
         except RejectedImageError as error:
-            raise ArtifactError(f"{sample['__url__']}: image {key}: {error}. Shard the source again.") from error
-        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(key.encode())])
+            raise ArtifactError(
+                f"{ref.tar}: image {ref.key}: {error}. Shard the source again, or index its tars with --decode."
+            ) from error
+        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(ref.key.encode())])
         pixels = to_array(
             random_crop(image, self.size, rng) if self.crop == "random" else centre_crop(image, self.size)
         )
@@ -129,13 +130,6 @@ def _plain_errors(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
         yield from loader
     except ArtifactError as error:  # the loader puts the worker's whole traceback into the message
         raise ArtifactError(str(error).rstrip().rsplit("ArtifactError: ", 1)[-1]) from None
-
-
-def evenly_spread(total: int, count: int | None) -> list[int]:
-    """At most `count` of range(total), evenly spread and in order."""
-    if count is None or count >= total:
-        return list(range(total))
-    return [int(i) for i in np.linspace(0, total - 1, count).round()]
 
 
 def load_images(shards: ShardSet, rows: Sequence[int], size: int) -> RGBArray:

@@ -19,9 +19,10 @@ from svgpipe.manifests.checkpoint import (
     save_tensors,
 )
 from svgpipe.manifests.errors import ArtifactError, InterruptedRunError, UsageError
-from svgpipe.manifests.manifest import WorkDir, write_atomic
+from svgpipe.manifests.manifest import WorkDir
 from svgpipe.manifests.recipe import AutoencoderSection, PerceptualSection
 from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.storage import Location, make_directory, write_atomic
 from svgpipe.models.autoencoder import Autoencoder
 from svgpipe.models.losses import (
     LPIPS,
@@ -35,7 +36,8 @@ from svgpipe.stages.encoder import build_autoencoder, read_weight_file, reconstr
 from svgpipe.stages.images import RGBArray, encode_png, psnr, tile
 from svgpipe.stages.pixels import as_unit_range
 from svgpipe.stages.progress import Progress, Silent
-from svgpipe.stages.streaming import TrainingImages, evenly_spread, load_images, training_batches
+from svgpipe.stages.selection import evenly_spread
+from svgpipe.stages.streaming import TrainingImages, load_images, training_batches
 from svgpipe.stages.training import (
     MetricsLog,
     autocast,
@@ -50,11 +52,12 @@ from svgpipe.stages.training import (
     stop_on_signal,
 )
 
+GRID_FOLDER = "reconstructions"
 GRID_IMAGES = 16
 
 
 def train_autoencoder(
-    shards: ShardSet, out: Path, config: AutoencoderSection, *, progress: Progress | None = None
+    shards: ShardSet, out: Location, config: AutoencoderSection, *, progress: Progress | None = None
 ) -> AutoencoderManifest:
     """Train on the training split of `shards` and publish the autoencoder at `out`; run again to resume.
 
@@ -69,31 +72,31 @@ def train_autoencoder(
     progress = progress or Silent()
     model = build_autoencoder(config)
     backbone_weights = state_digest(model.backbone.state_dict())
-    work = WorkDir(out, AutoencoderManifest, config.model_dump(mode="json"), {"shards": shards.as_input()})
-    if work.finished is not None:
-        return work.finished
-    trainer = _Trainer(model, shards, work, config, progress)
-    trainer.train()
-    trainer.freeze_alignment()
-    psnr = trainer.evaluate(config.steps)
-    trainer.log.close()
-    content = save_tensors(out / AUTOENCODER_FILE, model.trained_state())
-    grid = out / "reconstructions" / f"step-{config.steps:08d}.png"
-    return AutoencoderManifest(
-        config=work.config,
-        inputs=work.inputs,
-        seconds=work.seconds,
-        steps=config.steps,
-        image_size=config.image_size,
-        grid=(model.backbone.grid, model.backbone.grid),
-        frozen_channels=model.backbone.channels,
-        residual_channels=model.channels - model.backbone.channels,
-        backbone_weights=backbone_weights,
-        alignment=[float(v) for v in model.alignment.scalars] if model.alignment is not None else None,
-        content=content,
-        heldout_psnr=psnr,
-        reconstruction_grid=str(grid.relative_to(out)) if grid.exists() else None,
-    ).publish(out)
+    with WorkDir(out, AutoencoderManifest, config.model_dump(mode="json"), {"shards": shards.as_input()}) as work:
+        if work.finished is not None:
+            return work.finished
+        trainer = _Trainer(model, shards, work, config, progress)
+        trainer.train()
+        trainer.freeze_alignment()
+        psnr = trainer.evaluate(config.steps)
+        trainer.log.close()
+        content = save_tensors(out / AUTOENCODER_FILE, model.trained_state())
+        grid = out / GRID_FOLDER / f"step-{config.steps:08d}.png"
+        return AutoencoderManifest(
+            config=work.config,
+            inputs=work.inputs,
+            seconds=work.seconds,
+            steps=config.steps,
+            image_size=config.image_size,
+            grid=(model.backbone.grid, model.backbone.grid),
+            frozen_channels=model.backbone.channels,
+            residual_channels=model.channels - model.backbone.channels,
+            backbone_weights=backbone_weights,
+            alignment=[float(v) for v in model.alignment.scalars] if model.alignment is not None else None,
+            content=content,
+            heldout_psnr=psnr,
+            reconstruction_grid=f"{GRID_FOLDER}/{grid.name}" if grid.exists() else None,
+        ).publish(out)
 
 
 def load_perceptual(config: PerceptualSection, model: Autoencoder) -> BackbonePerceptual | LPIPS | None:
@@ -170,7 +173,7 @@ class _Trainer:
         self.heldout = self._load_heldout()
 
     def _load_heldout(self) -> RGBArray:
-        rows = np.flatnonzero(self.shards.rows.heldout)
+        rows = np.flatnonzero(self.shards.rows.heldout & ~self.shards.rows.rejected)
         chosen = [int(rows[i]) for i in evenly_spread(len(rows), self.config.eval_images)]
         if not chosen:
             self.progress.say("no held-out images in these shards: PSNR is not measured (svgpipe shard --holdout)")
@@ -193,6 +196,7 @@ class _Trainer:
         groups["model"] = self.model.trained_state()
         if self.discriminator is not None:
             groups["discriminator_model"] = self.discriminator.state_dict()
+        self.log.flush()
         self.store.save(Checkpoint(self.step, groups, {}))
 
     def train(self) -> None:
@@ -305,8 +309,8 @@ class _Trainer:
         self.log.write(step, heldout_psnr=value)
         count = min(GRID_IMAGES, len(self.heldout))
         pairs = np.concatenate([self.heldout[:count], reconstructed[:count]])
-        folder = self.work.path / "reconstructions"
-        folder.mkdir(exist_ok=True)
+        folder = self.work.path / GRID_FOLDER
+        make_directory(folder)
         sheet = tile(pairs, count)
         write_atomic(folder / f"step-{step:08d}.png", encode_png(sheet))
         self.log.image(step, "reconstructions", sheet)
@@ -319,7 +323,7 @@ class _Trainer:
         alignment, residual = self.model.alignment, self.model.residual
         if alignment is None or residual is None:
             return
-        rows = np.flatnonzero(~self.shards.rows.heldout)
+        rows = np.flatnonzero(~self.shards.rows.heldout & ~self.shards.rows.rejected)
         chosen = [int(rows[i]) for i in evenly_spread(len(rows), self.config.calibration_images)]
         self.model.eval()
         maps: list[tuple[Tensor, Tensor]] = []

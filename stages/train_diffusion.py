@@ -12,8 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +28,11 @@ from svgpipe.manifests.checkpoint import (
     DiffusionManifest,
     save_tensors,
 )
-from svgpipe.manifests.errors import ArtifactError, InterruptedRunError, UsageError
-from svgpipe.manifests.manifest import WorkDir, write_atomic
+from svgpipe.manifests.errors import InterruptedRunError, UsageError
+from svgpipe.manifests.manifest import WorkDir
 from svgpipe.manifests.recipe import DiffusionSection
+from svgpipe.manifests.storage import Location, make_directory, write_atomic
+from svgpipe.manifests.store import PendingRead
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import FlowLoss, drop_labels, flow_loss, shift_time
 from svgpipe.stages.batches import Batch, batch_at
@@ -60,7 +60,7 @@ Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
 
 def train_diffusion(
     cache: FeatureCache,
-    out: Path,
+    out: Location,
     config: DiffusionSection,
     *,
     decode: Decode | None = None,
@@ -80,48 +80,48 @@ def train_diffusion(
     """
     progress = progress or Silent()
     inputs = {"cache": cache.manifest.as_input(cache.path)}
-    work = WorkDir(out, DiffusionManifest, config.model_dump(mode="json"), inputs)
-    if work.finished is not None:
-        return work.finished
-    trainer = _Trainer(cache, work, config, decode, progress)
-    trainer.train()
-    loss = trainer.evaluate()
-    if loss is not None:
-        trainer.log.write(config.steps, heldout_loss=loss)
-    trainer.draw_grid()
-    trainer.log.close()
-    statistics = {"channel_mean": cache.channel_mean, "channel_std": cache.channel_std}
-    content = {
-        EMA_FILE: save_tensors(out / EMA_FILE, trainer.ema.state_dict()),
-        RAW_FILE: save_tensors(out / RAW_FILE, trainer.model.state_dict()),
-        STATISTICS_FILE: save_tensors(
-            out / STATISTICS_FILE, {k: torch.from_numpy(v.copy()) for k, v in statistics.items()}
-        ),
-    }
-    rows, columns, channels = cache.manifest.feature_shape
-    return DiffusionManifest(
-        config=work.config,
-        inputs=work.inputs,
-        seconds=work.seconds,
-        steps=config.steps,
-        grid=(rows, columns),
-        channels=channels,
-        class_names=cache.classes,
-        content=content,
-        num_parameters=sum(p.numel() for p in trainer.model.parameters()),
-        heldout_loss=loss,
-    ).publish(out)
+    with WorkDir(out, DiffusionManifest, config.model_dump(mode="json"), inputs) as work:
+        if work.finished is not None:
+            return work.finished
+        trainer = _Trainer(cache, work, config, decode, progress)
+        trainer.train()
+        loss = trainer.evaluate()
+        if loss is not None:
+            trainer.log.write(config.steps, heldout_loss=loss)
+        trainer.draw_grid()
+        trainer.log.close()
+        statistics = {"channel_mean": cache.channel_mean, "channel_std": cache.channel_std}
+        content = {
+            EMA_FILE: save_tensors(out / EMA_FILE, trainer.ema.state_dict()),
+            RAW_FILE: save_tensors(out / RAW_FILE, trainer.model.state_dict()),
+            STATISTICS_FILE: save_tensors(
+                out / STATISTICS_FILE, {k: torch.from_numpy(v.copy()) for k, v in statistics.items()}
+            ),
+        }
+        rows, columns, channels = cache.manifest.feature_shape
+        return DiffusionManifest(
+            config=work.config,
+            inputs=work.inputs,
+            seconds=work.seconds,
+            steps=config.steps,
+            grid=(rows, columns),
+            channels=channels,
+            class_names=cache.classes,
+            content=content,
+            num_parameters=sum(p.numel() for p in trainer.model.parameters()),
+            heldout_loss=loss,
+        ).publish(out)
 
 
 class CacheBatches:
-    """Training batches of a cache, several reads in flight: step → tokens (B,T,C) float16 and labels (B,)."""
+    """Training batches of a cache, several reads in flight: step → tokens (B,T,C) as stored and labels (B,)."""
 
     def __init__(self, cache: FeatureCache, rows: NDArray[np.int64], config: DiffusionSection, start: int) -> None:
         """`rows` are the cache rows to train on; `start` is the first step."""
         self.cache, self.rows, self.config = cache, rows, config
         self.num_views = len(cache.views) if config.use_flips else 1
         self.next_step = start
-        self.in_flight: deque[tuple[NDArray[np.int64], Any]] = deque()
+        self.in_flight: deque[tuple[NDArray[np.int64], PendingRead]] = deque()
 
     def _request(self) -> None:
         config = self.config
@@ -140,11 +140,8 @@ class CacheBatches:
         while True:
             while len(self.in_flight) < self.config.read_ahead:
                 self._request()
-            rows, future = self.in_flight.popleft()
-            try:
-                features = np.asarray(future.result())
-            except ValueError as error:
-                raise ArtifactError(f"{self.cache.path}: cannot read features: {error}") from error
+            rows, pending = self.in_flight.popleft()
+            features = pending.stored()
             labels = torch.from_numpy(self.cache.labels[rows].astype(np.int64))
             yield torch.from_numpy(features).flatten(1, 2), labels
 
@@ -166,8 +163,7 @@ class _Trainer:
         self.rows = np.flatnonzero(usable)
         if not len(self.rows):
             raise UsageError(f"{cache.path}: expected valid rows to train on, found none that are not held out.")
-        self.heldout_rows = np.flatnonzero(cache.valid & cache.heldout)[: config.eval_rows]
-        if not len(self.heldout_rows):
+        if not (cache.valid & cache.heldout).any():
             self.progress.say("no held-out rows in this cache: held-out loss is not measured (svgpipe shard --holdout)")
         rows, columns, channels = cache.manifest.feature_shape
         torch.manual_seed(seed_of(config.seed, "initial weights"))
@@ -175,6 +171,8 @@ class _Trainer:
             config.model, grid=(rows, columns), channels=channels, num_classes=len(cache.classes)
         ).to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        scale = cache.store.feature_scale
+        self.scale = None if scale is None else torch.from_numpy(scale).to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.learning_rate,
@@ -202,6 +200,7 @@ class _Trainer:
             "ema": self.ema.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer),
         }
+        self.log.flush()
         self.store.save(Checkpoint(self.step, groups, {}))
 
     def train(self) -> None:
@@ -244,7 +243,10 @@ class _Trainer:
         set_learning_rate(self.optimizer, learning_rate(step, config.steps, config.learning_rate, config.schedule))
         self.model.train()
         x1 = tokens.to(self.device, non_blocking=True).float()
-        loss = self._loss(self.model, x1, labels, generator(config.seed, "step", step)).mean
+        if self.scale is not None:  # int8 travels to the device, and becomes a feature there
+            x1 = x1 * self.scale
+        rng = generator(config.seed, "step", step)
+        loss = _draw_loss(self.model, x1, labels, rng, config, drop=config.label_dropout).mean
         require_finite({"loss": loss.item()}, step + 1, self.store)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -254,17 +256,6 @@ class _Trainer:
         self.optimizer.step()
         self._average()
         return loss.detach(), norm
-
-    def _loss(self, model: DiT, x1: Tensor, labels: Tensor, rng: torch.Generator, drop: bool = True) -> FlowLoss:
-        """Noise, times and label dropout are drawn on the CPU from `rng`, the same on every device."""
-        config, count = self.config, len(x1)
-        z0 = torch.randn(x1.shape, generator=rng).to(self.device)
-        t = shift_time(torch.rand(count, generator=rng), config.time_shift).to(self.device)
-        draws = torch.rand(count, generator=rng)
-        if drop:
-            labels = drop_labels(labels, draws, config.label_dropout, model.null_label)
-        with autocast(self.device, config.precision):
-            return flow_loss(model, x1, z0, t, labels.to(self.device))
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -286,20 +277,11 @@ class _Trainer:
         )
         return f"loss {loss.item():.4f}  {rate:.2f} steps/s"
 
-    @torch.no_grad()
     def evaluate(self) -> float | None:
         """Mean loss of the averaged weights on held-out rows, with noise and times that never change."""
-        if not len(self.heldout_rows):
-            return None
-        total, size = 0.0, self.config.batch_size
-        for start in range(0, len(self.heldout_rows), size):
-            rows = self.heldout_rows[start : start + size]
-            x1 = torch.from_numpy(self.cache.read(rows)).flatten(1, 2).to(self.device).float()
-            labels = torch.from_numpy(self.cache.labels[rows].astype(np.int64))
-            rng = generator(self.config.seed, "heldout", start)
-            total += float(self._loss(self.ema, x1, labels, rng, drop=False).per_sample.sum())
-        value = total / len(self.heldout_rows)
-        self.progress.say(f"step {self.step}: held-out loss {value:.4f}")
+        value = heldout_loss(self.ema, self.cache, self.config, self.device)
+        if value is not None:
+            self.progress.say(f"step {self.step}: held-out loss {value:.4f}")
         return value
 
     def draw_grid(self) -> None:
@@ -314,9 +296,40 @@ class _Trainer:
         grid_shape = (len(latents), *self.cache.manifest.feature_shape)
         sheet = tile(self.decode(self.cache.denormalize(latents.reshape(grid_shape))), 8)
         folder = self.work.path / "samples"
-        folder.mkdir(exist_ok=True)
+        make_directory(folder)
         write_atomic(folder / f"step-{self.step:08d}.png", encode_png(sheet))
         self.log.image(self.step, "samples", sheet)
+
+
+def _draw_loss(
+    model: DiT, x1: Tensor, labels: Tensor, rng: torch.Generator, config: DiffusionSection, *, drop: float
+) -> FlowLoss:
+    """Noise, times and label dropout are drawn on the CPU from `rng`, the same on every device."""
+    count, device = len(x1), x1.device
+    z0 = torch.randn(x1.shape, generator=rng).to(device)
+    t = shift_time(torch.rand(count, generator=rng), config.time_shift).to(device)
+    draws = torch.rand(count, generator=rng)
+    if drop > 0:
+        labels = drop_labels(labels, draws, drop, model.null_label)
+    with autocast(device, config.precision):
+        return flow_loss(model, x1, z0, t, labels.to(device))
+
+
+@torch.no_grad()
+def heldout_loss(model: DiT, cache: FeatureCache, config: DiffusionSection, device: torch.device) -> float | None:
+    """Mean flow loss on the first `eval_rows` held-out rows, with noise and times that never change.
+
+    None where the cache has no held-out row.
+    """
+    held = np.flatnonzero(cache.valid & cache.heldout)[: config.eval_rows]
+    total, size = 0.0, config.batch_size
+    for start in range(0, len(held), size):
+        rows = held[start : start + size]
+        x1 = torch.from_numpy(cache.read(rows)).flatten(1, 2).to(device).float()
+        labels = torch.from_numpy(cache.labels[rows].astype(np.int64))
+        rng = generator(config.seed, "heldout", start)
+        total += float(_draw_loss(model, x1, labels, rng, config, drop=0.0).per_sample.sum())
+    return total / len(held) if len(held) else None
 
 
 @dataclass

@@ -19,8 +19,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from svgpipe.manifests.checkpoint import CheckpointStore
 from svgpipe.manifests.errors import ArtifactError, DivergedError
-from svgpipe.manifests.manifest import write_atomic
 from svgpipe.manifests.recipe import Precision, ScheduleSection
+from svgpipe.manifests.storage import Location, write_atomic
 
 
 def seed_of(*parts: int | str) -> int:
@@ -76,32 +76,55 @@ def require_finite(values: dict[str, float], step: int, store: CheckpointStore) 
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard scalars of one run; a resumed run drops what lies past its step."""
+    """metrics.jsonl and TensorBoard scalars of one run; a resumed run drops what lies past its step.
 
-    def __init__(self, directory: Path, start_step: int) -> None:
+    An object store cannot append: there metrics.jsonl is written whole at every `flush`, and TensorBoard's
+    files are left out.
+    """
+
+    def __init__(self, directory: Location, start_step: int) -> None:
         self.path = directory / "metrics.jsonl"
         kept = [entry for entry in read_metrics(self.path) if entry["step"] <= start_step]
-        write_atomic(self.path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
-        self._file = self.path.open("a")
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+        self._lines = [json.dumps(entry) + "\n" for entry in kept]
+        self._write_whole()
+        local = isinstance(directory, Path)
+        self._file = self.path.open("a") if isinstance(self.path, Path) else None
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1) if local else None
 
     def write(self, step: int, **values: float) -> None:
         """Append one line and the same scalars; `step` counts finished optimiser steps."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        line = json.dumps({"step": step, **values}) + "\n"
+        if self._file is None:
+            self._lines.append(line)
+        else:
+            self._file.write(line)
+            self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, pixels: Any) -> None:
         """An (H,W,3) uint8 picture."""
-        self._board.add_image(name, pixels, step, dataformats="HWC")
+        if self._board is not None:
+            self._board.add_image(name, pixels, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Everything written so far is on disk; called before a checkpoint names its step."""
+        if self._file is None:
+            self._write_whole()
+
+    def _write_whole(self) -> None:
+        write_atomic(self.path, "".join(self._lines).encode())
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Location) -> list[dict[str, float]]:
     """Lines of a metrics.jsonl; a last line cut short by a kill is left out.
 
     Raises:

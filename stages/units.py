@@ -6,6 +6,7 @@ A unit is one outer Zarr shard (or one tar): read whole, computed by one worker,
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,12 +41,16 @@ def run_units(
     worker_args: Mapping[str, Any],
     write: Callable[[Row], Row],
     resources: Resources,
+    *,
+    calls_per_actor: int = 1,
 ) -> Iterator[Row]:
     """Run `items` through read → worker → write on a connected Ray; yields what `write` returned, as it comes.
 
+    Args:
+        calls_per_actor: units that one worker is handed at a time; it computes one, while others come and go.
     Raises:
         UsageError: more CPUs or GPUs asked for than Ray has.
-        SvgpipeError, OSError: raised by any of the three, unwrapped from Ray's own errors; or a worker died.
+        SvgpipeError, OSError: raised by any of the three; or a worker died.
     """
     import ray
 
@@ -59,27 +64,30 @@ def run_units(
     # The different fractions keep Ray from fusing the three into one actor, where reading would wait for encoding.
     dataset = (
         ray.data.from_items(list(items), override_num_blocks=len(items))
-        .map(read, num_cpus=READ_CPUS)
+        .map(_Guarded(read), num_cpus=READ_CPUS)
         .map(
-            worker,
-            fn_constructor_kwargs=dict(worker_args),
+            _GuardedWorker,
+            fn_constructor_kwargs={"worker": worker, "args": dict(worker_args)},
             num_cpus=cpus,
             num_gpus=resources.gpus_per_worker or None,
-            compute=ray.data.ActorPoolStrategy(size=resources.num_workers),
+            compute=ray.data.ActorPoolStrategy(
+                size=resources.num_workers, max_concurrent_calls_per_actor=calls_per_actor
+            ),
         )
-        .map(write, num_cpus=WRITE_CPUS)
+        .map(_Guarded(write), num_cpus=WRITE_CPUS)
     )
     try:
-        yield from dataset.iter_rows()
-    except Exception as error:
-        if (cause := _own_error(error)) is not None:
-            raise cause from None
-        if isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError):
-            raise SvgpipeError(
-                f"a Ray worker died ({first_line(error)}). What was finished is kept; "
-                "run the command again. If it was killed for memory, use fewer --num-workers or smaller units."
-            ) from error
-        raise
+        for row in dataset.iter_rows():
+            if "error" in row:
+                raise pickle.loads(row["error"])
+            yield row
+    except ray.exceptions.RayTaskError:
+        raise  # a bug in a step: its traceback is what helps
+    except ray.exceptions.RayError as error:
+        raise SvgpipeError(
+            f"a Ray worker died ({first_line(error)}). What was finished is kept; "
+            "run the command again. If it was killed for memory, use fewer --num-workers or smaller units."
+        ) from error
 
 
 def _cpus_per_worker(resources: Resources, cluster: Mapping[str, float]) -> float:
@@ -101,17 +109,33 @@ def _cpus_per_worker(resources: Resources, cluster: Mapping[str, float]) -> floa
     return cpus
 
 
-def _own_error(error: BaseException | None) -> SvgpipeError | OSError | None:
-    """What a person should be told, inside Ray's wrapping: svgpipe's error, or the system's (a full disk)."""
-    import ray
+class _Guarded:
+    """A step whose errors, if they are meant for a person, travel with the unit: Ray's own wrapping loses them."""
 
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, SvgpipeError | OSError) and not isinstance(error, ray.exceptions.RayError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
+    def __init__(self, step: Callable[[Row], Row]) -> None:
+        self.step = step
+
+    def __call__(self, row: Row) -> Row:
+        if "error" in row:
+            return row
+        try:
+            return self.step(row)
+        except (SvgpipeError, OSError) as error:
+            return {"unit": row["unit"], "error": pickle.dumps(error)}
+
+
+class _GuardedWorker:
+    """The same for an actor: what goes wrong while it is built is told by the first unit that it gets."""
+
+    def __init__(self, worker: type, args: Mapping[str, Any]) -> None:
+        self.failure: bytes | None = None
+        try:
+            self.run = _Guarded(worker(**args))
+        except (SvgpipeError, OSError) as error:
+            self.failure = pickle.dumps(error)
+
+    def __call__(self, row: Row) -> Row:
+        return self.run(row) if self.failure is None else {"unit": row["unit"], "error": self.failure}
 
 
 def start_worker(threads: int) -> torch.device:

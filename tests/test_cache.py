@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from svgpipe.manifests import FeatureCache
-from svgpipe.manifests.cache import FeatureStore, StoreSpec
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.store import FeatureStore, StoreSpec
 
 from .conftest import Finished
 
@@ -77,7 +77,7 @@ def test_writes_of_another_shape_are_refused(written: tuple[FeatureStore, np.nda
 def test_a_missing_shard_is_an_error_and_not_zeros(written: tuple[FeatureStore, np.ndarray], tmp_path: Path) -> None:
     store, values = written
     copy = tmp_path / "copy"
-    shutil.copytree(store.path, copy)
+    shutil.copytree(str(store.path), copy)
     FeatureStore.open(copy).unit_file(1).unlink()
     damaged = FeatureStore.open(copy)
     np.testing.assert_array_equal(damaged.read([0, 10]), values[[0, 10], 0])
@@ -88,11 +88,11 @@ def test_a_missing_shard_is_an_error_and_not_zeros(written: tuple[FeatureStore, 
 def test_a_flipped_bit_is_an_error(written: tuple[FeatureStore, np.ndarray], tmp_path: Path) -> None:
     store, _ = written
     copy = tmp_path / "copy"
-    shutil.copytree(store.path, copy)
+    shutil.copytree(str(store.path), copy)
     file = FeatureStore.open(copy).unit_file(0)
     content = bytearray(file.read_bytes())
     content[7] ^= 4
-    file.write_bytes(content)
+    file.write_bytes(bytes(content))
     with pytest.raises(ArtifactError, match="cannot read features"):
         FeatureStore.open(copy).read(range(4))
 

@@ -13,11 +13,12 @@ import torch
 import yaml
 
 from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.errors import ArtifactError
 from svgpipe.stages.encoder import load_autoencoder
 from svgpipe.stages.moments import Moments, merge_all
 from svgpipe.stages.streaming import load_images
 
-from .conftest import Finished, Outcome, run_and_kill, tree_bytes
+from .conftest import Finished, Outcome, tree_bytes
 
 STORE = ("features/**/*", "label/**/*", "valid/**/*", "heldout/**/*", "channel_*/**/*", "stored_*/**/*", "journal/*")
 
@@ -61,27 +62,6 @@ def test_a_feature_does_not_depend_on_batch_unit_or_worker(
         assert (np.abs(a - b) / scale).max() < 2 * 2.0**-10
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(
-    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
-) -> None:
-    """SIGKILL to driver, raylet and workers at once, after the first units were written."""
-    out = tmp_path / "killed"
-    options = ["--set", "extract.unit_rows=2", "--set", "extract.batch_size=2"]
-    journal = out / "journal"
-    run_and_kill(
-        extract_args(finished, out, *options), lambda: journal.exists() and len(list(journal.glob("unit-*.json"))) >= 2
-    )
-    assert not (out / "manifest.json").exists()
-    done = {path.name: path.stat().st_mtime_ns for path in journal.glob("unit-*.json")}
-    assert 2 <= len(done) < 18
-    resumed = svgpipe(*extract_args(finished, out, *options))
-    assert resumed.code == 0, resumed.err
-    assert {name: (journal / name).stat().st_mtime_ns for name in done} == done
-    assert svgpipe(*extract_args(finished, tmp_path / "whole", *options)).code == 0
-    assert tree_bytes(out, *STORE) == tree_bytes(tmp_path / "whole", *STORE)
-    assert FeatureCache(out).manifest.fingerprint == FeatureCache(tmp_path / "whole").manifest.fingerprint
-
-
 def test_brace_patterns_extract_a_part(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     arguments = extract_args(finished, tmp_path / "part")
     arguments[2] = f"{finished.root}/shards/shard-{{000001..000002}}.tar"
@@ -98,21 +78,25 @@ def test_damaged_images_keep_their_row_and_are_counted(
     """A tar altered behind the manifest's back, at the same length: the row is invalid, the others are not touched."""
     shards_copy = tmp_path / "shards"
     shutil.copytree(finished.root / "shards", shards_copy)
-    rows = finished.shards.rows
+    offset = finished.shards.refs([3])[0].offset
     tar = shards_copy / "shard-000000.tar"
     content = bytearray(tar.read_bytes())
-    content[int(rows.offset[3]) + 30] ^= 255
+    content[offset + 30] ^= 255
     tar.write_bytes(content)
     arguments = extract_args(finished, tmp_path / "cache")
     arguments[2] = shards_copy
-    found = svgpipe(*arguments)
+    refused = svgpipe(*arguments)
+    assert refused.code == 1
+    assert "1 × other bytes than indexed" in refused.err
+    assert "--max-rejects" in refused.err
+    found = svgpipe(*arguments, "--max-rejects", 0.1)
     assert found.code == 0, found.err
     assert "36 samples = 35 valid + 1 rejected" in found.out
     cache = FeatureCache(tmp_path / "cache")
     assert np.flatnonzero(~cache.valid).tolist() == [3]
     assert not cache.read([3]).any()
     reject = json.loads((tmp_path / "cache" / "rejected.jsonl").read_text())
-    assert (reject["row"], reject["offset"]) == (3, int(rows.offset[3]))
+    assert (reject["row"], reject["offset"]) == (3, offset)
     assert reject["tar"].endswith("shard-000000.tar")
     others = [i for i in range(36) if i != 3]
     a, b = (c.denormalize(c.read(others)) for c in (cache, finished.cache))
@@ -200,6 +184,14 @@ def test_moments_merge_to_those_of_everything() -> None:
     values = np.random.default_rng(0).normal(3, 2, (7, 5, 4))
     parts = [Moments.of(values[:2]), Moments.of(values[2:2]), Moments.of(values[2:])]
     merged = merge_all(parts, 4)
-    np.testing.assert_allclose(merged.mean, values.mean((0, 1)))
-    np.testing.assert_allclose(merged.std, values.std((0, 1)))
-    assert Moments.from_json(json.loads(json.dumps(merged.as_json()))).mean.tolist() == merged.mean.tolist()
+    flat = values.reshape(-1, 4)
+    np.testing.assert_allclose(merged.mean, flat.mean(0))
+    np.testing.assert_allclose(merged.std, flat.std(0))
+    np.testing.assert_allclose(merged.covariance, np.cov(flat.T, bias=True), atol=1e-12)
+    assert (merged.minimum == flat.min(0)).all()
+    assert (merged.maximum == flat.max(0)).all()
+    again = Moments.from_bytes(merged.to_bytes(), 4)
+    assert (again.comoment == merged.comoment).all()
+    assert (again.count, again.mean.tolist()) == (merged.count, merged.mean.tolist())
+    with pytest.raises(ArtifactError, match="float64 moments"):
+        Moments.from_bytes(merged.to_bytes(), 5)

@@ -18,10 +18,10 @@ from svgpipe.manifests.manifest import (
     differing_fields,
     read_json,
     require_same,
-    write_atomic,
     write_json,
 )
 from svgpipe.manifests.shards import ShardFile, ShardSetManifest
+from svgpipe.manifests.storage import write_atomic
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -31,7 +31,9 @@ JSON = st.recursive(
 
 
 def example(**changes: Any) -> ShardSetManifest:
-    shards = [ShardFile(name="shard-000000.tar", split="train", num_images=3, num_bytes=10, sha256="ab")]
+    shards = [
+        ShardFile(name="shard-000000.tar", split="train", num_images=3, num_bytes=10, sha256="ab", index_sha256="cd")
+    ]
     fields: dict[str, Any] = {
         "config": {"seed": 0},
         "class_names": ["a"],
@@ -96,7 +98,7 @@ def test_damaged_or_foreign_manifests_are_refused(tmp_path: Path, change: dict[s
 def test_missing_unfinished_and_unparsable(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such directory"):
         ShardSetManifest.read(tmp_path / "none")
-    WorkDir(tmp_path / "begun", ShardSetManifest, {}, {})
+    WorkDir(tmp_path / "begun", ShardSetManifest, {}, {}).close()
     with pytest.raises(ArtifactError, match=r"begun and not finished.*resumes"):
         ShardSetManifest.read(tmp_path / "begun")
     (tmp_path / "begun" / "manifest.json").write_text("{")
@@ -107,12 +109,15 @@ def test_missing_unfinished_and_unparsable(tmp_path: Path) -> None:
 def test_a_work_directory_resumes_its_own_work_only(tmp_path: Path) -> None:
     out = tmp_path / "out"
     ref = InputRef(kind="image-folder", fingerprint="one", path="p", config={})
-    assert WorkDir(out, ShardSetManifest, {"seed": 3}, {"source": ref}).finished is None
+    with WorkDir(out, ShardSetManifest, {"seed": 3}, {"source": ref}) as work:
+        assert work.finished is None
     # Nothing was done under that plan yet, so another one may take its place.
     (out / ".plan.json.123.partial").write_text("{")
-    assert WorkDir(out, ShardSetManifest, {"seed": 0}, {"source": ref}).finished is None
+    with WorkDir(out, ShardSetManifest, {"seed": 0}, {"source": ref}) as work:
+        assert work.finished is None
     (out / "shard-000000.tar").write_text("hours of work")
-    assert WorkDir(out, ShardSetManifest, {"seed": 0}, {"source": ref}).finished is None
+    with WorkDir(out, ShardSetManifest, {"seed": 0}, {"source": ref}) as work:
+        assert work.finished is None
     with pytest.raises(MismatchError, match=r"config\.seed: 0 there, 1 here"):
         WorkDir(out, ShardSetManifest, {"seed": 1}, {"source": ref})
     other = ref.model_copy(update={"fingerprint": "two"})
@@ -137,12 +142,12 @@ def test_require_same_names_both_sides_and_the_lineage(tmp_path: Path) -> None:
     source = InputRef(kind="image-folder", fingerprint="one", path="p", config={"files": 3})
     mine = example(inputs={"source": source}).sealed()
     ref = mine.as_input(tmp_path / "mine")
-    require_same("here", ref, mine, tmp_path, what_to_do="")
+    require_same("here", ref, mine.as_input(tmp_path), what_to_do="")
     other = example(
         inputs={"source": source.model_copy(update={"fingerprint": "two", "config": {"files": 4}})}, config={"seed": 5}
     ).sealed()
     with pytest.raises(MismatchError) as caught:
-        require_same("here", ref, other, tmp_path / "other", what_to_do="Do this.")
+        require_same("here", ref, other.as_input(tmp_path / "other"), what_to_do="Do this.")
     text = str(caught.value)
     for word in (
         mine.fingerprint[:12],

@@ -14,9 +14,9 @@ import torch
 import webdataset as wds
 from torch_fidelity import feature_extractor_inceptionv3
 
-from svgpipe.manifests.cache import FeatureStore
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
-from svgpipe.manifests.manifest import file_sha256
+from svgpipe.manifests.storage import file_sha256
+from svgpipe.manifests.store import FeatureStore
 from svgpipe.stages.decoding import latent_decoder
 from svgpipe.stages.images import decode_image, to_array
 from svgpipe.stages.measure import class_accuracy, frechet_distance, kernel_distance

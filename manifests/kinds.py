@@ -1,0 +1,41 @@
+"""All kinds of artifact, and opening one without knowing which."""
+
+from __future__ import annotations
+
+from svgpipe.manifests.cache import CacheManifest
+from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.evaluation import EvaluationManifest
+from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, read_json
+from svgpipe.manifests.shards import ShardSetManifest
+from svgpipe.manifests.storage import Location, children
+
+KINDS: dict[str, type[Manifest]] = {
+    kind.KIND: kind
+    for kind in (ShardSetManifest, AutoencoderManifest, CacheManifest, DiffusionManifest, EvaluationManifest)
+}
+
+
+def read_any(path: Location) -> Manifest:
+    """The manifest of whatever finished artifact lies at `path`.
+
+    Raises:
+        ArtifactError: no manifest, one of an unknown kind, or a damaged one.
+    """
+    kind = str(read_json(path / MANIFEST_NAME).get("kind"))
+    if kind not in KINDS:
+        raise ArtifactError(f"{path / MANIFEST_NAME}: expected one of {', '.join(KINDS)}, found kind {kind!r}.")
+    return KINDS[kind].read(path)
+
+
+def artifacts_below(path: Location) -> list[Location]:
+    """`path` itself if an artifact lies there, finished or not; else the artifacts in it.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    candidates = [path, *children(path)]
+    found = [p for p in candidates if (p / MANIFEST_NAME).exists() or (p / PLAN_NAME).exists()]
+    if not found:
+        raise ArtifactError(f"{path}: expected an svgpipe artifact, found neither {MANIFEST_NAME} nor {PLAN_NAME}.")
+    return [path] if found[0] == path else found

@@ -1,0 +1,183 @@
+"""One writer per directory: a lock with owner and age, taken over from an owner that is dead.
+
+    lock.json    owner's token, host, process, start, and the time of its last sign of life
+
+A process of this machine is known to be dead when there is no process of its number and start time. One elsewhere
+(another host, another container) is taken for dead when it gave no sign of life for `STALE_S`; the clocks of
+hosts that share a store must therefore agree to within a minute. It works on shared folders and object stores alike.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from svgpipe.manifests.errors import SvgpipeError
+from svgpipe.manifests.storage import Location, create_exclusively, write_atomic
+
+LOCK_NAME = "lock.json"
+BEAT_S = 15.0
+STALE_S = 120.0
+
+
+class BusyError(SvgpipeError):
+    """Another process works in the directory."""
+
+
+class Lock:
+    """A held lock. `check` tells whether it still is."""
+
+    def __init__(self, directory: Location) -> None:
+        """Take the lock of an existing `directory`. Raises BusyError if somebody alive holds it."""
+        self.path = directory / LOCK_NAME
+        self.token = uuid.uuid4().hex
+        self._since = time.time()
+        self._lost: str | None = None
+        self._released = threading.Event()
+        self._acquire()
+        self._thread = threading.Thread(target=self._beat, name="svgpipe-lock", daemon=True)
+        self._thread.start()
+
+    def _mine(self) -> bytes:
+        pid = os.getpid()
+        entry = {
+            "token": self.token,
+            "host": socket.gethostname(),
+            "user": _user(),
+            "pid": pid,
+            "process": _process(pid),
+            "since": self._since,
+            "beat_at": time.time(),
+        }
+        return json.dumps(entry, indent=2).encode() + b"\n"
+
+    def _acquire(self) -> None:
+        for _ in range(10):
+            if create_exclusively(self.path, self._mine()):
+                return
+            owner = _read(self.path)
+            if owner is None:
+                continue  # released in between
+            if not is_dead(owner):
+                raise BusyError(f"{self.path.parent}: {describe(owner)} Wait for it, or stop it and run this again.")
+            self._take_over(owner)
+        raise BusyError(f"{self.path}: several processes are fighting for this lock; try again.")
+
+    def _take_over(self, owner: dict[str, Any]) -> None:
+        """Remove the lock of a dead owner, but not the one that somebody else may just have put in its place."""
+        if not isinstance(self.path, Path):
+            self.path.unlink(missing_ok=True)
+            return
+        aside = self.path.with_name(f".{LOCK_NAME}.{self.token}.partial")
+        with suppress(FileNotFoundError):
+            self.path.rename(aside)
+            if (_read(aside) or {}).get("token") != owner.get("token"):
+                with suppress(FileExistsError):
+                    os.link(aside, self.path)
+            aside.unlink()
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_S):
+            # A full disk or a store out of reach for a moment must not end the run.
+            with suppress(OSError):
+                found = _read(self.path)
+                if found is None or found.get("token") != self.token:
+                    self._lost = "it was removed" if found is None else describe(found)
+                    return
+                write_atomic(self.path, self._mine())
+
+    def check(self) -> None:
+        """Raise BusyError if another process has taken the lock over, or somebody removed it."""
+        if self._lost is not None:
+            raise BusyError(f"{self.path}: this run has lost its lock: {self._lost} Stopped, so that two do not write.")
+
+    def release(self) -> None:
+        """Give the lock back; nothing happens if it is not ours any more."""
+        self._released.set()
+        self._thread.join()
+        with suppress(OSError):
+            found = _read(self.path)
+            if found is not None and found.get("token") == self.token:
+                self.path.unlink()
+
+
+@contextmanager
+def locked(directory: Location) -> Iterator[Lock]:
+    """Hold the lock of an existing `directory` for the length of the block. Raises BusyError."""
+    lock = Lock(directory)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def is_dead(owner: dict[str, Any]) -> bool:
+    """Whether the process that a lock names has ended, as far as can be known from here."""
+    here = _process(os.getpid())
+    theirs = owner.get("process") or {}
+    if here["namespace"] == theirs.get("namespace"):
+        return bool(_process(int(owner.get("pid", -1))) != theirs)
+    return time.time() - float(owner.get("beat_at", 0)) > STALE_S
+
+
+def describe(owner: dict[str, Any]) -> str:
+    """Who holds a lock, since when, as a sentence."""
+    now = time.time()
+    return (
+        f"in use by process {owner.get('pid')} of {owner.get('user')} on {owner.get('host')} "
+        f"for {now - float(owner.get('since', now)):.0f} s, last sign of life "
+        f"{max(0.0, now - float(owner.get('beat_at', now))):.0f} s ago."
+    )
+
+
+def _read(path: Location) -> dict[str, Any] | None:
+    for _ in range(20):
+        try:
+            entry = json.loads(path.read_bytes())
+            return entry if isinstance(entry, dict) else {}
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError:
+            time.sleep(0.05)  # created and not yet written: not two system calls at once
+    return {}  # cut short by a crash or a full disk: nobody's
+
+
+def _process(pid: int) -> dict[str, Any]:
+    """What tells a process from a later one of the same number, and this set of numbers from another's."""
+    try:
+        namespace = f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()} "
+        namespace += str(Path("/proc/self/ns/pid").readlink())
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, started = fields[0], fields[19]
+    except OSError:
+        if not Path("/proc/self/stat").exists():
+            return {"namespace": socket.gethostname(), "started": _alive(pid)}
+        return {"namespace": namespace, "started": None}
+    return {"namespace": namespace, "started": None if state in "ZX" else started}
+
+
+def _alive(pid: int) -> str | None:
+    """Without /proc: only whether there is such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "running"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a user number without a name, as in many containers
+        return str(os.getuid())

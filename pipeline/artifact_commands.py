@@ -1,0 +1,85 @@
+"""Commands that look at artifacts, check them and mend them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from svgpipe.manifests.storage import location
+from svgpipe.pipeline.options import AddressOption, CpusOption, GpusOption, WorkersOption, resources_of
+
+app = typer.Typer()
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="Any artifact, finished or not, or a working directory.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a page.")] = False,
+) -> None:
+    """What an artifact holds, what it was made from, and whether it is finished."""
+    from svgpipe.pipeline.inspect import describe, show
+
+    found = describe(location(path))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        show(found)
+
+
+@app.command()
+def verify(
+    path: Annotated[str, typer.Argument(help="Any artifact, or a working directory.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte: hashes, checksums, NaN.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Whether an artifact is whole and is what its manifest says. Exit code 1 if it is not."""
+    from svgpipe.manifests.kinds import artifacts_below
+    from svgpipe.pipeline.console import ConsoleProgress
+    from svgpipe.stages.verify import verify as run_stage
+
+    places = artifacts_below(location(path))
+    with ConsoleProgress() as progress:
+        findings = {str(place): run_stage(place, deep=deep, progress=progress) for place in places}
+    if as_json:
+        typer.echo(json.dumps({place: [asdict(f) for f in found] for place, found in findings.items()}, indent=2))
+    else:
+        for place, found in findings.items():
+            for finding in found:
+                typer.echo(f"{finding.where}: {finding.problem}")
+            how = "every byte was read" if deep else "sizes and small files; --deep reads every byte"
+            typer.echo(f"{place}: {f'{len(found)} problems' if found else 'whole'} ({how})")
+    if any(findings.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def repair(
+    cache: Annotated[str, typer.Argument(help="Finished feature cache that `verify` has found damaged.")],
+    shards: Annotated[str | None, typer.Option("--shards", help="Its shards, if they have moved.")] = None,
+    autoencoder: Annotated[str | None, typer.Option("--autoencoder", help="Its autoencoder, if it has moved.")] = None,
+    num_workers: WorkersOption = 1,
+    cpus_per_worker: CpusOption = None,
+    gpus_per_worker: GpusOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Extract again exactly what `verify --deep` names, back to the content that was published."""
+    from svgpipe.manifests.shards import ShardSet
+    from svgpipe.pipeline.cluster import connected
+    from svgpipe.pipeline.console import ConsoleProgress
+    from svgpipe.stages.repair import repair as run_stage
+
+    resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
+    with connected(address), ConsoleProgress() as progress:
+        findings = run_stage(
+            location(cache),
+            shards=None if shards is None else ShardSet.open(shards),
+            autoencoder=None if autoencoder is None else location(autoencoder),
+            resources=resources,
+            progress=progress,
+        )
+    for finding in findings:
+        typer.echo(f"mended: {finding.where}: {finding.problem}")
+    typer.echo(f"{cache}: whole, with the content that was published")

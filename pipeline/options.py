@@ -1,0 +1,40 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from svgpipe.stages.units import Resources
+
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help="Built-in recipe or a .yaml file; without it, defaults.")
+]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
+OutOption = Annotated[str, typer.Option("--out", help="Directory to create or resume.")]
+ShardsOption = Annotated[
+    str, typer.Option("--shards", help="Shard set, or tars of one: 'path/shard-{000000..000009}.tar'.")
+]
+AutoencoderOption = Annotated[str, typer.Option("--autoencoder", help="Finished autoencoder.")]
+WorkersOption = Annotated[int, typer.Option("--num-workers", min=1, help="Encoder or sampler actors.")]
+CpusOption = Annotated[
+    float | None,
+    typer.Option("--cpus-per-worker", min=0.1, help="CPUs each actor asks Ray for; default 1 or its share."),
+]
+GpusOption = Annotated[
+    float | None, typer.Option("--gpus-per-worker", min=0, help="GPUs each actor asks for; default 1 if there is any.")
+]
+MaxRejectsOption = Annotated[
+    float, typer.Option("--max-rejects", min=0, max=1, help="Share of images that may be unusable before it stops.")
+]
+AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster; without it, this machine.")]
+
+
+def resources_of(num_workers: int, cpus: float | None, gpus: float | None) -> Resources:
+    import torch
+
+    from svgpipe.stages.units import Resources
+
+    return Resources(num_workers, cpus, gpus if gpus is not None else float(torch.cuda.is_available()))

@@ -1,0 +1,226 @@
+"""One command per stage, and those that run all of them. Thin: parse, open inputs, call one stage, say the result.
+
+Heavy imports happen inside the commands: `svgpipe --help` must not load torch, and training from a cache must not
+load timm or webdataset.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svgpipe.manifests.storage import location
+from svgpipe.pipeline.options import (
+    AddressOption,
+    AutoencoderOption,
+    CpusOption,
+    GpusOption,
+    MaxRejectsOption,
+    OutOption,
+    RecipeOption,
+    SetOption,
+    ShardsOption,
+    WorkersOption,
+    resources_of,
+)
+
+app = typer.Typer()
+
+
+@app.command()
+def shard(
+    source: Annotated[Path, typer.Argument(help="Folder of class folders with JPEG, PNG or WebP images.")],
+    out: Annotated[str, typer.Argument(help="Shard set to create or resume.")],
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    holdout: Annotated[
+        float | None, typer.Option(min=0, max=0.99, help="Fraction of every class kept out of training.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one per core.")] = 0,
+) -> None:
+    """Image folder → WebDataset tars with an index. Run again to resume."""
+    from svgpipe.manifests.recipe import load_recipe
+    from svgpipe.pipeline.console import ConsoleProgress
+    from svgpipe.stages.shard import shard as run_stage
+
+    extra = [] if holdout is None else [f"shard.holdout={holdout}"]
+    config = load_recipe(recipe, [*(overrides or []), *extra]).shard
+    with ConsoleProgress() as progress:
+        manifest = run_stage(source, location(out), config, workers=workers, progress=progress)
+    typer.echo(
+        f"{out}: {manifest.num_images} images of {len(manifest.class_names)} classes in {len(manifest.shards)} tars; "
+        f"{manifest.num_inputs} inputs = {manifest.num_images} stored + {manifest.num_rejected} rejected"
+        + (f" (see {out}/rejected.jsonl)" if manifest.num_rejected else "")
+    )
+
+
+@app.command()
+def train_autoencoder(
+    shards: ShardsOption, out: OutOption, recipe: RecipeOption = None, overrides: SetOption = None
+) -> None:
+    """Residual encoder and decoder beside the frozen backbone. Run again to resume."""
+    from svgpipe.manifests.recipe import load_recipe
+    from svgpipe.manifests.shards import ShardSet
+    from svgpipe.pipeline.console import ConsoleProgress
+    from svgpipe.stages.train_autoencoder import train_autoencoder as run_stage
+
+    config = load_recipe(recipe, overrides or []).autoencoder
+    with ConsoleProgress() as progress:
+        manifest = run_stage(ShardSet.open(shards), location(out), config, progress=progress)
+    psnr = "not measured" if manifest.heldout_psnr is None else f"{manifest.heldout_psnr:.2f} dB"
+    typer.echo(f"{out}: autoencoder {manifest.fingerprint[:12]}, held-out PSNR {psnr}")
+
+
+@app.command()
+def extract(
+    shards: ShardsOption,
+    autoencoder: AutoencoderOption,
+    out: OutOption,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    num_workers: WorkersOption = 1,
+    cpus_per_worker: CpusOption = None,
+    gpus_per_worker: GpusOption = None,
+    address: AddressOption = None,
+    store_dtype: Annotated[
+        str | None, typer.Option("--store-dtype", help="float16, or int8 for less than half the bytes.")
+    ] = None,
+    max_rejects: MaxRejectsOption = 0.001,
+) -> None:
+    """Shard set → normalised feature cache, on Ray workers. Run again to resume."""
+    from svgpipe.manifests.recipe import load_recipe
+    from svgpipe.manifests.shards import ShardSet
+    from svgpipe.pipeline.cluster import connected
+    from svgpipe.pipeline.console import ConsoleProgress, show_timings
+    from svgpipe.stages.extract import extract as run_stage
+
+    extra = [] if store_dtype is None else [f"extract.store_dtype={store_dtype}"]
+    config = load_recipe(recipe, [*(overrides or []), *extra]).extract
+    opened = ShardSet.open(shards)
+    resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
+    with connected(address), ConsoleProgress() as progress:
+        manifest = run_stage(
+            opened,
+            location(autoencoder),
+            location(out),
+            config,
+            max_rejects=max_rejects,
+            resources=resources,
+            progress=progress,
+        )
+    show_timings(manifest.timings)
+    rows, columns, channels = manifest.feature_shape
+    typer.echo(
+        f"{out}: {manifest.num_samples} samples = {manifest.num_valid} valid + {manifest.num_rejected} rejected, "
+        f"{len(manifest.views)} views of {rows}x{columns}x{channels}, {manifest.num_bytes / 1e6:.1f} MB"
+    )
+
+
+@app.command()
+def train_diffusion(
+    cache: Annotated[str, typer.Option("--cache", help="Finished feature cache; nothing else is needed.")],
+    out: OutOption,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    autoencoder: Annotated[
+        str | None, typer.Option("--autoencoder", help="Only for sample grids while training.")
+    ] = None,
+) -> None:
+    """Diffusion transformer, purely from the cache. Run again to resume."""
+    from svgpipe.manifests import FeatureCache
+    from svgpipe.manifests.recipe import load_recipe
+    from svgpipe.pipeline.console import ConsoleProgress
+    from svgpipe.stages.train_diffusion import train_diffusion as run_stage
+
+    config = load_recipe(recipe, overrides or []).diffusion
+    opened = FeatureCache(cache)
+    decode = None
+    if autoencoder is not None:
+        from svgpipe.manifests.checkpoint import AutoencoderManifest
+        from svgpipe.manifests.manifest import require_same
+        from svgpipe.stages.decoding import latent_decoder
+
+        require_same(
+            str(cache),
+            opened.manifest.inputs["autoencoder"],
+            AutoencoderManifest.read(location(autoencoder)).as_input(location(autoencoder)),
+            what_to_do="Give the autoencoder that extracted the cache.",
+        )
+        decode = latent_decoder(location(autoencoder))
+    with ConsoleProgress() as progress:
+        manifest = run_stage(opened, location(out), config, decode=decode, progress=progress)
+    loss = "not measured" if manifest.heldout_loss is None else f"{manifest.heldout_loss:.4f}"
+    typer.echo(f"{out}: diffusion model {manifest.fingerprint[:12]}, held-out loss {loss}")
+
+
+def _numbers(text: str | None, name: str) -> list[str]:
+    return [] if text is None else [f"evaluation.{name}=[{text}]"]
+
+
+@app.command()
+def sample_and_eval(
+    diffusion: Annotated[str, typer.Option("--diffusion", help="Finished diffusion model.")],
+    autoencoder: AutoencoderOption,
+    reference: Annotated[str, typer.Option("--reference", help="Shard set that distances are measured against.")],
+    out: OutOption,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    steps: Annotated[str | None, typer.Option("--steps", help="For example 5,10,25.")] = None,
+    guidance: Annotated[str | None, typer.Option("--guidance", help="For example 1.0,1.5.")] = None,
+    num_workers: WorkersOption = 1,
+    cpus_per_worker: CpusOption = None,
+    gpus_per_worker: GpusOption = None,
+    address: AddressOption = None,
+) -> None:
+    """A sweep of steps and guidance: latents, images, distances, report. Run again to resume."""
+    from svgpipe.manifests.recipe import load_recipe
+    from svgpipe.manifests.shards import ShardSet
+    from svgpipe.pipeline.cluster import connected
+    from svgpipe.pipeline.console import ConsoleProgress
+    from svgpipe.pipeline.report import render_report
+    from svgpipe.stages.sample_and_eval import sample_and_eval as run_stage
+
+    extra = _numbers(steps, "steps") + _numbers(guidance, "guidance")
+    config = load_recipe(recipe, [*(overrides or []), *extra]).evaluation
+    opened = ShardSet.open(reference)
+    resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
+    model, decoder, directory = location(diffusion), location(autoencoder), location(out)
+    with connected(address), ConsoleProgress() as progress:
+        run_stage(model, decoder, opened, directory, config, resources=resources, progress=progress)
+    typer.echo(f"report: {render_report(directory, decoder, model, opened)}")
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="Built-in recipe or a .yaml file.")],
+    workdir: Annotated[str, typer.Option("--workdir", help="Holds one directory per stage.")],
+    source: Annotated[str | None, typer.Option("--source", help="Image folder, instead of the recipe's.")] = None,
+    overrides: SetOption = None,
+    num_workers: WorkersOption = 1,
+    cpus_per_worker: CpusOption = None,
+    gpus_per_worker: GpusOption = None,
+    address: AddressOption = None,
+) -> None:
+    """All stages in order, skipping what is finished and unchanged. Run again to resume."""
+    from svgpipe.manifests.recipe import load_recipe
+    from svgpipe.pipeline.console import ConsoleProgress
+    from svgpipe.pipeline.run import run_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
+    with ConsoleProgress() as progress:
+        report = run_recipe(
+            loaded, location(workdir), source=source, resources=resources, address=address, progress=progress
+        )
+    typer.echo(f"report: {report}")
+
+
+@app.command()
+def demo(
+    workdir: Annotated[str, typer.Option("--workdir", help="Holds one directory per stage.")] = "runs/demo",
+    overrides: SetOption = None,
+) -> None:
+    """The whole pipeline on eight photographs, on a CPU, with no account and no download."""
+    run(recipe="demo", workdir=workdir, overrides=overrides)

@@ -1,0 +1,53 @@
+"""Images that could not be used: how many, why, and whether a run should go on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from svgpipe.manifests.errors import SvgpipeError
+
+# A run is going wrong once this many rejects come at this many times the rate that was accepted.
+EARLY_COUNT, EARLY_FACTOR = 10, 5.0
+
+
+class TooManyRejectsError(SvgpipeError):
+    """More images are unusable than the user accepts."""
+
+
+class RejectTally:
+    """Counts rejects of a run over `total` rows of which the share `limit` may be rejected."""
+
+    def __init__(self, total: int, limit: float) -> None:
+        self.total, self.limit = total, limit
+        self.seen = 0
+        self.reasons: Counter[str] = Counter()
+
+    def add(self, rows: int, rejects: Sequence[dict[str, Any]]) -> None:
+        """`rows` more rows were looked at, of which `rejects` could not be used.
+
+        Raises:
+            TooManyRejectsError: with the tally by reason.
+        """
+        self.seen += rows
+        self.reasons.update(kind_of(reject["reason"]) for reject in rejects)
+        rejected = sum(self.reasons.values())
+        certain = rejected > self.limit * self.total
+        likely = rejected >= EARLY_COUNT and rejected > EARLY_FACTOR * self.limit * self.seen
+        if certain or likely:
+            raise TooManyRejectsError(
+                f"{rejected} of {self.seen} images so far were rejected ({rejected / self.seen:.2%}; "
+                f"--max-rejects accepts {self.limit:.2%} of {self.total}):\n  {self.by_reason()}\n"
+                f"What was finished is kept. Mend the shards, or go on with --max-rejects "
+                f"{min(1.0, max(rejected / self.seen, rejected / self.total) * 1.2):.2g}."
+            )
+
+    def by_reason(self) -> str:
+        """One line per reason, the most frequent first."""
+        return "\n  ".join(f"{count} × {reason}" for reason, count in self.reasons.most_common())
+
+
+def kind_of(reason: str) -> str:
+    """The part of a reason that images have in common: `undecodable: broken data stream` → `undecodable`."""
+    return reason.partition(":")[0]

@@ -1,0 +1,107 @@
+"""Where an extraction's time went: seconds per worker and phase, and which of them is the bottleneck."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+# Phases in the order of the pipeline, by the role whose workers spend time in them.
+PHASES = {"reader": ("read", "decode"), "encoder": ("encode", "wait"), "writer": ("statistics", "write")}
+BUSY = 0.9
+
+
+@dataclass
+class Stopwatch:
+    """Seconds that one worker spends in named phases during one unit."""
+
+    role: str
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the block's time to `name`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - started
+
+    def entry(self) -> dict[str, Any]:
+        """What travels with the unit."""
+        return {"role": self.role, "worker": f"{socket.gethostname()}:{os.getpid()}", "seconds": dict(self.seconds)}
+
+
+class Timings:
+    """The sum over all units of one run."""
+
+    def __init__(self) -> None:
+        self._workers: dict[tuple[str, str], dict[str, float]] = {}
+        self._started = time.monotonic()
+        self._finished: list[tuple[float, int]] = []
+
+    def add(self, images: int, entries: list[Mapping[str, Any]]) -> None:
+        """A unit of `images` has been written; `entries` are its workers' stopwatches."""
+        self._finished.append((time.monotonic(), images))
+        for entry in entries:
+            sums = self._workers.setdefault((entry["role"], entry["worker"]), defaultdict(float))
+            sums["images"] += images
+            for phase, seconds in entry["seconds"].items():
+                sums[phase] += seconds
+
+    @property
+    def steady_rate(self) -> float | None:
+        """Images/s after the first unit was written, when starting the workers no longer counts."""
+        if len(self._finished) < 2:
+            return None
+        seconds = self._finished[-1][0] - self._finished[0][0]
+        return sum(images for _, images in self._finished[1:]) / seconds if seconds > 0 else None
+
+    def summary(self) -> dict[str, Any]:
+        """JSON values: the table per worker, the rate, and one line of advice."""
+        workers = [
+            {
+                "role": role,
+                "worker": worker,
+                "images": int(sums["images"]),
+                "seconds": {phase: round(sums[phase], 3) for phase in PHASES[role]},
+            }
+            for (role, worker), sums in sorted(self._workers.items())
+        ]
+        rate = self.steady_rate
+        return {
+            "images": sum(images for _, images in self._finished),
+            "seconds": round(time.monotonic() - self._started, 3),
+            "steady_images_per_s": None if rate is None else round(rate, 3),
+            "workers": workers,
+            "advice": advice(workers),
+        }
+
+
+def advice(workers: list[dict[str, Any]]) -> str:
+    """What to change first, from the seconds that encoders computed and waited."""
+    total: dict[str, float] = defaultdict(float)
+    for worker in workers:
+        for phase, seconds in worker["seconds"].items():
+            total[phase] += seconds
+    alive = total["encode"] + total["wait"]
+    if alive == 0:
+        return "nothing was encoded in this run"
+    busy = total["encode"] / alive
+    if busy >= BUSY:
+        return f"encoders were busy {busy:.0%} of the time: more or faster ones (--num-workers) are what would help"
+    reading = {phase: total[phase] for phase in ("read", "decode", "statistics", "write")}
+    slowest = max(reading, key=reading.__getitem__)
+    share = f"encoders waited {1 - busy:.0%} of the time"
+    if slowest == "read":
+        return f"{share}, most of the rest went into reading: the shards' storage is the bottleneck"
+    if slowest == "write":
+        return f"{share}, most of the rest went into writing: the cache's storage is the bottleneck"
+    # While encoders compute for one second, the others must do this much work.
+    cores = max(1.0, sum(reading.values()) / max(total["encode"], 1e-9))
+    return f"{share} for {slowest}: give Ray about {cores:.0f} CPU cores beside the encoders'"

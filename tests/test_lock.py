@@ -1,0 +1,94 @@
+"""The lock of a directory: one living owner, and none that a dead process could keep."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from svgpipe.manifests import lock as module
+from svgpipe.manifests.lock import LOCK_NAME, BusyError, Lock, locked
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from svgpipe.manifests.lock import Lock
+lock = Lock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def hold_elsewhere(folder: Path) -> subprocess.Popen[str]:
+    """Another process that holds the lock until it is killed."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "held"
+    return process
+
+
+def test_a_living_owner_is_respected_and_named_and_a_killed_one_is_not(tmp_path: Path) -> None:
+    process = hold_elsewhere(tmp_path)
+    try:
+        with pytest.raises(BusyError, match=rf"in use by process {process.pid} of .* last sign of life \d+ s ago"):
+            Lock(tmp_path)
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+    with locked(tmp_path):
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] != process.pid
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_owner_on_another_host_counts_as_dead_only_when_silent(tmp_path: Path) -> None:
+    elsewhere = {"token": "t", "host": "far", "pid": 1, "process": {"namespace": "far", "started": "1"}, "since": 0}
+    (tmp_path / LOCK_NAME).write_text(json.dumps({**elsewhere, "beat_at": time.time() - module.STALE_S / 2}))
+    with pytest.raises(BusyError, match="on far"):
+        Lock(tmp_path)
+    (tmp_path / LOCK_NAME).write_text(json.dumps({**elsewhere, "beat_at": time.time() - module.STALE_S - 1}))
+    with locked(tmp_path):
+        pass
+
+
+def test_a_process_number_that_was_given_to_another_process_does_not_keep_a_lock(tmp_path: Path) -> None:
+    mine = Lock(tmp_path)
+    entry = json.loads((tmp_path / LOCK_NAME).read_text())
+    mine.release()
+    entry["process"]["started"] = "1"
+    (tmp_path / LOCK_NAME).write_text(json.dumps(entry))
+    with locked(tmp_path):
+        pass
+
+
+def test_signs_of_life_are_written_and_a_lost_lock_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BEAT_S", 0.05)
+    with locked(tmp_path) as mine:
+        first = json.loads((tmp_path / LOCK_NAME).read_text())["beat_at"]
+        deadline = time.monotonic() + 10
+        while json.loads((tmp_path / LOCK_NAME).read_text())["beat_at"] == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        mine.check()
+        (tmp_path / LOCK_NAME).write_text(json.dumps({"token": "other", "pid": 1, "host": "far"}))
+        while time.monotonic() < deadline:
+            try:
+                mine.check()
+            except BusyError as error:
+                assert "lost its lock" in str(error)
+                break
+            time.sleep(0.01)
+        else:
+            pytest.fail("the loss was not noticed")
+    assert json.loads((tmp_path / LOCK_NAME).read_text())["token"] == "other"  # not ours to remove
+
+
+def test_a_lock_cut_short_by_a_full_disk_is_nobodys(tmp_path: Path) -> None:
+    (tmp_path / LOCK_NAME).write_text('{"token": "abc"')
+    with locked(tmp_path):
+        pass

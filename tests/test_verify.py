@@ -1,0 +1,219 @@
+"""What is damaged is found, named, and mended to the content that was published."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.store import FeatureStore
+
+from .conftest import Finished, Outcome, tree_bytes
+
+
+def unit_file(cache: Path, unit: int) -> Path:
+    file = FeatureStore.open(cache).unit_file(unit)
+    assert isinstance(file, Path)
+    return file
+
+
+def flip_bit(file: Path, offset: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[offset] ^= 16
+    file.write_bytes(content)
+
+
+def flip_data(cache: Path) -> None:
+    flip_bit(unit_file(cache, 2), 12345)
+
+
+def cut_short(cache: Path) -> None:
+    file = unit_file(cache, 1)
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lose_shard(cache: Path) -> None:
+    unit_file(cache, 4).unlink()
+
+
+def lose_record(cache: Path) -> None:
+    (cache / "journal" / "unit-000003.json").unlink()
+
+
+def flip_statistics(cache: Path) -> None:
+    flip_bit(cache / "journal" / "unit-000000.npy", 300)
+
+
+def lose_metadata(cache: Path) -> None:
+    (cache / "features" / "zarr.json").write_text("{}")
+
+
+def flip_labels(cache: Path) -> None:
+    flip_bit(cache / "label" / "c" / "0", 4)
+
+
+def other_calibration(cache: Path) -> None:
+    entry = json.loads((cache / "calibration.json").read_text())
+    entry["std"][0] *= 2
+    (cache / "calibration.json").write_text(json.dumps(entry))
+
+
+DAMAGE: dict[Callable[[Path], None], tuple[str, str]] = {
+    flip_data: ("features/c/2/", "unit 2: expected sha256"),
+    cut_short: ("features/c/1/", "unit 1: expected "),
+    lose_shard: ("features/c/4/", "unit 4: expected"),
+    lose_record: ("journal", "unit 3: has no record"),
+    flip_statistics: ("features/c/0/", "unit 0: its record is damaged"),
+    lose_metadata: ("cache", "expected a Zarr v3 group"),
+    flip_labels: ("label", "expected an array, cannot read it"),
+    other_calibration: ("calibration.json", "is not what the store was normalised with"),
+}
+MENDED_TOGETHER = [
+    [flip_data],
+    [cut_short, lose_shard, lose_record, flip_statistics],
+    [lose_metadata, flip_labels, other_calibration],
+]
+STORE = ("features/**/*", "label/**/*", "valid/**/*", "heldout/**/*", "channel_*/**/*", "stored_*/**/*", "journal/*")
+
+
+def test_everything_that_was_made_is_whole(finished: Finished, svgpipe: Callable[..., Outcome]) -> None:
+    found = svgpipe("verify", finished.root, "--deep")
+    assert found.code == 0, found.out
+    assert found.out.count("whole (every byte was read)") == 5
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda d: d.__name__)
+def test_damage_is_named(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], damage: Callable[[Path], None]
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(finished.root / "cache", cache)
+    damage(cache)
+    where, problem = DAMAGE[damage]
+    found = svgpipe("verify", cache, "--deep")
+    assert found.code == 1
+    named = [line for line in found.out.splitlines() if problem in line]
+    assert named, found.out
+    assert where in named[0]
+
+
+@pytest.mark.parametrize("damages", MENDED_TOGETHER, ids=lambda d: "+".join(one.__name__ for one in d))
+def test_damage_is_mended_to_the_published_bytes(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], damages: list[Callable[[Path], None]]
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(finished.root / "cache", cache)
+    everything = (*STORE, "zarr.json", "plan.json", "rejected.jsonl", "calibration.json")
+    before = tree_bytes(cache, *everything)
+    for damage in damages:
+        damage(cache)
+    mended = svgpipe("repair", cache)
+    assert mended.code == 0, mended.err
+    for damage in damages:
+        assert DAMAGE[damage][1] in mended.out
+    assert tree_bytes(cache, *everything) == before
+    assert FeatureCache(cache).manifest.fingerprint == finished.cache.manifest.fingerprint
+    assert not (cache / "manifest.before-repair.json").exists()
+    assert svgpipe("verify", cache, "--deep").code == 0
+
+
+def test_only_the_units_named_are_made_again(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(finished.root / "cache", cache)
+    times = {unit: unit_file(cache, unit).stat().st_mtime_ns for unit in range(5)}
+    flip_data(cache)
+    assert svgpipe("repair", cache).code == 0
+    for unit in (0, 1, 3, 4):
+        assert unit_file(cache, unit).stat().st_mtime_ns == times[unit]
+    again = svgpipe("repair", cache)
+    assert again.code == 0
+    assert "mended" not in again.out
+
+
+def test_a_repair_that_was_killed_is_taken_up(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """As it lies after a kill: the manifest is aside, the damaged unit forgotten; nobody may read the cache."""
+    cache = tmp_path / "cache"
+    shutil.copytree(finished.root / "cache", cache)
+    (cache / "manifest.json").rename(cache / "manifest.before-repair.json")
+    (cache / "journal" / "unit-000001.json").unlink()
+    refused = svgpipe("train-diffusion", "--cache", cache, "--out", tmp_path / "model")
+    assert refused.code == 1
+    assert "begun and not finished" in refused.err
+    assert "unfinished: 4 of 5 units" in svgpipe("verify", cache).out
+    assert svgpipe("repair", cache).code == 0
+    assert FeatureCache(cache).manifest.fingerprint == finished.cache.manifest.fingerprint
+
+
+def test_repair_wants_the_inputs_that_the_cache_was_made_from(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(finished.root / "cache", cache)
+    flip_data(cache)
+    before = tree_bytes(cache, "**/*")
+    found = svgpipe("repair", cache, "--shards", f"{finished.root}/shards/shard-{{000001..000002}}.tar")
+    assert found.code == 1
+    assert "Repair needs the very inputs" in found.err
+    assert tree_bytes(cache, "**/*") == before
+
+
+@pytest.mark.parametrize(
+    ("artifact", "file", "word"),
+    [
+        ("shards", "shard-000001.tar", "expected sha256"),
+        ("shards", "shard-000002.parquet", "expected sha256"),
+        ("autoencoder", "autoencoder.safetensors", "expected sha256"),
+        ("diffusion", "ema.safetensors", "expected sha256"),
+        ("evaluation", "report.json", "not the one that was published"),
+        ("evaluation", "images/decoded-noise/shard-000000.tar", "not the images that were published"),
+        ("cache", "manifest.json", "altered"),
+    ],
+)
+def test_one_bit_anywhere_is_found(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], artifact: str, file: str, word: str
+) -> None:
+    copy = tmp_path / artifact
+    shutil.copytree(finished.root / artifact, copy)
+    if file == "manifest.json":
+        text = (copy / file).read_text()
+        (copy / file).write_text(text.replace('"num_valid": 36', '"num_valid": 35'))
+    else:
+        flip_bit(copy / file, (copy / file).stat().st_size // 3 if file.endswith((".tar", ".safetensors")) else 2)
+    found = svgpipe("verify", copy, "--deep")
+    assert found.code == 1
+    assert word in found.out, found.out
+
+
+def test_a_number_that_is_not_finite_is_found(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """Written by a tool that kept every checksum right: only looking at the values tells."""
+    cache = tmp_path / "cache"
+    shutil.copytree(finished.root / "cache", cache)
+    store = FeatureStore.open(cache)
+    values = np.array(store.read_unit(0))
+    values[1, 0, 2, 2, 5] = np.nan
+    store.write_unit(0, values)
+    found = svgpipe("verify", cache, "--deep")
+    assert found.code == 1
+    assert "unit 0: a feature is not finite" in found.out
+
+
+def test_json_names_the_units(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(finished.root / "cache", cache)
+    lose_shard(cache)
+    found = svgpipe("verify", cache, "--json")
+    assert found.code == 1
+    findings = json.loads(found.out)[str(cache)]
+    assert [finding["unit"] for finding in findings] == [4]
+    assert svgpipe("verify", tmp_path / "nothing").code == 1
