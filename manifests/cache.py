@@ -23,7 +23,7 @@ from pydantic import Field
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.manifest import Json, Manifest, digest
 from svgpipe.manifests.storage import Location, location
-from svgpipe.manifests.store import Features, FeatureStore, PendingRead, StoreDtype, StoreSpec
+from svgpipe.manifests.store import Decoded, FeatureStore, PendingRead, StoreDtype, StoreSpec
 
 STATISTICS = ("stored_mean", "stored_std", "stored_min", "stored_max", "stored_covariance")
 
@@ -85,7 +85,7 @@ class CacheManifest(Manifest):
 class CachedRow:
     """One sample of a cache."""
 
-    features: Features  # (row, column, channel), normalised, view `original`
+    features: Decoded  # (row, column, channel), normalised, view `original`
     label: int
     class_name: str
     valid: bool
@@ -96,7 +96,7 @@ class FeatureCache(Sequence[CachedRow]):
     """A finished feature cache.
 
     >>> cache = FeatureCache("runs/demo/cache")       # doctest: +SKIP
-    >>> batch = cache.read([5, 3, 3], view="flip")    # (3, rows, columns, channels) float16, normalised
+    >>> batch = cache.read([5, 3, 3], view="flip")    # (3, rows, columns, channels), normalised
     >>> features = cache.denormalize(batch)           # float32, as the autoencoder's decoder wants them
     """
 
@@ -174,7 +174,7 @@ class FeatureCache(Sequence[CachedRow]):
         label = int(self.labels[i])
         return CachedRow(features, label, self.classes[label], bool(self.valid[i]), bool(self.heldout[i]))
 
-    def read(self, indices: ArrayLike, view: str | ArrayLike = "original") -> Features:
+    def read(self, indices: ArrayLike, view: str | ArrayLike = "original") -> Decoded:
         """Rows in any order with duplicates; see `FeatureStore.read`."""
         return self.store.read(indices, view)
 

@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
+from svgpipe.manifests.chunk_reader import ChunkReader
 from svgpipe.manifests.errors import ArtifactError, storage_error
 from svgpipe.manifests.manifest import read_json, write_json
 from svgpipe.manifests.storage import Location, kvstore, make_directory, write_atomic, zarr_store
@@ -38,7 +39,8 @@ ZSTD_LEVEL = 3
 INDEX_CACHE_BYTES = 64 << 20
 
 StoreDtype = Literal["float16", "int8"]
-Features = NDArray[np.float16]
+Features = NDArray[np.float16]  # as they are handed in
+Decoded = NDArray[np.floating[Any]]  # as they are read: float16 or float32, see `FeatureStore.decode`
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ class PendingRead:
         except ValueError as error:  # tensorstore's word for missing and corrupt chunks
             raise ArtifactError(f"{self._store.path}: cannot read features: {error}") from error
 
-    def result(self) -> Features:
-        """Normalised float16. Raises as `stored`."""
+    def result(self) -> Decoded:
+        """Normalised, see `FeatureStore.decode`. Raises as `stored`."""
         return self._store.decode(self.stored())
 
 
@@ -93,9 +95,10 @@ class FeatureStore:
         self.path, self.spec = path, spec
         self._handles: dict[int, Any] = {}
         self._scale: NDArray[np.float32] | None = None
+        self._reader: ChunkReader | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "spec": self.spec, "_handles": {}, "_scale": self._scale}
+        return {"path": self.path, "spec": self.spec, "_handles": {}, "_scale": self._scale, "_reader": None}
 
     @classmethod
     def create(
@@ -210,11 +213,14 @@ class FeatureStore:
         steps = np.rint(features.astype(np.float32) / scale)
         return np.clip(steps, -INT8_LIMIT, INT8_LIMIT, out=steps).astype(np.int8)
 
-    def decode(self, stored: NDArray[Any]) -> Features:
-        """Inverse of `encode`, up to rounding."""
+    def decode(self, stored: NDArray[Any]) -> Decoded:
+        """Inverse of `encode`, up to its rounding: float16 from a float16 store, float32 from int8.
+
+        numpy rounds float32 to float16 five times slower than it multiplies, so int8 is left in float32.
+        """
         if (scale := self.feature_scale) is None:
             return stored
-        return np.multiply(stored, scale, dtype=np.float32).astype(np.float16)
+        return np.multiply(stored, scale, dtype=np.float32)
 
     def _tensorstore(self, *, write: bool = False) -> Any:
         # A handle made before a fork must not be used after it: its threads are gone.
@@ -269,8 +275,8 @@ class FeatureStore:
         views = self._check_views(view, rows)
         return PendingRead(self, self._tensorstore().vindex[rows, views].read())
 
-    def read(self, indices: ArrayLike, view: str | ArrayLike = "original") -> Features:
-        """Rows in any order, duplicates and negative indices allowed: (n, row, column, channel) float16.
+    def read(self, indices: ArrayLike, view: str | ArrayLike = "original") -> Decoded:
+        """Rows in any order, duplicates and negative indices allowed: (n, row, column, channel), see `decode`.
 
         Args:
             indices: (n,) integers.
@@ -279,7 +285,12 @@ class FeatureStore:
             IndexError: an index or view number out of range. ValueError: an unknown view name.
             ArtifactError: a shard that is missing or whose checksum is wrong.
         """
-        return self.read_async(indices, view).result()
+        if not ChunkReader.fits(self):
+            return self.read_async(indices, view).result()
+        rows = self._check_indices(indices)
+        if self._reader is None or self._reader.pid != os.getpid():
+            self._reader = ChunkReader(self)
+        return self._reader.read(rows, self._check_views(view, rows))
 
     def _check_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
         rows = np.atleast_1d(np.asarray(indices))

@@ -83,3 +83,40 @@ def repair(
     for finding in findings:
         typer.echo(f"mended: {finding.where}: {finding.problem}")
     typer.echo(f"{cache}: whole, with the content that was published")
+
+
+@app.command()
+def requantize(
+    cache: Annotated[str, typer.Argument(help="Finished feature cache.")],
+    out: Annotated[str, typer.Argument(help="Cache to create or resume.")],
+    store_dtype: Annotated[str, typer.Option("--store-dtype", help="int8 or float16.")] = "int8",
+    autoencoder: Annotated[
+        str | None, typer.Option("--autoencoder", help="To decode with; default: where the cache says it lay.")
+    ] = None,
+    diffusion: Annotated[
+        str | None, typer.Option("--diffusion", help="Model trained on the cache: what happens to its held-out loss.")
+    ] = None,
+) -> None:
+    """The same cache in another dtype, and what that costs. Run again to resume."""
+    from svgpipe.manifests import FeatureCache
+    from svgpipe.manifests.errors import UsageError
+    from svgpipe.manifests.manifest import MANIFEST_NAME, write_json
+    from svgpipe.pipeline.console import ConsoleProgress, show_price
+    from svgpipe.stages.price import PRICE_NAME, as_json, price
+    from svgpipe.stages.requantize import requantize as run_stage
+
+    if store_dtype not in ("int8", "float16"):
+        raise UsageError(f"--store-dtype {store_dtype!r}: expected int8 or float16.")
+    source, target = location(cache), location(out)
+    with ConsoleProgress() as progress:
+        run_stage(source, target, store_dtype, progress=progress)  # type: ignore[arg-type]
+    reference = FeatureCache(source)
+    where = location(autoencoder or reference.manifest.inputs["autoencoder"].path)
+    found = price(
+        reference,
+        FeatureCache(target),
+        autoencoder=where if autoencoder or (where / MANIFEST_NAME).exists() else None,
+        diffusion=None if diffusion is None else location(diffusion),
+    )
+    write_json(target / PRICE_NAME, as_json(found))
+    show_price(as_json(found))

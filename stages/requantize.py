@@ -116,6 +116,6 @@ class _Convert:
     target: FeatureStore
 
     def __call__(self, unit: int) -> None:
-        features = self.source.decode(self.source.read_unit(unit))
+        features = self.source.decode(self.source.read_unit(unit)).astype(np.float16, copy=False)
         rejects = Journal(self.source.path / "journal").read(unit)["rejects"]
         write_unit(self.target, Journal(self.target.path / "journal"), unit, features, rejects)

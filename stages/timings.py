@@ -34,7 +34,8 @@ class Stopwatch:
 
     def entry(self) -> dict[str, Any]:
         """What travels with the unit."""
-        return {"role": self.role, "worker": f"{socket.gethostname()}:{os.getpid()}", "seconds": dict(self.seconds)}
+        worker = f"{socket.gethostname()}:{os.getpid()}"
+        return {"role": self.role, "worker": worker, "seconds": dict(self.seconds), "at": time.time()}
 
 
 class Timings:
@@ -43,12 +44,17 @@ class Timings:
     def __init__(self) -> None:
         self._workers: dict[tuple[str, str], dict[str, float]] = {}
         self._started = time.monotonic()
-        self._finished: list[tuple[float, int]] = []
+        self._encoded: list[tuple[float, int]] = []  # time, images
+        self._written = 0.0
+        self._images = 0
 
     def add(self, images: int, entries: list[Mapping[str, Any]]) -> None:
         """A unit of `images` has been written; `entries` are its workers' stopwatches."""
-        self._finished.append((time.monotonic(), images))
+        self._images += images
         for entry in entries:
+            if entry["role"] == "encoder":
+                self._encoded.append((entry["at"], images))
+            self._written = max(self._written, entry["at"])
             sums = self._workers.setdefault((entry["role"], entry["worker"]), defaultdict(float))
             sums["images"] += images
             for phase, seconds in entry["seconds"].items():
@@ -56,11 +62,10 @@ class Timings:
 
     @property
     def steady_rate(self) -> float | None:
-        """Images/s after the first unit was written, when starting the workers no longer counts."""
-        if len(self._finished) < 2:
-            return None
-        seconds = self._finished[-1][0] - self._finished[0][0]
-        return sum(images for _, images in self._finished[1:]) / seconds if seconds > 0 else None
+        """Images/s from the first unit encoded, when all workers have started, to the last one written."""
+        first, *others = sorted(self._encoded) or [(0.0, 0)]
+        seconds = self._written - first[0]
+        return sum(images for _, images in others) / seconds if others and seconds > 0 else None
 
     def summary(self) -> dict[str, Any]:
         """JSON values: the table per worker, the rate, and one line of advice."""
@@ -75,7 +80,7 @@ class Timings:
         ]
         rate = self.steady_rate
         return {
-            "images": sum(images for _, images in self._finished),
+            "images": self._images,
             "seconds": round(time.monotonic() - self._started, 3),
             "steady_images_per_s": None if rate is None else round(rate, 3),
             "workers": workers,

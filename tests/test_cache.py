@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,31 @@ import tensorstore
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.store import FeatureStore, StoreSpec
+from svgpipe.stages.quantization import int8_scales
 
 from .conftest import Finished
 
+DEADLINE_S = 60
 ROWS, VIEWS = 11, 2
 SPEC = StoreSpec(ROWS, ("original", "flip"), (2, 3), 5, 4, ("a", "b"))
+
+
+class Reads(Dataset[np.ndarray]):
+    """One row of a cache at a time, as a training script would."""
+
+    def __init__(self, cache: FeatureCache) -> None:
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return np.asarray(self.cache.read_async([i]).result() if i % 2 else self.cache.read([i]))[0]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +62,55 @@ def test_reads_equal_numpy_indexing(
     index = np.asarray(rows, int)
     np.testing.assert_array_equal(store.read(rows, views), values[index, np.asarray(views, int)])
     np.testing.assert_array_equal(store.read(rows, "flip"), values[index, 1])
+    # tensorstore is the oracle of the fast path that `read` takes here.
+    np.testing.assert_array_equal(store.read_async(rows, views).result(), values[index, np.asarray(views, int)])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_data_loader_workers_read_after_the_parent_did(finished: Finished, method: str) -> None:
+    """Handles and threads of the parent must not be used by a forked child; a hang is a failure."""
+    cache = finished.cache
+    expected = cache.read(range(len(cache)))
+    cache.read_async([0]).result()
+    loader = DataLoader(
+        Reads(cache), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=DEADLINE_S
+    )
+    for _ in range(2):
+        found = np.stack([np.asarray(row) for row in loader])
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_int8_stores_round_to_the_step_and_clip(tmp_path: Path) -> None:
+    spec = replace(SPEC, dtype="int8")
+    scale = np.asarray([0.01, 0.02, 0.5, 1.0, 3.0], np.float32)
+    store = FeatureStore.create(tmp_path / "store", spec, np.zeros(5, np.float32), np.ones(5, np.float32), scale)
+    values = np.random.default_rng(0).normal(size=(ROWS, VIEWS, 2, 3, 5)).astype(np.float16)
+    for unit in range(spec.num_units):
+        rows = spec.rows_of(unit)
+        store.write_unit(unit, values[rows.start : rows.stop])
+    found = FeatureStore.open(tmp_path / "store").read(range(ROWS), "flip")
+    assert found.dtype == np.float32
+    expected = np.clip(values[:, 1].astype(np.float32), -127 * scale, 127 * scale)
+    assert (np.abs(found - expected) <= scale / 2 * 1.0001).all()
+    plain = zarr.open_group(tmp_path / "store", mode="r")
+    np.testing.assert_allclose(plain["features"][3, 1] * plain["feature_scale"][:], found[3], rtol=1e-6)  # type: ignore[index,operator,arg-type]
+
+
+def test_int8_steps_are_of_least_error() -> None:
+    """A few huge values must not coarsen the steps of all others; a constant channel must not divide by zero."""
+    values = np.random.default_rng(0).normal(size=(4000, 4)).astype(np.float32)
+    values[:2, 1] = 60
+    values[:, 2] = 0
+    scales = int8_scales(values)
+
+    def error(steps: np.ndarray) -> np.ndarray:
+        return np.square(np.clip(np.rint(values / steps), -127, 127) * steps - values).mean(0)
+
+    by_max = np.where(values.any(0), np.abs(values).max(0) / 127, 1)
+    assert (error(scales) <= error(by_max) * 1.0001).all()
+    assert scales[2] == 1
+    for factor in (0.8, 1.25):
+        assert (error(scales)[[0, 3]] <= error(scales * factor)[[0, 3]] * 1.02).all()
 
 
 @settings(max_examples=200)
