@@ -18,10 +18,18 @@ app = typer.Typer()
 def inspect(
     path: Annotated[str, typer.Argument(help="Any artifact, finished or not, or a working directory.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a page.")] = False,
+    html: Annotated[str | None, typer.Option("--html", help="A feature cache: write a page to look at.")] = None,
 ) -> None:
     """What an artifact holds, what it was made from, and whether it is finished."""
     from svgpipe.pipeline.inspect import describe, show
 
+    if html is not None:
+        from svgpipe.manifests import FeatureCache
+        from svgpipe.pipeline.cache_page import render_cache
+
+        render_cache(FeatureCache(path), location(html))
+        typer.echo(f"page: {html}")
+        return
     found = describe(location(path))
     if as_json:
         typer.echo(json.dumps(found, indent=2))

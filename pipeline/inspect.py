@@ -21,6 +21,7 @@ from svgpipe.manifests.kinds import artifacts_below, read_any
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, read_json
 from svgpipe.manifests.shards import ShardSet, ShardSetManifest
 from svgpipe.manifests.storage import Location, children
+from svgpipe.stages.cache_statistics import CacheStatistics
 
 
 def describe(path: Location) -> Json:
@@ -115,7 +116,7 @@ def _autoencoder_facts(path: Location, manifest: Any) -> Json:
 
 def _cache_facts(path: Location, manifest: Any) -> Json:
     cache = FeatureCache(path)
-    mean, std = (cache.store.array(name) for name in ("stored_mean", "stored_std"))
+    statistics = CacheStatistics.of(cache)
     return {
         "samples": f"{len(cache)} = {manifest.num_valid} valid + {manifest.num_rejected} rejected, "
         f"{manifest.num_heldout} held out",
@@ -124,8 +125,12 @@ def _cache_facts(path: Location, manifest: Any) -> Json:
         "backbone": f"{manifest.backbone}, weights {manifest.backbone_weights}",
         "classes": f"{len(cache.classes)}: {_some(cache.classes)}",
         "bytes": manifest.num_bytes,
-        "stored mean, most distant from 0": round(float(mean[np.abs(mean).argmax()]), 4),
-        "stored std": f"{std.min():.4f} to {std.max():.4f}",
+        "bytes per sample and view": round(manifest.num_bytes / max(1, len(cache)) / len(cache.views)),
+        "stored mean, most distant from 0": round(float(statistics.mean[np.abs(statistics.mean).argmax()]), 4),
+        "stored std": f"{statistics.std.min():.4f} to {statistics.std.max():.4f}",
+        "effective rank": f"{statistics.effective_rank:.1f} of {cache.shape[-1]} channels",
+        **({"warning": statistics.warnings[0]} if statistics.warnings else {}),
+        "extraction": manifest.timings.get("advice", "not timed"),
     }
 
 

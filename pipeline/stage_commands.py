@@ -57,6 +57,42 @@ def shard(
 
 
 @app.command()
+def index(
+    tars: Annotated[str, typer.Argument(help="Tars that others made: 'path/train-{0000..1023}.tar'.")],
+    out: Annotated[str, typer.Argument(help="Shard set to create or resume; the tars stay where they are.")],
+    heldout: Annotated[str | None, typer.Option("--heldout", help="Tars of images kept out of training.")] = None,
+    label_field: Annotated[str, typer.Option("--label-field", help="Label in KEY.json; a.b is nested.")] = "label",
+    class_names: Annotated[Path | None, typer.Option("--class-names", help="One class name per line.")] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image now, not only its header.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one per core.")] = 0,
+) -> None:
+    """Tars made by others → a shard set that refers to them. Run again to resume."""
+    from svgpipe.manifests.errors import UsageError
+    from svgpipe.manifests.shards import expand
+    from svgpipe.pipeline.console import ConsoleProgress
+    from svgpipe.stages.index_tars import IndexConfig, index_tars
+
+    if class_names is not None and not class_names.is_file():
+        raise UsageError(f"{class_names}: expected a file with one class name per line, found none.")
+    names = None if class_names is None else tuple(class_names.read_text().splitlines())
+    config = IndexConfig(label_field, names, decode)
+    with ConsoleProgress() as progress:
+        manifest = index_tars(
+            expand(tars),
+            [] if heldout is None else expand(heldout),
+            location(out),
+            config,
+            processes=workers or None,
+            progress=progress,
+        )
+    typer.echo(
+        f"{out}: {manifest.num_images} images of {len(manifest.class_names)} classes in {len(manifest.shards)} tars; "
+        f"{manifest.num_inputs} inputs = {manifest.num_images} usable + {manifest.num_rejected} rejected"
+        + (f" (see {out}/rejected.jsonl)" if manifest.num_rejected else "")
+    )
+
+
+@app.command()
 def train_autoencoder(
     shards: ShardsOption, out: OutOption, recipe: RecipeOption = None, overrides: SetOption = None
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from svgpipe.manifests.errors import ArtifactError
 
 RGBArray = NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow opens MPO, two pictures in one JPEG, as JPEG
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 LONGEST_SIDE = 100  # times the shorter one
 EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 
@@ -21,7 +24,7 @@ class RejectedImageError(ArtifactError):
     """An image that cannot be used; the message is the reason that goes into the records."""
 
 
-def decode_image(data: bytes, *, max_pixels: int = 178_956_970) -> Image.Image:
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode to an upright 8-bit RGB image.
 
     EXIF orientation is applied. Transparency is composed over white (what hides under it was never meant
@@ -30,24 +33,40 @@ def decode_image(data: bytes, *, max_pixels: int = 178_956_970) -> Image.Image:
     Raises:
         RejectedImageError: empty, unreadable, truncated, animated, or of more than `max_pixels`.
     """
-    if not data:
-        raise RejectedImageError("empty file (0 bytes)")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise RejectedImageError(f"too large: {width}x{height} exceeds {max_pixels} pixels")
-        if max(width, height) > LONGEST_SIDE * min(width, height):
-            raise RejectedImageError(
-                f"too thin: {width}x{height} is over {LONGEST_SIDE}:1 and would explode when cropped"
-            )
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1 and image.format != "MPO":  # a phone's JPEG with a second picture: the first is the photograph
-            raise RejectedImageError(f"animated: {frames} frames")
+    with _rejecting():
+        image = _open(data, max_pixels)
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def check_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
+    """All that can be told without decoding. Raises RejectedImageError as `decode_image`, but for damaged pixels."""
+    with _rejecting():
+        _open(data, max_pixels)
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    if not data:
+        raise RejectedImageError("empty file (0 bytes)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise RejectedImageError(f"too large: {width}x{height} exceeds {max_pixels} pixels")
+    if max(width, height) > LONGEST_SIDE * min(width, height):
+        raise RejectedImageError(f"too thin: {width}x{height} is over {LONGEST_SIDE}:1 and would explode when cropped")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a phone's JPEG with a second picture: the first is the photograph
+        raise RejectedImageError(f"animated: {frames} frames")
+    return image
+
+
+@contextmanager
+def _rejecting() -> Iterator[None]:
+    """Pillow's many errors as one."""
+    try:
+        yield
     except UnidentifiedImageError as error:
         raise RejectedImageError("not a JPEG, PNG or WebP image") from error
     except Image.DecompressionBombError as error:

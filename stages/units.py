@@ -30,7 +30,9 @@ class Resources:
 
     @property
     def threads(self) -> int:
-        """Compute threads of one worker on the CPU: an even share of this machine's cores."""
+        """Compute threads of one worker on the CPU: what it reserves, else an even share of this machine's cores."""
+        if self.cpus_per_worker is not None:
+            return max(1, int(self.cpus_per_worker))
         return max(1, (os.cpu_count() or 1) // self.num_workers)
 
 

@@ -210,6 +210,43 @@ def finished(
     return Finished(root, tiny_recipe)
 
 
+# Everything in a cache that must not depend on how it came about.
+STORE = ("features/**/*", "label/**/*", "valid/**/*", "heldout/**/*", "channel_*/**/*", "stored_*/**/*", "journal/*")
+SMALL_UNITS = ["--set", "extract.unit_rows=1", "--set", "extract.batch_size=1"]
+
+
+def extract_args(finished: Finished, out: Path, *more: object) -> list[object]:
+    """The extraction that made the finished cache, to another place."""
+    return [
+        "extract",
+        *("--shards", finished.root / "shards"),
+        *("--autoencoder", finished.root / "autoencoder"),
+        *("--out", out),
+        *("--recipe", finished.recipe_file),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of units of one row, so that there are many moments to disturb, made without any disturbance."""
+    out = tmp_path_factory.mktemp("undisturbed") / "cache"
+    assert main([str(a) for a in extract_args(finished, out, *SMALL_UNITS)]) == 0
+    return out
+
+
+def start(arguments: list[object], log: Path) -> subprocess.Popen[bytes]:
+    """A command in a session of its own, so that all its processes can be killed."""
+    command = [sys.executable, "-c", "from svgpipe.pipeline.cli import entry; entry()", *map(str, arguments)]
+    with log.open("ab") as file:
+        return subprocess.Popen(command, start_new_session=True, stdout=file, stderr=file)
+
+
+def units_done(out: Path) -> int:
+    """Units that the journal of a cache calls finished."""
+    return len(list((out / "journal").glob("unit-*.json")))
+
+
 @dataclass(frozen=True)
 class Outcome:
     code: int

@@ -18,20 +18,7 @@ from svgpipe.stages.encoder import load_autoencoder
 from svgpipe.stages.moments import Moments, merge_all
 from svgpipe.stages.streaming import load_images
 
-from .conftest import Finished, Outcome, tree_bytes
-
-STORE = ("features/**/*", "label/**/*", "valid/**/*", "heldout/**/*", "channel_*/**/*", "stored_*/**/*", "journal/*")
-
-
-def extract_args(finished: Finished, out: Path, *more: object) -> list[object]:
-    return [
-        "extract",
-        *("--shards", finished.root / "shards"),
-        *("--autoencoder", finished.root / "autoencoder"),
-        *("--out", out),
-        *("--recipe", finished.recipe_file),
-        *more,
-    ]
+from .conftest import Finished, Outcome, extract_args, tree_bytes
 
 
 def test_features_are_what_the_autoencoder_gives(finished: Finished) -> None:

@@ -13,7 +13,7 @@ import pytest
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.store import FeatureStore
 
-from .conftest import Finished, Outcome, tree_bytes
+from .conftest import STORE, Finished, Outcome, tree_bytes
 
 
 def unit_file(cache: Path, unit: int) -> Path:
@@ -78,7 +78,6 @@ MENDED_TOGETHER = [
     [cut_short, lose_shard, lose_record, flip_statistics],
     [lose_metadata, flip_labels, other_calibration],
 ]
-STORE = ("features/**/*", "label/**/*", "valid/**/*", "heldout/**/*", "channel_*/**/*", "stored_*/**/*", "journal/*")
 
 
 def test_everything_that_was_made_is_whole(finished: Finished, svgpipe: Callable[..., Outcome]) -> None:

@@ -1,0 +1,69 @@
+"""`svgpipe inspect CACHE --html`: one self-contained page to look at a feature cache."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.storage import Location, write_atomic
+from svgpipe.pipeline.page import curve, lineage, picture, render
+from svgpipe.stages.cache_statistics import CacheStatistics
+from svgpipe.stages.contact_sheet import HISTOGRAM_RANGE, contact_sheet
+from svgpipe.stages.images import RGBArray
+
+SAMPLES = 24
+
+
+def render_cache(cache: FeatureCache, out: Location, samples: int = SAMPLES) -> None:
+    """Write the page of `cache` to `out`. Source images and reconstructions are shown where their artifacts are."""
+    statistics = CacheStatistics.of(cache)
+    sheet = contact_sheet(cache, samples)
+    channels, frozen = cache.shape[-1], statistics.frozen_channels
+    energy = np.cumsum(statistics.eigenvalues) / max(float(statistics.eigenvalues.sum()), 1e-12)
+    order = list(range(1, channels + 1))
+    pictures = [
+        {
+            "row": row,
+            "shown": [
+                picture(pixels, caption, lossless=caption != "source")
+                for pixels, caption in (
+                    (row.source, "source"),
+                    (row.backbone, "backbone"),
+                    (row.residual, "residual"),
+                    (row.decoded, "decoded"),
+                )
+                if pixels is not None
+            ],
+        }
+        for row in sheet.rows
+    ]
+    page = render(
+        "cache_template.html",
+        manifest=cache.manifest,
+        shape=cache.shape,
+        statistics=statistics,
+        sheet=sheet,
+        pictures=pictures,
+        columns=max(len(entry["shown"]) for entry in pictures),  # type: ignore[arg-type]
+        frozen_map=picture(_heat(sheet.histogram[:frozen]), "backbone channels", lossless=True),
+        residual_map=None
+        if frozen == channels
+        else picture(_heat(sheet.histogram[frozen:]), "residual", lossless=True),
+        histogram_range=HISTOGRAM_RANGE,
+        curves=[
+            curve("share of variance in the first components", order, energy.tolist()),
+            curve("mean per channel", order, statistics.mean.tolist()),
+            curve("standard deviation per channel", order, statistics.std.tolist()),
+        ],
+        lineage=lineage(cache.manifest.as_input(cache.path), "cache"),
+    )
+    write_atomic(out, page)
+
+
+def _heat(histogram: NDArray[np.float64]) -> RGBArray:
+    """(channel, bin) shares → a picture with a column per channel, large values at the top, darker where denser."""
+    density = histogram.T[::-1] / max(float(histogram.max()), 1e-12)
+    ink = np.asarray([179, 70, 14]) / 255
+    shade = np.sqrt(density)[..., None]
+    return np.asarray((1 - shade * (1 - ink)) * 255, np.uint8)

@@ -1,0 +1,73 @@
+"""What all self-contained HTML pages share: templates, pictures inside the page, line charts, lineage."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from svgpipe.manifests.manifest import InputRef
+from svgpipe.stages.images import RGBArray
+
+WIDTH, HEIGHT = 300, 110
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image with its caption; `data` is a URL that holds the image itself."""
+
+    data: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line chart as SVG points, with the ends of its axes."""
+
+    title: str
+    points: str
+    first_step: int
+    last_step: int
+    low: float
+    high: float
+    last: float
+
+
+def render(template: str, **values: Any) -> bytes:
+    """A page from one of the templates beside this file; a value that is missing is an error."""
+    folder = resources.files("svgpipe.pipeline")
+    loader = jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text())
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader)
+    return environment.get_template(template).render(**values).encode()
+
+
+def picture(pixels: RGBArray, caption: str, *, lossless: bool = False) -> Picture:
+    """(H,W,3) uint8 → WebP inside the page; feature maps are kept exact."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "WEBP", quality=92, lossless=lossless)
+    return Picture("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), caption)
+
+
+def curve(title: str, steps: Sequence[int], values: Sequence[float]) -> Curve:
+    """At least two points as a line chart."""
+    low, high = min(values), max(values)
+    span, length = (high - low) or 1.0, (steps[-1] - steps[0]) or 1
+    points = " ".join(
+        f"{(s - steps[0]) / length * WIDTH:.1f},{HEIGHT - (v - low) / span * HEIGHT:.1f}"
+        for s, v in zip(steps, values, strict=True)
+    )
+    return Curve(title, points, steps[0], steps[-1], low, high, values[-1])
+
+
+def lineage(ref: InputRef, name: str, depth: int = 0) -> list[tuple[int, str, InputRef]]:
+    """This artifact and everything it was made from, depth first."""
+    lines = [(depth, name, ref)]
+    for child_name, child in ref.inputs.items():
+        lines += lineage(child, child_name, depth + 1)
+    return lines

@@ -1,0 +1,72 @@
+"""Several Ray nodes: losing one, or a worker of one, costs time and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from svgpipe.manifests import FeatureCache
+
+from .conftest import SMALL_UNITS, STORE, Finished, extract_args, start, tree_bytes, units_done
+
+NODE = {"num_cpus": 2, "object_store_memory": 100 << 20}
+# One thread per worker, as many as the single-node run of `undisturbed` has cores, may round other last bits.
+WORKERS = ["--num-workers", 2, "--cpus-per-worker", 0.8]
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    found = Cluster(initialize_head=True, head_node_args=NODE)
+    yield found
+    found.shutdown()
+
+
+def encoders() -> list[int]:
+    """Process numbers of the encoder actors of any Ray on this machine."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if b"MapWorker" in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def wait_for(condition: Callable[[], bool], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_node_and_an_encoder_are_killed_in_mid_run(
+    finished: Finished, undisturbed: Path, cluster: Cluster, tmp_path: Path
+) -> None:
+    out, log = tmp_path / "cache", tmp_path / "log"
+    nodes = [cluster.add_node(**NODE) for _ in range(2)]
+    cluster.wait_for_nodes()
+    others = set(encoders())
+    process = start(extract_args(finished, out, *SMALL_UNITS, *WORKERS, "--address", cluster.address), log)
+    wait_for(lambda: units_done(out) >= 2 or process.poll() is not None, log)
+    assert process.poll() is None, log.read_text()
+    victims = set(encoders()) - others
+    assert victims, "no encoder was found"
+    os.kill(min(victims), signal.SIGKILL)
+    done = units_done(out)
+    wait_for(lambda: units_done(out) > done or process.poll() is not None, log)
+    assert process.poll() is None, log.read_text()
+    cluster.remove_node(nodes[0], allow_graceful=False)
+    process.wait(timeout=240)
+    assert process.returncode == 0, log.read_text()
+    assert done < 36
+    assert FeatureCache(out).manifest.content == FeatureCache(undisturbed).manifest.content
+    assert tree_bytes(out, *STORE) == tree_bytes(undisturbed, *STORE)

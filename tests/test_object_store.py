@@ -1,0 +1,156 @@
+"""Everything at s3:// roots, against moto's server on loopback: extraction, resume, reading, verify and repair."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from moto.server import ThreadedMotoServer
+
+from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.lock import BusyError, Lock, locked
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.storage import Location, create_exclusively, location, read_range, write_atomic, zarr_store
+
+from .conftest import Finished, Outcome, extract_args, run_and_kill
+
+SMALL = ["--set", "extract.unit_rows=4", "--set", "extract.batch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Location]:
+    """An empty bucket of a server of our own, found through the variables that every AWS client reads."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        root = location("s3://features")
+        assert not isinstance(root, Path)
+        root.fs.mkdir("features")
+        yield root
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def uploaded(bucket: Location, finished: Finished) -> Location:
+    """Shards and autoencoder of the tiny pipeline, in the bucket."""
+    assert not isinstance(bucket, Path)
+    for name in ("shards", "autoencoder"):
+        for path in (finished.root / name).rglob("*"):
+            if path.is_file():
+                (bucket / str(path.relative_to(finished.root))).write_bytes(path.read_bytes())
+    return bucket
+
+
+def remote_args(finished: Finished, root: Location) -> list[object]:
+    arguments = extract_args(finished, Path("unused"), *SMALL)
+    arguments[2], arguments[4], arguments[6] = root / "shards", root / "autoencoder", root / "cache"
+    return arguments
+
+
+def run_elsewhere(arguments: list[object]) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, whose Ray workers get the store's variables; this one's Ray began before them."""
+    command = [sys.executable, "-c", "from svgpipe.pipeline.cli import entry; entry()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+
+
+@pytest.mark.slow
+def test_extraction_is_killed_resumes_and_reads_and_is_repaired(
+    finished: Finished, uploaded: Location, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    remote = uploaded / "cache"
+    arguments = remote_args(finished, uploaded)
+
+    def records() -> list[str]:
+        return [p.name for p in (remote / "journal").iterdir() if p.suffix == ".json"] if remote.exists() else []
+
+    run_and_kill(arguments, lambda: len(records()) >= 2)
+    assert not (remote / "manifest.json").exists()
+    before = len(records())
+    assert 2 <= before < 9
+    resumed = run_elsewhere(arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"extract: {before * 4}/36" in resumed.stderr or "36/36" in resumed.stderr
+    assert svgpipe(*extract_args(finished, tmp_path / "local", *SMALL)).code == 0
+    here, there = FeatureCache(tmp_path / "local"), FeatureCache(str(remote))
+    assert there.manifest.content == here.manifest.content
+    assert there.manifest.fingerprint == here.manifest.fingerprint
+    rows = [5, 3, 3, -1]
+    np.testing.assert_array_equal(there.read(rows, "flip"), here.read(rows, "flip"))
+    assert (there.labels == here.labels).all()
+    group = zarr.open_group(zarr_store(remote), mode="r")
+    assert group["features"].shape == here.shape  # type: ignore[union-attr]
+
+    assert svgpipe("verify", remote, "--deep").code == 0
+    there.store.unit_file(3).unlink()
+    damaged = svgpipe("verify", remote)
+    assert damaged.code == 1
+    assert "unit 3: expected" in damaged.out
+    mended = run_elsewhere(["repair", remote])
+    assert mended.returncode == 0, mended.stderr
+    assert svgpipe("verify", remote, "--deep").code == 0
+    np.testing.assert_array_equal(there.read(range(12, 16)), here.read(range(12, 16)))
+
+    trained = svgpipe(
+        "train-diffusion", "--cache", remote, "--out", uploaded / "model", "--recipe", finished.recipe_file
+    )
+    assert trained.code == 0, trained.err
+    assert len((uploaded / "model" / "metrics.jsonl").read_text().splitlines()) >= 12
+    assert svgpipe("verify", uploaded / "model", "--deep").code == 0
+    assert "feature-cache" in svgpipe("inspect", remote).out
+
+
+def test_shards_are_written_and_read_there(
+    bucket: Location, photographs: Path, finished: Finished, svgpipe: Callable[..., Outcome]
+) -> None:
+    out = bucket / "sharded"
+    options = ["--recipe", finished.recipe_file, "--workers", 1]
+    made = svgpipe("shard", photographs, out, *options)
+    assert made.code == 0, made.err
+    shards = ShardSet.open(f"{out}/shard-{{000000..000001}}.tar")
+    assert shards.read_image(3) == finished.shards.read_image(3)
+    assert ShardSet.open(out).manifest.content == finished.shards.manifest.content
+    assert svgpipe("verify", out, "--deep").code == 0
+
+
+def test_one_owner_at_a_time_there_too(bucket: Location) -> None:
+    folder = bucket / "locked"
+    with locked(folder), pytest.raises(BusyError, match="in use by process"):
+        Lock(folder)
+    with locked(folder):
+        pass
+    assert create_exclusively(folder / "once", b"1")
+    assert not create_exclusively(folder / "once", b"2")
+    assert (folder / "once").read_bytes() == b"1"
+
+
+def test_ranges_may_end_after_the_object(bucket: Location) -> None:
+    write_atomic(bucket / "ten", b"0123456789")
+    assert read_range(bucket / "ten", 2, 3) == b"234"
+    assert read_range(bucket / "ten", 8, 5) == b"89"
+    assert read_range(bucket / "ten", 10, 5) == b""
+    assert read_range(bucket / "ten", 50, 5) == b""
+
+
+def test_roots_that_cannot_work_are_refused(bucket: Location, svgpipe: Callable[..., Outcome]) -> None:
+    with pytest.raises(UsageError, match=r"expected a path, s3://… or gs://…, found scheme 'ftp'"):
+        location("ftp://host/x")
+    with pytest.raises(UsageError, match=r'needs gcsfs. Install it with `pip install "svgpipe\[gcs\]"`'):
+        location("gs://bucket/x")
+    found = svgpipe("inspect", "s3://no-such-bucket-here/cache")
+    assert found.code == 1
+    assert "s3://no-such-bucket-here/cache" in found.err
+    started = time.monotonic()
+    assert svgpipe("train-diffusion", "--cache", bucket / "nothing", "--out", bucket / "model2").code == 1
+    assert time.monotonic() - started < 30
