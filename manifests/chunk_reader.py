@@ -1,8 +1,9 @@
-"""Plain chunks straight from local shard files: what tensorstore reads too, in a third of the time.
+"""Rows straight from local shard files: what tensorstore reads too, in less than half the time, and after a fork.
 
 A Zarr shard ends with its index: offset and length of every inner chunk (little-endian uint64), then the index's
-crc32c. A plain chunk is its values followed by their crc32c. One read per row goes straight into the result, where
-tensorstore copies three times. Oracle: FeatureStore.read_async, which a test compares with.
+crc32c. A float16 chunk is its values followed by their crc32c, an int8 chunk the zstd frame of its values followed
+by the frame's crc32c. float16 rows are read straight into the result, where tensorstore copies three times; and
+tensorstore aborts a forked process whose parent has used it. Oracle: FeatureStore.read_async, in a test.
 """
 
 from __future__ import annotations
@@ -11,24 +12,27 @@ import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
+from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from svgpipe.manifests.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from svgpipe.manifests.store import Features, FeatureStore
+    from svgpipe.manifests.store import FeatureStore
 
 CRC_BYTES = 4
+ABSENT = 2**64 - 1  # as offset and length of a chunk that was not written
+_ZSTD = Zstd()
 # Open files that a reader keeps; a random batch touches about as many shards as it has rows.
 FILES_KEPT = 256
 
 
 class ChunkReader:
-    """Reads rows of a local float16 store, for one thread at a time. A forked process needs a reader of its own."""
+    """Reads rows of a local store, for one thread at a time. A forked process needs a reader of its own."""
 
     def __init__(self, store: FeatureStore) -> None:
         self._store = store
@@ -38,20 +42,22 @@ class ChunkReader:
 
     @staticmethod
     def fits(store: FeatureStore) -> bool:
-        """Whether the store's chunks are plain and its files local."""
-        return isinstance(store.path, Path) and store.spec.dtype == "float16"
+        """Whether the store's files are local."""
+        return isinstance(store.path, Path)
 
-    def read(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> Features:
-        """(n, row, column, channel) float16. Raises ArtifactError for a missing shard or a wrong checksum."""
+    def read(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any]:
+        """(n, row, column, channel) as stored. Raises ArtifactError for a missing shard or a wrong checksum."""
         spec = self._store.spec
-        result = np.empty((len(rows), *spec.grid, spec.channels), np.float16)
-        flat = result.view(np.uint8).reshape(-1).data
-        size = result.nbytes // max(1, len(rows))
+        result = np.empty((len(rows), *spec.grid, spec.channels), spec.dtype)
+        targets = result.view(np.uint8).reshape(len(rows), -1) if len(rows) else result
         with self._turn:
             for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
                 unit, inside = divmod(row, spec.unit_rows)
                 chunk = inside * len(spec.views) + view
-                self._file(unit).read_into(chunk, flat[i * size : (i + 1) * size], row)
+                if spec.dtype == "int8":
+                    self._file(unit).unpack_into(chunk, targets[i], row)
+                else:
+                    self._file(unit).read_into(chunk, targets[i], row)
         return result
 
     def _file(self, unit: int) -> _ShardFile:
@@ -93,14 +99,24 @@ class _ShardFile:
             raise self._wrong("its index is damaged or cut short")
         self._index = np.frombuffer(raw[:-CRC_BYTES], "<u8").reshape(chunks, 2)
 
-    def read_into(self, chunk: int, target: memoryview, row: int) -> None:
+    def read_into(self, chunk: int, target: NDArray[np.uint8], row: int) -> None:
         """Fill `target` with one chunk, checked."""
         offset, length = (int(value) for value in self._index[chunk])
         if length != len(target) + CRC_BYTES:
             raise self._wrong(f"row {row} was never written, or is of another size")
         crc = bytearray(CRC_BYTES)
-        if os.preadv(self._handle, [target, crc], offset) != length or _crc(target) != crc:
+        if os.preadv(self._handle, [target.data, crc], offset) != length or _crc(target) != crc:
             raise self._wrong(f"row {row}: its checksum is wrong")
+
+    def unpack_into(self, chunk: int, target: NDArray[np.uint8], row: int) -> None:
+        """Fill `target` with one compressed chunk, checked."""
+        offset, length = (int(value) for value in self._index[chunk])
+        if length == ABSENT:
+            raise self._wrong(f"row {row} was never written")
+        packed = os.pread(self._handle, length, offset)
+        if len(packed) != length or _crc(packed[:-CRC_BYTES]) != packed[-CRC_BYTES:]:
+            raise self._wrong(f"row {row}: its checksum is wrong")
+        _ZSTD.decode(packed[:-CRC_BYTES], out=target)
 
     def _wrong(self, problem: str) -> ArtifactError:
         return ArtifactError(f"{self.path}: cannot read features: {problem}. `svgpipe verify --deep` names the damage.")
@@ -109,5 +125,5 @@ class _ShardFile:
         os.close(self._handle)
 
 
-def _crc(data: bytes | memoryview) -> bytes:
-    return int(google_crc32c.value(bytes(data))).to_bytes(CRC_BYTES, "little")
+def _crc(data: bytes | NDArray[np.uint8]) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(CRC_BYTES, "little")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from svgpipe.manifests.chunk_reader import ChunkReader
-from svgpipe.manifests.errors import ArtifactError, storage_error
+from svgpipe.manifests.errors import ArtifactError, SvgpipeError, storage_error
 from svgpipe.manifests.manifest import read_json, write_json
 from svgpipe.manifests.storage import Location, kvstore, make_directory, write_atomic, zarr_store
 
@@ -69,16 +69,24 @@ class StoreSpec:
         return (len(self.rows_of(unit)), len(self.views), *self.grid, self.channels)
 
 
+# The process that has used tensorstore; a fork of it must not, or tensorstore aborts it.
+_tensorstore_pid: int | None = None
+
+
+def _forked_after_use() -> bool:
+    return _tensorstore_pid is not None and _tensorstore_pid != os.getpid()
+
+
 class PendingRead:
     """Rows that are on their way; `result` waits for them."""
 
-    def __init__(self, store: FeatureStore, future: Any) -> None:
-        self._store, self._future = store, future
+    def __init__(self, store: FeatureStore, wait: Callable[[], Any]) -> None:
+        self._store, self._wait = store, wait
 
     def stored(self) -> NDArray[Any]:
         """As they lie on disk. Raises ArtifactError for a shard that is missing or whose checksum is wrong."""
         try:
-            return np.asarray(self._future.result())
+            return np.asarray(self._wait())
         except ValueError as error:  # tensorstore's word for missing and corrupt chunks
             raise ArtifactError(f"{self._store.path}: cannot read features: {error}") from error
 
@@ -223,8 +231,14 @@ class FeatureStore:
         return np.multiply(stored, scale, dtype=np.float32)
 
     def _tensorstore(self, *, write: bool = False) -> Any:
-        # A handle made before a fork must not be used after it: its threads are gone.
-        key = os.getpid() * 2 + write
+        global _tensorstore_pid
+        if _forked_after_use():
+            raise SvgpipeError(
+                f"{self.path}: this process was forked from one that had already used tensorstore, which cannot go on "
+                'after a fork. Start the workers with multiprocessing_context="spawn".'
+            )
+        _tensorstore_pid = os.getpid()
+        key = int(write)
         if key not in self._handles:
             spec = {
                 "driver": "zarr3",
@@ -234,7 +248,6 @@ class FeatureStore:
                 "recheck_cached_data": "open",
                 "context": {"cache_pool": {"total_bytes_limit": 0 if write else INDEX_CACHE_BYTES}},
             }
-            self._handles = {k: v for k, v in self._handles.items() if k // 2 == os.getpid()}
             try:
                 self._handles[key] = ts.open(spec, open=True, read=True, write=write).result()
             except ValueError as error:
@@ -267,13 +280,20 @@ class FeatureStore:
     def read_unit(self, unit: int) -> NDArray[Any]:
         """Outer shard `unit` as stored, every checksum verified. Raises ArtifactError if it cannot be read."""
         rows = self.spec.rows_of(unit)
-        return PendingRead(self, self._tensorstore()[rows.start : rows.stop].read()).stored()
+        return PendingRead(self, self._tensorstore()[rows.start : rows.stop].read().result).stored()
 
     def read_async(self, indices: ArrayLike, view: str | ArrayLike = "original") -> PendingRead:
         """Start reading; `.result()` gives what `read` would. Raises IndexError or ValueError at once."""
         rows = self._check_indices(indices)
         views = self._check_views(view, rows)
-        return PendingRead(self, self._tensorstore().vindex[rows, views].read())
+        if _forked_after_use() and ChunkReader.fits(self):
+            return PendingRead(self, lambda: self._chunks().read(rows, views))
+        return PendingRead(self, self._tensorstore().vindex[rows, views].read().result)
+
+    def _chunks(self) -> ChunkReader:
+        if self._reader is None or self._reader.pid != os.getpid():
+            self._reader = ChunkReader(self)
+        return self._reader
 
     def read(self, indices: ArrayLike, view: str | ArrayLike = "original") -> Decoded:
         """Rows in any order, duplicates and negative indices allowed: (n, row, column, channel), see `decode`.
@@ -288,9 +308,7 @@ class FeatureStore:
         if not ChunkReader.fits(self):
             return self.read_async(indices, view).result()
         rows = self._check_indices(indices)
-        if self._reader is None or self._reader.pid != os.getpid():
-            self._reader = ChunkReader(self)
-        return self._reader.read(rows, self._check_views(view, rows))
+        return self.decode(self._chunks().read(rows, self._check_views(view, rows)))
 
     def _check_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
         rows = np.atleast_1d(np.asarray(indices))

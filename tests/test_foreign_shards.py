@@ -67,7 +67,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ("/7.jpg", image("JPEG", 7)),
             ("8.jpg", b""),
             ("8.cls", b"0"),
-            ("9.jpg", image("JPEG", 9)[:300]),
+            ("9.jpg", image("JPEG", 9)[:-500]),
             ("9.cls", b"0"),
             ("10.png", bomb()),
             ("10.cls", b"0"),

@@ -17,7 +17,15 @@ from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.lock import BusyError, Lock, locked
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import Location, create_exclusively, location, read_range, write_atomic, zarr_store
+from svgpipe.manifests.storage import (
+    Location,
+    children,
+    create_exclusively,
+    location,
+    read_range,
+    write_atomic,
+    zarr_store,
+)
 
 from .conftest import Finished, Outcome, extract_args, run_and_kill
 
@@ -73,7 +81,7 @@ def test_extraction_is_killed_resumes_and_reads_and_is_repaired(
     arguments = remote_args(finished, uploaded)
 
     def records() -> list[str]:
-        return [p.name for p in (remote / "journal").iterdir() if p.suffix == ".json"] if remote.exists() else []
+        return [p.name for p in children(remote / "journal") if p.suffix == ".json"]
 
     run_and_kill(arguments, lambda: len(records()) >= 2)
     assert not (remote / "manifest.json").exists()
