@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 from svgpipe.manifests.storage import location
-from svgpipe.pipeline.options import AddressOption, CpusOption, GpusOption, WorkersOption, resources_of
+from svgpipe.pipeline.options import (
+    AddressOption,
+    AutoencoderOption,
+    CpusOption,
+    GpusOption,
+    RecipeOption,
+    SetOption,
+    ShardsOption,
+    WorkersOption,
+    resources_of,
+)
 
 app = typer.Typer()
 
@@ -109,7 +119,8 @@ def requantize(
     from svgpipe.manifests import FeatureCache
     from svgpipe.manifests.errors import UsageError
     from svgpipe.manifests.manifest import MANIFEST_NAME, write_json
-    from svgpipe.pipeline.console import ConsoleProgress, show_price
+    from svgpipe.pipeline.console import ConsoleProgress
+    from svgpipe.pipeline.tables import show_price
     from svgpipe.stages.price import PRICE_NAME, as_json, price
     from svgpipe.stages.requantize import requantize as run_stage
 
@@ -128,3 +139,74 @@ def requantize(
     )
     write_json(target / PRICE_NAME, as_json(found))
     show_price(as_json(found))
+
+
+@app.command()
+def plan(
+    shards: ShardsOption,
+    autoencoder: AutoencoderOption,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    sample: Annotated[int, typer.Option("--sample", min=1, help="Images to encode for the estimate.")] = 64,
+    num_workers: WorkersOption = 1,
+    deadline: Annotated[
+        float | None, typer.Option("--deadline", min=0.001, help="Hours until the cache must be there.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What `extract` will take: hours, gigabytes per view and dtype, workers for a deadline. Writes nothing."""
+    from svgpipe.manifests.recipe import load_recipe
+    from svgpipe.manifests.shards import ShardSet
+    from svgpipe.pipeline.console import ConsoleProgress
+    from svgpipe.pipeline.tables import show_plan
+    from svgpipe.stages.plan import plan_extract
+
+    config = load_recipe(recipe, overrides or []).extract
+    with ConsoleProgress() as progress:
+        found = plan_extract(
+            ShardSet.open(shards),
+            location(autoencoder),
+            config,
+            sample=sample,
+            progress=progress,
+        )
+    summary = {
+        **asdict(found),
+        "num_workers": num_workers,
+        "hours": found.hours(num_workers),
+        "reader_cores": found.reader_cores(num_workers),
+        "gigabytes_per_view": {dtype: found.gigabytes(dtype) for dtype in found.bytes_per_row},
+        "deadline_hours": deadline,
+        "workers_for_deadline": None if deadline is None else found.workers_for(deadline),
+    }
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    else:
+        show_plan(summary)
+
+
+@app.command()
+def diff(
+    one: Annotated[str, typer.Argument(help="Feature cache that differences are measured against.")],
+    two: Annotated[str, typer.Argument(help="Another cache of the same images.")],
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Evenly spread rows to compare; 0 is all.")] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """How much the features of the same images differ: bfloat16 and float32, say, or old and new weights."""
+    from svgpipe.manifests import FeatureCache
+    from svgpipe.pipeline.console import ConsoleProgress
+    from svgpipe.pipeline.tables import show_diff
+    from svgpipe.stages.diff import COSINE_EDGES, DIFFERENCE_EDGES
+    from svgpipe.stages.diff import diff as run_stage
+
+    with ConsoleProgress() as progress:
+        found = run_stage(FeatureCache(one), FeatureCache(two), rows=rows or None, progress=progress)
+    summary = asdict(found)
+    for group in summary["groups"]:
+        for name in ("cosine_counts", "difference_counts"):
+            group[name] = group[name].tolist()
+    summary["cosine_edges"], summary["difference_edges"] = COSINE_EDGES.tolist(), DIFFERENCE_EDGES[:-1].tolist()
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+    else:
+        show_diff(summary)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
 
 LINE_EVERY_S = 15.0
 
@@ -69,44 +66,3 @@ class ConsoleProgress:
     def say(self, text: str) -> None:
         """One line that stays."""
         self.console.print(text, markup=False)
-
-
-def show_timings(timings: Mapping[str, Any]) -> None:
-    """Print where an extraction's time went, a row per worker, and the advice that follows from it."""
-    if not timings.get("workers"):
-        return
-    phases = list(dict.fromkeys(phase for worker in timings["workers"] for phase in worker["seconds"]))
-    table = Table(title="seconds per worker", title_justify="left", box=None, pad_edge=False)
-    for name in ("", "worker", "images", *phases):
-        table.add_column(name, justify="left" if name in ("", "worker") else "right")
-    for worker in timings["workers"]:
-        seconds = [f"{worker['seconds'][phase]:.1f}" if phase in worker["seconds"] else "" for phase in phases]
-        table.add_row(worker["role"], worker["worker"], str(worker["images"]), *seconds)
-    console = Console(highlight=False)
-    console.print(table)
-    rate = timings["steady_images_per_s"]
-    steady = "" if rate is None else f", {rate:.1f} images/s once under way"
-    console.print(f"{timings['images']} images in {timings['seconds']:.1f} s{steady}", markup=False)
-    console.print(timings["advice"], markup=False, soft_wrap=True)
-
-
-def show_price(price: Mapping[str, Any]) -> None:
-    """Print what `requantize` saved and lost."""
-    table = Table(title="price of the smaller cache", title_justify="left", box=None, show_header=False, pad_edge=False)
-    sizes = f"{price['small_bytes'] / 1e6:.1f} of {price['reference_bytes'] / 1e6:.1f} MB: {price['bytes_ratio']:.3f}"
-    table.add_row("bytes", sizes)
-    for group in ("backbone", "residual"):
-        if (value := price[f"{group}_snr"]) is not None:
-            table.add_row(f"signal to noise, {group} channels", f"{value:.1f} dB")
-    if price["decoded_psnr"] is not None:
-        table.add_row("decoded images against those of the larger cache", f"{price['decoded_psnr']:.1f} dB PSNR")
-    if price["psnr_change"] is not None:
-        pair = f"{price['source_psnr_reference']:.3f} → {price['source_psnr_small']:.3f} dB"
-        table.add_row("decoded images against their sources", f"{pair}: {-price['psnr_change']:+.3f} dB")
-    if price["loss_change"] is not None:
-        pair = f"{price['heldout_loss_reference']:.5f} → {price['heldout_loss_small']:.5f}"
-        table.add_row("held-out loss of the trained model", f"{pair}: {price['loss_change']:+.3%}")
-    console = Console(highlight=False)
-    console.print(table)
-    for reason in price["not_measured"]:
-        console.print(f"not measured: {reason}", markup=False, soft_wrap=True)

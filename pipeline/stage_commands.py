@@ -129,7 +129,8 @@ def extract(
     from svgpipe.manifests.recipe import load_recipe
     from svgpipe.manifests.shards import ShardSet
     from svgpipe.pipeline.cluster import connected
-    from svgpipe.pipeline.console import ConsoleProgress, show_timings
+    from svgpipe.pipeline.console import ConsoleProgress
+    from svgpipe.pipeline.tables import show_timings
     from svgpipe.stages.extract import extract as run_stage
 
     extra = [] if store_dtype is None else [f"extract.store_dtype={store_dtype}"]

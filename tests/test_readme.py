@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.recipe import builtin_names
 
-from .conftest import Finished
+from .conftest import Finished, Outcome
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,6 +46,25 @@ def test_commands_parse_and_stop_at_the_missing_data(command: list[str], tmp_pat
     found = subprocess.run([script, *command[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert found.returncode in (1, 2)
     assert re.search(r"error: (imagenet|work)/", found.stderr), found.stderr
+
+
+def test_the_commands_about_a_cache_run_as_written(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, svgpipe: Callable[..., Outcome]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work").mkdir()
+    for name in ("shards", "autoencoder"):
+        (tmp_path / "work" / name).symlink_to(finished.root / name)
+    shutil.copytree(finished.root / "cache", tmp_path / "work" / "cache")
+    ran = [
+        command for command in commands() if command[1] in ("plan", "inspect", "verify", "repair", "requantize", "diff")
+    ]
+    assert len(ran) == 6
+    for command in ran:
+        found = svgpipe(*command[1:])
+        assert found.code == 0, found.err
+    assert (tmp_path / "work" / "cache.html").exists()
+    assert FeatureCache("work/cache-int8").manifest.store_dtype == "int8"
 
 
 def test_recipes_targets_and_folders_named_here_exist() -> None:

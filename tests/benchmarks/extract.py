@@ -25,7 +25,7 @@ from PIL import Image
 from svgpipe.manifests.recipe import Recipe, load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.pipeline.cluster import connected
-from svgpipe.pipeline.console import show_timings
+from svgpipe.pipeline.tables import show_timings
 from svgpipe.stages.encode_units import EncodeUnits
 from svgpipe.stages.extract import extract
 from svgpipe.stages.shard import shard

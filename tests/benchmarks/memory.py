@@ -1,0 +1,102 @@
+"""Whether an extraction's memory grows with the data set: 1,000 and 10,000 small images.
+
+    .venv/bin/python -m tests.benchmarks.memory
+
+Real images of 64 pixels, the demo's encoder with random weights, the same units. Peak resident memory (VmHWM) of the
+driver and of every Ray worker is read while the extraction runs, in a process and a Ray of its own for each size. What
+Ray has spilled to disk is asked for at the end. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import ray
+
+from svgpipe.manifests.recipe import Recipe, load_recipe
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.pipeline.cluster import connected
+from svgpipe.stages.extract import extract
+from svgpipe.stages.shard import shard
+from svgpipe.stages.train_autoencoder import train_autoencoder
+
+from .extract import write_images
+from .plan import OVERRIDES, repeated
+
+SIZES = (1_000, 10_000)
+
+
+def recipe_of() -> Recipe:
+    extra = ["extract.calibration_images=200", "extract.unit_rows=100", "extract.batch_size=100"]
+    return load_recipe("demo", [*OVERRIDES, *extra])
+
+
+def watch(peaks: dict[str, int], stop: threading.Event) -> None:
+    """Keep the peak of every Ray worker by its role, in kB, and of this process as `driver`."""
+    while not stop.wait(0.2):
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                name = (entry / "cmdline").read_bytes().split(b"\0")[0].decode()
+                status = (entry / "status").read_text()
+            except OSError:
+                continue
+            role = "encoder" if "MapWorker" in name else "task" if "ReadImages" in name or "WriteUnit" in name else ""
+            if entry.name == str(os.getpid()):
+                role = "driver"
+            if role and "VmHWM" in status:
+                peak = int(status.partition("VmHWM:")[2].split()[0])
+                peaks[role] = max(peaks.get(role, 0), peak)
+
+
+def measure(root: Path, rows: int) -> None:
+    """One extraction; prints its peaks as JSON."""
+    peaks: dict[str, int] = {}
+    stop = threading.Event()
+    with connected():
+        thread = threading.Thread(target=watch, args=(peaks, stop), daemon=True)
+        thread.start()
+        shards = repeated(ShardSet.open(root / "shards"), root / f"many-{rows}", rows, rows // 500)
+        extract(shards, root / "autoencoder", root / f"cache-{rows}", recipe_of().extract)
+        stop.set()
+        thread.join()
+        summary = ray._private.internal_api.memory_summary(stats_only=True)
+    peaks["spilled"] = int("Spilled" in summary)
+    print(json.dumps(peaks))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", nargs=2, metavar=("ROOT", "ROWS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure(Path(arguments.measure[0]), int(arguments.measure[1]))
+        return
+    recipe = recipe_of()
+    found: dict[int, dict[str, int]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        shard(write_images(root / "images", 64), root / "shards", recipe.shard.model_copy(update={"crop": 64}))
+        train_autoencoder(ShardSet.open(root / "shards"), root / "autoencoder", recipe.autoencoder)
+        for rows in SIZES:
+            command = [sys.executable, "-m", "tests.benchmarks.memory", "--measure", str(root), str(rows)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[rows] = json.loads(done.stdout.splitlines()[-1])
+    for rows, peaks in found.items():
+        line = ", ".join(f"{role} {peaks[role] / 1e3:.0f} MB" for role in ("driver", "encoder", "task"))
+        print(f"{rows:6} images: {line}; spilled: {'yes' if peaks['spilled'] else 'no'}")
+    few, many = found[SIZES[0]], found[SIZES[1]]
+    ratios = {f"{role}_peak_ratio": round(many[role] / few[role], 3) for role in ("driver", "encoder", "task")}
+    print(json.dumps({**ratios, "spilled": many["spilled"]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The commands around a cache: requantize with its price, diff, plan, and the page to look at."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.store import FeatureStore
+from svgpipe.stages.cache_statistics import CacheStatistics
+from svgpipe.stages.moments import effective_rank
+
+from .conftest import Finished, Outcome, extract_args, tree_bytes
+
+
+@pytest.fixture(scope="module")
+def small(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished cache, requantized to int8 with everything measured."""
+    from svgpipe.pipeline.cli import main
+
+    out = tmp_path_factory.mktemp("small") / "cache"
+    arguments = ["requantize", finished.root / "cache", out, "--diffusion", finished.root / "diffusion"]
+    assert main([str(a) for a in arguments]) == 0
+    return out
+
+
+def test_requantize_tells_its_price(finished: Finished, small: Path) -> None:
+    cache, other = finished.cache, FeatureCache(small)
+    price = json.loads((small / "price.json").read_text())
+    assert price["bytes_ratio"] == other.manifest.num_bytes / cache.manifest.num_bytes < 0.5
+    assert price["not_measured"] == []
+    assert price["backbone_snr"] > 35
+    assert price["residual_snr"] > 35
+    assert abs(price["psnr_change"]) < 0.05
+    assert abs(price["loss_change"]) < 0.01
+    assert other.manifest.store_dtype == "int8"
+    rows = list(range(len(cache)))
+    scale = other.store.feature_scale
+    assert scale is not None
+    found, expected = other.read(rows), cache.read(rows).astype(np.float32)
+    inside = np.abs(expected) <= 127 * scale
+    assert np.abs(found - expected)[inside].max() <= np.broadcast_to(scale, expected.shape)[inside].max() / 2 * 1.001
+    for name in ("label", "valid", "heldout", "channel_mean", "channel_std"):
+        np.testing.assert_array_equal(other.store.array(name), cache.store.array(name))
+
+
+def test_a_small_cache_is_as_good_as_any_other(
+    finished: Finished, small: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    assert svgpipe("verify", small, "--deep").code == 0
+    recipe = ["--recipe", finished.recipe_file]
+    trained = svgpipe("train-diffusion", "--cache", small, "--out", tmp_path / "model", *recipe)
+    assert trained.code == 0, trained.err
+    copy = tmp_path / "copy"
+    shutil.copytree(small, copy)
+    before = tree_bytes(copy, "features/**/*", "journal/*", "*/c/*")
+    file = FeatureStore.open(copy).unit_file(1)
+    file.write_bytes(file.read_bytes()[:-7])
+    assert svgpipe("repair", copy).code == 0
+    assert tree_bytes(copy, "features/**/*", "journal/*", "*/c/*") == before
+    back = svgpipe("requantize", small, tmp_path / "back", "--store-dtype", "float16")
+    assert back.code == 0, back.err
+    np.testing.assert_allclose(
+        FeatureCache(tmp_path / "back").read([3]), FeatureCache(small).read([3]), rtol=2e-3, atol=1e-4
+    )
+    wrong = svgpipe("requantize", small, tmp_path / "none", "--store-dtype", "float8")
+    assert wrong.code == 2
+    assert "expected int8 or float16" in wrong.err
+
+
+def test_int8_straight_from_extract(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    out = tmp_path / "cache"
+    found = svgpipe(*extract_args(finished, out, "--store-dtype", "int8"))
+    assert found.code == 0, found.err
+    cache = FeatureCache(out)
+    assert cache.manifest.num_bytes < 0.5 * finished.cache.manifest.num_bytes
+    assert svgpipe("verify", out, "--deep").code == 0
+    difference = cache.read(range(36)) - finished.cache.read(range(36)).astype(np.float32)
+    assert np.abs(difference).mean() < 0.02
+    refused = svgpipe(*extract_args(finished, out))
+    assert refused.code == 1
+    assert 'config.store_dtype: "int8" there, "float16" here' in refused.err
+    table = found.out
+    for word in ("encoder", "reader", "writer", "decode", "wait", "images/s once under way", "encoders"):
+        assert word in table
+    timings = cache.manifest.timings
+    assert {worker["role"] for worker in timings["workers"]} == {"encoder", "reader", "writer"}
+    assert timings["images"] == 36
+    assert timings["advice"] in table
+
+
+def test_diff_of_a_cache_with_itself_and_with_a_rounded_one(
+    finished: Finished, small: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    cache = finished.root / "cache"
+    same = json.loads(svgpipe("diff", cache, cache, "--json").out)
+    assert [g["largest_difference"] for g in same["groups"]] == [0, 0]
+    assert same["fields"] == []
+    assert sum(same["groups"][0]["cosine_counts"]) == 36 * 2 * 16
+    other = json.loads(svgpipe("diff", cache, small, "--json", "--rows", 0).out)
+    for group in other["groups"]:
+        assert 0.999 < group["mean_cosine"] < 1
+        assert 0 < group["largest_difference"] < 1
+        assert sum(group["difference_counts"]) == 36 * 2
+    text = svgpipe("diff", cache, small).out
+    assert "cosine of vectors" in text
+    assert "config.store_dtype" in text
+
+
+def test_diff_refuses_caches_of_other_images(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    part = tmp_path / "part"
+    arguments = extract_args(finished, part)
+    arguments[2] = f"{finished.root}/shards/shard-000001.tar"
+    assert svgpipe(*arguments).code == 0
+    found = svgpipe("diff", finished.root / "cache", part)
+    assert found.code == 1
+    assert "Only caches of the same images" in found.err
+
+
+def test_plan_counts_the_real_shards(finished: Finished, svgpipe: Callable[..., Outcome]) -> None:
+    arguments = ["plan", "--shards", finished.root / "shards", "--autoencoder", finished.root / "autoencoder"]
+    arguments += ["--recipe", finished.recipe_file, "--deadline", 0.001]
+    found = json.loads(svgpipe(*arguments, "--json").out)
+    assert found["num_images"] == 36
+    actual = finished.cache.manifest.num_bytes / 36 / 2
+    assert found["bytes_per_row"]["float16"] == pytest.approx(actual, rel=0.01)
+    assert found["gigabytes_per_view"]["int8"] < 0.5 * found["gigabytes_per_view"]["float16"]
+    assert found["hours"] == pytest.approx(36 * found["encode_s"] / 3600)
+    assert found["workers_for_deadline"] >= 1
+    assert "GB per view" in svgpipe(*arguments).out
+
+
+def test_the_page_holds_everything_in_itself(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    page = tmp_path / "cache.html"
+    assert svgpipe("inspect", finished.root / "cache", "--html", page).code == 0
+    text = page.read_text()
+    assert not re.search(r'(?:src|href)="(?!data:)', text)
+    for word in ("astronaut", "cat", "coffee", "source of row", "backbone of row", "residual of row", "decoded of row"):
+        assert word in text
+    assert "effective rank" in text.lower()
+    moved = tmp_path / "moved"
+    shutil.copytree(finished.root / "cache", moved)
+    manifest = (moved / "manifest.json").read_text().replace(str(finished.root / "shards"), "/nowhere/shards")
+    (moved / "manifest.json").write_text(manifest)
+    assert svgpipe("inspect", moved, "--html", page).code == 0
+    assert "Not shown: source images" in page.read_text()
+    assert svgpipe("inspect", finished.root / "shards", "--html", page).code == 1
+
+
+def test_statistics_name_the_channels_that_are_off(finished: Finished, tmp_path: Path) -> None:
+    copy = tmp_path / "cache"
+    shutil.copytree(finished.root / "cache", copy)
+    cache = FeatureCache(copy)
+    channels = cache.shape[-1]
+    mean, std = np.zeros(channels, np.float32), np.ones(channels, np.float32)
+    cache.store.put("stored_mean", mean, "channel")
+    cache.store.put("stored_std", std, "channel")
+    assert CacheStatistics.of(cache).warnings == []
+    mean[7], std[channels - 1] = 0.2, 0.9
+    cache.store.put("stored_mean", mean, "channel")
+    cache.store.put("stored_std", std, "channel")
+    (warning,) = CacheStatistics.of(cache).warnings
+    assert "2 of 116 channels" in warning
+    assert warning.index("backbone 7 (mean +0.200") < warning.index("residual 3 (mean +0.000, std 0.900)")
+
+
+def test_stored_statistics_are_those_of_everything_written(finished: Finished) -> None:
+    cache = finished.cache
+    rows = np.flatnonzero(cache.valid)
+    values = np.concatenate([cache.read(rows, view) for view in cache.views]).reshape(-1, 116).astype(np.float64)
+    np.testing.assert_allclose(cache.store.array("stored_covariance"), np.cov(values.T, bias=True), atol=1e-10)
+    np.testing.assert_array_equal(cache.store.array("stored_max"), values.max(0).astype(np.float32))
+    np.testing.assert_array_equal(cache.store.array("stored_min"), values.min(0).astype(np.float32))
+
+
+def test_effective_rank_counts_equal_directions() -> None:
+    assert effective_rank(np.eye(5)) == pytest.approx(5)
+    assert effective_rank(np.diag([1.0, 1.0, 0.0, 0.0])) == pytest.approx(2)
+    assert effective_rank(np.zeros((3, 3))) == 0
