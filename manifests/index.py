@@ -75,7 +75,7 @@ def read_index(path: Location, num_images: int | None, columns: Sequence[str] = 
             source = parquet.ParquetFile(file)
             found = set(source.schema_arrow.names)
             wanted = [name for name in (*columns, REJECT.name) if name in found]
-            table = source.read(columns=wanted)
+            table = source.read(columns=wanted, use_threads=False)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: expected the index of its tar, found none.") from error
     except (OSError, ValueError) as error:

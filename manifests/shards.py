@@ -212,6 +212,7 @@ class ShardSet:
             labels.append(table["label"].to_numpy())
             reasons = "reject" in table.column_names
             rejected.append(table["reject"].is_valid().to_numpy() if reasons else np.zeros(len(table), np.bool_))
+        pa.default_memory_pool().release_unused()  # of a thousand opened indexes
         counts = np.diff(self._starts)
         heldout = np.asarray([shard.split == "heldout" for shard in self.shards], np.bool_)
         return Rows(

@@ -23,11 +23,12 @@ from svgpipe.stages.extract_tasks import ReadImages
 from svgpipe.stages.progress import Progress, Silent
 from svgpipe.stages.quantization import int8_scales
 from svgpipe.stages.selection import evenly_spread
+from svgpipe.stages.training import pick_device
 from svgpipe.stages.units import Resources
 
 # crc32c and index entry of every inner chunk.
 CHUNK_OVERHEAD = 4 + 16
-WARM_UP_BATCHES = 1
+CPU_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,15 @@ def plan_extract(
     rows = [int(usable[i]) for i in evenly_spread(len(usable), sample)]
     if not rows:
         raise ArtifactError(f"{shards.directory}: expected images to plan for, found none.")
-    batch = min(config.batch_size, len(rows))
+    # A CPU is no faster in large batches, and needs their memory.
+    batch = min(config.batch_size if pick_device().type == "cuda" else CPU_BATCH, len(rows))
     rows = rows[: len(rows) // batch * batch]
     progress.say(f"encoding {len(rows)} of {len(shards)} images")
     read = ReadImages(shards, encoder.image_size)({"unit": 0, "rows": rows})
     seconds = _seconds(read)
     worker = EncodeUnits(autoencoder, batch, config.precision, config.compile, Resources().threads, views=config.views)
     pixels = read["pixels"]
-    worker.encode(pixels[: batch * WARM_UP_BATCHES])
+    worker.encode(pixels[:batch])
     started = time.perf_counter()
     features = worker.encode(pixels)
     encode_s = (time.perf_counter() - started) / len(rows)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from svgpipe.manifests.checkpoint import CheckpointStore
 from svgpipe.manifests.errors import ArtifactError, DivergedError
@@ -87,6 +86,9 @@ class MetricsLog:
         kept = [entry for entry in read_metrics(self.path) if entry["step"] <= start_step]
         self._lines = [json.dumps(entry) + "\n" for entry in kept]
         self._write_whole()
+        # Imported here: it is heavy, and encoder workers use this file without ever writing a log.
+        from torch.utils.tensorboard import SummaryWriter
+
         local = isinstance(directory, Path)
         self._file = self.path.open("a") if isinstance(self.path, Path) else None
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1) if local else None

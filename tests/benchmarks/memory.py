@@ -49,7 +49,7 @@ def watch(peaks: dict[str, int], stop: threading.Event) -> None:
                 status = (entry / "status").read_text()
             except OSError:
                 continue
-            role = "encoder" if "MapWorker" in name else "task" if "ReadImages" in name or "WriteUnit" in name else ""
+            role = "encoder" if "MapWorker" in name else "task" if name.startswith(("ray::IDLE", "ray::Map(")) else ""
             if entry.name == str(os.getpid()):
                 role = "driver"
             if role and "VmHWM" in status:

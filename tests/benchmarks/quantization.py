@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -29,11 +30,9 @@ from svgpipe.stages.selection import evenly_spread
 
 ROWS = 192
 # The 16 levels of NormalFloat4 (QLoRA, arXiv 2305.14314, appendix E), for values within ±1.
-NF4 = np.asarray(
-    [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
-    + [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0],
-    np.float32,
-)
+NF4_BELOW = (-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.09105)
+NF4_ABOVE = (0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.562617, 0.7229568, 1.0)
+NF4 = np.asarray([*NF4_BELOW, 0.0, *NF4_ABOVE], np.float32)
 ZSTD = Zstd(level=3)
 
 Packed = tuple[list[bytes], NDArray[np.float32]]
@@ -86,7 +85,7 @@ def main() -> None:
         "float8 e4m3": lambda: float8(values, "float8_e4m3fn"),
         "float8 e3m4": lambda: float8(values, "float8_e3m4"),
         "NF4, a scale per vector": lambda: nf4(values),
-        **{f"float16 rounded to {bits} bits": lambda bits=bits: bit_round(values, bits) for bits in (6, 5, 4, 3)},
+        **{f"float16 rounded to {bits} bits": partial(bit_round, values, bits) for bits in (6, 5, 4, 3)},
     }
     decode = latent_decoder(location(cache.manifest.inputs["autoencoder"].path))
     expected = decode(cache.denormalize(values))
