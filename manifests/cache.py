@@ -23,7 +23,8 @@ from pydantic import Field
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.manifest import Json, Manifest, digest
 from svgpipe.manifests.storage import Location, location
-from svgpipe.manifests.store import Decoded, FeatureStore, PendingRead, StoreDtype, StoreSpec
+from svgpipe.manifests.store import Decoded, FeatureStore, PendingRead
+from svgpipe.manifests.store_spec import StoreDtype, StoreSpec
 
 STATISTICS = ("stored_mean", "stored_std", "stored_min", "stored_max", "stored_covariance")
 

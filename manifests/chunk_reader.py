@@ -12,7 +12,7 @@ import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -20,9 +20,7 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from svgpipe.manifests.errors import ArtifactError
-
-if TYPE_CHECKING:
-    from svgpipe.manifests.store import FeatureStore
+from svgpipe.manifests.store_spec import StoreSpec, unit_file
 
 CRC_BYTES = 4
 ABSENT = 2**64 - 1  # as offset and length of a chunk that was not written
@@ -34,20 +32,15 @@ FILES_KEPT = 256
 class ChunkReader:
     """Reads rows of a local store, for one thread at a time. A forked process needs a reader of its own."""
 
-    def __init__(self, store: FeatureStore) -> None:
-        self._store = store
+    def __init__(self, path: Path, spec: StoreSpec) -> None:
+        self.path, self.spec = path, spec
         self._files: OrderedDict[int, _ShardFile] = OrderedDict()
         self._turn = threading.Lock()
         self.pid = os.getpid()
 
-    @staticmethod
-    def fits(store: FeatureStore) -> bool:
-        """Whether the store's files are local."""
-        return isinstance(store.path, Path)
-
     def read(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any]:
         """(n, row, column, channel) as stored. Raises ArtifactError for a missing shard or a wrong checksum."""
-        spec = self._store.spec
+        spec = self.spec
         result = np.empty((len(rows), *spec.grid, spec.channels), spec.dtype)
         targets = result.view(np.uint8).reshape(len(rows), -1) if len(rows) else result
         with self._turn:
@@ -63,10 +56,9 @@ class ChunkReader:
     def _file(self, unit: int) -> _ShardFile:
         file = self._files.get(unit)
         if file is None:
-            spec = self._store.spec
-            path = self._store.unit_file(unit)
+            path = unit_file(self.path, unit)
             assert isinstance(path, Path)
-            file = self._files[unit] = _ShardFile(path, spec.unit_rows * len(spec.views))
+            file = self._files[unit] = _ShardFile(path, self.spec.unit_rows * len(self.spec.views))
             if len(self._files) > FILES_KEPT:
                 self._files.popitem(last=False)[1].close()
         else:

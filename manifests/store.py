@@ -17,8 +17,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -31,6 +31,7 @@ from svgpipe.manifests.chunk_reader import ChunkReader
 from svgpipe.manifests.errors import ArtifactError, SvgpipeError, storage_error
 from svgpipe.manifests.manifest import read_json, write_json
 from svgpipe.manifests.storage import Location, kvstore, make_directory, write_atomic, zarr_store
+from svgpipe.manifests.store_spec import StoreSpec, unit_file
 
 DIMENSIONS = ("sample", "view", "row", "column", "channel")
 INT8_LIMIT = 127
@@ -38,35 +39,8 @@ ZSTD_LEVEL = 3
 # Decoded shard indexes that a reader keeps: without them every read fetches the index of its shard again.
 INDEX_CACHE_BYTES = 64 << 20
 
-StoreDtype = Literal["float16", "int8"]
 Features = NDArray[np.float16]  # as they are handed in
 Decoded = NDArray[np.floating[Any]]  # as they are read: float16 or float32, see `FeatureStore.decode`
-
-
-@dataclass(frozen=True)
-class StoreSpec:
-    """Shape of a feature store."""
-
-    num_samples: int
-    views: tuple[str, ...]
-    grid: tuple[int, int]
-    channels: int
-    unit_rows: int
-    class_names: tuple[str, ...]
-    dtype: StoreDtype = "float16"
-
-    @property
-    def num_units(self) -> int:
-        """Outer shards."""
-        return -(-self.num_samples // self.unit_rows)
-
-    def rows_of(self, unit: int) -> range:
-        """Samples of outer shard `unit`."""
-        return range(unit * self.unit_rows, min((unit + 1) * self.unit_rows, self.num_samples))
-
-    def shape_of(self, unit: int) -> tuple[int, ...]:
-        """Shape of outer shard `unit`."""
-        return (len(self.rows_of(unit)), len(self.views), *self.grid, self.channels)
 
 
 # The process that has used tensorstore; a fork of it must not, or tensorstore aborts it.
@@ -275,7 +249,7 @@ class FeatureStore:
 
     def unit_file(self, unit: int) -> Location:
         """The file of outer shard `unit`."""
-        return self.path / "features" / "c" / str(unit) / "0" / "0" / "0" / "0"
+        return unit_file(self.path, unit)
 
     def read_unit(self, unit: int) -> NDArray[Any]:
         """Outer shard `unit` as stored, every checksum verified. Raises ArtifactError if it cannot be read."""
@@ -286,13 +260,14 @@ class FeatureStore:
         """Start reading; `.result()` gives what `read` would. Raises IndexError or ValueError at once."""
         rows = self._check_indices(indices)
         views = self._check_views(view, rows)
-        if _forked_after_use() and ChunkReader.fits(self):
-            return PendingRead(self, lambda: self._chunks().read(rows, views))
+        if _forked_after_use() and isinstance(self.path, Path):
+            reader = self._chunks(self.path)
+            return PendingRead(self, lambda: reader.read(rows, views))
         return PendingRead(self, self._tensorstore().vindex[rows, views].read().result)
 
-    def _chunks(self) -> ChunkReader:
+    def _chunks(self, path: Path) -> ChunkReader:
         if self._reader is None or self._reader.pid != os.getpid():
-            self._reader = ChunkReader(self)
+            self._reader = ChunkReader(path, self.spec)
         return self._reader
 
     def read(self, indices: ArrayLike, view: str | ArrayLike = "original") -> Decoded:
@@ -305,10 +280,10 @@ class FeatureStore:
             IndexError: an index or view number out of range. ValueError: an unknown view name.
             ArtifactError: a shard that is missing or whose checksum is wrong.
         """
-        if not ChunkReader.fits(self):
+        if not isinstance(self.path, Path):
             return self.read_async(indices, view).result()
         rows = self._check_indices(indices)
-        return self.decode(self._chunks().read(rows, self._check_views(view, rows)))
+        return self.decode(self._chunks(self.path).read(rows, self._check_views(view, rows)))
 
     def _check_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
         rows = np.atleast_1d(np.asarray(indices))

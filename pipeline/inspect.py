@@ -125,7 +125,6 @@ def _cache_facts(path: Location, manifest: Any) -> Json:
         "backbone": f"{manifest.backbone}, weights {manifest.backbone_weights}",
         "classes": f"{len(cache.classes)}: {_some(cache.classes)}",
         "bytes": manifest.num_bytes,
-        "bytes per sample and view": round(manifest.num_bytes / max(1, len(cache)) / len(cache.views)),
         "stored mean, most distant from 0": round(float(statistics.mean[np.abs(statistics.mean).argmax()]), 4),
         "stored std": f"{statistics.std.min():.4f} to {statistics.std.max():.4f}",
         "effective rank": f"{statistics.effective_rank:.1f} of {cache.shape[-1]} channels",

@@ -15,7 +15,8 @@ from svgpipe.manifests.index import read_member
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import TarImage, shard_name, write_tar
 from svgpipe.manifests.storage import Location, file_sha256, location
-from svgpipe.manifests.store import FeatureStore, StoreSpec
+from svgpipe.manifests.store import FeatureStore
+from svgpipe.manifests.store_spec import StoreSpec
 from svgpipe.stages.images import centre_crop, decode_image, encode_png, to_array
 
 Row = dict[str, Any]

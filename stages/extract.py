@@ -24,7 +24,8 @@ from svgpipe.manifests.manifest import WorkDir
 from svgpipe.manifests.recipe import ExtractSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, absolute, write_atomic
-from svgpipe.manifests.store import FeatureStore, StoreSpec
+from svgpipe.manifests.store import FeatureStore
+from svgpipe.manifests.store_spec import StoreSpec
 from svgpipe.stages.cache_output import publish_cache, put_statistics
 from svgpipe.stages.calibrate import calibrate
 from svgpipe.stages.encode_units import EncodeUnits

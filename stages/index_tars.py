@@ -76,10 +76,10 @@ def index_tars(
     """
     progress = progress or Silent()
     splits: list[tuple[Location, Split]] = [*((tar, "train") for tar in train), *((tar, "heldout") for tar in heldout)]
+    sizes = [_require_plain_tar(tar) for tar, _ in splits]
     splits = [(absolute(tar), split) for tar, split in splits]
     if len({str(tar) for tar, _ in splits}) != len(splits):
         raise UsageError("a tar is named twice, perhaps as training and as held-out images.")
-    sizes = [_require_plain_tar(tar) for tar, _ in splits]
     listing = [[str(tar), split, size] for (tar, split), size in zip(splits, sizes, strict=True)]
     origin = InputRef(kind="tars", fingerprint=digest(listing), path=str(splits[0][0]), config={"tars": len(splits)})
     recorded = {

@@ -19,7 +19,8 @@ from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import WorkDir
 from svgpipe.manifests.storage import Location, absolute, write_atomic
-from svgpipe.manifests.store import FeatureStore, StoreDtype
+from svgpipe.manifests.store import FeatureStore
+from svgpipe.manifests.store_spec import StoreDtype
 from svgpipe.stages.cache_output import publish_cache, put_statistics, write_unit
 from svgpipe.stages.progress import Progress, Silent
 from svgpipe.stages.quantization import SAMPLED_VECTORS, int8_scales

@@ -30,7 +30,8 @@ from svgpipe.manifests.manifest import WorkDir, digest, require_same
 from svgpipe.manifests.recipe import AutoencoderSection, EvaluationSection
 from svgpipe.manifests.shards import ShardFile, ShardSet
 from svgpipe.manifests.storage import Location, absolute, file_sha256, make_directory
-from svgpipe.manifests.store import FeatureStore, StoreSpec
+from svgpipe.manifests.store import FeatureStore
+from svgpipe.manifests.store_spec import StoreSpec
 from svgpipe.models.flow import Guidance
 from svgpipe.stages.comparison import NOISE, RECONSTRUCTIONS, RealSets, compare
 from svgpipe.stages.encoder import build_backbone, load_autoencoder, reconstruct

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.store import FeatureStore, StoreSpec
+from svgpipe.manifests.store import FeatureStore
+from svgpipe.manifests.store_spec import StoreSpec
 from svgpipe.stages.quantization import int8_scales
 
 from .conftest import Finished

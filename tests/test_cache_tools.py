@@ -106,7 +106,7 @@ def test_diff_of_a_cache_with_itself_and_with_a_rounded_one(
     other = json.loads(svgpipe("diff", cache, small, "--json", "--rows", 0).out)
     for group in other["groups"]:
         assert 0.999 < group["mean_cosine"] < 1
-        assert 0 < group["largest_difference"] < 1
+        assert 0 < group["largest_difference"] < 3  # a clipped tail may lose that much, and few are
         assert sum(group["difference_counts"]) == 36 * 2
     text = svgpipe("diff", cache, small).out
     assert "cosine of vectors" in text

@@ -1,0 +1,41 @@
+"""Shape of a feature store, and which file holds what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from svgpipe.manifests.storage import Location
+
+StoreDtype = Literal["float16", "int8"]
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """Shape of a feature store."""
+
+    num_samples: int
+    views: tuple[str, ...]
+    grid: tuple[int, int]
+    channels: int
+    unit_rows: int
+    class_names: tuple[str, ...]
+    dtype: StoreDtype = "float16"
+
+    @property
+    def num_units(self) -> int:
+        """Outer shards."""
+        return -(-self.num_samples // self.unit_rows)
+
+    def rows_of(self, unit: int) -> range:
+        """Samples of outer shard `unit`."""
+        return range(unit * self.unit_rows, min((unit + 1) * self.unit_rows, self.num_samples))
+
+    def shape_of(self, unit: int) -> tuple[int, ...]:
+        """Shape of outer shard `unit`."""
+        return (len(self.rows_of(unit)), len(self.views), *self.grid, self.channels)
+
+
+def unit_file(path: Location, unit: int) -> Location:
+    """The file of outer shard `unit` of the store at `path`."""
+    return path / "features" / "c" / str(unit) / "0" / "0" / "0" / "0"
