@@ -6,6 +6,8 @@ A directory passes through three states, told apart by two files:
     plan.json                     work begun: the config and inputs it was begun with
     plan.json + manifest.json     finished; the manifest is the last file written
 
+While somebody works in it, lock.json names the owner.
+
 A directory without a manifest is unfinished and is resumed or refused, never read. The fingerprint of
 a manifest is the sha256 over its canonical identity: kind, schema, config, input fingerprints and what
 was produced. Times and versions are recorded but are not part of the identity.

@@ -23,7 +23,7 @@ from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import WorkDir
 from svgpipe.manifests.recipe import ExtractSection
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import Location, absolute, write_atomic
+from svgpipe.manifests.storage import Location, absolute, remove_partials, write_atomic
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
 from svgpipe.stages.cache_output import publish_cache, put_statistics
@@ -107,16 +107,18 @@ class _Job:
 
     def run(self, work: WorkDir[CacheManifest]) -> CacheManifest:
         spec, out = self.spec, work.path
-        tally = RejectTally(spec.num_samples, self.max_rejects)
+        # What indexing has rejected is known before anything is encoded.
         known = int(self.shards.rows.rejected.sum())
         RejectTally(spec.num_samples, self.max_rejects).add(
             spec.num_samples, [{"reason": "rejected when indexed"}] * known
         )
+        tally = RejectTally(spec.num_samples, self.max_rejects)
         size = self.encoder.image_size
         calibration = calibrate(
             out / CALIBRATION_NAME, self.shards, size, self.worker_args, self.config, self.resources, self.progress
         )
         journal = Journal(out / "journal")
+        remove_partials(journal.directory)
         store = FeatureStore.create(out, spec, calibration.mean, calibration.std, calibration.scale)
         missing = journal.missing(spec.num_units)
         for unit in sorted(set(range(spec.num_units)) - set(missing)):

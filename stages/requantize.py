@@ -18,7 +18,7 @@ from svgpipe.manifests.calibration import CALIBRATION_NAME, Calibration
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import WorkDir
-from svgpipe.manifests.storage import Location, absolute, write_atomic
+from svgpipe.manifests.storage import Location, absolute, remove_partials, write_atomic
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreDtype
 from svgpipe.stages.cache_output import publish_cache, put_statistics, write_unit
@@ -58,6 +58,7 @@ def requantize(
         spec = before.model_copy(update={"store_dtype": dtype}).spec
         store = FeatureStore.create(out, spec, calibration.mean, calibration.std, calibration.scale)
         journal = Journal(out / "journal")
+        remove_partials(journal.directory)
         missing = journal.missing(spec.num_units)
         progress.begin("requantize", spec.num_units, spec.num_units - len(missing))
         places = (absolute(place) for place in (source, out))
