@@ -129,6 +129,12 @@ def is_dead(owner: dict[str, Any]) -> bool:
     return time.time() - float(owner.get("beat_at", 0)) > STALE_S
 
 
+def owner_of(directory: Location) -> dict[str, Any] | None:
+    """Who holds the lock of `directory`; None if nobody does who is alive."""
+    owner = _read(directory / LOCK_NAME)
+    return None if owner is None or is_dead(owner) else owner
+
+
 def describe(owner: dict[str, Any]) -> str:
     """Who holds a lock, since when, as a sentence."""
     now = time.time()

@@ -18,6 +18,8 @@ from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
 from svgpipe.manifests.journal import finished_units
 from svgpipe.manifests.kinds import artifacts_below, read_any
+from svgpipe.manifests.lock import describe as describe_owner
+from svgpipe.manifests.lock import owner_of
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, read_json
 from svgpipe.manifests.shards import ShardSet, ShardSetManifest
 from svgpipe.manifests.storage import Location, children
@@ -63,6 +65,8 @@ def _describe_unfinished(path: Location) -> Json:
     for journal in [path / "journal", *inner]:
         if count := len(finished_units(journal)):
             facts[f"{journal.name}: units finished"] = count
+    if (owner := owner_of(path)) is not None:
+        facts["now"] = describe_owner(owner)
     latest = path / "checkpoints" / "latest.json"
     if latest.exists():
         facts["checkpoint at step"] = read_json(latest)["checkpoints"][-1]["step"]

@@ -150,6 +150,7 @@ def test_a_second_extract_on_a_cache_in_use_is_refused(
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        assert f"in use by process {process.pid}" in " ".join(svgpipe("inspect", out, "--json").out.split())
         second = svgpipe(*extract_args(finished, out))
         assert second.code == 1
         assert f"in use by process {process.pid} of " in second.err
