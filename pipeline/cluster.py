@@ -22,7 +22,8 @@ def connected(address: str | None = None) -> Iterator[None]:
         yield
         return
     ray.init(
-        address=address,
+        # Without a word Ray would join whatever cluster was last started on this machine, dead or alive.
+        address=address or "local",
         include_dashboard=False,
         configure_logging=True,
         logging_level=logging.ERROR,
