@@ -23,7 +23,7 @@ def connected(address: str | None = None) -> Iterator[None]:
         return
     ray.init(
         # Without a word Ray would join whatever cluster was last started on this machine, dead or alive.
-        address=address or "local",
+        address=address or os.environ.get("RAY_ADDRESS") or "local",
         include_dashboard=False,
         configure_logging=True,
         logging_level=logging.ERROR,

@@ -24,12 +24,13 @@ SEED = 20261122
 
 
 def ray_workers(session: int) -> list[int]:
-    """Processes of Ray's tasks and actors in the session of a command."""
+    """Processes of the pipeline's tasks and actors in the session of a command; Ray's agents are a node's death."""
+    ours = (b"ray::MapWorker", b"ray::Map(", b"ray::IDLE")
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if os.getsid(int(entry.name)) == session and b"ray::" in (entry / "cmdline").read_bytes():
+                if os.getsid(int(entry.name)) == session and (entry / "cmdline").read_bytes().startswith(ours):
                     found.append(int(entry.name))
             except OSError:
                 continue
