@@ -5,8 +5,8 @@ A unit is one outer Zarr shard (or one tar): read whole, computed by one worker,
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -81,7 +81,7 @@ def run_units(
     try:
         for row in dataset.iter_rows():
             if "error" in row:
-                raise pickle.loads(row["error"])
+                raise _from_json(row["error"])
             yield row
     except ray.exceptions.RayTaskError:
         raise  # a bug in a step: its traceback is what helps
@@ -111,6 +111,30 @@ def _cpus_per_worker(resources: Resources, cluster: Mapping[str, float]) -> floa
     return cpus
 
 
+def _to_json(error: SvgpipeError | OSError) -> str:
+    """An error as text that can travel with a unit."""
+    if isinstance(error, OSError):
+        return json.dumps(
+            {
+                "errno": error.errno,
+                "strerror": error.strerror or str(error),
+                "filename": error.filename and str(error.filename),
+            }
+        )
+    return json.dumps({"kind": type(error).__name__, "message": str(error)})
+
+
+def _from_json(text: str) -> SvgpipeError | OSError:
+    """Inverse of `_to_json`; a kind that this process does not know becomes a plain SvgpipeError."""
+    entry = json.loads(text)
+    if "errno" in entry:
+        return OSError(entry["errno"], entry["strerror"], entry["filename"])
+    kinds = [SvgpipeError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return next((kind for kind in kinds if kind.__name__ == entry["kind"]), SvgpipeError)(entry["message"])
+
+
 class _Guarded:
     """A step whose errors, if they are meant for a person, travel with the unit: Ray's own wrapping loses them."""
 
@@ -123,18 +147,18 @@ class _Guarded:
         try:
             return self.step(row)
         except (SvgpipeError, OSError) as error:
-            return {"unit": row["unit"], "error": pickle.dumps(error)}
+            return {"unit": row["unit"], "error": _to_json(error)}
 
 
 class _GuardedWorker:
     """The same for an actor: what goes wrong while it is built is told by the first unit that it gets."""
 
     def __init__(self, worker: type, args: Mapping[str, Any]) -> None:
-        self.failure: bytes | None = None
+        self.failure: str | None = None
         try:
             self.run = _Guarded(worker(**args))
         except (SvgpipeError, OSError) as error:
-            self.failure = pickle.dumps(error)
+            self.failure = _to_json(error)
 
     def __call__(self, row: Row) -> Row:
         return self.run(row) if self.failure is None else {"unit": row["unit"], "error": self.failure}
