@@ -22,6 +22,8 @@ from svgpipe.stages.streaming import load_images
 COLOUR_RANGE = 2.5
 BINS = 81
 HISTOGRAM_RANGE = 5.0
+# Evenly spread rows that the distributions are taken over, read so many at a time.
+HISTOGRAM_ROWS, HISTOGRAM_READ = 1024, 64
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,11 @@ class SheetRow:
 
 @dataclass(frozen=True)
 class ContactSheet:
-    """Some samples of a cache, and the distribution of every channel over them."""
+    """Some samples of a cache, and the distribution of every channel over many more."""
 
     rows: list[SheetRow]
     histogram: NDArray[np.float64]  # (channel, bin) shares, bins over ±HISTOGRAM_RANGE, ends included
+    histogram_rows: int  # valid rows that it is taken over, original view
     missing: list[str]
 
 
@@ -74,7 +77,9 @@ def contact_sheet(cache: FeatureCache, count: int) -> ContactSheet:
         )
         for i, row in enumerate(chosen)
     ]
-    return ContactSheet(rows, _histogram(features), missing)
+    usable = np.flatnonzero(cache.valid)
+    spread = usable[evenly_spread(len(usable), HISTOGRAM_ROWS)]
+    return ContactSheet(rows, _histogram(cache, spread), len(spread), missing)
 
 
 def _classes_in_turn(cache: FeatureCache, count: int) -> list[int]:
@@ -116,12 +121,14 @@ def _as_shades(values: NDArray[np.floating]) -> NDArray[np.uint8]:
     return np.clip((values / COLOUR_RANGE + 1) * 127.5, 0, 255).astype(np.uint8)
 
 
-def _histogram(features: NDArray[np.float32]) -> NDArray[np.float64]:
-    flat = features.reshape(-1, features.shape[-1])
-    places = np.clip((flat / HISTOGRAM_RANGE + 1) / 2 * BINS, 0, BINS - 1).astype(np.int64)
-    channels = flat.shape[1]
-    counts = np.bincount((places + np.arange(channels) * BINS).ravel(), minlength=channels * BINS)
-    return counts.reshape(channels, BINS) / len(flat)
+def _histogram(cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    channels = cache.shape[-1]
+    counts = np.zeros(channels * BINS, np.int64)
+    for start in range(0, len(rows), HISTOGRAM_READ):
+        flat = cache.read(rows[start : start + HISTOGRAM_READ]).astype(np.float32).reshape(-1, channels)
+        places = np.clip((flat / HISTOGRAM_RANGE + 1) / 2 * BINS, 0, BINS - 1).astype(np.int64)
+        counts += np.bincount((places + np.arange(channels) * BINS).ravel(), minlength=channels * BINS)
+    return counts.reshape(channels, BINS) / max(1, counts[:BINS].sum())
 
 
 def _sources(cache: FeatureCache, rows: Sequence[int], missing: list[str]) -> RGBArray | None:

@@ -14,6 +14,7 @@ import pytest
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.stages.cache_statistics import CacheStatistics
+from svgpipe.stages.contact_sheet import HISTOGRAM_RANGE, contact_sheet
 from svgpipe.stages.moments import effective_rank
 
 from .conftest import Finished, Outcome, extract_args, tree_bytes
@@ -155,6 +156,17 @@ def test_the_page_holds_everything_in_itself(
     assert svgpipe("inspect", moved, "--html", page).code == 0
     assert "Not shown: source images" in page.read_text()
     assert svgpipe("inspect", finished.root / "shards", "--html", page).code == 1
+
+
+def test_distributions_are_of_more_than_what_is_shown(finished: Finished) -> None:
+    sheet = contact_sheet(finished.cache, 3)
+    assert len(sheet.rows) == 3
+    assert sheet.histogram_rows == 36
+    values = finished.cache.read(range(36)).astype(np.float32).reshape(-1, 116)
+    edges = np.linspace(-HISTOGRAM_RANGE, HISTOGRAM_RANGE, sheet.histogram.shape[1] + 1)
+    clipped = np.clip(values[:, 7], edges[0], edges[-1] - 1e-3)
+    counts, _ = np.histogram(clipped, edges)
+    np.testing.assert_allclose(sheet.histogram[7], counts / len(values), atol=2 / len(values))
 
 
 def test_statistics_name_the_channels_that_are_off(finished: Finished, tmp_path: Path) -> None:

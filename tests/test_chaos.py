@@ -21,6 +21,7 @@ from .conftest import SMALL_UNITS, STORE, Finished, Outcome, extract_args, start
 
 KILLS = 10
 SEED = 20261122
+TARGETS = ("everything", "worker", "driver")
 
 
 def ray_workers(session: int) -> list[int]:
@@ -53,11 +54,7 @@ def test_ten_kills_at_random_moments(
     story = []
     process: subprocess.Popen[bytes] | None = None
     for number in range(KILLS):
-        target = (
-            ["everything", "driver", "worker"][number % 3]
-            if number < 3
-            else rng.choice(["everything", "everything", "driver", "worker"])
-        )
+        target = TARGETS[number] if number < len(TARGETS) else rng.choice(TARGETS)
         # Every other kill comes while Ray is starting, when nothing was written yet by this run.
         early, more = number % 2 == 1, rng.randint(1, 2)
         if process is None:
