@@ -7,7 +7,7 @@ import re
 
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.manifest import Json, read_json, write_json
-from svgpipe.manifests.storage import Location, children, make_directory, write_atomic
+from svgpipe.manifests.storage import Location, children, file_size, make_directory, write_atomic
 
 
 class Journal:
@@ -53,6 +53,10 @@ class Journal:
         if hashlib.sha256(content).hexdigest() != sha256:
             raise ArtifactError(f"{path}: was altered after it was written.")
         return content
+
+    def has_attachment(self, unit: int) -> bool:
+        """Whether something lies beside the record of `unit`; its content is checked by `attachment`."""
+        return bool(file_size(self._attachment(unit)))
 
     def missing(self, num_units: int) -> list[int]:
         """Units of range(num_units) that are not finished."""

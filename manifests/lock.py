@@ -27,6 +27,7 @@ from svgpipe.manifests.storage import Location, create_exclusively, write_atomic
 LOCK_NAME = "lock.json"
 BEAT_S = 15.0
 STALE_S = 120.0
+HIDDEN = "hidden"
 
 
 class BusyError(SvgpipeError):
@@ -42,6 +43,8 @@ class Lock:
         self.token = uuid.uuid4().hex
         self._since = time.time()
         self._lost: str | None = None
+        self._beat_at = self._since
+        self._looking = threading.Lock()
         self._released = threading.Event()
         self._acquire()
         self._thread = threading.Thread(target=self._beat, name="svgpipe-lock", daemon=True)
@@ -86,17 +89,29 @@ class Lock:
             aside.unlink()
 
     def _beat(self) -> None:
-        while not self._released.wait(BEAT_S):
-            # A full disk or a store out of reach for a moment must not end the run.
-            with suppress(OSError):
-                found = _read(self.path)
-                if found is None or found.get("token") != self.token:
-                    self._lost = "it was removed" if found is None else describe(found)
-                    return
-                write_atomic(self.path, self._mine())
+        while not self._released.wait(BEAT_S) and self._lost is None:
+            self._sign_of_life()
+
+    def _sign_of_life(self) -> None:
+        """One heartbeat, or the discovery that the lock is lost."""
+        # A full disk or a store out of reach for a moment must not end the run, whatever its client library raises.
+        with self._looking, suppress(Exception):
+            found = _read(self.path)
+            if found is None or found.get("token") != self.token:
+                self._lost = "it was removed." if found is None else describe(found)
+                return
+            write_atomic(self.path, self._mine())
+            self._beat_at = time.time()
 
     def check(self) -> None:
-        """Raise BusyError if another process has taken the lock over, or somebody removed it."""
+        """Raise BusyError if the lock is not ours any more, or could not be renewed for so long that it may not be.
+
+        A process that was frozen, or a host that slept, finds out here before it writes again.
+        """
+        if self._lost is None and time.time() - self._beat_at > STALE_S / 2:
+            self._sign_of_life()
+            if (silent := time.time() - self._beat_at) > STALE_S:
+                self._lost = self._lost or f"it could not be renewed for {silent:.0f} s."
         if self._lost is not None:
             raise BusyError(f"{self.path}: this run has lost its lock: {self._lost} Stopped, so that two do not write.")
 
@@ -104,7 +119,7 @@ class Lock:
         """Give the lock back; nothing happens if it is not ours any more."""
         self._released.set()
         self._thread.join()
-        with suppress(OSError):
+        with suppress(Exception):  # whatever a client library raises must not hide why the run ended
             found = _read(self.path)
             if found is not None and found.get("token") == self.token:
                 self.path.unlink()
@@ -125,7 +140,9 @@ def is_dead(owner: dict[str, Any]) -> bool:
     here = _process(os.getpid())
     theirs = owner.get("process") or {}
     if here["namespace"] == theirs.get("namespace"):
-        return bool(_process(int(owner.get("pid", -1))) != theirs)
+        found = _process(int(owner.get("pid", -1)))
+        if found["started"] != HIDDEN:
+            return bool(found != theirs)
     return time.time() - float(owner.get("beat_at", 0)) > STALE_S
 
 
@@ -167,7 +184,8 @@ def _process(pid: int) -> dict[str, Any]:
     except OSError:
         if not Path("/proc/self/stat").exists():
             return {"namespace": socket.gethostname(), "started": _alive(pid)}
-        return {"namespace": namespace, "started": None}
+        # Gone; or another user's, which /proc may hide: then nobody knows when it started.
+        return {"namespace": namespace, "started": None if _alive(pid) is None else HIDDEN}
     return {"namespace": namespace, "started": None if state in "ZX" else started}
 
 

@@ -241,6 +241,8 @@ class FeatureStore:
         if features.shape != expected or features.dtype != np.float16:
             raise ValueError(f"unit {unit}: expected float16 {expected}, found {features.dtype} {features.shape}")
         stored = self.encode(features)
+        # Of the last shard, which is seldom full, tensorstore would read what is there first, and stop at damage.
+        self.unit_file(unit).unlink(missing_ok=True)
         try:
             self._tensorstore(write=True)[rows.start : rows.stop].write(stored).result()
         except ValueError as error:  # tensorstore's word for whatever the file system refused

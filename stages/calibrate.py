@@ -1,6 +1,6 @@
 """The pass before an extraction: channel statistics, and int8 steps, over evenly spread training rows.
 
-Measured once and kept in calibration.json, so that every resume normalises with the very same numbers.
+Kept in calibration.json by the extraction, so that every resume normalises with the very same numbers.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from svgpipe.manifests.calibration import Calibration
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.recipe import ExtractSection
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import Location
 from svgpipe.stages.encode_units import EncodeUnits
 from svgpipe.stages.extract_tasks import CollectMoments, ReadImages
-from svgpipe.stages.moments import Moments, merge_all
+from svgpipe.stages.moments import Moments
 from svgpipe.stages.progress import Progress
 from svgpipe.stages.quantization import SAMPLED_VECTORS, int8_scales
 from svgpipe.stages.selection import evenly_spread
@@ -28,7 +27,6 @@ SMALLEST_STD = 1e-6
 
 
 def calibrate(
-    path: Location,
     shards: ShardSet,
     image_size: int,
     worker_args: dict[str, Any],
@@ -36,13 +34,11 @@ def calibrate(
     resources: Resources,
     progress: Progress,
 ) -> Calibration:
-    """The calibration at `path`, measured now if there is none.
+    """Measure the calibration. Ray must be connected.
 
     Raises:
         ArtifactError: none of the chosen images can be decoded.
     """
-    if path.exists():
-        return Calibration.read(path)
     rows = shards.rows
     usable = np.flatnonzero(~rows.rejected)
     training = np.flatnonzero(~rows.heldout & ~rows.rejected)
@@ -52,14 +48,21 @@ def calibrate(
     chunks = [chosen[i : i + size] for i in range(0, len(chosen), size)]
     items = [{"unit": i, "rows": chunk} for i, chunk in enumerate(chunks)]
     progress.begin("calibrate", len(chosen))
-    parts: dict[int, tuple[Moments, NDArray[np.float32]]] = {}
+    # Merged in their order; only what comes too early is kept until its turn.
+    early: dict[int, Moments] = {}
+    total: Moments | None = None
+    merged = 0
+    samples: dict[int, NDArray[np.float32]] = {}
     collect = CollectMoments(-(-SAMPLED_VECTORS // max(1, len(chunks))))
     for done in run_units(items, ReadImages(shards, image_size), EncodeUnits, worker_args, collect, resources):
-        sample = np.asarray(done["sample"])
-        parts[int(done["unit"])] = Moments.from_bytes(done["moments"], sample.shape[1]), sample
-        progress.advance(len(chunks[int(done["unit"])]))
-    ordered = [parts[i] for i in sorted(parts)]
-    total = merge_all((moments for moments, _ in ordered), ordered[0][1].shape[1]) if ordered else None
+        chunk, sample = int(done["unit"]), np.asarray(done["sample"])
+        samples[chunk] = sample
+        early[chunk] = Moments.from_bytes(done["moments"], sample.shape[1])
+        while merged in early:
+            part = early.pop(merged)
+            total = (Moments.empty(len(part.mean)) if total is None else total).merge(part)
+            merged += 1
+        progress.advance(len(chunks[chunk]))
     if total is None or total.count == 0:
         raise ArtifactError(f"{shards.directory}: none of {len(chosen)} calibration images could be decoded.")
     mean, std = total.mean.astype(np.float32), total.std.astype(np.float32)
@@ -69,7 +72,5 @@ def calibrate(
         std[constant] = 1.0
     scale = None
     if config.store_dtype == "int8":
-        scale = int8_scales((np.concatenate([sample for _, sample in ordered]) - mean) / std)
-    found = Calibration(mean, std, scale)
-    found.write(path)
-    return found
+        scale = int8_scales((np.concatenate([samples[i] for i in sorted(samples)]) - mean) / std)
+    return Calibration(mean, std, scale)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from svgpipe.manifests.cache import CacheManifest
-from svgpipe.manifests.calibration import CALIBRATION_NAME
+from svgpipe.manifests.calibration import CALIBRATION_NAME, Calibration
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.journal import Journal
@@ -26,7 +26,16 @@ from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, absolute, remove_partials, write_atomic
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
-from svgpipe.stages.cache_output import publish_cache, put_statistics
+from svgpipe.stages.cache_output import (
+    REJECTS_NAME,
+    all_records,
+    publish_cache,
+    put_statistics,
+    reject_lines,
+    rejects_of,
+    take_stock,
+    unit_record,
+)
 from svgpipe.stages.calibrate import calibrate
 from svgpipe.stages.encode_units import EncodeUnits
 from svgpipe.stages.extract_tasks import ReadImages, WriteUnit
@@ -114,17 +123,17 @@ class _Job:
         )
         tally = RejectTally(spec.num_samples, self.max_rejects)
         size = self.encoder.image_size
-        calibration = calibrate(
-            out / CALIBRATION_NAME, self.shards, size, self.worker_args, self.config, self.resources, self.progress
-        )
+        calibration = self._calibration(work, size)
         journal = Journal(out / "journal")
         remove_partials(journal.directory)
         store = FeatureStore.create(out, spec, calibration.mean, calibration.std, calibration.scale)
-        missing = journal.missing(spec.num_units)
-        for unit in sorted(set(range(spec.num_units)) - set(missing)):
-            tally.add(len(spec.rows_of(unit)), journal.read(unit)["rejects"])
+        finished = take_stock(store, journal)
+        for unit, record in finished.items():
+            tally.add(len(spec.rows_of(unit)), record["rejects"])
         self.progress.begin("extract", spec.num_samples, tally.seen)
-        items = [{"unit": unit, "rows": list(spec.rows_of(unit))} for unit in missing]
+        items = [
+            {"unit": unit, "rows": list(spec.rows_of(unit))} for unit in range(spec.num_units) if unit not in finished
+        ]
         worker_args = {**self.worker_args, "mean": calibration.mean, "std": calibration.std, "views": spec.views}
         timings = Timings()
         units = run_units(
@@ -138,34 +147,41 @@ class _Job:
         )
         for done in units:
             work.check_lock()
-            count = len(spec.rows_of(int(done["unit"])))
+            unit = int(done["unit"])
+            _require_seen(store, journal, unit)
+            count = len(spec.rows_of(unit))
             timings.add(count, json.loads(done["timings"]))
             self.progress.advance(count)
             tally.add(count, json.loads(done["rejects"]))
         return self._publish(work, store, journal, timings.summary())
 
+    def _calibration(self, work: WorkDir[CacheManifest], image_size: int) -> Calibration:
+        """The one that this cache was begun with, or one measured now."""
+        path = work.path / CALIBRATION_NAME
+        if path.exists():
+            return Calibration.read(path)
+        found = calibrate(self.shards, image_size, self.worker_args, self.config, self.resources, self.progress)
+        work.check_lock()
+        found.write(path)
+        return found
+
     def _publish(
         self, work: WorkDir[CacheManifest], store: FeatureStore, journal: Journal, timings: dict[str, Any]
     ) -> CacheManifest:
         spec, rows = store.spec, self.shards.rows
-        records = [journal.read(unit) for unit in range(spec.num_units)]
-        rejected = [
-            {**reject, "row": spec.rows_of(unit)[reject["row"]]}
-            for unit, record in enumerate(records)
-            for reject in record["rejects"]
-        ]
+        records = all_records(store, journal)
+        rejected = rejects_of(records, spec)
         valid = np.ones(len(rows), bool)
         valid[[reject["row"] for reject in rejected]] = False
         store.put("label", rows.label, "sample")
         store.put("valid", valid, "sample")
         store.put("heldout", rows.heldout, "sample")
         put_statistics(store, journal)
-        lines = "".join(json.dumps(reject, sort_keys=True) + "\n" for reject in rejected)
-        write_atomic(work.path / "rejected.jsonl", lines.encode())
+        write_atomic(work.path / REJECTS_NAME, reject_lines(records, spec))
         for reject in rejected[:20]:
             self.progress.say(f"row {reject['row']} is not valid: {reject['reason']}")
         if len(rejected) > 20:
-            self.progress.say(f"… and {len(rejected) - 20} more rows, see {work.path / 'rejected.jsonl'}")
+            self.progress.say(f"… and {len(rejected) - 20} more rows, see {work.path / REJECTS_NAME}")
         backbone = self.encoder.config["backbone"]
         manifest = CacheManifest(
             config=work.config,
@@ -187,4 +203,20 @@ class _Job:
             num_bytes=sum(record["num_bytes"] for record in records),
             timings=timings,
         )
+        work.check_lock()
         return publish_cache(manifest, store)
+
+
+def _require_seen(store: FeatureStore, journal: Journal, unit: int) -> None:
+    """What a worker, perhaps on another node, has just written must be seen from here, or hours are lost.
+
+    Raises:
+        ArtifactError: it is not.
+    """
+    try:
+        unit_record(store, journal, unit)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{error} A worker has just written it, but this process does not see it: the cache must lie where "
+            "all nodes see it, in a shared folder or an object store."
+        ) from error

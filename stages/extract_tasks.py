@@ -16,7 +16,7 @@ from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import absolute
 from svgpipe.manifests.store import FeatureStore
-from svgpipe.stages.cache_output import write_unit
+from svgpipe.stages.cache_output import unit_records, write_unit
 from svgpipe.stages.images import RejectedImageError, centre_crop, decode_image, to_array
 from svgpipe.stages.moments import Moments
 from svgpipe.stages.timings import Stopwatch
@@ -55,10 +55,14 @@ class ReadImages:
         }
 
     def _bytes(self, ref: ImageRef) -> bytes:
+        """What was indexed, or after a second look a reject: a network file system may give a short read once."""
         try:
             return ref.read()
-        except ArtifactError as error:
-            raise RejectedImageError(f"other bytes than indexed: {error}") from error
+        except ArtifactError:
+            try:
+                return ref.read()
+            except ArtifactError as error:
+                raise RejectedImageError(f"other bytes than indexed: {error}") from error
 
 
 class WriteUnit:
@@ -70,6 +74,9 @@ class WriteUnit:
     def __call__(self, row: Row) -> Row:
         unit, features = int(row["unit"]), np.ascontiguousarray(row["features"])
         store, journal = FeatureStore(self.path, self.spec), Journal(self.journal_path)
+        if unit_records(store, journal, [unit]) != [None]:
+            # Ray has run the task twice, after a node seemed lost: the first one's bytes are on record.
+            return {"unit": unit, "rejects": row["rejects"], "timings": row["timings"]}
         watch = write_unit(store, journal, unit, features, json.loads(row["rejects"]))
         timings = [*json.loads(row["timings"]), watch.entry()]
         return {"unit": unit, "rejects": row["rejects"], "timings": json.dumps(timings)}

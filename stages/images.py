@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from svgpipe.manifests.errors import ArtifactError
 
@@ -17,6 +17,17 @@ RGBArray = NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow opens MPO, two pictures in one JPEG, as JPEG
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 LONGEST_SIDE = 100  # times the shorter one
+ORIENTATION = 0x0112
+# EXIF 2.32, table 5: how the stored picture must be turned to stand upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 
 
@@ -36,7 +47,19 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     with _rejecting():
         image = _open(data, max_pixels)
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(_upright(image))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; metadata that cannot be read says nothing.
+
+    Not Pillow's exif_transpose, which writes the metadata anew and stops where another entry of it is damaged.
+    """
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # a damaged block raises whatever its parser happens to trip over
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def check_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
@@ -48,9 +71,7 @@ def check_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise RejectedImageError("empty file (0 bytes)")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
     if width * height > max_pixels:
         raise RejectedImageError(f"too large: {width}x{height} exceeds {max_pixels} pixels")
@@ -64,17 +85,19 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 @contextmanager
 def _rejecting() -> Iterator[None]:
-    """Pillow's many errors as one."""
+    """Pillow's many errors as one, and its many warnings as none: of odd metadata, and of what is rejected anyway."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except UnidentifiedImageError as error:
         raise RejectedImageError("not a JPEG, PNG or WebP image") from error
     except Image.DecompressionBombError as error:
         raise RejectedImageError(f"too large: {error}") from error
     except RejectedImageError:
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        raise RejectedImageError(f"undecodable: {error}") from error
+    except Exception as error:  # a damaged header raises whatever the plugin that parses it happens to trip over
+        raise RejectedImageError(f"undecodable: {error or type(error).__name__}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

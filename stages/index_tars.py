@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
+import re
 import tarfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -35,8 +34,12 @@ from svgpipe.manifests.storage import (
     write_atomic,
 )
 from svgpipe.stages.images import EXTENSIONS, RejectedImageError, check_header, decode_image
+from svgpipe.stages.processes import map_in_processes
 from svgpipe.stages.progress import Progress, Silent
 
+SCAN_BYTES = 1 << 22
+# A class number above this is taken for a mistake, not for that many classes.
+LARGEST_LABEL = 10_000_000
 IMAGE_EXTENSIONS = {suffix.removeprefix(".") for suffix in EXTENSIONS}
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -97,7 +100,7 @@ def index_tars(
         missing = [i for i in range(len(splits)) if _record_name(i) not in done]
         progress.begin("index", len(splits), len(splits) - len(missing))
         jobs = [_Scan(str(splits[i][0]), i, str(absolute(records)), config) for i in missing]
-        for note in _run(jobs, processes or os.cpu_count() or 1):
+        for note in map_in_processes(_Scan.__call__, jobs, processes or os.cpu_count() or 1):
             if note:
                 progress.say(note)
             progress.advance()
@@ -123,17 +126,25 @@ def _require_plain_tar(tar: Location) -> int:
 def _is_header(head: bytes) -> bool:
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
-    except tarfile.TarError:
+    except (tarfile.TarError, ValueError):
         return False
     return True
 
 
-def _run(jobs: list[_Scan], processes: int) -> Iterator[str]:
-    if min(processes, len(jobs)) <= 1:
-        yield from (job() for job in jobs)
-        return
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_Scan.__call__, jobs)
+def _left_unread(path: Location, offset: int, size: int) -> tuple[int, str] | None:
+    """Where and why members may be lost, if reading did not stop at `offset` for a proper end: zeros to the last byte.
+
+    tarfile takes a damaged header, a cut between two members and the first end of tars that were put together for
+    the end of the tar, and says nothing.
+    """
+    if offset < size and read_range(path, offset, tarfile.BLOCKSIZE).strip(b"\0"):
+        return offset, "no readable header, so whatever follows in this tar is lost"
+    for start in range(offset, size, SCAN_BYTES):
+        block = read_range(path, start, SCAN_BYTES)
+        if left := block.lstrip(b"\0"):
+            at = start + len(block) - len(left)
+            return at, "data after the tar's end marker is lost, as where tars were put together"
+    return None
 
 
 def _record_name(number: int) -> str:
@@ -155,11 +166,17 @@ class _Scan:
         labels: dict[str, Any] = {}
         images: list[dict[str, Any]] = []
         note = ""
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with path.open("rb") as file:
             try:
-                for member in tar:
-                    self._look_at(tar, member, size, images, labels)
-            except (tarfile.TarError, EOFError) as error:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    for member in tar:
+                        self._look_at(tar, member, size, images, labels)
+                    lost = _left_unread(path, tar.offset, size)
+                if lost is not None:
+                    place: dict[str, Any] = {"key": f"lost-{lost[0]}", "offset": lost[0], "size": 0, "path": ""}
+                    images.append({**place, "label": None, "sha256": "", "reject": lost[1]})
+                    note = f"{path}: offset {lost[0]}: {lost[1]}; {len(images) - 1} images before it are kept"
+            except (tarfile.TarError, EOFError, ValueError) as error:
                 note = f"{path}: cut short or damaged after {len(images)} images ({error}); what comes before is kept"
         for row in images:
             if row["reject"] is None:
@@ -244,13 +261,15 @@ def _label_in(content: bytes, extension: str, field: str) -> int | str | None:
         value: Any = text if extension == "cls" else json.loads(text)
         for part in field.split(".") if extension == "json" else []:
             value = value[part]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
         return None
     if isinstance(value, str):
-        return int(value) if value.lstrip("-").isdecimal() else value
-    return value
+        if re.fullmatch(r"-?[0-9]{1,18}", value) is None:
+            return value
+        value = int(value)
+    return value if abs(value) <= LARGEST_LABEL else None
 
 
 def _printable(name: str) -> str:
@@ -326,6 +345,12 @@ def _class_names(entries: list[dict[str, Any]], config: IndexConfig) -> list[str
         return list(config.class_names)
     labels = {row["label"] for entry in entries for row in entry["images"] if row["reject"] is None}
     names = sorted(label for label in labels if isinstance(label, str))
+    if names and len(names) < len(labels):
+        number = min(label for label in labels if isinstance(label, int))
+        raise UsageError(
+            f"labels are numbers here and names there (as {number} and {names[0]!r}): which number is which name? "
+            "Give --class-names FILE, a name per line in the order of the numbers."
+        )
     if names:
         return names
     return [str(i) for i in range(max((label for label in labels if isinstance(label, int)), default=-1) + 1)]

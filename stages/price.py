@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,10 +139,15 @@ def _losses(
     return {"heldout_loss_reference": losses[0], "heldout_loss_small": losses[1]}
 
 
+def _finite(value: Any) -> Any:
+    """None for what JSON has no word for: the signal-to-noise ratio where there is no noise, or no signal."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def as_json(found: Price) -> Json:
     """`price.json`."""
     return {
-        **{name: value for name, value in vars(found).items() if name != "not_measured"},
+        **{name: _finite(value) for name, value in vars(found).items() if name != "not_measured"},
         "bytes_ratio": found.bytes_ratio,
         "psnr_change": found.psnr_change,
         "loss_change": found.loss_change,

@@ -7,6 +7,7 @@ up by the same command.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from svgpipe.manifests.cache import CacheManifest
 from svgpipe.manifests.calibration import CALIBRATION_NAME, Calibration
@@ -17,7 +18,7 @@ from svgpipe.manifests.lock import locked
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, require_same, write_json
 from svgpipe.manifests.recipe import ExtractSection
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import Location, location
+from svgpipe.manifests.storage import Location, location, sync_directory
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.stages.extract import extract
 from svgpipe.stages.progress import Progress, Silent
@@ -47,28 +48,46 @@ def repair(
     """
     progress = progress or Silent()
     aside = path / ASIDE_NAME
-    resumed = aside.exists() and not (path / MANIFEST_NAME).exists()
-    before = CacheManifest.parse(aside if resumed else path / MANIFEST_NAME)
+    # Beside a manifest it lies when a repair was killed before it took the cache apart, or after all was mended.
+    begun = aside.exists()
+    resumed = begun and not (path / MANIFEST_NAME).exists()
+    before = CacheManifest.parse(aside if begun else path / MANIFEST_NAME)
     findings = [] if resumed else verify(path, deep=True, progress=progress)
-    if not findings and not resumed:
+    if not resumed and not findings:
+        _compare(path, before)
         return []
-    again = _maker(before, shards, autoencoder, resources, progress)
+    damaged = {finding.unit for finding in findings if finding.unit is not None}
+    again = _maker(path, before, damaged, shards, autoencoder, resources, progress)
     if not resumed:
         with locked(path):
-            _take_apart(path, before, findings)
-    after = again(path)
-    aside.unlink(missing_ok=True)
+            _take_apart(path, before, damaged)
+    again(path)
+    _compare(path, before)
+    return findings
+
+
+def _compare(path: Location, before: CacheManifest) -> None:
+    """The last step: the cache at `path`, whole now, has the content that was published before.
+
+    Raises:
+        MismatchError: it has another content.
+    """
+    after = CacheManifest.read(path)
+    (path / ASIDE_NAME).unlink(missing_ok=True)
     if after.content != before.content:
         raise MismatchError(
             f"{path}: is whole again, but its content is {after.content[:12]}, not {before.content[:12]}: the units "
             "made again differ in their last bits, as other hardware or library versions give. What was trained on "
             "the cache before names the old content; make the whole cache anew where that matters."
         )
-    return findings
 
 
-def _take_apart(path: Location, manifest: CacheManifest, findings: list[Finding]) -> None:
-    """Make a finished cache an unfinished one that lacks what was found damaged."""
+def _take_apart(path: Location, manifest: CacheManifest, damaged: set[int]) -> None:
+    """Make a finished cache an unfinished one that lacks the damaged units.
+
+    In this order, so that a kill at any moment leaves either a cache that verify finds wanting or an unfinished one
+    whose journal names nothing damaged.
+    """
     _restore_calibration(path, manifest)
     plan = {
         "kind": manifest.kind,
@@ -77,10 +96,12 @@ def _take_apart(path: Location, manifest: CacheManifest, findings: list[Finding]
     }
     write_json(path / PLAN_NAME, plan)
     write_json(path / ASIDE_NAME, manifest.model_dump(mode="json"))
-    (path / MANIFEST_NAME).unlink()
     journal = Journal(path / "journal")
-    for unit in {finding.unit for finding in findings if finding.unit is not None}:
+    for unit in sorted(damaged):
         journal.forget(unit)
+    if isinstance(path, Path):
+        sync_directory(path / "journal")
+    (path / MANIFEST_NAME).unlink()
 
 
 def _restore_calibration(path: Location, manifest: CacheManifest) -> None:
@@ -98,8 +119,25 @@ def _restore_calibration(path: Location, manifest: CacheManifest) -> None:
     calibration.write(path / CALIBRATION_NAME)
 
 
+def _require_images(path: Location, manifest: CacheManifest, damaged: set[int], shards: ShardSet) -> None:
+    """Raise ArtifactError unless every image of the damaged units that was usable still has the indexed bytes.
+
+    Extraction calls an altered image a reject: a repair would replace its row, which may be a good one, by zeros.
+    """
+    try:
+        valid = FeatureStore(path, manifest.spec).array("valid")
+    except ArtifactError:
+        valid = ~shards.rows.rejected
+    for unit in sorted(damaged):
+        rows = [row for row in manifest.spec.rows_of(unit) if valid[row]]
+        for ref in shards.refs(rows):
+            ref.read()
+
+
 def _maker(
+    path: Location,
     manifest: CacheManifest,
+    damaged: set[int],
     shards: ShardSet | None,
     autoencoder: Location | None,
     resources: Resources | None,
@@ -120,5 +158,6 @@ def _maker(
     encoder = autoencoder or location(manifest.inputs["autoencoder"].path)
     require("autoencoder", AutoencoderManifest.read(encoder).as_input(encoder))
     config = ExtractSection.model_validate(manifest.config)
+    _require_images(path, manifest, damaged, opened)
     # Rejects that the finished cache already had were accepted when it was made.
     return lambda path: extract(opened, encoder, path, config, max_rejects=1.0, resources=resources, progress=progress)

@@ -6,22 +6,29 @@ What it costs is measured by price.py.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from svgpipe.manifests.cache import CacheManifest, FeatureCache
 from svgpipe.manifests.calibration import CALIBRATION_NAME, Calibration
-from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import WorkDir
 from svgpipe.manifests.storage import Location, absolute, remove_partials, write_atomic
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreDtype
-from svgpipe.stages.cache_output import publish_cache, put_statistics, write_unit
+from svgpipe.stages.cache_output import (
+    REJECTS_NAME,
+    all_records,
+    publish_cache,
+    put_statistics,
+    reject_lines,
+    take_stock,
+    write_unit,
+)
+from svgpipe.stages.processes import map_in_processes
 from svgpipe.stages.progress import Progress, Silent
 from svgpipe.stages.quantization import SAMPLED_VECTORS, int8_scales
 from svgpipe.stages.selection import evenly_spread
@@ -44,11 +51,14 @@ def requantize(
         processes: that convert side by side; None: one per core.
     Raises:
         MismatchError: `out` was begun from another cache or with another dtype.
-        ArtifactError: `source` is unfinished or damaged. BusyError: another process works in `out`.
+        UsageError: `source` is stored as `dtype` already. BusyError: another process works in `out`.
+        ArtifactError: `source` is unfinished or damaged.
     """
     progress = progress or Silent()
     cache = FeatureCache(source)
     before = cache.manifest
+    if before.store_dtype == dtype:
+        raise UsageError(f"{source}: is stored as {dtype} already.")
     kept = {name: before.inputs[name] for name in ("shards", "autoencoder")}
     inputs = {**kept, "cache": before.as_input(source)}
     with WorkDir(out, CacheManifest, {**before.config, "store_dtype": dtype}, inputs) as work:
@@ -59,25 +69,19 @@ def requantize(
         store = FeatureStore.create(out, spec, calibration.mean, calibration.std, calibration.scale)
         journal = Journal(out / "journal")
         remove_partials(journal.directory)
-        missing = journal.missing(spec.num_units)
+        finished = take_stock(store, journal)
+        missing = [unit for unit in range(spec.num_units) if unit not in finished]
         progress.begin("requantize", spec.num_units, spec.num_units - len(missing))
         places = (absolute(place) for place in (source, out))
         convert = _Convert(*(FeatureStore(place, s) for place, s in zip(places, (before.spec, spec), strict=True)))
-        workers = min(processes or os.cpu_count() or 1, len(missing))
-        if workers <= 1:
-            for unit in missing:
-                convert(unit)
-                progress.advance()
-        else:
-            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-                for _ in pool.map(convert, missing):
-                    work.check_lock()
-                    progress.advance()
+        for _ in map_in_processes(convert, missing, processes or os.cpu_count() or 1):
+            work.check_lock()
+            progress.advance()
         for name in ("label", "valid", "heldout"):
             store.put(name, cache.store.array(name), "sample")
         put_statistics(store, journal)
-        write_atomic(out / "rejected.jsonl", (source / "rejected.jsonl").read_bytes())
-        records = [journal.read(unit) for unit in range(spec.num_units)]
+        records = all_records(store, journal)
+        write_atomic(out / REJECTS_NAME, reject_lines(records, spec))
         manifest = CacheManifest.model_validate(
             {
                 **before.model_dump(exclude={"finished_at", "svgpipe_version", "fingerprint", "timings"}),
@@ -89,6 +93,7 @@ def requantize(
                 "num_bytes": sum(record["num_bytes"] for record in records),
             }
         )
+        work.check_lock()
         return publish_cache(manifest, store)
 
 

@@ -9,23 +9,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from svgpipe.manifests.errors import ArtifactError, SvgpipeError, UsageError
+from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.manifest import InputRef, WorkDir, digest, read_json, write_json
 from svgpipe.manifests.recipe import ShardSection
 from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split, TarImage, shard_name, write_tar
 from svgpipe.manifests.storage import Location, children, location, make_directory, remove_tree, write_atomic
 from svgpipe.stages.images import EXTENSIONS, RejectedImageError, centre_crop, decode_image, encode_png, to_array
+from svgpipe.stages.processes import map_in_processes
 from svgpipe.stages.progress import Progress, Silent
 
 
@@ -81,7 +79,7 @@ def shard(
         done = {path.name for path in children(records)}
         missing = [job for job in jobs if _record_path(records, job.number).name not in done]
         progress.begin("shard", len(jobs), len(jobs) - len(missing))
-        for _ in _run(missing, workers or os.cpu_count() or 1):
+        for _ in map_in_processes(write_shard, missing, workers or os.cpu_count() or 1):
             progress.advance()
         return _publish(work, class_names, files, jobs)
 
@@ -150,29 +148,6 @@ def plan(files: Sequence[SourceFile], source: Path, out: Location, config: Shard
             chunk = tuple(members[start : start + config.images_per_shard])
             yield ShardJob(number, split, first_key, chunk, str(source), str(out), config.crop, config.max_pixels)
             number, first_key = number + 1, first_key + len(chunk)
-
-
-def _run(jobs: Sequence[ShardJob], workers: int) -> Iterator[None]:
-    if min(workers, len(jobs)) <= 1:
-        for job in jobs:
-            write_shard(job)
-            yield
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        futures = [pool.submit(write_shard, job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                yield
-        except BrokenProcessPool as error:
-            raise SvgpipeError(
-                "a sharding process was killed (out of memory?). What was finished is kept; run the command again, "
-                "with fewer --workers if it happens again."
-            ) from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def write_shard(job: ShardJob) -> None:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 READ_CPUS, WRITE_CPUS = 0.3, 0.2
+# Times that a unit is tried again after its process or node died. Ray Data's own default is for ever, also for a
+# unit that kills every process it meets.
+RETRIES = 10
 
 
 @dataclass(frozen=True)
@@ -66,17 +69,18 @@ def run_units(
     # The different fractions keep Ray from fusing the three into one actor, where reading would wait for encoding.
     dataset = (
         ray.data.from_items(list(items), override_num_blocks=len(items))
-        .map(_Guarded(read), num_cpus=READ_CPUS)
+        .map(_Guarded(read), num_cpus=READ_CPUS, ray_remote_args_fn=lambda: {"max_retries": RETRIES})
         .map(
             _GuardedWorker,
             fn_constructor_kwargs={"worker": worker, "args": dict(worker_args)},
             num_cpus=cpus,
             num_gpus=resources.gpus_per_worker or None,
+            ray_remote_args_fn=lambda: {"max_task_retries": RETRIES},
             compute=ray.data.ActorPoolStrategy(
                 size=resources.num_workers, max_concurrent_calls_per_actor=calls_per_actor
             ),
         )
-        .map(_Guarded(write), num_cpus=WRITE_CPUS)
+        .map(_Guarded(write), num_cpus=WRITE_CPUS, ray_remote_args_fn=lambda: {"max_retries": RETRIES})
     )
     try:
         for row in dataset.iter_rows():

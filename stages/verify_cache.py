@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,9 @@ from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import MANIFEST_NAME
 from svgpipe.manifests.storage import Location, file_sha256, file_size
 from svgpipe.manifests.store import FeatureStore
+from svgpipe.stages.cache_output import REJECTS_NAME, reject_lines
 from svgpipe.stages.moments import Moments
+from svgpipe.stages.processes import map_in_processes
 from svgpipe.stages.progress import Progress
 
 Found = tuple[str, str, int | None]
@@ -67,16 +67,10 @@ def verify_cache(
 def _verify_units(check: _UnitCheck, units: list[int], progress: Progress, processes: int | None) -> Iterator[Found]:
     progress.begin("verify", len(units))
     num_bytes = len(units) * np.prod(check.store.spec.shape_of(0)) * (2 if check.store.spec.dtype == "float16" else 1)
-    workers = min(processes or os.cpu_count() or 1, len(units), int(num_bytes // BYTES_PER_PROCESS) + 1)
-    if not check.deep or workers <= 1:
-        for unit in units:
-            yield from check(unit)
-            progress.advance()
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(check, units):
-            yield from found
-            progress.advance()
+    workers = min(processes or os.cpu_count() or 1, int(num_bytes // BYTES_PER_PROCESS) + 1) if check.deep else 1
+    for found in map_in_processes(check, units, workers):
+        yield from found
+        progress.advance()
 
 
 @dataclass(frozen=True)
@@ -108,12 +102,14 @@ class _UnitCheck:
             return [wrong(f"its record rejects rows {rejects} of {len(rows)}")]
         if not self.deep:
             return []
-        found = file_sha256(file)
-        problems = [wrong(f"expected sha256 {sha256[:12]}, found {found[:12]}")] if found != sha256 else []
+        problems: list[Found] = []
         try:
-            return problems + [wrong(problem) for problem in self._values(unit, rejects, moments)]
-        except ArtifactError as error:
-            return [*problems, wrong(error)]
+            if (found := file_sha256(file)) != sha256:
+                problems.append(wrong(f"expected sha256 {sha256[:12]}, found {found[:12]}"))
+            problems += [wrong(problem) for problem in self._values(unit, rejects, moments)]
+        except (ArtifactError, OSError) as error:  # a bad sector is damage too
+            problems.append(wrong(error))
+        return problems
 
     def _values(self, unit: int, rejects: list[int], moments: Moments) -> Iterator[str]:
         stored: Any = self.store.read_unit(unit)  # verifies every chunk's crc32c
@@ -143,6 +139,7 @@ def _verify_arrays(
         except ArtifactError as error:
             yield str(path / name), str(error), None
     yield from _verify_calibration(path / CALIBRATION_NAME, arrays)
+    yield from _verify_rejects(path / REJECTS_NAME, journal, store, recorded=recorded)
     if len(arrays) < len(manifest.array_names):
         return
     bad = [name for name, values in arrays.items() if values.dtype.kind == "f" and not np.isfinite(values).all()]
@@ -163,6 +160,16 @@ def _verify_arrays(
         if content != manifest.content:
             problem = f"expected the content {manifest.content[:12]}, found {content[:12]}"
             yield str(path / MANIFEST_NAME), problem, None
+
+
+def _verify_rejects(path: Location, journal: Journal, store: FeatureStore, *, recorded: bool) -> Iterator[Found]:
+    try:
+        found = path.read_bytes()
+    except OSError as error:
+        yield str(path), f"cannot be read: {error}", None
+        return
+    if recorded and found != reject_lines([journal.read(unit) for unit in range(store.spec.num_units)], store.spec):
+        yield str(path), "is not what the units' records say", None
 
 
 def _verify_calibration(path: Location, arrays: dict[str, Any]) -> Iterator[Found]:

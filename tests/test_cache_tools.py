@@ -16,6 +16,7 @@ from svgpipe.manifests.store import FeatureStore
 from svgpipe.stages.cache_statistics import CacheStatistics
 from svgpipe.stages.contact_sheet import HISTOGRAM_RANGE, contact_sheet
 from svgpipe.stages.moments import effective_rank
+from svgpipe.stages.price import as_json, price
 
 from .conftest import Finished, Outcome, extract_args, tree_bytes
 
@@ -70,9 +71,19 @@ def test_a_small_cache_is_as_good_as_any_other(
     np.testing.assert_allclose(
         FeatureCache(tmp_path / "back").read([3]), FeatureCache(small).read([3]), rtol=2e-3, atol=1e-4
     )
+    same = svgpipe("requantize", small, tmp_path / "none", "--store-dtype", "int8")
+    assert same.code == 2
+    assert "is stored as int8 already" in same.err
     wrong = svgpipe("requantize", small, tmp_path / "none", "--store-dtype", "float8")
     assert wrong.code == 2
     assert "expected int8 or float16" in wrong.err
+
+
+def test_a_price_without_any_noise_can_be_written(small: Path) -> None:
+    cache = FeatureCache(small)
+    found = as_json(price(cache, cache, autoencoder=None, diffusion=None))
+    assert found["backbone_snr"] is None
+    assert json.loads(json.dumps(found, allow_nan=False))["bytes_ratio"] == 1
 
 
 def test_int8_straight_from_extract(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:

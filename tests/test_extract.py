@@ -14,11 +14,12 @@ import yaml
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.store import FeatureStore
 from svgpipe.stages.encoder import load_autoencoder
 from svgpipe.stages.moments import Moments, merge_all
 from svgpipe.stages.streaming import load_images
 
-from .conftest import Finished, Outcome, extract_args, tree_bytes
+from .conftest import STORE, Finished, Outcome, extract_args, tree_bytes
 
 
 def test_features_are_what_the_autoencoder_gives(finished: Finished) -> None:
@@ -88,6 +89,43 @@ def test_damaged_images_keep_their_row_and_are_counted(
     others = [i for i in range(36) if i != 3]
     a, b = (c.denormalize(c.read(others)) for c in (cache, finished.cache))
     np.testing.assert_allclose(a, b, rtol=5e-3, atol=5e-2)
+
+
+def test_a_record_that_outlived_its_shard_is_not_believed(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """After a restore in part, or a clean-up by hand: half-done, and the journal says more than is there."""
+    out = tmp_path / "cache"
+    shutil.copytree(finished.root / "cache", out)
+    before = tree_bytes(out, *STORE)
+    (out / "manifest.json").unlink()
+    store = FeatureStore.open(out)
+    kept = {unit: Path(str(store.unit_file(unit))) for unit in range(5)}
+    times = {unit: file.stat().st_mtime_ns for unit, file in kept.items()}
+    kept[0].unlink()
+    kept[1].write_bytes(kept[1].read_bytes()[:-1])
+    (out / "journal" / "unit-000002.json").write_text('{"sha256": "ab')
+    (out / "journal" / "unit-000003.npy").unlink()
+    found = svgpipe(*extract_args(finished, out))
+    assert found.code == 0, found.err
+    assert tree_bytes(out, *STORE) == before
+    assert kept[4].stat().st_mtime_ns == times[4]
+    assert FeatureCache(out).manifest.content == finished.cache.manifest.content
+
+
+def test_statistics_that_were_altered_cost_one_unit(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    out = tmp_path / "cache"
+    shutil.copytree(finished.root / "cache", out)
+    (out / "manifest.json").unlink()
+    attachment = out / "journal" / "unit-000002.npy"
+    attachment.write_bytes(attachment.read_bytes()[:-8] + b"12345678")
+    stopped = svgpipe(*extract_args(finished, out))
+    assert stopped.code == 1
+    assert "it makes unit 2 anew, and no other" in stopped.err
+    assert svgpipe(*extract_args(finished, out)).code == 0
+    assert FeatureCache(out).manifest.content == finished.cache.manifest.content
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,64 @@ def test_what_is_no_plain_tar_is_refused_with_the_reason(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_cannot_be_read_of_a_tar_is_accounted_for(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    """tarfile ends at all of these without a word."""
+    members = [(f"{i}.png", image("PNG", i)) for i in range(3)]
+    labels = [(f"{i}.cls", b"0") for i in range(3)]
+    whole = write(tmp_path / "whole.tar", [*labels, *members])
+    size = whole.stat().st_size
+    with tarfile.open(whole) as tar:
+        second = tar.getmember("1.png")
+        end = (tar.getmember("2.png").offset_data + len(members[2][1]) + 511) // 512 * 512
+    damaged = bytearray(whole.read_bytes())
+    damaged[second.offset + 148] ^= 1  # a digit of the header's checksum
+    (tmp_path / "damaged.tar").write_bytes(damaged)
+    (tmp_path / "joined.tar").write_bytes(whole.read_bytes() * 2)
+    (tmp_path / "endless.tar").write_bytes(whole.read_bytes()[:end])
+    (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[: second.offset + 100])
+    expected = {
+        "whole": (3, []),
+        "damaged": (1, [(second.offset, "no readable header")]),
+        "joined": (3, [(size, "data after the tar's end marker")]),
+        "endless": (3, []),
+        "cut": (1, [(second.offset, "no readable header")]),
+    }
+    for name, (usable, lost) in expected.items():
+        found = svgpipe("index", tmp_path / f"{name}.tar", tmp_path / name)
+        assert found.code == 0, found.err
+        assert f"{usable + len(lost)} inputs = {usable} usable + {len(lost)} rejected" in found.out
+        rejects = [json.loads(line) for line in (tmp_path / name / "rejected.jsonl").read_text().splitlines()]
+        assert [reject["offset"] for reject in rejects] == [offset for offset, _ in lost]
+        for reject, (_, reason) in zip(rejects, lost, strict=True):
+            assert reason in reject["reason"]
+            assert reason in found.err
+        assert svgpipe("verify", tmp_path / name, "--deep").code == 0
+    damaged[148] ^= 1
+    (tmp_path / "first.tar").write_bytes(damaged)
+    first = svgpipe("index", tmp_path / "first.tar", tmp_path / "first")
+    assert first.code == 1
+    assert "expected at least one usable image" in first.err
+
+
+@pytest.mark.parametrize("label", ["--5", "9" * 5000, "99999999999", "٣", "[" * 100_000])
+def test_an_absurd_label_is_a_reject(tmp_path: Path, svgpipe: Callable[..., Outcome], label: str) -> None:
+    members = [("0.png", image("PNG", 0)), ("0.cls", b"0"), ("1.png", image("PNG", 1))]
+    kind = "json" if label.startswith("[") else "cls"
+    write(tmp_path / "a.tar", [*members, (f"1.{kind}", label.encode())])
+    (tmp_path / "names").write_text("zero\none\n")
+    found = svgpipe("index", tmp_path / "a.tar", tmp_path / "out", "--class-names", tmp_path / "names")
+    assert found.code == 0, found.err
+    assert "2 inputs = 1 usable + 1 rejected" in found.out
+
+
+def test_numbers_among_names_are_refused(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    members = [("0.png", image("PNG", 0)), ("0.cls", b"3"), ("1.png", image("PNG", 1)), ("1.cls", b"cat")]
+    write(tmp_path / "a.tar", members)
+    found = svgpipe("index", tmp_path / "a.tar", tmp_path / "out")
+    assert found.code == 2
+    assert "labels are numbers here and names there (as 3 and 'cat')" in found.err
+
+
 def test_labels_by_name_and_nested_fields(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     members = []
     for i, name in enumerate(["tench", "goldfish", "tench"]):

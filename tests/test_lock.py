@@ -88,6 +88,58 @@ def test_signs_of_life_are_written_and_a_lost_lock_is_noticed(tmp_path: Path, mo
     assert json.loads((tmp_path / LOCK_NAME).read_text())["token"] == "other"  # not ours to remove
 
 
+def test_who_was_frozen_looks_before_it_writes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No heartbeat runs here: as after a suspended host, `check` itself must find out."""
+    monkeypatch.setattr(module, "STALE_S", 0.4)
+    with locked(tmp_path) as mine:
+        time.sleep(0.3)
+        mine.check()
+        (tmp_path / LOCK_NAME).write_text(json.dumps({"token": "other", "pid": 1, "host": "far"}))
+        mine.check()  # looked a moment ago
+        time.sleep(0.3)
+        with pytest.raises(BusyError, match="lost its lock: in use by process 1 of None on far"):
+            mine.check()
+
+
+def test_a_store_out_of_reach_ends_the_run_only_when_others_may_think_it_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(path: Path) -> None:
+        raise RuntimeError("no route to the store")  # client libraries raise all kinds
+
+    monkeypatch.setattr(module, "STALE_S", 0.4)
+    monkeypatch.setattr(module, "BEAT_S", 0.05)
+    with locked(tmp_path) as mine:
+        monkeypatch.setattr(module, "_read", unreachable)
+        time.sleep(0.25)
+        mine.check()
+        time.sleep(0.3)
+        with pytest.raises(BusyError, match="could not be renewed"):
+            mine.check()
+
+
+def test_a_process_that_proc_hides_is_not_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = hold_elsewhere(tmp_path)
+    try:
+        real = Path.read_text
+
+        def hidden(path: Path, *options: str) -> str:
+            if str(path) == f"/proc/{process.pid}/stat":
+                raise PermissionError
+            return real(path, *options)
+
+        monkeypatch.setattr(Path, "read_text", hidden)
+        with pytest.raises(BusyError):
+            Lock(tmp_path)
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+    with locked(tmp_path):
+        pass
+
+
 def test_a_lock_cut_short_by_a_full_disk_is_nobodys(tmp_path: Path) -> None:
     (tmp_path / LOCK_NAME).write_text('{"token": "abc"')
     with locked(tmp_path):

@@ -18,11 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
 
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.stages.images import decode_image, to_array
+from svgpipe.stages.images import RejectedImageError, decode_image, to_array
 
 from .conftest import Finished, Outcome, run_and_kill, tree_bytes, write_crops
 
@@ -119,6 +121,35 @@ def test_images_come_out_upright_rgb_and_unclipped(zoo: Path) -> None:
         assert pixels(name).shape == (24, 32, 3)
 
 
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_exif_orientation_is_turned_as_pillow_turns_it(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(buffer)).convert("RGB")
+    np.testing.assert_array_equal(to_array(decode_image(buffer.getvalue())), to_array(expected))
+
+
+@settings(max_examples=300, deadline=None)
+@given(kind=st.sampled_from(["JPEG", "PNG", "WEBP"]), data=st.data())
+def test_damaged_bytes_give_an_image_or_a_reject(kind: str, data: st.DataObject) -> None:
+    """Above all in the metadata, where Pillow's parsers raise all kinds."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x011A] = 6, "a photograph", 72.0
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, kind, exif=exif)
+    content = bytearray(buffer.getvalue())
+    for place in data.draw(st.lists(st.integers(0, min(200, len(content) - 1)), min_size=1, max_size=4)):
+        content[place] = data.draw(st.integers(0, 255))
+    try:
+        image = decode_image(bytes(content), max_pixels=1_000_000)
+    except RejectedImageError as error:
+        assert str(error)
+    else:
+        assert image.mode == "RGB"
+
+
 def test_transparency_is_composed_over_white(tmp_path: Path) -> None:
     hidden = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
     save(tmp_path / "hidden.png", hidden)
@@ -202,7 +233,7 @@ def test_a_killed_worker_is_one_message_and_the_same_command_resumes(
     os.kill(int(workers[0]), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "a sharding process was killed" in err
+    assert "a worker process was killed" in err
     assert "Traceback" not in err
     assert svgpipe(*command).code == 0
     assert svgpipe("shard", source, tmp_path / "whole", *command[3:]).code == 0

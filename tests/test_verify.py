@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.store import FeatureStore
 
 from .conftest import STORE, Finished, Outcome, tree_bytes
@@ -41,6 +42,16 @@ def lose_shard(cache: Path) -> None:
     unit_file(cache, 4).unlink()
 
 
+def cut_last(cache: Path) -> None:
+    """The last shard is not full: tensorstore reads what is there before it writes, and stops at damage."""
+    file = unit_file(cache, 4)
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def lose_rejects(cache: Path) -> None:
+    (cache / "rejected.jsonl").unlink()
+
+
 def lose_record(cache: Path) -> None:
     (cache / "journal" / "unit-000003.json").unlink()
 
@@ -67,6 +78,8 @@ DAMAGE: dict[Callable[[Path], None], tuple[str, str]] = {
     flip_data: ("features/c/2/", "unit 2: expected sha256"),
     cut_short: ("features/c/1/", "unit 1: expected "),
     lose_shard: ("features/c/4/", "unit 4: expected"),
+    cut_last: ("features/c/4/", "unit 4: expected"),
+    lose_rejects: ("rejected.jsonl", "cannot be read"),
     lose_record: ("journal", "unit 3: has no record"),
     flip_statistics: ("features/c/0/", "unit 0: its record is damaged"),
     lose_metadata: ("cache", "expected a Zarr v3 group"),
@@ -74,7 +87,7 @@ DAMAGE: dict[Callable[[Path], None], tuple[str, str]] = {
     other_calibration: ("calibration.json", "is not what the store was normalised with"),
 }
 MENDED_TOGETHER = [
-    [flip_data],
+    [flip_data, cut_last, lose_rejects],
     [cut_short, lose_shard, lose_record, flip_statistics],
     [lose_metadata, flip_labels, other_calibration],
 ]
@@ -139,7 +152,7 @@ def test_only_the_units_named_are_made_again(
 def test_a_repair_that_was_killed_is_taken_up(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """As it lies after a kill: the manifest is aside, the damaged unit forgotten; nobody may read the cache."""
+    """As it lies after a kill: the damaged unit forgotten, the manifest aside; nobody may read the cache."""
     cache = tmp_path / "cache"
     shutil.copytree(finished.root / "cache", cache)
     (cache / "manifest.json").rename(cache / "manifest.before-repair.json")
@@ -150,6 +163,40 @@ def test_a_repair_that_was_killed_is_taken_up(
     assert "unfinished: 4 of 5 units" in svgpipe("verify", cache).out
     assert svgpipe("repair", cache).code == 0
     assert FeatureCache(cache).manifest.fingerprint == finished.cache.manifest.fingerprint
+
+
+def test_a_repair_killed_before_it_took_the_cache_apart_begins_anew(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(finished.root / "cache", cache)
+    shutil.copyfile(cache / "manifest.json", cache / "manifest.before-repair.json")
+    before = tree_bytes(cache, *STORE)
+    flip_data(cache)
+    assert svgpipe("repair", cache).code == 0
+    assert tree_bytes(cache, *STORE) == before
+    # And one killed after everything was mended has only its last file to remove.
+    shutil.copyfile(cache / "manifest.json", cache / "manifest.before-repair.json")
+    assert svgpipe("repair", cache).code == 0
+    assert not (cache / "manifest.before-repair.json").exists()
+
+
+def test_repair_does_not_begin_where_the_images_were_altered(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """Altered images would become rejects, and zeros would stand where features were."""
+    cache, shards = tmp_path / "cache", tmp_path / "shards"
+    shutil.copytree(finished.root / "cache", cache)
+    shutil.copytree(finished.root / "shards", shards)
+    flip_data(cache)
+    ref = ShardSet.open(shards).refs([8 * 2 + 3])[0]
+    assert isinstance(ref.tar, Path)
+    flip_bit(ref.tar, ref.offset + ref.size // 2)
+    before = tree_bytes(cache, "**/*")
+    found = svgpipe("repair", cache, "--shards", shards)
+    assert found.code == 1
+    assert "The tar was altered" in found.err
+    assert tree_bytes(cache, "**/*") == before
 
 
 def test_repair_wants_the_inputs_that_the_cache_was_made_from(

@@ -1,0 +1,39 @@
+"""Work on this machine's cores, one spawned process each."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from svgpipe.manifests.errors import SvgpipeError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def map_in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], processes: int) -> Iterator[Result]:
+    """`function` of each job, in their order; in this process where one would do. What was begun is finished.
+
+    Raises:
+        SvgpipeError: a process was killed.
+    """
+    workers = min(processes, len(jobs))
+    if workers <= 1:
+        yield from map(function, jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(function, job) for job in jobs]
+        try:
+            for future in futures:
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise SvgpipeError(
+                "a worker process was killed (out of memory?). What was finished is kept; run the command again, "
+                "with fewer workers if it happens again."
+            ) from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
