@@ -206,12 +206,17 @@ class ShardSet:
     @cached_property
     def rows(self) -> Rows:
         """Labels and splits of every row. Raises ArtifactError for a missing or altered index."""
-        labels, rejected = [np.zeros(0, np.int32)], [np.zeros(0, np.bool_)]
+        labels: list[NDArray[Any]] = [np.zeros(0, np.int32)]
+        rejected = [np.zeros(0, np.bool_)]
         for shard in self.shards:
             table = read_index(index_of(self.directory, shard), shard.num_images, ["label"])
-            labels.append(table["label"].to_numpy())
-            reasons = "reject" in table.column_names
-            rejected.append(table["reject"].is_valid().to_numpy() if reasons else np.zeros(len(table), np.bool_))
+            # By DLPack: pyarrow's to_numpy imports pandas, too.
+            labels.append(np.from_dlpack(table["label"].combine_chunks()))
+            if "reject" in table.column_names:
+                flags = table["reject"].is_valid().combine_chunks().cast(pa.uint8())
+                rejected.append(np.from_dlpack(flags).astype(np.bool_))
+            else:
+                rejected.append(np.zeros(len(table), np.bool_))
         pa.default_memory_pool().release_unused()  # of a thousand opened indexes
         counts = np.diff(self._starts)
         heldout = np.asarray([shard.split == "heldout" for shard in self.shards], np.bool_)
@@ -238,7 +243,7 @@ class ShardSet:
         for stretch in np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(positions)) + 1):
             if len(stretch):
                 position = int(positions[stretch[0]])
-                table = self._table(position).take(wanted[stretch] - self._starts[position])
+                table = self._table(position).take(_as_arrow(wanted[stretch] - self._starts[position]))
                 found += refs_of_table(table, tar_of(self.directory, self.shards[position]))
         return found
 
@@ -258,6 +263,11 @@ class ShardSet:
     def read_image(self, row: int) -> bytes:
         """Bytes of the image at `row`. Raises ArtifactError where the tar does not hold the recorded ones."""
         return self.refs([row])[0].read()
+
+
+def _as_arrow(values: NDArray[np.int64]) -> pa.Array:
+    """Without pa.array, which imports pandas to ask whether it was given a series of it: 70 MB in every process."""
+    return pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
 
 
 def expand(pattern: str) -> list[Location]:
