@@ -3,7 +3,8 @@
     checkpoints/latest.json             the checkpoints that exist, oldest first, with the hash of every file
     checkpoints/step-00001000/*.safetensors
     autoencoder.safetensors             trained part of the autoencoder (residual, alignment, mask token, decoder)
-    ema.safetensors, raw.safetensors    diffusion transformer, averaged and as trained
+    ema-0.9999.safetensors, …           diffusion transformer, one file per average of its weights
+    raw.safetensors                     the same as trained
     statistics.safetensors              channel_mean, channel_std of the cache it was trained on
 
 Nothing is ever unpickled. A checkpoint becomes visible by one rename of latest.json.
@@ -11,7 +12,7 @@ Nothing is ever unpickled. A checkpoint becomes visible by one rename of latest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -21,12 +22,37 @@ from pydantic import Field
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from svgpipe.manifests.errors import ArtifactError, storage_error
+from svgpipe.manifests.errors import ArtifactError, UsageError, storage_error
 from svgpipe.manifests.manifest import Json, Manifest, read_json, write_json
 from svgpipe.manifests.storage import Location, children, file_sha256, make_directory, remove_tree, staged
 
 AUTOENCODER_FILE = "autoencoder.safetensors"
-EMA_FILE, RAW_FILE, STATISTICS_FILE = "ema.safetensors", "raw.safetensors", "statistics.safetensors"
+STATISTICS_FILE = "statistics.safetensors"
+# Weights as trained, and what stands for the recipe's first average.
+RAW, EMA = "raw", "ema"
+
+
+def average_name(decay: float) -> str:
+    """Name of the average with that decay: `ema-0.9999`."""
+    return f"{EMA}-{decay!r}"
+
+
+def choose_weights(decays: Sequence[float], choice: str) -> str:
+    """Name of the weights that a person means by `ema` (the first average), `ema-DECAY`, `DECAY` or `raw`.
+
+    Raises:
+        UsageError: a model with averages of these decays holds no such weights.
+    """
+    names = [*map(average_name, decays), RAW]
+    name = names[0] if choice == EMA else f"{EMA}-{choice}" if choice[:1].isdigit() else choice
+    if name not in names:
+        raise UsageError(f"weights {choice!r}: expected one of {EMA}, {', '.join(names)}.")
+    return name
+
+
+def weights_file(name: str) -> str:
+    """File of the weights called `raw` or `ema-DECAY`."""
+    return f"{name}.safetensors"
 
 
 class AutoencoderManifest(Manifest):
@@ -108,13 +134,18 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run. `latest` is what latest.json says, never a guess from file names."""
 
-    def __init__(self, directory: Location, keep: int = 2) -> None:
-        """Keep the newest `keep` checkpoints in `directory`."""
-        self.directory, self.keep = directory, keep
+    def __init__(self, directory: Location, keep: int = 2, keep_every: int | None = None) -> None:
+        """Keep the newest `keep` checkpoints in `directory`, and for ever those at multiples of `keep_every` steps."""
+        self.directory, self.keep, self.keep_every = directory, keep, keep_every
 
     def _listed(self) -> list[Json]:
         path = self.directory / "latest.json"
         return list(read_json(path)["checkpoints"]) if path.exists() else []
+
+    def entry(self, folder: str | None) -> Json | None:
+        """What latest.json says of the checkpoint in that folder, or of the newest; None where there is none."""
+        entries = [e for e in self._listed() if folder is None or e["folder"] == folder]
+        return entries[-1] if entries else None
 
     @property
     def newest(self) -> Location | None:
@@ -123,7 +154,7 @@ class CheckpointStore:
         return self.directory / entries[-1]["folder"] if entries else None
 
     def save(self, checkpoint: Checkpoint) -> Location:
-        """Write and publish a checkpoint, then remove those beyond `keep`."""
+        """Write and publish a checkpoint, then remove those that need not be kept."""
         name = f"step-{checkpoint.step:08d}"
         folder = self.directory / name
         remove_tree(folder)  # left by a run that was killed while writing it
@@ -134,13 +165,16 @@ class CheckpointStore:
         }
         entry = {"step": checkpoint.step, "folder": name, "files": hashes, "values": checkpoint.values}
         entries = [e for e in self._listed() if e["step"] < checkpoint.step]
-        entries = [*entries, entry][-self.keep :]
+        entries = [e for e in entries[: -self.keep + 1 or None] if self._for_ever(e)] + [*entries, entry][-self.keep :]
         write_json(self.directory / "latest.json", {"checkpoints": entries})
         kept = {e["folder"] for e in entries}
         for old in children(self.directory):
             if old.name.startswith("step-") and old.name not in kept:
                 remove_tree(old)
         return folder
+
+    def _for_ever(self, entry: Json) -> bool:
+        return self.keep_every is not None and entry["step"] % self.keep_every == 0
 
     def latest(self, say: Callable[[str], None]) -> Checkpoint | None:
         """The newest intact checkpoint; a damaged one is named through `say` and the one before is used.

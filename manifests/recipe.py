@@ -208,11 +208,16 @@ class DiffusionSection(Section):
     learning_rate: float = Field(1e-4, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    accumulate: Positive = Field(1, description="Parts that a batch is computed in; gradients are averaged.")
+    ema_decays: tuple[Fraction, ...] = Field(
+        (0.9999,), description="Averages of the weights, side by side; the first is the one that is looked at."
+    )
     label_dropout: Fraction = 0.1
     time_shift: float = Field(0.4, gt=0, description="Below 1 pushes training times towards noise.")
     clip_grad_norm: float | None = Field(None, gt=0)
     precision: Precision = "bfloat16"
+    compile: Literal["auto"] | bool = Field("auto", description="torch.compile the model; auto: on CUDA.")
+    activation_checkpointing: bool = Field(False, description="Compute blocks twice, to hold less in memory.")
     use_flips: bool = Field(True, description="Draw each sample's view at random, where the cache has flips.")
     read_ahead: Positive = Field(4, description="Batches whose reads are in flight.")
     seed: Natural = 1234
@@ -220,10 +225,19 @@ class DiffusionSection(Section):
     eval_every: Positive = 5000
     eval_rows: Positive = 1024
     checkpoint_every: Positive = 5000
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Positive = Field(2, description="Newest ones, from which a run resumes.")
+    keep_every: Positive | None = Field(None, description="Keep those at multiples of so many steps for ever.")
     sample_every: Positive = Field(10_000, description="Grids, only where an autoencoder is given.")
     sample_steps: Positive = 25
     sample_shift: float = Field(0.15, gt=0)
+
+    @model_validator(mode="after")
+    def _averages_and_parts(self) -> Self:
+        if not self.ema_decays or len(set(self.ema_decays)) != len(self.ema_decays):
+            raise ValueError(f"ema_decays must name at least one value and none twice, found {list(self.ema_decays)}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate {self.accumulate} is more than batch_size {self.batch_size}")
+        return self
 
 
 class ExtractorSection(Section):
@@ -245,7 +259,11 @@ class EvaluationSection(Section):
     batch_size: Positive = 125
     unit_rows: Positive = Field(500, description="Samples per latent shard and per tar: the unit of resume.")
     precision: Precision = "bfloat16"
-    weights: Literal["ema", "raw"] = "ema"
+    weights: str = Field(
+        "ema",
+        pattern=r"^(raw|ema|(ema-)?0(\.\d+)?)$",
+        description="ema (the first average), ema-DECAY or raw.",
+    )
     extractor: ExtractorSection = ExtractorSection()
     reference_images: int | None = Field(None, ge=2, description="At most this many, evenly spread; null: all.")
     seed: Natural = 0

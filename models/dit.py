@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from svgpipe.models.attention import attend
 
@@ -158,6 +159,7 @@ class DiT(nn.Module):
         if min(grid) < 1:
             raise ValueError(f"DiT: grid: expected positive rows and columns, found {grid}")
         self.grid, self.in_channels, self.num_classes = grid, in_channels, num_classes
+        self.recompute = False  # blocks run again in the backward pass: less memory, about a third more time
         self.learn_sigma = learn_sigma
         self.register_buffer("pos_embed", sincos_position_table(width, *grid))
         self.ln1 = nn.Linear(in_channels, width)
@@ -198,5 +200,8 @@ class DiT(nn.Module):
         c_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
         x_BTD = self.ln1(x_BTC) + self.pos_embed
         for block in self.blocks:
-            x_BTD = block(x_BTD, c_BD)
+            if self.recompute and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, x_BTD, c_BD, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, c_BD)
         return self.final_layer(x_BTD, c_BD)

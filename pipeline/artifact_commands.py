@@ -142,6 +142,19 @@ def requantize(
 
 
 @app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="Diffusion model, run in progress, or RUN/checkpoints/step-….")],
+    out: Annotated[str, typer.Argument(help="New folder: model.safetensors, statistics, config.json.")],
+    weights: Annotated[str, typer.Option("--ema", help="ema-DECAY, ema (the recipe's first) or raw.")] = "ema",
+) -> None:
+    """The weights of a diffusion model as plain safetensors, to use without the pipeline."""
+    from svgpipe.stages.export import export as run_stage
+
+    found = run_stage(location(source), location(out), weights)
+    typer.echo(f"{found.directory}: {found.weights} of step {found.step}")
+
+
+@app.command()
 def plan(
     shards: ShardsOption,
     autoencoder: AutoencoderOption,

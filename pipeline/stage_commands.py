@@ -206,6 +206,7 @@ def sample_and_eval(
     overrides: SetOption = None,
     steps: Annotated[str | None, typer.Option("--steps", help="For example 5,10,25.")] = None,
     guidance: Annotated[str | None, typer.Option("--guidance", help="For example 1.0,1.5.")] = None,
+    weights: Annotated[str | None, typer.Option("--ema", help="ema-DECAY, ema (the recipe's first) or raw.")] = None,
     num_workers: WorkersOption = 1,
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
@@ -220,6 +221,7 @@ def sample_and_eval(
     from svgpipe.stages.sample_and_eval import sample_and_eval as run_stage
 
     extra = _numbers(steps, "steps") + _numbers(guidance, "guidance")
+    extra += [] if weights is None else [f'evaluation.weights="{weights}"']
     config = load_recipe(recipe, [*(overrides or []), *extra]).evaluation
     opened = ShardSet.open(reference)
     resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)

@@ -17,12 +17,12 @@ from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location
 from svgpipe.stages.decoding import latent_decoder
+from svgpipe.stages.flow_losses import heldout_loss
 from svgpipe.stages.images import psnr
 from svgpipe.stages.quantization import signal_to_noise
 from svgpipe.stages.sampling import load_diffusion
 from svgpipe.stages.selection import evenly_spread
 from svgpipe.stages.streaming import load_images
-from svgpipe.stages.train_diffusion import heldout_loss
 from svgpipe.stages.training import pick_device
 
 PRICE_NAME = "price.json"

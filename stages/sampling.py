@@ -7,14 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from svgpipe.manifests.checkpoint import EMA_FILE, RAW_FILE, STATISTICS_FILE, DiffusionManifest, load_tensors
+from svgpipe.manifests.checkpoint import (
+    EMA,
+    STATISTICS_FILE,
+    DiffusionManifest,
+    choose_weights,
+    load_tensors,
+    weights_file,
+)
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.recipe import DiffusionSection, DiTSection, Precision
 from svgpipe.manifests.storage import Location
@@ -34,7 +41,7 @@ class SamplerSettings:
     time_shift: float
     seed: int
     precision: Precision
-    weights: Literal["ema", "raw"]
+    weights: str
 
     @property
     def name(self) -> str:
@@ -44,17 +51,12 @@ class SamplerSettings:
 
 def build_dit(config: DiTSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> DiT:
     """A new transformer of the recipe's size. Raises ValueError for sizes that do not fit."""
-    return DiT(
-        grid=grid,
-        in_channels=channels,
-        num_classes=num_classes,
-        width=config.width,
-        depth=config.depth,
-        heads=config.heads,
-        mlp_ratio=config.mlp_ratio,
-        qk_norm=config.qk_norm,
-        learn_sigma=config.learn_sigma,
-    )
+    return DiT(**dit_arguments(config, grid=grid, channels=channels, num_classes=num_classes))
+
+
+def dit_arguments(config: DiTSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> dict[str, Any]:
+    """What `DiT` is constructed with: the recipe's sizes and what the latents ask for."""
+    return {"grid": grid, "in_channels": channels, "num_classes": num_classes, **config.model_dump()}
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,19 @@ class TrainedDiffusion:
     channel_std: NDArray[np.float32]
 
 
-def load_diffusion(directory: Location, weights: Literal["ema", "raw"] = "ema") -> TrainedDiffusion:
+def load_diffusion(directory: Location, weights: str = EMA) -> TrainedDiffusion:
     """Open a finished diffusion model in eval mode, every file checked against its manifest.
 
     Raises:
         ArtifactError: unfinished, damaged, or weights of other shapes than its config says.
+        UsageError: no such weights.
     """
     manifest = DiffusionManifest.read(directory)
     config = DiffusionSection.model_validate(manifest.config)
     model = build_dit(
         config.model, grid=manifest.grid, channels=manifest.channels, num_classes=len(manifest.class_names)
     )
-    file = EMA_FILE if weights == "ema" else RAW_FILE
+    file = weights_file(choose_weights(config.ema_decays, weights))
     try:
         model.load_state_dict(load_tensors(directory / file, manifest.content[file]))
     except RuntimeError as error:

@@ -7,10 +7,8 @@ Legend: B batch, T tokens (row-major grid), C channels.
 
 from __future__ import annotations
 
-import copy
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,33 +18,35 @@ from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import (
-    EMA_FILE,
-    RAW_FILE,
+    EMA,
+    RAW,
     STATISTICS_FILE,
     Checkpoint,
     CheckpointStore,
     DiffusionManifest,
+    average_name,
     save_tensors,
+    weights_file,
 )
 from svgpipe.manifests.errors import InterruptedRunError, UsageError
 from svgpipe.manifests.manifest import WorkDir
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.storage import Location, make_directory, write_atomic
-from svgpipe.manifests.store import PendingRead
+from svgpipe.models.averages import new_average, update_averages
 from svgpipe.models.dit import DiT
-from svgpipe.models.flow import FlowLoss, drop_labels, flow_loss, shift_time
-from svgpipe.stages.batches import Batch, batch_at
+from svgpipe.stages.cache_batches import CacheBatches
+from svgpipe.stages.draws import draws_at
+from svgpipe.stages.flow_losses import heldout_loss, sample_losses
+from svgpipe.stages.guard import DivergenceGuard, clip_gradients, gradient_norms
 from svgpipe.stages.images import encode_png, tile
 from svgpipe.stages.progress import Progress, Silent
 from svgpipe.stages.sampling import SamplerSettings, build_dit, draw_latents
+from svgpipe.stages.saver import BackgroundSaver
 from svgpipe.stages.training import (
     MetricsLog,
-    autocast,
-    generator,
     learning_rate,
     optimizer_tensors,
     pick_device,
-    require_finite,
     restore_optimizer,
     seed_of,
     set_learning_rate,
@@ -84,20 +84,20 @@ def train_diffusion(
         if work.finished is not None:
             return work.finished
         trainer = _Trainer(cache, work, config, decode, progress)
-        trainer.train()
+        try:
+            trainer.train()
+        finally:
+            trainer.saver.close()
         loss = trainer.evaluate()
         if loss is not None:
             trainer.log.write(config.steps, heldout_loss=loss)
         trainer.draw_grid()
         trainer.log.close()
-        statistics = {"channel_mean": cache.channel_mean, "channel_std": cache.channel_std}
         content = {
-            EMA_FILE: save_tensors(out / EMA_FILE, trainer.ema.state_dict()),
-            RAW_FILE: save_tensors(out / RAW_FILE, trainer.model.state_dict()),
-            STATISTICS_FILE: save_tensors(
-                out / STATISTICS_FILE, {k: torch.from_numpy(v.copy()) for k, v in statistics.items()}
-            ),
+            weights_file(name): save_tensors(out / weights_file(name), model.state_dict())
+            for name, model in trainer.models.items()
         }
+        content[STATISTICS_FILE] = save_tensors(out / STATISTICS_FILE, trainer.statistics)
         rows, columns, channels = cache.manifest.feature_shape
         return DiffusionManifest(
             config=work.config,
@@ -111,39 +111,6 @@ def train_diffusion(
             num_parameters=sum(p.numel() for p in trainer.model.parameters()),
             heldout_loss=loss,
         ).publish(out)
-
-
-class CacheBatches:
-    """Training batches of a cache, several reads in flight: step → tokens (B,T,C) as stored and labels (B,)."""
-
-    def __init__(self, cache: FeatureCache, rows: NDArray[np.int64], config: DiffusionSection, start: int) -> None:
-        """`rows` are the cache rows to train on; `start` is the first step."""
-        self.cache, self.rows, self.config = cache, rows, config
-        self.num_views = len(cache.views) if config.use_flips else 1
-        self.next_step = start
-        self.in_flight: deque[tuple[NDArray[np.int64], PendingRead]] = deque()
-
-    def _request(self) -> None:
-        config = self.config
-        batch: Batch = batch_at(
-            self.next_step,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            num_rows=len(self.rows),
-            num_views=self.num_views,
-        )
-        rows = self.rows[batch.rows]
-        self.in_flight.append((rows, self.cache.read_async(rows, batch.views)))
-        self.next_step += 1
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            while len(self.in_flight) < self.config.read_ahead:
-                self._request()
-            rows, pending = self.in_flight.popleft()
-            features = pending.stored()
-            labels = torch.from_numpy(self.cache.labels[rows].astype(np.int64))
-            yield torch.from_numpy(features).flatten(1, 2), labels
 
 
 @dataclass
@@ -170,38 +137,59 @@ class _Trainer:
         self.model = build_dit(
             config.model, grid=(rows, columns), channels=channels, num_classes=len(cache.classes)
         ).to(self.device)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.model.recompute = config.activation_checkpointing
+        self.averages = [new_average(self.model) for _ in config.ema_decays]
+        compiled = self.device.type == "cuda" if config.compile == "auto" else config.compile
+        self.velocity = torch.compile(self.model) if compiled else self.model
         scale = cache.store.feature_scale
         self.scale = None if scale is None else torch.from_numpy(scale).to(self.device)
+        self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            self.parameters,
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.store = CheckpointStore(self.work.path / "checkpoints", config.keep_checkpoints)
+        folder = self.work.path / "checkpoints"
+        self.store = CheckpointStore(folder, config.keep_checkpoints, config.keep_every)
+        self.saver = BackgroundSaver(self.store)
+        self.guard = DivergenceGuard([name for name, _ in self.model.named_parameters()], self._last_good)
         self.step = self._resume()
         self.log = MetricsLog(self.work.path, self.step)
+
+    @property
+    def models(self) -> dict[str, DiT]:
+        """The weights as trained and every average of them, by the names that people choose them by."""
+        return {RAW: self.model, **dict(zip(map(average_name, self.config.ema_decays), self.averages, strict=True))}
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """What latents are denormalised with."""
+        found = {"channel_mean": self.cache.channel_mean, "channel_std": self.cache.channel_std}
+        return {name: torch.from_numpy(values.copy()) for name, values in found.items()}
+
+    def _last_good(self) -> Location | None:
+        self.saver.wait()
+        return self.store.newest
 
     def _resume(self) -> int:
         saved = self.store.latest(self.progress.say)
         if saved is None:
             return 0
-        self.model.load_state_dict(saved.groups["model"])
-        self.ema.load_state_dict(saved.groups["ema"])
+        for name, model in self.models.items():
+            model.load_state_dict(saved.groups[name])
         restore_optimizer(self.optimizer, saved.groups["optimizer"])
         self.progress.say(f"resumed at step {saved.step}")
         return saved.step
 
     def _save(self) -> None:
-        groups = {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer),
-        }
+        self.guard.settle()
+        groups = {name: model.state_dict() for name, model in self.models.items()}
+        groups |= {"optimizer": optimizer_tensors(self.optimizer), "statistics": self.statistics}
+        values = {"grid": self.model.grid, "channels": self.model.in_channels, "class_names": self.cache.classes}
         self.log.flush()
-        self.store.save(Checkpoint(self.step, groups, {}))
+        self.saver.save(Checkpoint(self.step, groups, values))
 
     def train(self) -> None:
         """Steps until `config.steps`, with held-out loss, grids and checkpoints on the way."""
@@ -223,6 +211,8 @@ class _Trainer:
                     window = _Window()
                 self.progress.advance(1, note)
                 self._housekeeping(stop.seen)
+        self.guard.settle()
+        self.saver.wait()
 
     def _housekeeping(self, stopping: bool) -> None:
         config, step = self.config, self.step
@@ -230,38 +220,46 @@ class _Trainer:
             self.log.write(step, heldout_loss=value)
         if step % config.sample_every == 0 and step < config.steps:
             self.draw_grid()
+        self.saver.check()
         if step % config.checkpoint_every == 0 or stopping:
             self._save()
         if stopping and step < config.steps:
+            self.saver.wait()
             self.log.close()
             raise InterruptedRunError(
                 f"{self.work.path}: stopped at step {step} of {config.steps}; saved. The same command resumes."
             )
 
     def _train_step(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        config, step = self.config, self.step
+        """One update; mean loss and gradient norm, both () on the device: nothing here waits for it."""
+        config, step, size = self.config, self.step, len(tokens)
         set_learning_rate(self.optimizer, learning_rate(step, config.steps, config.learning_rate, config.schedule))
         self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for positions in np.array_split(np.arange(size), config.accumulate):
+            part = slice(int(positions[0]), int(positions[-1]) + 1)
+            losses = self._losses(tokens[part], labels[part], positions.tolist())
+            loss = losses.sum() / size  # so that micro-batches of any size add up to the mean over all
+            loss.backward()
+            total += loss.detach()
+        norms = gradient_norms(self.parameters)
+        self.guard.watch(step + 1, total, norms)
+        limit = config.clip_grad_norm if config.clip_grad_norm is not None else float("inf")
+        norm = clip_gradients(self.parameters, norms, limit)
+        self.optimizer.step()
+        update_averages(self.averages, config.ema_decays, self.model, step)
+        return total, norm
+
+    def _losses(self, tokens: Tensor, labels: Tensor, positions: list[int]) -> Tensor:
+        if self.device.type == "cuda":  # copies from pinned memory run beside the computation
+            tokens, labels = tokens.pin_memory(), labels.pin_memory()
         x1 = tokens.to(self.device, non_blocking=True).float()
         if self.scale is not None:  # int8 travels to the device, and becomes a feature there
             x1 = x1 * self.scale
-        rng = generator(config.seed, "step", step)
-        loss = _draw_loss(self.model, x1, labels, rng, config, drop=config.label_dropout).mean
-        require_finite({"loss": loss.item()}, step + 1, self.store)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        limit = config.clip_grad_norm if config.clip_grad_norm is not None else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        require_finite({"gradient norm": norm.item()}, step + 1, self.store)
-        self.optimizer.step()
-        self._average()
-        return loss.detach(), norm
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        averaged: list[Tensor] = list(self.ema.parameters())
-        current: list[Tensor] = list(self.model.parameters())
-        torch._foreach_lerp_(averaged, current, 1 - self.config.ema_decay)
+        labels = labels.to(self.device, non_blocking=True)
+        draws = draws_at(self.config.seed, self.step, positions, x1.shape[1], x1.shape[2], self.device)
+        return sample_losses(self.velocity, x1, labels, draws, self.config, null_label=self.model.null_label)
 
     def _record(self, loss: Tensor, norm: Tensor, window: _Window) -> str:
         config = self.config
@@ -278,58 +276,27 @@ class _Trainer:
         return f"loss {loss.item():.4f}  {rate:.2f} steps/s"
 
     def evaluate(self) -> float | None:
-        """Mean loss of the averaged weights on held-out rows, with noise and times that never change."""
-        value = heldout_loss(self.ema, self.cache, self.config, self.device)
+        """Mean loss of the first average of the weights on held-out rows, with noise and times that never change."""
+        value = heldout_loss(self.averages[0], self.cache, self.config, self.device)
         if value is not None:
             self.progress.say(f"step {self.step}: held-out loss {value:.4f}")
         return value
 
     def draw_grid(self) -> None:
-        """A sheet of samples from the averaged weights, where a decoder was given."""
+        """A sheet of samples from the first average of the weights, where a decoder was given."""
         if self.decode is None:
             return
         config = self.config
         settings = SamplerSettings(
-            config.sample_steps, 1.0, "euler", "constant", config.sample_shift, 0, config.precision, "ema"
+            config.sample_steps, 1.0, "euler", "constant", config.sample_shift, 0, config.precision, EMA
         )
-        latents = draw_latents(self.ema, range(GRID_SAMPLES), settings, self.device).cpu().numpy()
+        latents = draw_latents(self.averages[0], range(GRID_SAMPLES), settings, self.device).cpu().numpy()
         grid_shape = (len(latents), *self.cache.manifest.feature_shape)
         sheet = tile(self.decode(self.cache.denormalize(latents.reshape(grid_shape))), 8)
         folder = self.work.path / "samples"
         make_directory(folder)
         write_atomic(folder / f"step-{self.step:08d}.png", encode_png(sheet))
         self.log.image(self.step, "samples", sheet)
-
-
-def _draw_loss(
-    model: DiT, x1: Tensor, labels: Tensor, rng: torch.Generator, config: DiffusionSection, *, drop: float
-) -> FlowLoss:
-    """Noise, times and label dropout are drawn on the CPU from `rng`, the same on every device."""
-    count, device = len(x1), x1.device
-    z0 = torch.randn(x1.shape, generator=rng).to(device)
-    t = shift_time(torch.rand(count, generator=rng), config.time_shift).to(device)
-    draws = torch.rand(count, generator=rng)
-    if drop > 0:
-        labels = drop_labels(labels, draws, drop, model.null_label)
-    with autocast(device, config.precision):
-        return flow_loss(model, x1, z0, t, labels.to(device))
-
-
-@torch.no_grad()
-def heldout_loss(model: DiT, cache: FeatureCache, config: DiffusionSection, device: torch.device) -> float | None:
-    """Mean flow loss on the first `eval_rows` held-out rows, with noise and times that never change.
-
-    None where the cache has no held-out row.
-    """
-    held = np.flatnonzero(cache.valid & cache.heldout)[: config.eval_rows]
-    total, size = 0.0, config.batch_size
-    for start in range(0, len(held), size):
-        rows = held[start : start + size]
-        x1 = torch.from_numpy(cache.read(rows)).flatten(1, 2).to(device).float()
-        labels = torch.from_numpy(cache.labels[rows].astype(np.int64))
-        rng = generator(config.seed, "heldout", start)
-        total += float(_draw_loss(model, x1, labels, rng, config, drop=0.0).per_sample.sum())
-    return total / len(held) if len(held) else None
 
 
 @dataclass

@@ -126,7 +126,7 @@ TINY = {
         "learning_rate": 1.0e-3,
         "batch_size": 6,
         "steps": 12,
-        "ema_decay": 0.9,
+        "ema_decays": [0.9, 0.5],
         "clip_grad_norm": 1.0,
         "precision": "float32",
         "log_every": 1,

@@ -14,6 +14,7 @@ import pytest
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.recipe import builtin_names
+from svgpipe.pipeline.cli import main
 
 from .conftest import Finished, Outcome
 
@@ -28,8 +29,9 @@ def blocks(language: str) -> list[str]:
 def test_python_blocks_run_against_a_cache(finished: Finished, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(finished.root)
+    assert main(["export", str(finished.root / "diffusion"), str(tmp_path / "exported")]) == 0
     found = blocks("python")
-    assert len(found) == 2
+    assert len(found) == 3
     for code in found:
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
 

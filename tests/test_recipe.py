@@ -23,7 +23,7 @@ def test_xl_has_the_official_values() -> None:
     assert (recipe.diffusion.model.width, recipe.diffusion.model.depth, recipe.diffusion.model.heads) == (1152, 28, 16)
     assert (recipe.diffusion.batch_size, recipe.diffusion.learning_rate) == (256, 1e-4)
     assert (recipe.diffusion.time_shift, recipe.evaluation.time_shift) == (0.4, 0.15)
-    assert (recipe.diffusion.ema_decay, recipe.diffusion.label_dropout) == (0.9999, 0.1)
+    assert (recipe.diffusion.ema_decays, recipe.diffusion.label_dropout) == ((0.9999,), 0.1)
     assert recipe.autoencoder.decoder.ch_mult == (1, 1, 2, 2, 4)
 
 

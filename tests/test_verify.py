@@ -218,7 +218,7 @@ def test_repair_wants_the_inputs_that_the_cache_was_made_from(
         ("shards", "shard-000001.tar", "expected sha256"),
         ("shards", "shard-000002.parquet", "expected sha256"),
         ("autoencoder", "autoencoder.safetensors", "expected sha256"),
-        ("diffusion", "ema.safetensors", "expected sha256"),
+        ("diffusion", "ema-0.9.safetensors", "expected sha256"),
         ("evaluation", "report.json", "not the one that was published"),
         ("evaluation", "images/decoded-noise/shard-000000.tar", "not the images that were published"),
         ("cache", "manifest.json", "altered"),

@@ -1,0 +1,46 @@
+"""The flow loss of training and held-out rows, with everything random decided by row.
+
+Legend: B batch, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.recipe import DiffusionSection
+from svgpipe.models.dit import DiT
+from svgpipe.models.flow import Velocity, drop_labels, flow_loss, shift_time
+from svgpipe.stages.draws import Draws, draws_at
+from svgpipe.stages.training import autocast
+
+
+def sample_losses(
+    velocity: Velocity, x1: Tensor, labels: Tensor, draws: Draws, config: DiffusionSection, *, null_label: int | None
+) -> Tensor:
+    """(B,) float32 flow losses at latents (B,T,C) and labels (B,); labels are dropped where `null_label` is given."""
+    time = shift_time(draws.time, config.time_shift)
+    if null_label is not None and config.label_dropout > 0:
+        labels = drop_labels(labels, draws.drop, config.label_dropout, null_label)
+    with autocast(x1.device, config.precision):
+        return flow_loss(velocity, x1, draws.noise, time, labels).per_sample
+
+
+@torch.no_grad()
+def heldout_loss(model: DiT, cache: FeatureCache, config: DiffusionSection, device: torch.device) -> float | None:
+    """Mean flow loss on the first `eval_rows` held-out rows, with noise and times that never change.
+
+    None where the cache has no held-out row.
+    """
+    held = np.flatnonzero(cache.valid & cache.heldout)[: config.eval_rows]
+    tokens, channels = model.grid[0] * model.grid[1], model.in_channels
+    total, size = 0.0, -(-config.batch_size // config.accumulate)
+    for start in range(0, len(held), size):
+        rows = held[start : start + size]
+        x1 = torch.from_numpy(cache.read(rows)).flatten(1, 2).to(device).float()
+        labels = torch.from_numpy(cache.labels[rows].astype(np.int64)).to(device)
+        draws = draws_at(config.seed, "heldout", range(start, start + len(rows)), tokens, channels, device)
+        total += float(sample_losses(model, x1, labels, draws, config, null_label=None).sum())
+    return total / len(held) if len(held) else None

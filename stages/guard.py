@@ -1,0 +1,108 @@
+"""Notices a NaN or an infinity without making a step wait for the device."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svgpipe.manifests.errors import DivergedError
+from svgpipe.manifests.storage import Location
+
+LOSSES_KEPT, NAMED = 5, 3
+
+
+@dataclass(frozen=True)
+class _Watched:
+    step: int
+    values: Tensor  # (1 + parameters,) on the CPU: loss, gradient norms
+    arrived: torch.cuda.Event | None
+
+
+class DivergenceGuard:
+    """Watches the loss and every parameter's gradient norm.
+
+    On the CPU a step is judged before it is applied. On CUDA the numbers travel to the CPU beside the next step, which
+    judges them: one bad update may be applied, but nothing is saved before `settle` has judged all.
+    """
+
+    def __init__(self, names: Sequence[str], last_good: Callable[[], Location | None]) -> None:
+        """`names` of the parameters, in the order of the norms; `last_good` tells where the last saved state lies."""
+        self.names, self.last_good = list(names), last_good
+        self._finite: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)
+        self._pending: _Watched | None = None
+
+    def watch(self, step: int, loss: Tensor, norms: Tensor) -> None:
+        """Take the () loss and the (parameters,) gradient norms of `step`, counted from 1.
+
+        Raises:
+            DivergedError: this step's values, or on CUDA the last one's, are not finite.
+        """
+        values = torch.cat([loss.detach().reshape(1).float(), norms.detach().float()])
+        self.settle()
+        if values.device.type != "cuda":
+            self._pending = _Watched(step, values, None)
+            self.settle()
+            return
+        landing = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        landing.copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._pending = _Watched(step, landing, arrived)
+
+    def settle(self) -> None:
+        """Judge what is still on its way. Raises DivergedError."""
+        watched, self._pending = self._pending, None
+        if watched is None:
+            return
+        if watched.arrived is not None:
+            watched.arrived.synchronize()
+        finite = torch.isfinite(watched.values).tolist()
+        loss = float(watched.values[0])
+        if all(finite):
+            self._finite.append((watched.step, loss))
+            return
+        bad = [name for name, good in zip(self.names, finite[1:], strict=True) if not good]
+        raise DivergedError(
+            f"training diverged at step {watched.step}: the loss is {loss:.4g}{self._gradients(bad)}. "
+            f"{self._history()}{self._saved()} Lower the learning rate, clip gradients, or train in float32, "
+            "in a new --out."
+        )
+
+    def _gradients(self, bad: list[str]) -> str:
+        if not bad:
+            return ""
+        more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+        names = ", ".join(bad[:NAMED]) + more
+        return f", and {len(bad)} of {len(self.names)} parameters have no finite gradient: {names}"
+
+    def _history(self) -> str:
+        if not self._finite:
+            return "No step before it was finite. "
+        return "The last finite losses: " + ", ".join(f"{loss:.4g} (step {step})" for step, loss in self._finite) + ". "
+
+    def _saved(self) -> str:
+        newest = self.last_good()
+        return "No checkpoint had been saved yet." if newest is None else f"The last good checkpoint is {newest}."
+
+
+def gradient_norms(parameters: Sequence[Tensor]) -> Tensor:
+    """(parameters,) L2 norms of the gradients, one launch for all; 0 for a parameter without a gradient."""
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    return torch.stack(torch._foreach_norm(gradients))
+
+
+def clip_gradients(parameters: Sequence[Tensor], norms: Tensor, limit: float) -> Tensor:
+    """Scale all gradients so that their common norm is at most `limit`; returns the norm before, on the device.
+
+    As torch.nn.utils.clip_grad_norm_, from norms that are known already.
+    """
+    total = torch.linalg.vector_norm(norms)
+    if math.isfinite(limit):
+        factor = torch.clamp(limit / (total + 1e-6), max=1.0)
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+    return total

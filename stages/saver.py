@@ -1,0 +1,49 @@
+"""Checkpoints written beside the training, which waits only for a copy in memory."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from torch import Tensor
+
+from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
+from svgpipe.manifests.storage import Location
+
+
+class BackgroundSaver:
+    """Writes one checkpoint at a time in a thread; what goes wrong there is raised by the next call."""
+
+    def __init__(self, store: CheckpointStore) -> None:
+        self.store = store
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="svgpipe-checkpoint")
+        self._writing: Future[Location] | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Copy the tensors to the CPU and begin to write; waits for the checkpoint before, if it is not done.
+
+        Raises:
+            OSError, SvgpipeError: the checkpoint before could not be written.
+        """
+        self.wait()
+        groups = {name: {k: _copy(v) for k, v in group.items()} for name, group in checkpoint.groups.items()}
+        self._writing = self._pool.submit(self.store.save, Checkpoint(checkpoint.step, groups, checkpoint.values))
+
+    def check(self) -> None:
+        """Raise what went wrong, if that is known already."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on disk. Raises what went wrong."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written be finished, whatever becomes of it, and end the thread."""
+        self._pool.shutdown(wait=True)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """On the CPU, in memory of its own: training goes on changing the original."""
+    return tensor.detach().to("cpu", copy=True)

@@ -1,0 +1,117 @@
+"""What a training step is made of: draws by sample, averages, the guard, clipping, checkpoints in the background."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
+from svgpipe.manifests.errors import ArtifactError, DivergedError
+from svgpipe.manifests.manifest import read_json
+from svgpipe.models.averages import new_average, update_averages, warmed_decay
+from svgpipe.stages.draws import draws_at
+from svgpipe.stages.guard import DivergenceGuard, clip_gradients, gradient_norms
+from svgpipe.stages.saver import BackgroundSaver
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**40), st.integers(0, 10**7), st.lists(st.integers(0, 300), min_size=1, max_size=9))
+def test_what_a_sample_meets_does_not_depend_on_its_company(seed: int, step: int, positions: list[int]) -> None:
+    cpu = torch.device("cpu")
+    together = draws_at(seed, step, positions, 4, 3, cpu)
+    for i, position in enumerate(positions):
+        alone = draws_at(seed, step, [position], 4, 3, cpu)
+        assert torch.equal(alone.noise[0], together.noise[i])
+        assert (alone.time[0], alone.drop[0]) == (together.time[i], together.drop[i])
+
+
+def test_draws_are_normal_uniform_and_differ_between_steps() -> None:
+    found = draws_at(3, 5, range(400), 16, 8, torch.device("cpu"))
+    assert abs(found.noise.mean().item()) < 0.02
+    assert found.noise.std().item() == pytest.approx(1, abs=0.02)
+    for values in (found.time, found.drop):
+        assert torch.histc(values, 4, 0, 1).min() > 60
+    assert abs(np.corrcoef(found.time, found.drop)[0, 1]) < 0.15
+    assert abs(np.corrcoef(found.time, found.noise[:, 0, 0])[0, 1]) < 0.15
+    assert not torch.equal(found.noise, draws_at(3, 6, range(400), 16, 8, torch.device("cpu")).noise)
+
+
+def test_averages_forget_the_initial_weights() -> None:
+    """Closed form for weights that jump from 0 to 1 and stay: what is left of 0 is the product of the decays."""
+    assert [warmed_decay(0.9999, n) for n in (0, 8, 10**6)] == [0.1, 0.5, 0.9999]
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    averages, decays = [new_average(model) for _ in range(2)], (0.9999, 0.5)
+    torch.nn.init.ones_(model.weight)
+    left = np.ones(2)
+    for n in range(200):
+        update_averages(averages, decays, model, n)
+        left *= [warmed_decay(decay, n) for decay in decays]
+    found = [1 - average.weight.item() for average in averages]
+    np.testing.assert_allclose(found, left, atol=1e-6)
+    assert found[0] < 1e-3  # without warm-up 0.98 of the initial weights would be left
+
+
+@pytest.mark.parametrize(
+    ("keep", "every", "kept"), [(2, None, [40, 44]), (1, 12, [12, 24, 36, 44]), (3, 20, [20, 36, 40, 44])]
+)
+def test_which_checkpoints_are_kept(tmp_path: Path, keep: int, every: int | None, kept: list[int]) -> None:
+    store = CheckpointStore(tmp_path, keep, every)
+    for step in range(4, 48, 4):
+        store.save(Checkpoint(step, {"raw": {"w": torch.full((2,), float(step))}}, {}))
+    assert sorted(int(path.name[5:]) for path in tmp_path.glob("step-*")) == kept
+    assert [entry["step"] for entry in read_json(tmp_path / "latest.json")["checkpoints"]] == kept
+    newest = store.latest(print)
+    assert newest is not None
+    assert newest.groups["raw"]["w"].tolist() == [44, 44]
+
+
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+    """Training goes on changing the weights while the thread writes them."""
+    store = CheckpointStore(tmp_path)
+    saver, weights = BackgroundSaver(store), torch.zeros(1_000_000)
+    saver.save(Checkpoint(1, {"raw": {"w": weights}}, {}))
+    weights += 1
+    saver.wait()
+    saved = store.latest(print)
+    assert saved is not None
+    assert not saved.groups["raw"]["w"].any()
+    (tmp_path / "latest.json").unlink()
+    (tmp_path / "latest.json").mkdir()  # what cannot be written is told by the next call
+    saver.save(Checkpoint(2, {"raw": {"w": weights}}, {}))
+    with pytest.raises((OSError, ArtifactError)):
+        saver.wait()
+    saver.close()
+
+
+def test_the_guard_names_losses_and_parameters(tmp_path: Path) -> None:
+    guard = DivergenceGuard(["blocks.0.weight", "blocks.1.weight"], lambda: tmp_path / "step-00000002")
+    for step in range(1, 8):
+        guard.watch(step, torch.tensor(0.5), torch.tensor([1.0, 2.0]))
+    with pytest.raises(DivergedError) as error:
+        guard.watch(8, torch.tensor(float("nan")), torch.tensor([1.0, float("inf")]))
+    text = str(error.value)
+    assert "diverged at step 8: the loss is nan, and 1 of 2 parameters have no finite gradient: blocks.1.weight" in text
+    assert "0.5 (step 3), 0.5 (step 4), 0.5 (step 5), 0.5 (step 6), 0.5 (step 7)" in text
+    assert "The last good checkpoint is" in text
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e9])
+def test_clipping_is_torchs(limit: float) -> None:
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.zeros(3, 4)), torch.nn.Parameter(torch.zeros(5))]
+    for parameter in ours:
+        parameter.grad = torch.randn_like(parameter)
+    theirs = [torch.nn.Parameter(torch.zeros_like(p)) for p in ours]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.grad is not None
+        other.grad = mine.grad.clone()
+    norm = clip_gradients(ours, gradient_norms(ours), limit)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, limit))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
