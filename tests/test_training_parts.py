@@ -15,6 +15,7 @@ from svgpipe.manifests.errors import ArtifactError, DivergedError
 from svgpipe.manifests.manifest import read_json
 from svgpipe.models.averages import new_average, update_averages, warmed_decay
 from svgpipe.stages.draws import draws_at
+from svgpipe.stages.gauges import LossByTime
 from svgpipe.stages.guard import DivergenceGuard, clip_gradients, gradient_norms
 from svgpipe.stages.saver import BackgroundSaver
 
@@ -99,6 +100,13 @@ def test_the_guard_names_losses_and_parameters(tmp_path: Path) -> None:
     assert "diverged at step 8: the loss is nan, and 1 of 2 parameters have no finite gradient: blocks.1.weight" in text
     assert "0.5 (step 3), 0.5 (step 4), 0.5 (step 5), 0.5 (step 6), 0.5 (step 7)" in text
     assert "The last good checkpoint is" in text
+
+
+def test_losses_fall_into_the_bucket_of_their_time() -> None:
+    gauge = LossByTime(torch.device("cpu"))
+    gauge.add(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.0, 0.05, 1.0]))
+    gauge.add(torch.tensor([7.0]), torch.tensor([0.5]))
+    assert gauge.means() == {"loss_t0": 2.0, "loss_t9": 5.0, "loss_t5": 7.0}
 
 
 @pytest.mark.parametrize("limit", [0.5, 1e9])
