@@ -1,0 +1,185 @@
+"""What the cache is worth in training: steps from it against steps from memory, and against encoding at every step.
+
+    .venv/bin/python -m tests.benchmarks.train [--turns 8]
+
+DiT-S on 16x16x392, batch 8, DINOv3 ViT-S/16+ at 256 pixels with both branches for what encodes (random weights: speed
+does not depend on them), CPU or whatever GPU is there. In turns, within one run, each step of the same trainer:
+
+- memory: the batch is a tensor already, the limit;
+- cache: read ahead from the feature cache by tensorstore, as `train-diffusion` does;
+- online: eight JPEGs are decoded and encoded first, at the same precision, as the official loop does at every step;
+- official: that loop in float32, as the official code runs it.
+
+Medians. Data wait is the time that a step from the cache waits for its batch. Peak memory is that of one step of 32
+samples in a process of its own, with and without activation checkpointing. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.recipe import DiffusionSection, Recipe, load_recipe
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.pipeline.cluster import connected
+from svgpipe.stages.cache_batches import CacheBatches
+from svgpipe.stages.encode_units import EncodeUnits
+from svgpipe.stages.extract import extract
+from svgpipe.stages.flow_trainer import FlowTrainer
+from svgpipe.stages.gauges import peak_memory
+from svgpipe.stages.images import RGBArray
+from svgpipe.stages.shard import shard
+from svgpipe.stages.streaming import load_images
+from svgpipe.stages.train_autoencoder import train_autoencoder
+from svgpipe.stages.training import pick_device
+from svgpipe.stages.units import Resources
+
+from .extract import write_images
+
+BATCH, IMAGES, PEAK_BATCH = 8, 64, 32
+OVERRIDES = [
+    "autoencoder.backbone.weights=random",
+    "autoencoder.perceptual.weight=0",
+    "autoencoder.discriminator.enabled=false",
+    "autoencoder.steps=0",
+    "autoencoder.calibration_images=8",
+    "autoencoder.eval_images=1",
+    "extract.unit_rows=32",
+    "extract.batch_size=32",
+    "extract.calibration_images=32",
+    "extract.precision=bfloat16",
+    "extract.views=[original]",
+    f"diffusion.batch_size={BATCH}",
+]
+
+
+def trainer_of(config: DiffusionSection) -> FlowTrainer:
+    return FlowTrainer(
+        config, pick_device(), grid=(16, 16), channels=392, num_classes=4, scale=None, last_good=lambda: None
+    )
+
+
+def finished() -> None:
+    """On a GPU a step is over when the device has done it, on the CPU anyway."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_of_one_step(recompute: bool) -> None:
+    """Print the peak memory of this process, in bytes, before the step and after it."""
+    config = DiffusionSection(batch_size=PEAK_BATCH, activation_checkpointing=recompute)
+    trainer, device = trainer_of(config), pick_device()
+    before = peak_memory(device)
+    trainer(0, torch.randn(PEAK_BATCH, 256, 392).half(), torch.zeros(PEAK_BATCH, dtype=torch.int64))
+    finished()
+    print(json.dumps([before, peak_memory(device)]))
+
+
+def peaks() -> dict[str, float]:
+    found = {}
+    for name, recompute in (("all held", "0"), ("checkpointed", "1")):
+        command = [sys.executable, "-m", "tests.benchmarks.train", "--peak", recompute]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[name] = json.loads(done.stdout.splitlines()[-1])[1] / 1e9
+    return found
+
+
+def prepare(root: Path, recipe: Recipe) -> tuple[FeatureCache, ShardSet]:
+    shard(write_images(root / "images", IMAGES), root / "shards", recipe.shard)
+    shards = ShardSet.open(root / "shards")
+    train_autoencoder(shards, root / "autoencoder", recipe.autoencoder)
+    with connected():
+        extract(shards, root / "autoencoder", root / "cache", recipe.extract)
+    return FeatureCache(root / "cache"), shards
+
+
+class Online:
+    """Batches as the official loop has them: images are decoded and encoded at every step."""
+
+    def __init__(self, root: Path, shards: ShardSet, cache: FeatureCache, recipe: Recipe, precision: str) -> None:
+        self.shards, self.labels = shards, torch.from_numpy(cache.labels.astype(np.int64))
+        statistics = (cache.channel_mean, cache.channel_std)
+        threads = Resources().threads
+        self.encoder = EncodeUnits(root / "autoencoder", BATCH, precision, False, threads, *statistics)  # type: ignore[arg-type]
+        self.rng = np.random.default_rng(0)
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        rows = self.rng.integers(0, len(self.shards), BATCH)
+        pixels: RGBArray = load_images(self.shards, [int(row) for row in rows], 256)
+        features = torch.from_numpy(self.encoder.encode(pixels)[:, 0])
+        return features.flatten(1, 2), self.labels[rows]
+
+
+def measure(root: Path, turns: int) -> tuple[dict[str, float], float]:
+    """Median seconds per step of each way, and the share that the cache's steps waited for data."""
+    recipe = load_recipe(None, OVERRIDES)
+    cache, shards = prepare(root, recipe)
+    config = recipe.diffusion
+    half, full = trainer_of(config), trainer_of(config.model_copy(update={"precision": "float32"}))
+    stream = iter(CacheBatches(cache, np.flatnonzero(cache.valid), config, 0))
+    held = [next(stream) for _ in range(4)]
+    online, official = (Online(root, shards, cache, recipe, name) for name in ("bfloat16", "float32"))
+    waits: list[float] = []
+
+    def from_cache() -> tuple[Tensor, Tensor]:
+        started = time.perf_counter()
+        batch = next(stream)
+        waits.append(time.perf_counter() - started)
+        return batch
+
+    ways: dict[str, tuple[FlowTrainer, Callable[[], tuple[Tensor, Tensor]]]] = {
+        "memory": (half, lambda: held[len(waits) % len(held)]),
+        "cache": (half, from_cache),
+        "online": (half, online),
+        "official": (full, official),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(turns + 1):
+        for name, (trainer, batch) in ways.items():
+            started = time.perf_counter()
+            trainer(turn, *batch())
+            finished()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    medians = {name: float(np.median(values)) for name, values in seconds.items()}
+    return medians, float(np.sum(waits[1:]) / np.sum(seconds["cache"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--peak", choices=("0", "1"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        peak_of_one_step(arguments.peak == "1")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        medians, wait = measure(Path(folder), arguments.turns)
+    for name, value in medians.items():
+        print(f"{name:10}{value:8.3f} s per step of {BATCH}{BATCH / value:10.2f} samples/s")
+    memory = peaks()
+    for name, value in memory.items():
+        print(f"one step of {PEAK_BATCH}, activations {name}: {value:.2f} GB")
+    ratios = {
+        "cache_over_memory": medians["memory"] / medians["cache"],
+        "cache_over_online": medians["online"] / medians["cache"],
+        "cache_over_official": medians["official"] / medians["cache"],
+        "data_wait_share": wait,
+        "checkpointed_over_held": memory["checkpointed"] / memory["all held"],
+    }
+    print(json.dumps({name: round(value, 4) for name, value in ratios.items()}))
+
+
+if __name__ == "__main__":
+    main()
