@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,21 +68,24 @@ def run_units(
     context.print_on_execution_start = False
     context.issue_detectors_config.detectors = []  # advice on memory hints, in the middle of the progress bar
     # The different fractions keep Ray from fusing the three into one actor, where reading would wait for encoding.
-    dataset = (
-        ray.data.from_items(list(items), override_num_blocks=len(items))
-        .map(_Guarded(read), num_cpus=READ_CPUS, ray_remote_args_fn=lambda: {"max_retries": RETRIES})
-        .map(
-            _GuardedWorker,
-            fn_constructor_kwargs={"worker": worker, "args": dict(worker_args)},
-            num_cpus=cpus,
-            num_gpus=resources.gpus_per_worker or None,
-            ray_remote_args_fn=lambda: {"max_task_retries": RETRIES},
-            compute=ray.data.ActorPoolStrategy(
-                size=resources.num_workers, max_concurrent_calls_per_actor=calls_per_actor
-            ),
+    with warnings.catch_warnings():
+        # Ray deprecates what limits retries before there is anything in its place.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        dataset = (
+            ray.data.from_items(list(items), override_num_blocks=len(items))
+            .map(_Guarded(read), num_cpus=READ_CPUS, ray_remote_args_fn=lambda: {"max_retries": RETRIES})
+            .map(
+                _GuardedWorker,
+                fn_constructor_kwargs={"worker": worker, "args": dict(worker_args)},
+                num_cpus=cpus,
+                num_gpus=resources.gpus_per_worker or None,
+                ray_remote_args_fn=lambda: {"max_task_retries": RETRIES},
+                compute=ray.data.ActorPoolStrategy(
+                    size=resources.num_workers, max_concurrent_calls_per_actor=calls_per_actor
+                ),
+            )
+            .map(_Guarded(write), num_cpus=WRITE_CPUS, ray_remote_args_fn=lambda: {"max_retries": RETRIES})
         )
-        .map(_Guarded(write), num_cpus=WRITE_CPUS, ray_remote_args_fn=lambda: {"max_retries": RETRIES})
-    )
     try:
         for row in dataset.iter_rows():
             if "error" in row:
