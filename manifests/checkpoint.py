@@ -150,8 +150,8 @@ class CheckpointStore:
     @property
     def newest(self) -> Location | None:
         """Folder of the newest published checkpoint."""
-        entries = self._listed()
-        return self.directory / entries[-1]["folder"] if entries else None
+        entry = self.entry(None)
+        return None if entry is None else self.directory / entry["folder"]
 
     def save(self, checkpoint: Checkpoint) -> Location:
         """Write and publish a checkpoint, then remove those that need not be kept."""
@@ -164,8 +164,9 @@ class CheckpointStore:
             for group, tensors in checkpoint.groups.items()
         }
         entry = {"step": checkpoint.step, "folder": name, "files": hashes, "values": checkpoint.values}
-        entries = [e for e in self._listed() if e["step"] < checkpoint.step]
-        entries = [e for e in entries[: -self.keep + 1 or None] if self._for_ever(e)] + [*entries, entry][-self.keep :]
+        entries = [*(e for e in self._listed() if e["step"] < checkpoint.step), entry]
+        newest = entries[-self.keep :]
+        entries = [e for e in entries if e in newest or self._for_ever(e)]
         write_json(self.directory / "latest.json", {"checkpoints": entries})
         kept = {e["folder"] for e in entries}
         for old in children(self.directory):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,17 +65,12 @@ def unit_record(store: FeatureStore, journal: Journal, unit: int) -> Json:
     return record
 
 
-def unit_records(store: FeatureStore, journal: Journal, units: Sequence[int]) -> list[Json | None]:
-    """`unit_record` of each, None where it raises; many at a time, since an object store answers slowly."""
-
-    def look(unit: int) -> Json | None:
-        try:
-            return unit_record(store, journal, unit)
-        except ArtifactError:
-            return None
-
-    with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
-        return list(pool.map(look, units))
+def find_record(store: FeatureStore, journal: Journal, unit: int) -> Json | None:
+    """`unit_record`, or None where it raises."""
+    try:
+        return unit_record(store, journal, unit)
+    except ArtifactError:
+        return None
 
 
 def take_stock(store: FeatureStore, journal: Journal) -> dict[int, Json]:
@@ -83,7 +79,9 @@ def take_stock(store: FeatureStore, journal: Journal) -> dict[int, Json]:
     A record may outlive its shard file: after a disk was restored in part, or a clean-up by hand.
     """
     named = sorted(unit for unit in journal.finished() if unit < store.spec.num_units)
-    found = dict(zip(named, unit_records(store, journal, named), strict=True))
+    # Many at a time, since an object store answers slowly.
+    with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+        found = dict(zip(named, pool.map(partial(find_record, store, journal), named), strict=True))
     for unit, record in found.items():
         if record is None:
             journal.forget(unit)

@@ -16,7 +16,7 @@ from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import absolute
 from svgpipe.manifests.store import FeatureStore
-from svgpipe.stages.cache_output import unit_records, write_unit
+from svgpipe.stages.cache_output import find_record, write_unit
 from svgpipe.stages.images import RejectedImageError, centre_crop, decode_image, to_array
 from svgpipe.stages.moments import Moments
 from svgpipe.stages.timings import Stopwatch
@@ -74,7 +74,7 @@ class WriteUnit:
     def __call__(self, row: Row) -> Row:
         unit, features = int(row["unit"]), np.ascontiguousarray(row["features"])
         store, journal = FeatureStore(self.path, self.spec), Journal(self.journal_path)
-        if unit_records(store, journal, [unit]) != [None]:
+        if find_record(store, journal, unit) is not None:
             # Ray has run the task twice, after a node seemed lost: the first one's bytes are on record.
             return {"unit": unit, "rejects": row["rejects"], "timings": row["timings"]}
         watch = write_unit(store, journal, unit, features, json.loads(row["rejects"]))

@@ -21,7 +21,7 @@ from svgpipe.models.dit import DiT
 from svgpipe.models.flow import shift_time
 from svgpipe.stages.draws import draws_at
 from svgpipe.stages.flow_losses import sample_losses
-from svgpipe.stages.guard import DivergenceGuard, clip_gradients, gradient_norms
+from svgpipe.stages.guard import DivergenceGuard, gradient_norms
 from svgpipe.stages.sampling import build_dit
 from svgpipe.stages.training import learning_rate, optimizer_tensors, restore_optimizer, seed_of, set_learning_rate
 
@@ -111,8 +111,9 @@ class FlowTrainer:
         per_sample = torch.cat(losses)
         loss, norms = per_sample.mean(), gradient_norms(self.parameters)
         self.guard.watch(step + 1, loss, norms)
-        limit = config.clip_grad_norm if config.clip_grad_norm is not None else float("inf")
-        norm = clip_gradients(self.parameters, norms, limit)
+        norm = torch.linalg.vector_norm(norms)
+        if config.clip_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, config.clip_grad_norm, norm)
         self.optimizer.step()
         update_averages(self.averages, config.ema_decays, self.model, step)
         return Step(loss, norm, per_sample, torch.cat(times))

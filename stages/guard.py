@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -94,15 +93,3 @@ def gradient_norms(parameters: Sequence[Tensor]) -> Tensor:
     """(parameters,) L2 norms of the gradients, one launch for all; 0 for a parameter without a gradient."""
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     return torch.stack(torch._foreach_norm(gradients))
-
-
-def clip_gradients(parameters: Sequence[Tensor], norms: Tensor, limit: float) -> Tensor:
-    """Scale all gradients so that their common norm is at most `limit`; returns the norm before, on the device.
-
-    As torch.nn.utils.clip_grad_norm_, from norms that are known already.
-    """
-    total = torch.linalg.vector_norm(norms)
-    if math.isfinite(limit):
-        factor = torch.clamp(limit / (total + 1e-6), max=1.0)
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
-    return total

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,26 +25,27 @@ time.sleep(60)
 """
 
 
-def hold_elsewhere(folder: Path) -> subprocess.Popen[str]:
-    """Another process that holds the lock until it is killed."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline().strip() == "held"
-    return process
+@contextmanager
+def held_elsewhere(folder: Path) -> Iterator[int]:
+    """The number of another process that holds the lock; at the end of the block it is killed."""
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "held"
+        try:
+            yield process.pid
+        finally:
+            process.kill()
 
 
 def test_a_living_owner_is_respected_and_named_and_a_killed_one_is_not(tmp_path: Path) -> None:
-    process = hold_elsewhere(tmp_path)
-    try:
-        with pytest.raises(BusyError, match=rf"in use by process {process.pid} of .* last sign of life \d+ s ago"):
-            Lock(tmp_path)
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+    with (
+        held_elsewhere(tmp_path) as pid,
+        pytest.raises(BusyError, match=rf"in use by process {pid} of .* last sign of life \d+ s ago"),
+    ):
+        Lock(tmp_path)
     with locked(tmp_path):
-        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] != process.pid
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] != pid
     assert not list(tmp_path.iterdir())
 
 
@@ -119,23 +122,17 @@ def test_a_store_out_of_reach_ends_the_run_only_when_others_may_think_it_dead(
 
 
 def test_a_process_that_proc_hides_is_not_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    process = hold_elsewhere(tmp_path)
-    try:
+    with held_elsewhere(tmp_path) as pid:
         real = Path.read_text
 
         def hidden(path: Path, *options: str) -> str:
-            if str(path) == f"/proc/{process.pid}/stat":
+            if str(path) == f"/proc/{pid}/stat":
                 raise PermissionError
             return real(path, *options)
 
         monkeypatch.setattr(Path, "read_text", hidden)
         with pytest.raises(BusyError):
             Lock(tmp_path)
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
     with locked(tmp_path):
         pass
 

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
 from svgpipe.manifests.errors import ArtifactError, DivergedError
 from svgpipe.manifests.manifest import read_json
+from svgpipe.manifests.recipe import DiffusionSection, DiTSection
 from svgpipe.models.averages import new_average, update_averages, warmed_decay
 from svgpipe.stages.draws import draws_at
+from svgpipe.stages.flow_trainer import FlowTrainer
 from svgpipe.stages.gauges import LossByTime
-from svgpipe.stages.guard import DivergenceGuard, clip_gradients, gradient_norms
+from svgpipe.stages.guard import DivergenceGuard, gradient_norms
 from svgpipe.stages.saver import BackgroundSaver
 
 
@@ -109,17 +111,31 @@ def test_losses_fall_into_the_bucket_of_their_time() -> None:
     assert gauge.means() == {"loss_t0": 2.0, "loss_t9": 5.0, "loss_t5": 7.0}
 
 
-@pytest.mark.parametrize("limit", [0.5, 1e9])
-def test_clipping_is_torchs(limit: float) -> None:
+def test_gradient_norms_are_torchs() -> None:
     torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.zeros(3, 4)), torch.nn.Parameter(torch.zeros(5))]
-    for parameter in ours:
+    parameters = [
+        torch.nn.Parameter(torch.zeros(3, 4)),
+        torch.nn.Parameter(torch.zeros(5)),
+        torch.nn.Parameter(torch.ones(2)),
+    ]
+    for parameter in parameters[:2]:
         parameter.grad = torch.randn_like(parameter)
-    theirs = [torch.nn.Parameter(torch.zeros_like(p)) for p in ours]
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine.grad is not None
-        other.grad = mine.grad.clone()
-    norm = clip_gradients(ours, gradient_norms(ours), limit)
-    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, limit))
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.grad, other.grad)
+    norms = gradient_norms(parameters)
+    assert norms[2] == 0
+    expected = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    torch.testing.assert_close(torch.linalg.vector_norm(norms), expected)
+
+
+@pytest.mark.parametrize("limit", [0.01, 1e9, None])
+def test_gradients_are_clipped_as_the_recipe_says(limit: float | None) -> None:
+    config = DiffusionSection(
+        model=DiTSection(width=32, depth=1, heads=2), batch_size=4, precision="float32", clip_grad_norm=limit
+    )
+    trainer = FlowTrainer(
+        config, torch.device("cpu"), grid=(2, 2), channels=3, num_classes=2, scale=None, last_good=lambda: None
+    )
+    step = trainer(0, torch.randn(4, 4, 3), torch.tensor([0, 1, 0, 1]))
+    left = torch.linalg.vector_norm(gradient_norms(trainer.parameters))
+    assert step.grad_norm > 0.01
+    expected = torch.tensor(0.01) if limit == 0.01 else step.grad_norm
+    torch.testing.assert_close(left, expected, rtol=1e-3, atol=0)

@@ -34,6 +34,17 @@ from svgpipe.stages.train_autoencoder import train_autoencoder
 from svgpipe.stages.units import Resources
 
 UNIT = 32
+# An autoencoder of random weights, and a short calibration: speed does not depend on either.
+UNTRAINED = [
+    "autoencoder.backbone.weights=random",
+    "autoencoder.perceptual.weight=0",
+    "autoencoder.discriminator.enabled=false",
+    "autoencoder.steps=0",
+    "autoencoder.calibration_images=8",
+    "autoencoder.eval_images=1",
+    "extract.calibration_images=32",
+    "extract.precision=bfloat16",
+]
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 
 
@@ -76,21 +87,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=256)
     count = parser.parse_args().images
-    recipe = load_recipe(
-        None,
-        [
-            "autoencoder.backbone.weights=random",
-            "autoencoder.perceptual.weight=0",
-            "autoencoder.discriminator.enabled=false",
-            "autoencoder.steps=0",
-            "autoencoder.calibration_images=8",
-            "autoencoder.eval_images=1",
-            f"extract.unit_rows={UNIT}",
-            f"extract.batch_size={UNIT}",
-            "extract.calibration_images=32",
-            "extract.precision=bfloat16",
-        ],
-    )
+    more = [f"extract.unit_rows={UNIT}", f"extract.batch_size={UNIT}"]
+    recipe = load_recipe(None, [*UNTRAINED, *more])
     resources = Resources(gpus_per_worker=float(torch.cuda.is_available()))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -45,20 +45,12 @@ from svgpipe.stages.train_autoencoder import train_autoencoder
 from svgpipe.stages.training import pick_device
 from svgpipe.stages.units import Resources
 
-from .extract import write_images
+from .extract import UNTRAINED, write_images
 
 BATCH, IMAGES, PEAK_BATCH = 8, 64, 32
 OVERRIDES = [
-    "autoencoder.backbone.weights=random",
-    "autoencoder.perceptual.weight=0",
-    "autoencoder.discriminator.enabled=false",
-    "autoencoder.steps=0",
-    "autoencoder.calibration_images=8",
-    "autoencoder.eval_images=1",
     "extract.unit_rows=32",
     "extract.batch_size=32",
-    "extract.calibration_images=32",
-    "extract.precision=bfloat16",
     "extract.views=[original]",
     f"diffusion.batch_size={BATCH}",
 ]
@@ -123,7 +115,7 @@ class Online:
 
 def measure(root: Path, turns: int) -> tuple[dict[str, float], float]:
     """Median seconds per step of each way, and the share that the cache's steps waited for data."""
-    recipe = load_recipe(None, OVERRIDES)
+    recipe = load_recipe(None, [*UNTRAINED, *OVERRIDES])
     cache, shards = prepare(root, recipe)
     config = recipe.diffusion
     half, full = trainer_of(config), trainer_of(config.model_copy(update={"precision": "float32"}))
