@@ -276,7 +276,8 @@ class WorkDir(Generic[M]):
             elif _holds_nothing(path):
                 write_json(path / PLAN_NAME, plan)
             else:
-                self._require_equal(read_json(path / PLAN_NAME), plan, f"{kind.NOUN}, half made,")
+                what = "Use the recipe and options that it was begun with, or give another --out."
+                self._require_equal(read_json(path / PLAN_NAME), plan, f"{kind.NOUN}, half made, that was begun", what)
             remove_partials(path)
         except BaseException:
             self.close()
@@ -305,17 +306,19 @@ class WorkDir(Generic[M]):
         done = kind.read(self.path)
         found = {"kind": done.kind, "config": done.config}
         found["inputs"] = {name: ref.fingerprint for name, ref in done.inputs.items()}
-        self._require_equal(found, plan, f"{kind.NOUN} (fingerprint {done.fingerprint[:12]})")
+        what = "Use the recipe and options that it was made with (did you forget --recipe?), or give another --out."
+        noun = f"a finished {kind.NOUN.split(' ', 1)[1]} (fingerprint {done.fingerprint[:12]}) that was made"
+        self._require_equal(found, plan, noun, what)
         self.finished = done
         return True
 
-    def _require_equal(self, found: Json, plan: Json, noun: str) -> None:
+    def _require_equal(self, found: Json, plan: Json, noun: str, what_to_do: str) -> None:
         lines = differing_fields(found, plan)
         if lines:
             raise MismatchError(
-                f"{self.path}: holds {noun} that was begun otherwise (there {digest(found)[:12]}, here "
-                f"{digest(plan)[:12]}).\n  " + "\n  ".join(lines) + "\nGive another --out, or delete "
-                "this directory to make it anew."
+                f"{self.path}: holds {noun} otherwise (there {digest(found)[:12]}, here {digest(plan)[:12]}).\n  "
+                + "\n  ".join(lines)
+                + f"\n{what_to_do}"
             )
 
     @property

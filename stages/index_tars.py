@@ -108,7 +108,11 @@ def index_tars(
 
 
 def _require_plain_tar(tar: Location) -> int:
+    if tar.is_dir():
+        raise UsageError(f"{tar}: expected a tar, found a folder. Name its tars, as in '{tar}/{{0000..0099}}.tar'.")
     size = file_size(tar)
+    if size is None and "*" in str(tar):
+        raise UsageError(f"{tar}: '*' is not expanded here; use braces, as in 'train-{{0000..0099}}.tar'.")
     if size is None:
         raise ArtifactError(f"{tar}: expected a tar, found no such file.")
     head = read_range(tar, 0, 512)

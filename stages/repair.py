@@ -69,10 +69,14 @@ def repair(
 def _compare(path: Location, before: CacheManifest) -> None:
     """The last step: the cache at `path`, whole now, has the content that was published before.
 
+    Then its manifest becomes again the one that was published, with the seconds and timings of the extraction.
+
     Raises:
         MismatchError: it has another content.
     """
     after = CacheManifest.read(path)
+    if after.fingerprint == before.fingerprint and after != before:
+        write_json(path / MANIFEST_NAME, before.model_dump(mode="json"))
     (path / ASIDE_NAME).unlink(missing_ok=True)
     if after.content != before.content:
         raise MismatchError(
@@ -153,10 +157,14 @@ def _maker(
         source = location(manifest.inputs["cache"].path)
         require("cache", CacheManifest.read(source).as_input(source))
         return lambda path: requantize(source, path, manifest.store_dtype, progress=progress)
-    opened = shards or ShardSet.of_input(manifest.inputs["shards"])
+    try:
+        opened = shards or ShardSet.of_input(manifest.inputs["shards"])
+        encoder = autoencoder or location(manifest.inputs["autoencoder"].path)
+        trained = AutoencoderManifest.read(encoder)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error} If it lies elsewhere now, give --shards or --autoencoder.") from error
     require("shards", opened.as_input())
-    encoder = autoencoder or location(manifest.inputs["autoencoder"].path)
-    require("autoencoder", AutoencoderManifest.read(encoder).as_input(encoder))
+    require("autoencoder", trained.as_input(encoder))
     config = ExtractSection.model_validate(manifest.config)
     _require_images(path, manifest, damaged, opened)
     # Rejects that the finished cache already had were accepted when it was made.

@@ -51,12 +51,14 @@ def requantize(
         processes: that convert side by side; None: one per core.
     Raises:
         MismatchError: `out` was begun from another cache or with another dtype.
-        UsageError: `source` is stored as `dtype` already. BusyError: another process works in `out`.
+        UsageError: `source` is `out`, or is stored as `dtype` already. BusyError: another process works in `out`.
         ArtifactError: `source` is unfinished or damaged.
     """
     progress = progress or Silent()
     cache = FeatureCache(source)
     before = cache.manifest
+    if absolute(source) == absolute(out):
+        raise UsageError(f"{out}: is the cache itself; give another place for the new one.")
     if before.store_dtype == dtype:
         raise UsageError(f"{source}: is stored as {dtype} already.")
     kept = {name: before.inputs[name] for name in ("shards", "autoencoder")}

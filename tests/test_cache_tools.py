@@ -71,6 +71,9 @@ def test_a_small_cache_is_as_good_as_any_other(
     np.testing.assert_allclose(
         FeatureCache(tmp_path / "back").read([3]), FeatureCache(small).read([3]), rtol=2e-3, atol=1e-4
     )
+    itself = svgpipe("requantize", small, small, "--store-dtype", "float16")
+    assert itself.code == 2
+    assert "is the cache itself" in itself.err
     same = svgpipe("requantize", small, tmp_path / "none", "--store-dtype", "int8")
     assert same.code == 2
     assert "is stored as int8 already" in same.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from svgpipe.stages.encoder import load_autoencoder
 from svgpipe.stages.moments import Moments, merge_all
 from svgpipe.stages.streaming import load_images
 
-from .conftest import STORE, Finished, Outcome, extract_args, tree_bytes
+from .conftest import SMALL_UNITS, STORE, Finished, Outcome, extract_args, start, tree_bytes, units_done
 
 
 def test_features_are_what_the_autoencoder_gives(finished: Finished) -> None:
@@ -111,6 +112,25 @@ def test_a_record_that_outlived_its_shard_is_not_believed(
     assert tree_bytes(out, *STORE) == before
     assert kept[4].stat().st_mtime_ns == times[4]
     assert FeatureCache(out).manifest.content == finished.cache.manifest.content
+
+
+def test_a_scheduler_stops_it_as_ctrl_c_does(finished: Finished, tmp_path: Path) -> None:
+    out, log = tmp_path / "cache", tmp_path / "log"
+    arguments = extract_args(finished, out, *SMALL_UNITS)
+    process = start(arguments, log)
+    deadline = time.monotonic() + 120
+    while units_done(out) < 2:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(timeout=60) == 130
+    text = log.read_text()
+    assert "stopped. What was finished is kept; the same command resumes." in text
+    assert "SIGTERM received" not in text
+    assert "Traceback" not in text
+    assert not (out / "lock.json").exists()
+    assert 2 <= units_done(out) < 36
 
 
 def test_statistics_that_were_altered_cost_one_unit(

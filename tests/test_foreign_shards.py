@@ -241,6 +241,15 @@ def test_an_absurd_label_is_a_reject(tmp_path: Path, svgpipe: Callable[..., Outc
     assert "2 inputs = 1 usable + 1 rejected" in found.out
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("", "found a folder. Name its tars"), ("*.tar", "'*' is not expanded here")]
+)
+def test_what_names_no_tar_is_told_how(tmp_path: Path, svgpipe: Callable[..., Outcome], name: str, words: str) -> None:
+    found = svgpipe("index", tmp_path / name, tmp_path / "out")
+    assert found.code == 2
+    assert words in found.err
+
+
 def test_numbers_among_names_are_refused(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     members = [("0.png", image("PNG", 0)), ("0.cls", b"3"), ("1.png", image("PNG", 1)), ("1.cls", b"cat")]
     write(tmp_path / "a.tar", members)

@@ -120,7 +120,7 @@ def test_damage_is_mended_to_the_published_bytes(
 ) -> None:
     cache = tmp_path / "cache"
     shutil.copytree(finished.root / "cache", cache)
-    everything = (*STORE, "zarr.json", "plan.json", "rejected.jsonl", "calibration.json")
+    everything = (*STORE, "manifest.json", "zarr.json", "plan.json", "rejected.jsonl", "calibration.json")
     before = tree_bytes(cache, *everything)
     for damage in damages:
         damage(cache)
@@ -209,7 +209,14 @@ def test_repair_wants_the_inputs_that_the_cache_was_made_from(
     found = svgpipe("repair", cache, "--shards", f"{finished.root}/shards/shard-{{000001..000002}}.tar")
     assert found.code == 1
     assert "Repair needs the very inputs" in found.err
-    assert tree_bytes(cache, "**/*") == before
+    manifest = (cache / "manifest.json").read_text().replace(str(finished.root / "shards"), "/nowhere/shards")
+    (cache / "manifest.json").write_text(manifest)
+    moved = svgpipe("repair", cache)
+    assert moved.code == 1
+    assert "If it lies elsewhere now, give --shards" in moved.err
+    assert tree_bytes(cache, "features/**/*", "journal/*") == {
+        name: content for name, content in before.items() if name.startswith(("features/", "journal/"))
+    }
 
 
 @pytest.mark.parametrize(
