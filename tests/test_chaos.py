@@ -74,6 +74,8 @@ def test_ten_kills_at_random_moments(
             os.kill(victim, signal.SIGKILL)
             story.append(f"kill {number}: worker {victim} at {units_done(out)} units")
             continue  # the same run goes on without it
+        if target == "worker":
+            target = "everything, as no worker was there yet"
         if target == "driver":
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
