@@ -190,7 +190,8 @@ class DiT(nn.Module):
 
     def forward(self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
         """The velocity, (B,T,C). Raises ValueError if tokens or channels are not the model's."""
-        return self.raw(x_BTC, t_B, y_B)[..., : self.in_channels]
+        out = self.raw(x_BTC, t_B, y_B)
+        return out[..., : self.in_channels] if self.learn_sigma else out
 
     def raw(self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
         """The last layer's whole output, (B,T,C) or with `learn_sigma` (B,T,2C)."""

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from svgpipe.stages.units import Resources
+
+
+class StrategyName(StrEnum):
+    """How several workers train one model."""
+
+    DDP = "ddp"
+    FSDP2 = "fsdp2"
+
 
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", help="Built-in recipe or a .yaml file; without it, defaults.")
@@ -19,6 +28,10 @@ ShardsOption = Annotated[
 ]
 AutoencoderOption = Annotated[str, typer.Option("--autoencoder", help="Finished autoencoder.")]
 WorkersOption = Annotated[int, typer.Option("--num-workers", min=1, help="Encoder or sampler actors.")]
+TrainersOption = Annotated[
+    int | None,
+    typer.Option("--num-workers", min=1, help="Training workers on Ray; without it, this process, without Ray."),
+]
 CpusOption = Annotated[
     float | None,
     typer.Option("--cpus-per-worker", min=0.1, help="CPUs each actor asks Ray for; default 1 or its share."),

@@ -15,7 +15,6 @@ from svgpipe.manifests.storage import Location
 from svgpipe.pipeline.cluster import connected
 from svgpipe.pipeline.demo import write_photographs
 from svgpipe.pipeline.report import render_report
-from svgpipe.stages.decoding import latent_decoder
 from svgpipe.stages.extract import extract
 from svgpipe.stages.progress import Progress
 from svgpipe.stages.sample_and_eval import sample_and_eval
@@ -100,7 +99,7 @@ def run_recipe(
                 FeatureCache(layout.cache),
                 layout.diffusion,
                 recipe.diffusion,
-                decode=latent_decoder(layout.autoencoder),
+                autoencoder=layout.autoencoder,
                 progress=progress,
             ),
         )

@@ -22,6 +22,8 @@ from svgpipe.pipeline.options import (
     RecipeOption,
     SetOption,
     ShardsOption,
+    StrategyName,
+    TrainersOption,
     WorkersOption,
     resources_of,
 )
@@ -164,30 +166,35 @@ def train_diffusion(
     autoencoder: Annotated[
         str | None, typer.Option("--autoencoder", help="Only for sample grids while training.")
     ] = None,
+    num_workers: TrainersOption = None,
+    cpus_per_worker: CpusOption = None,
+    gpus_per_worker: GpusOption = None,
+    strategy: Annotated[
+        StrategyName, typer.Option("--strategy", help="Several workers: each holds the model, or a part of it.")
+    ] = StrategyName.DDP,
+    address: AddressOption = None,
 ) -> None:
     """Diffusion transformer, purely from the cache. Run again to resume."""
     from svgpipe.manifests import FeatureCache
     from svgpipe.manifests.recipe import load_recipe
+    from svgpipe.pipeline.cluster import training_cluster
     from svgpipe.pipeline.console import ConsoleProgress
     from svgpipe.stages.train_diffusion import train_diffusion as run_stage
 
     config = load_recipe(recipe, overrides or []).diffusion
     opened = FeatureCache(cache)
-    decode = None
-    if autoencoder is not None:
-        from svgpipe.manifests.checkpoint import AutoencoderManifest
-        from svgpipe.manifests.manifest import require_same
-        from svgpipe.stages.decoding import latent_decoder
-
-        require_same(
-            str(cache),
-            opened.manifest.inputs["autoencoder"],
-            AutoencoderManifest.read(location(autoencoder)).as_input(location(autoencoder)),
-            what_to_do="Give the autoencoder that extracted the cache.",
+    decoder = None if autoencoder is None else location(autoencoder)
+    resources = None if num_workers is None else resources_of(num_workers, cpus_per_worker, gpus_per_worker)
+    with training_cluster(resources, address), ConsoleProgress() as progress:
+        manifest = run_stage(
+            opened,
+            location(out),
+            config,
+            autoencoder=decoder,
+            resources=resources,
+            strategy=strategy.value,
+            progress=progress,
         )
-        decode = latent_decoder(location(autoencoder))
-    with ConsoleProgress() as progress:
-        manifest = run_stage(opened, location(out), config, decode=decode, progress=progress)
     loss = "not measured" if manifest.heldout_loss is None else f"{manifest.heldout_loss:.4f}"
     typer.echo(f"{out}: diffusion model {manifest.fingerprint[:12]}, held-out loss {loss}")
 

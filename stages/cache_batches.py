@@ -17,11 +17,13 @@ from svgpipe.stages.batches import batch_at
 
 
 class CacheBatches:
-    """Training batches of a cache, several reads in flight: step → tokens (B,T,C) as stored and labels (B,)."""
+    """One process's share of every batch, several reads in flight: tokens (B,T,C) as stored and labels (B,)."""
 
-    def __init__(self, cache: FeatureCache, rows: NDArray[np.int64], config: DiffusionSection, start: int) -> None:
-        """`rows` are the cache rows to train on; `start` is the first step."""
-        self.cache, self.rows, self.config = cache, rows, config
+    def __init__(
+        self, cache: FeatureCache, rows: NDArray[np.int64], config: DiffusionSection, start: int, share: range
+    ) -> None:
+        """`rows` are the cache rows to train on; `start` is the first step; `share` are places in the batch."""
+        self.cache, self.rows, self.config, self.share = cache, rows, config, np.asarray(share)
         self.num_views = len(cache.views) if config.use_flips else 1
         self.next_step = start
         self.in_flight: deque[tuple[NDArray[np.int64], PendingRead]] = deque()
@@ -35,8 +37,8 @@ class CacheBatches:
             num_rows=len(self.rows),
             num_views=self.num_views,
         )
-        rows = self.rows[batch.rows]
-        self.in_flight.append((rows, self.cache.read_async(rows, batch.views)))
+        rows = self.rows[batch.rows[self.share]]
+        self.in_flight.append((rows, self.cache.read_async(rows, batch.views[self.share])))
         self.next_step += 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -14,6 +14,7 @@ from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import Velocity, drop_labels, flow_loss, shift_time
 from svgpipe.stages.draws import Draws, draws_at
+from svgpipe.stages.team import Team
 from svgpipe.stages.training import autocast
 
 
@@ -29,18 +30,24 @@ def sample_losses(
 
 
 @torch.no_grad()
-def heldout_loss(model: DiT, cache: FeatureCache, config: DiffusionSection, device: torch.device) -> float | None:
+def heldout_loss(model: DiT, cache: FeatureCache, config: DiffusionSection, team: Team) -> float | None:
     """Mean flow loss on the first `eval_rows` held-out rows, with noise and times that never change.
 
-    None where the cache has no held-out row.
+    Every process of the team must call it. None where the cache has no held-out row.
     """
     held = np.flatnonzero(cache.valid & cache.heldout)[: config.eval_rows]
+    if not len(held):
+        return None
     tokens, channels = model.grid[0] * model.grid[1], model.in_channels
-    total, size = 0.0, -(-config.batch_size // config.accumulate)
+    total, size = torch.zeros((), dtype=torch.float64, device=team.device), -(-config.batch_size // config.accumulate)
     for start in range(0, len(held), size):
-        rows = held[start : start + size]
-        x1 = torch.from_numpy(cache.read(rows)).flatten(1, 2).to(device).float()
-        labels = torch.from_numpy(cache.labels[rows].astype(np.int64)).to(device)
-        draws = draws_at(config.seed, "heldout", range(start, start + len(rows)), tokens, channels, device)
-        total += float(sample_losses(model, x1, labels, draws, config, null_label=None).sum())
-    return total / len(held) if len(held) else None
+        count = min(size, len(held) - start)
+        share = team.share(count)
+        # A sharded model is gathered by all at once: who has nothing left computes a row that does not count.
+        places = [start + place for place in share] or [start]
+        rows = held[places]
+        x1 = torch.from_numpy(cache.read(rows)).flatten(1, 2).to(team.device).float()
+        labels = torch.from_numpy(cache.labels[rows].astype(np.int64)).to(team.device)
+        draws = draws_at(config.seed, "heldout", places, tokens, channels, team.device)
+        total += sample_losses(model, x1, labels, draws, config, null_label=None)[: len(share)].sum()
+    return float(team.sum(total)) / len(held)

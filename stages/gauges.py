@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from svgpipe.stages.team import Team
+
 BUCKETS = 10
 
 
@@ -22,6 +24,12 @@ class LossByTime:
         """Losses (B,) of samples at times (B,) in [0, 1]."""
         places = (times * BUCKETS).long().clamp(0, BUCKETS - 1)
         self.sums.index_add_(1, places, torch.stack([losses.float(), torch.ones_like(losses, dtype=torch.float32)]))
+
+    def summed(self, team: Team) -> LossByTime:
+        """The same over all processes of the team."""
+        total = LossByTime(self.sums.device)
+        total.sums = team.sum(self.sums)
+        return total
 
     def means(self) -> dict[str, float]:
         """`loss_t0` (times 0 to 0.1) … `loss_t9`; a bucket that nothing fell into is left out."""

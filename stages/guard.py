@@ -87,9 +87,3 @@ class DivergenceGuard:
     def _saved(self) -> str:
         newest = self.last_good()
         return "No checkpoint had been saved yet." if newest is None else f"The last good checkpoint is {newest}."
-
-
-def gradient_norms(parameters: Sequence[Tensor]) -> Tensor:
-    """(parameters,) L2 norms of the gradients, one launch for all; 0 for a parameter without a gradient."""
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    return torch.stack(torch._foreach_norm(gradients))

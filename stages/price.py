@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest
@@ -23,6 +22,7 @@ from svgpipe.stages.quantization import signal_to_noise
 from svgpipe.stages.sampling import load_diffusion
 from svgpipe.stages.selection import evenly_spread
 from svgpipe.stages.streaming import load_images
+from svgpipe.stages.team import Team
 from svgpipe.stages.training import pick_device
 
 PRICE_NAME = "price.json"
@@ -131,9 +131,9 @@ def _losses(
     found = reference.manifest.as_input(reference.path)
     what = "Give a model that was trained on the cache itself."
     require_same(str(diffusion), trained.manifest.inputs["cache"], found, what_to_do=what)
-    config, device = DiffusionSection.model_validate(trained.manifest.config), pick_device()
-    model = trained.model.to(device)
-    losses = [heldout_loss(model, cache, config, torch.device(device)) for cache in (reference, small)]
+    config, team = DiffusionSection.model_validate(trained.manifest.config), Team(pick_device())
+    model = trained.model.to(team.device)
+    losses = [heldout_loss(model, cache, config, team) for cache in (reference, small)]
     if None in losses:
         missing.append("held-out loss: the cache has no held-out rows")
     return {"heldout_loss_reference": losses[0], "heldout_loss_small": losses[1]}

@@ -62,7 +62,7 @@ def run_units(
 
     if not items:
         return
-    cpus = _cpus_per_worker(resources, ray.cluster_resources())
+    cpus = require_resources(resources, ray.cluster_resources(), beside=READ_CPUS + WRITE_CPUS)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -100,15 +100,20 @@ def run_units(
         ) from error
 
 
-def _cpus_per_worker(resources: Resources, cluster: Mapping[str, float]) -> float:
-    """CPUs that each actor may reserve so that reading and writing still find some; Ray would wait for ever."""
+def require_resources(resources: Resources, cluster: Mapping[str, float], *, beside: float = 0.0) -> float:
+    """CPUs that each worker reserves, so that `beside` are left for other tasks.
+
+    Raises:
+        UsageError: the cluster does not have so many CPUs or GPUs; Ray would wait for them for ever.
+    """
     total, count = cluster.get("CPU", 0.0), resources.num_workers
-    spare = total - READ_CPUS - WRITE_CPUS
+    spare = total - beside
     cpus = resources.cpus_per_worker or max(0.1, min(1.0, spare / count))
     if cpus * count > spare + 1e-9:
+        others = " with reading and writing" if beside else ""
         raise UsageError(
-            f"{count} workers of {cpus:g} CPUs need {cpus * count + READ_CPUS + WRITE_CPUS:g} CPUs with reading and "
-            f"writing, but Ray has {total:g}. Use fewer --num-workers or less --cpus-per-worker."
+            f"{count} workers of {cpus:g} CPUs need {cpus * count + beside:g} CPUs{others}, but Ray has {total:g}. "
+            "Use fewer --num-workers or less --cpus-per-worker."
         )
     gpus = cluster.get("GPU", 0.0)
     if resources.gpus_per_worker * count > gpus:

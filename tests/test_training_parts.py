@@ -18,8 +18,12 @@ from svgpipe.models.averages import new_average, update_averages, warmed_decay
 from svgpipe.stages.draws import draws_at
 from svgpipe.stages.flow_trainer import FlowTrainer
 from svgpipe.stages.gauges import LossByTime
-from svgpipe.stages.guard import DivergenceGuard, gradient_norms
+from svgpipe.stages.guard import DivergenceGuard
+from svgpipe.stages.parallel import gradient_norms
 from svgpipe.stages.saver import BackgroundSaver
+from svgpipe.stages.team import Team
+
+ALONE = Team(torch.device("cpu"))
 
 
 @settings(max_examples=30, deadline=None)
@@ -120,7 +124,7 @@ def test_gradient_norms_are_torchs() -> None:
     ]
     for parameter in parameters[:2]:
         parameter.grad = torch.randn_like(parameter)
-    norms = gradient_norms(parameters)
+    norms = gradient_norms(parameters, ALONE)
     assert norms[2] == 0
     expected = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     torch.testing.assert_close(torch.linalg.vector_norm(norms), expected)
@@ -131,11 +135,9 @@ def test_gradients_are_clipped_as_the_recipe_says(limit: float | None) -> None:
     config = DiffusionSection(
         model=DiTSection(width=32, depth=1, heads=2), batch_size=4, precision="float32", clip_grad_norm=limit
     )
-    trainer = FlowTrainer(
-        config, torch.device("cpu"), grid=(2, 2), channels=3, num_classes=2, scale=None, last_good=lambda: None
-    )
+    trainer = FlowTrainer(config, ALONE, grid=(2, 2), channels=3, num_classes=2, scale=None, last_good=lambda: None)
     step = trainer(0, torch.randn(4, 4, 3), torch.tensor([0, 1, 0, 1]))
-    left = torch.linalg.vector_norm(gradient_norms(trainer.parameters))
+    left = torch.linalg.vector_norm(gradient_norms(trainer.parameters, ALONE))
     assert step.grad_norm > 0.01
     expected = torch.tensor(0.01) if limit == 0.01 else step.grad_norm
     torch.testing.assert_close(left, expected, rtol=1e-3, atol=0)

@@ -41,6 +41,7 @@ from svgpipe.stages.gauges import peak_memory
 from svgpipe.stages.images import RGBArray
 from svgpipe.stages.shard import shard
 from svgpipe.stages.streaming import load_images
+from svgpipe.stages.team import Team
 from svgpipe.stages.train_autoencoder import train_autoencoder
 from svgpipe.stages.training import pick_device
 from svgpipe.stages.units import Resources
@@ -58,7 +59,7 @@ OVERRIDES = [
 
 def trainer_of(config: DiffusionSection) -> FlowTrainer:
     return FlowTrainer(
-        config, pick_device(), grid=(16, 16), channels=392, num_classes=4, scale=None, last_good=lambda: None
+        config, Team(pick_device()), grid=(16, 16), channels=392, num_classes=4, scale=None, last_good=lambda: None
     )
 
 
@@ -119,7 +120,7 @@ def measure(root: Path, turns: int) -> tuple[dict[str, float], float]:
     cache, shards = prepare(root, recipe)
     config = recipe.diffusion
     half, full = trainer_of(config), trainer_of(config.model_copy(update={"precision": "float32"}))
-    stream = iter(CacheBatches(cache, np.flatnonzero(cache.valid), config, 0))
+    stream = iter(CacheBatches(cache, np.flatnonzero(cache.valid), config, 0, range(BATCH)))
     held = [next(stream) for _ in range(4)]
     online, official = (Online(root, shards, cache, recipe, name) for name in ("bfloat16", "float32"))
     waits: list[float] = []

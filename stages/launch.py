@@ -1,0 +1,282 @@
+"""Training on several workers under Ray Train, which connects them, notices a death and starts them anew.
+
+What a run shows and is told goes through one small actor, the mailbox: worker 0 posts, this process reads. Files are
+written by worker 0 alone; whoever started it all holds the lock. When this process ends, so does the mailbox, and
+with it the workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from svgpipe.manifests.errors import SvgpipeError, first_line
+from svgpipe.stages.progress import Progress
+from svgpipe.stages.supervisor import Here, StopFlag, Supervisor
+from svgpipe.stages.team import Team
+from svgpipe.stages.training import pick_device, stop_on_signal
+from svgpipe.stages.units import Resources, require_resources
+
+if TYPE_CHECKING:
+    import ray
+
+R = TypeVar("R")
+Job = Callable[[Team, Supervisor], R]
+"""What every worker runs, from the last checkpoint to the end. Worker 0's result counts. Must be picklable."""
+
+POLL_S = 0.2
+PATIENCE_S = 60.0
+# Times that workers may die one after the other without a checkpoint between; more is not bad luck.
+LOST_IN_A_ROW = 3
+# Names of what Ray and torch.distributed raise for it.
+LOSSES = re.compile("Actor|HealthCheck|Controller|Preemption|^Dist")
+
+
+def run_job(job: Job[R], resources: Resources | None, progress: Progress, check: Callable[[], None]) -> R:
+    """Run `job` in this process, or on the workers that `resources` asks a connected Ray for.
+
+    Args:
+        check: raises if this run must not write any more.
+    Raises:
+        UsageError: more CPUs or GPUs asked for than Ray has.
+        SvgpipeError, OSError: raised by the job on any worker; or workers died again and again.
+    """
+    if resources is None:
+        return job(Team(pick_device()), Here(progress, check))
+    return _Launch(job, resources, progress, check).run()
+
+
+class _Launch(Generic[R]):
+    """One run on workers, started anew whenever one of them dies."""
+
+    def __init__(self, job: Job[R], resources: Resources, progress: Progress, check: Callable[[], None]) -> None:
+        import ray
+
+        self.job, self.progress, self.check = job, progress, check
+        self.resources = _with_threads(resources)
+        self.cpus = require_resources(self.resources, ray.cluster_resources())
+        self.mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+        self.result: list[R] = []
+        self.begun_at = -1
+
+    def run(self) -> R:
+        import ray
+
+        lost, reached = 0, self.begun_at
+        try:
+            with stop_on_signal() as stop:
+                while True:
+                    failure = self._attempt(stop)
+                    if self.result:
+                        return self.result[0]
+                    if failure is not None and not any(map(_is_loss, _causes(failure))):
+                        raise failure  # a bug: its traceback is what helps
+                    lost = 1 if self.begun_at > reached else lost + 1
+                    reached = self.begun_at
+                    if lost > LOST_IN_A_ROW:
+                        raise SvgpipeError(
+                            f"workers died {lost} times without reaching another checkpoint; the last time: "
+                            f"{_why(failure)} What was saved is kept. If they were killed for memory, use a smaller "
+                            "batch, diffusion.accumulate, or fewer --num-workers on one machine."
+                        ) from failure
+                    self.progress.say(
+                        f"a worker died ({_why(failure)}); starting {self._count} from the last checkpoint"
+                    )
+        finally:
+            ray.kill(self.mailbox)
+
+    @property
+    def _count(self) -> str:
+        return f"{self.resources.num_workers} worker" + "s" * (self.resources.num_workers > 1)
+
+    def _attempt(self, stop: StopFlag) -> BaseException | None:
+        """Workers until they have all ended, well (None) or not."""
+        import ray
+
+        ended: list[BaseException | None] = []
+        with tempfile.TemporaryDirectory(prefix="svgpipe-train-", ignore_cleanup_errors=True) as scratch:
+            trainer = self._trainer(scratch)
+            # Ctrl-C stays with this process: elsewhere than in the main thread, Ray leaves the signal alone.
+            thread = threading.Thread(target=lambda: ended.append(_outcome(trainer.fit)), daemon=True)
+            thread.start()
+            patience = time.monotonic() + PATIENCE_S
+            while thread.is_alive():
+                thread.join(POLL_S)
+                self.check()
+                events = ray.get(self.mailbox.take.remote(stop.seen))
+                self._relay(events)
+                if events:
+                    patience = math.inf
+                elif time.monotonic() > patience:
+                    patience = math.inf
+                    self.progress.say(f"still waiting for Ray to start {self._count} of {self.cpus:g} CPUs each")
+            self._relay(ray.get(self.mailbox.take.remote(stop.seen)))
+        return ended[0]
+
+    def _trainer(self, scratch: str) -> Any:
+        # Workers would be moved to a folder of their own, where relative paths of a recipe lead nowhere.
+        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        gpus = self.resources.gpus_per_worker
+        return TorchTrainer(
+            _work,
+            train_loop_config={"job": self.job, "mailbox": self.mailbox},
+            # Hosts agree through gloo also where gradients go through NCCL.
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=self.resources.num_workers,
+                use_gpu=gpus > 0,
+                resources_per_worker={"CPU": self.cpus} | ({"GPU": gpus} if gpus else {}),
+            ),
+            run_config=RunConfig(storage_path=scratch),
+        )
+
+    def _relay(self, events: list[tuple[str, Any]]) -> None:
+        for name, arguments in events:
+            if name == "begin":
+                self.begun_at = arguments[2]
+            if name == "result":
+                self.result.append(arguments)
+            elif name == "error":
+                raise arguments
+            else:
+                getattr(self.progress, name)(*arguments)
+
+
+def _with_threads(resources: Resources) -> Resources:
+    """Without a GPU a worker computes with the CPUs that it reserves: all of a single machine's, if none are named."""
+    import ray
+
+    count = resources.num_workers
+    if resources.cpus_per_worker is not None or resources.gpus_per_worker or len(ray.nodes()) > 1:
+        return resources
+    each = ray.cluster_resources().get("CPU", 0.0) // count
+    return dataclasses.replace(resources, cpus_per_worker=each) if each >= 1 else resources
+
+
+def _outcome(call: Callable[[], Any]) -> BaseException | None:
+    try:
+        call()
+    except BaseException as error:  # whatever it is, the main thread decides
+        return error
+    return None
+
+
+def _causes(failure: BaseException | None) -> list[BaseException]:
+    """What each worker that failed says; one's death makes the others fail too."""
+    workers: dict[int, BaseException] = getattr(failure, "worker_failures", {})
+    return list(workers.values()) or ([] if failure is None else [failure])
+
+
+def _is_loss(cause: BaseException) -> bool:
+    """Whether a worker, its host or their connection went away, as against an error in what they compute."""
+    text = str(cause)
+    return bool(LOSSES.search(type(cause).__name__)) or "gloo" in text or "NCCL" in text
+
+
+def _why(failure: BaseException | None) -> str:
+    """The most telling line of it."""
+    causes = _causes(failure)
+    if any(re.search("Actor|HealthCheck", type(cause).__name__) for cause in causes):
+        return "its process ended unexpectedly"
+    return first_line(causes[0]) if causes else "no reason was given"
+
+
+class _Mailbox:
+    """Between worker 0 and the process that started it."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, Any]] = []
+        self.stop = False
+
+    def post(self, name: str, arguments: Any) -> bool:
+        """Leave an event; returns whether the run is asked to stop."""
+        self.events.append((name, arguments))
+        return self.stop
+
+    def take(self, stop: bool) -> list[tuple[str, Any]]:
+        """All events since the last call."""
+        self.stop = stop
+        events, self.events = self.events, []
+        return events
+
+    def asked_to_stop(self) -> bool:
+        return self.stop
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What Ray Train runs on every worker."""
+    import ray.train.torch
+    import torch
+
+    group = torch.distributed
+    team = Team(ray.train.torch.get_device(), group.get_rank(), group.get_world_size())
+    afar = _Afar(config["mailbox"], team)
+    try:
+        result = config["job"](team, afar)
+    except (SvgpipeError, OSError) as error:
+        afar.deliver("error", error)
+        raise
+    if team.leads:
+        afar.deliver("result", result)
+
+
+class _Afar:
+    """The Supervisor of a worker: worker 0 tells, the others are silent."""
+
+    def __init__(self, mailbox: ray.actor.ActorHandle, team: Team) -> None:
+        self.mailbox, self.team = mailbox, team
+        self._answer: Any = None
+        self.seen = False
+
+    def _post(self, name: str, *arguments: object) -> None:
+        if self.team.leads:
+            self.mailbox.post.remote(name, arguments)
+
+    def begin(self, task: str, total: int, done: int = 0) -> None:
+        self._post("begin", task, total, done)
+
+    def say(self, text: str) -> None:
+        self._post("say", text)
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Also looks whether a stop was asked for, without waiting for the answer."""
+        if not self.team.leads:
+            return
+        import ray
+
+        answer = self.mailbox.post.remote("advance", (count, note))
+        if self._answer is None:
+            self._answer = answer
+        elif ray.wait([self._answer], timeout=0)[0]:
+            self.seen = ray.get(self._answer)  # raises when whoever started this is gone
+            self._answer = answer
+
+    def deliver(self, name: str, content: object) -> None:
+        """Post what must not be lost, and wait until it has arrived."""
+        import ray
+
+        ray.get(self.mailbox.post.remote(name, content))
+
+    def check(self) -> None:
+        """Raises a Ray error when whoever started this is gone: another run may be at work in the directory."""
+        import ray
+
+        ray.get(self.mailbox.asked_to_stop.remote())
+
+    def stop_requests(self) -> AbstractContextManager[StopFlag]:
+        return self._flag()
+
+    @contextmanager
+    def _flag(self) -> Iterator[StopFlag]:
+        yield self
