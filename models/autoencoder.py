@@ -6,6 +6,8 @@ Source: official dino_decoder.py; FACTS §5.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +41,9 @@ class Autoencoder(nn.Module):
         self.alignment = Alignment() if align and residual is not None else None
         self.mask_ratio = mask_ratio
         residual_channels = residual.channels if residual is not None else 0
-        self.mask_token = nn.Parameter(0.02 * torch.randn(1, residual_channels, 1, 1))
+        self.mask_token = nn.Parameter(
+            0.02 * torch.randn(1, residual_channels, 1, 1), requires_grad=residual is not None
+        )
         for name, values in (("imagenet_mean", IMAGENET_MEAN), ("imagenet_std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         if decoder.conv_in.in_channels != self.channels:
@@ -59,19 +63,22 @@ class Autoencoder(nn.Module):
         """Channels of the latent map, frozen first, residual last."""
         return self.backbone.channels + (self.residual.channels if self.residual is not None else 0)
 
-    def encode(self, images: Tensor, mask_draws: Tensor | None = None) -> Tensor:
+    def encode(
+        self, images: Tensor, mask_draws: Tensor | None = None, generators: Sequence[torch.Generator] = ()
+    ) -> Tensor:
         """(B,3,H,W) in [0,1] → (B,C,h,w) un-normalised.
 
         Args:
             images: RGB in [0,1].
             mask_draws: (B,) uniform draws; in train mode a sample whose draw is below `mask_ratio` has
                 its whole residual replaced by the mask token, before alignment. None masks nothing.
+            generators: in train mode, one per sample: where its dropout comes from.
         """
         with torch.no_grad():
             frozen = self.backbone(images)
         if self.residual is None:
             return frozen
-        residual = self.residual((images - self.imagenet_mean) / self.imagenet_std)
+        residual = self.residual((images - self.imagenet_mean) / self.imagenet_std, generators)
         return self.join(frozen, residual, mask_draws)
 
     def join(self, frozen: Tensor, residual: Tensor, mask_draws: Tensor | None = None) -> Tensor:

@@ -16,9 +16,42 @@ import torchvision
 from torch import Tensor, nn
 
 from svgpipe.models.backbone import Backbone
+from svgpipe.models.residual import itself
 
+Total = Callable[[Tensor], Tensor]
+"""Adds up over the processes that a batch is spread over."""
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 """x, r (B,3,H,W) in [-1,1] → (B,1,1,1) distance."""
+
+
+class TeamBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over a batch that may be spread over processes; torch's SyncBatchNorm does not run on the CPU.
+
+    `total` adds up over them and must carry gradients; None is one process, by torch's own kernel.
+    """
+
+    total: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,C,H,W) → the same shape."""
+        if self.total is None or not self.training:
+            return super().forward(x)
+        values, every = x.float(), (0, 2, 3)
+        count = self.total(values.new_full((), values.numel() / self.num_features))
+        mean = self.total(values.sum(every)) / count
+        centred = values - mean[:, None, None]
+        variance = self.total(centred.square().sum(every)) / count
+        self._track(mean.detach(), (variance * count / (count - 1)).detach())
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        assert self.momentum is not None, "a running mean over everything is not what this layer is made with"
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
 
 
 class PatchDiscriminator(nn.Module):
@@ -34,7 +67,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if i < layers else 1
             parts += [
                 nn.Conv2d(before, after, 4, stride, 1, bias=False),
-                nn.BatchNorm2d(after),
+                TeamBatchNorm2d(after),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
             before = after
@@ -137,7 +170,11 @@ def _unit(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GeneratorLoss:
-    """One generator pass: what to minimise, and its parts (detached scalars)."""
+    """One generator pass: what to minimise, and its parts (detached scalars).
+
+    Where a batch is spread over processes, everything but the adaptive weight is what this one contributes: the sum
+    over processes is the mean over the batch.
+    """
 
     total: Tensor
     nll: Tensor
@@ -157,41 +194,66 @@ def generator_loss(
     last_layer: Tensor,
     discriminator_weight: float,
     discriminator_on: bool,
+    count: int | None = None,
+    total: Total = itself,
 ) -> GeneratorLoss:
     """nll + f * d_w * g: nll is a sum over pixels per image, not a mean (official logvar stays 0).
 
     The adaptive weight compares gradients at `last_layer` (the decoder's conv_out.weight). It is only
     computed where it is used; the official code computes it while f = 0 too, to no effect.
+
+    Args:
+        count: images of the whole batch, where x and r are only a share of it; `total` then adds up over processes.
     """
+    count = count or len(x)
     l1 = (x - r).abs()
     distance = perceptual(x, r) if perceptual is not None else torch.zeros(len(x), 1, 1, 1, device=x.device)
-    nll = (l1 + perceptual_weight * distance).sum() / len(x)
+    nll = (l1 + perceptual_weight * distance).sum() / count
     adversarial = adaptive = torch.zeros((), device=x.device)
-    total = nll
+    loss = nll
     if discriminator is not None and discriminator_on:
-        adversarial = -discriminator(r).mean()
-        adaptive = discriminator_weight * adaptive_weight(nll, adversarial, last_layer)
-        total = nll + adaptive * adversarial
+        adversarial = -_part_of_mean(discriminator(r), count)
+        adaptive = discriminator_weight * adaptive_weight(nll, adversarial, last_layer, total)
+        loss = nll + adaptive * adversarial
     return GeneratorLoss(
-        total, nll.detach(), l1.mean().detach(), distance.mean().detach(), adversarial.detach(), adaptive
+        total=loss,
+        nll=nll.detach(),
+        l1=_part_of_mean(l1, count).detach(),
+        perceptual=_part_of_mean(distance, count).detach(),
+        adversarial=adversarial.detach(),
+        adaptive_weight=adaptive,
     )
 
 
-def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+def _part_of_mean(values: Tensor, count: int) -> Tensor:
+    """() what (B,…) values add to the mean over `count` samples."""
+    return values.float().sum() / (count * values[0].numel())
+
+
+def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor, total: Total = itself) -> Tensor:
     """clamp(|grad nll| / (|grad g| + 1e-4), 0, 1e4), detached; gradients with respect to `last_layer`."""
-    (nll_grad,) = torch.autograd.grad(nll, last_layer, retain_graph=True)
-    (g_grad,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    nll_grad, g_grad = (
+        total(torch.autograd.grad(part, last_layer, retain_graph=True)[0]) for part in (nll, adversarial)
+    )
     return (nll_grad.norm() / (g_grad.norm() + 1e-4)).clamp(0.0, 1e4).detach()
 
 
 def discriminator_loss(
-    discriminator: PatchDiscriminator, x: Tensor, r: Tensor, kind: Literal["hinge", "vanilla"]
+    discriminator: PatchDiscriminator,
+    x: Tensor,
+    r: Tensor,
+    kind: Literal["hinge", "vanilla"],
+    count: int | None = None,
 ) -> Tensor:
     """Hinge: 0.5 [mean relu(1 - D(x)) + mean relu(1 + D(r))]; vanilla: with softplus. r is detached here.
 
-    Real and fake pass separately, so that BatchNorm statistics are separate.
+    Real and fake pass separately, so that BatchNorm statistics are separate. With `count`, the images of the whole
+    batch, it is what this process's share adds to the mean.
     """
+    count = count or len(x)
     real, fake = discriminator(x.detach()), discriminator(r.detach())
     if kind == "hinge":
-        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+        real, fake = F.relu(1 - real), F.relu(1 + fake)
+    else:
+        real, fake = F.softplus(-real), F.softplus(fake)
+    return 0.5 * (_part_of_mean(real, count) + _part_of_mean(fake, count))

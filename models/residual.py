@@ -5,14 +5,35 @@ Legend: B batch, R residual channels, C frozen channels, h w grid.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Self
 
 import torch
+from timm.layers import use_fused_attn
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class SampleDropout(nn.Dropout):
+    """Dropout that can draw every sample's mask from a generator of its own, whatever batch the sample is in.
+
+    Without `generators` it is ordinary dropout.
+    """
+
+    generators: Sequence[torch.Generator] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,…) → the same shape; uses each generator once."""
+        if not self.training or self.p == 0 or not self.generators:
+            return super().forward(x)
+        draws = torch.empty(x.shape, device=x.device)
+        for row, generator in zip(draws, self.generators, strict=True):
+            row.uniform_(generator=generator)
+        return torch.where(draws < self.p, 0.0, x / (1 - self.p))
 
 
 class ResidualEncoder(nn.Module):
@@ -58,10 +79,22 @@ class ResidualEncoder(nn.Module):
             attn_drop_rate=dropout,
         )
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, channels))
+        self.dropouts = [_replace_dropout(parent, name) for parent, name in _dropouts_of(self.vit)]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def train(self, mode: bool = True) -> Self:
+        """Train or eval mode; dropout inside of attention needs the weights that a fused kernel never shows."""
+        super().train(mode)
+        for module in self.vit.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = use_fused_attn() and not (mode and self.dropouts)
+        return self
+
+    def forward(self, images: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
         """(B,3,S,S) ImageNet-normalised → (B,R,h,w).
 
+        Args:
+            images: as said.
+            generators: in train mode, one per sample: where its dropout comes from; () is the global one.
         Raises:
             ValueError: the images are not S pixels square.
         """
@@ -70,9 +103,29 @@ class ResidualEncoder(nn.Module):
                 f"residual encoder: expected images of {self.image_size}x{self.image_size}, "
                 f"found {images.shape[-2]}x{images.shape[-1]}"
             )
+        for dropout in self.dropouts:
+            dropout.generators = generators
         tokens = self.head(self.vit.forward_features(images)[:, 1:])
+        for dropout in self.dropouts:
+            dropout.generators = ()
         side = self.image_size // self.patch_size
         return tokens.transpose(1, 2).reshape(len(images), -1, side, side)
+
+
+def _dropouts_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where dropout happens: parent and name of each module."""
+    return [(p, name) for p in model.modules() for name, m in p.named_children() if type(m) is nn.Dropout and m.p > 0]
+
+
+def _replace_dropout(parent: nn.Module, name: str) -> SampleDropout:
+    found = SampleDropout(getattr(parent, name).p)
+    setattr(parent, name, found)
+    return found
+
+
+def itself(values: Tensor) -> Tensor:
+    """The total over one process."""
+    return values
 
 
 class Alignment(nn.Module):
@@ -92,14 +145,17 @@ class Alignment(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        # A batch may be spread over processes: then whoever trains sets what adds up over them.
+        self.total: Callable[[Tensor], Tensor] = itself
         self.register_buffer("scalars", torch.tensor([0.0, 1.0, 0.0, 1.0]))
         self.register_buffer("num_tracked", torch.tensor(0, dtype=torch.int64))
 
     @staticmethod
-    def statistics(frozen: Tensor, residual: Tensor) -> Tensor:
+    def statistics(frozen: Tensor, residual: Tensor, total: Callable[[Tensor], Tensor] = itself) -> Tensor:
         """The four scalars [frozen mean, frozen std, residual mean, residual std], each averaged over channels.
 
-        Means and unbiased stds are per channel over batch and grid. Raises ValueError where there is only
+        Means and unbiased stds are per channel over batch and grid, where `total` adds up what each of several
+        processes has. Raises ValueError where there is only
         one value per channel (the official code gives NaN).
         """
         if frozen.shape[0] * frozen[0, 0].numel() < 2:
@@ -107,7 +163,10 @@ class Alignment(nn.Module):
         parts = []
         for values in (frozen.detach(), residual.detach()):
             flat = values.float().transpose(0, 1).flatten(1)
-            parts += [flat.mean(dim=1).mean(), flat.std(dim=1).mean()]
+            count = total(torch.full((), flat.shape[1], dtype=torch.float32, device=flat.device))
+            mean = total(flat.sum(dim=1)) / count
+            variance = total((flat - mean[:, None]).square().sum(dim=1)) / (count - 1)
+            parts += [mean.mean(), variance.sqrt().mean()]
         return torch.stack(parts)
 
     def freeze(self, scalars: Tensor) -> None:
@@ -118,7 +177,7 @@ class Alignment(nn.Module):
     def forward(self, frozen: Tensor, residual: Tensor) -> Tensor:
         """Raises ValueError in eval mode if no scalars were ever tracked or frozen."""
         if self.training:
-            scalars = self.statistics(frozen, residual)
+            scalars = self.statistics(frozen, residual, self.total)
             weight = 1 - self.MOMENTUM if self.num_tracked > 0 else 1.0
             self.scalars.lerp_(scalars, weight)
             self.num_tracked += 1

@@ -96,17 +96,27 @@ def index(
 
 @app.command()
 def train_autoencoder(
-    shards: ShardsOption, out: OutOption, recipe: RecipeOption = None, overrides: SetOption = None
+    shards: ShardsOption,
+    out: OutOption,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    num_workers: TrainersOption = None,
+    cpus_per_worker: CpusOption = None,
+    gpus_per_worker: GpusOption = None,
+    address: AddressOption = None,
 ) -> None:
     """Residual encoder and decoder beside the frozen backbone. Run again to resume."""
     from svgpipe.manifests.recipe import load_recipe
     from svgpipe.manifests.shards import ShardSet
+    from svgpipe.pipeline.cluster import training_cluster
     from svgpipe.pipeline.console import ConsoleProgress
     from svgpipe.stages.train_autoencoder import train_autoencoder as run_stage
 
     config = load_recipe(recipe, overrides or []).autoencoder
-    with ConsoleProgress() as progress:
-        manifest = run_stage(ShardSet.open(shards), location(out), config, progress=progress)
+    opened = ShardSet.open(shards)
+    resources = None if num_workers is None else resources_of(num_workers, cpus_per_worker, gpus_per_worker)
+    with training_cluster(resources, address), ConsoleProgress() as progress:
+        manifest = run_stage(opened, location(out), config, resources=resources, progress=progress)
     psnr = "not measured" if manifest.heldout_psnr is None else f"{manifest.heldout_psnr:.2f} dB"
     typer.echo(f"{out}: autoencoder {manifest.fingerprint[:12]}, held-out PSNR {psnr}")
 

@@ -23,6 +23,15 @@ class Draws:
     drop: Tensor  # (B,) uniform in [0, 1): a label is dropped where it is small
 
 
+def image_draws_at(
+    seed: int, step: int, positions: Sequence[int], device: torch.device
+) -> tuple[Tensor, list[torch.Generator]]:
+    """For autoencoder training: (B,) uniform draws for masking, and what every image's dropout is drawn from."""
+    seeds = [seed_of(seed, "image", step, position) for position in positions]
+    mask = torch.cat([torch.rand(1, generator=torch.Generator().manual_seed(number)) for number in seeds])
+    return mask.to(device), [torch.Generator(device).manual_seed(number + 1) for number in seeds]
+
+
 def draws_at(
     seed: int, step: int | str, positions: Sequence[int], tokens: int, channels: int, device: torch.device
 ) -> Draws:

@@ -29,9 +29,14 @@ class DivergenceGuard:
     judges them: one bad update may be applied, but nothing is saved before `settle` has judged all.
     """
 
-    def __init__(self, names: Sequence[str], last_good: Callable[[], Location | None]) -> None:
-        """`names` of the parameters, in the order of the norms; `last_good` tells where the last saved state lies."""
-        self.names, self.last_good = list(names), last_good
+    def __init__(
+        self, names: Sequence[str], last_good: Callable[[], Location | None], *, what: str = "the loss"
+    ) -> None:
+        """Watch `what`, and parameters by `names` in the order of the norms.
+
+        `last_good` tells where the last saved state lies.
+        """
+        self.names, self.last_good, self.what = list(names), last_good, what
         self._finite: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)
         self._pending: _Watched | None = None
 
@@ -67,7 +72,7 @@ class DivergenceGuard:
             return
         bad = [name for name, good in zip(self.names, finite[1:], strict=True) if not good]
         raise DivergedError(
-            f"training diverged at step {watched.step}: the loss is {loss:.4g}{self._gradients(bad)}. "
+            f"training diverged at step {watched.step}: {self.what} is {loss:.4g}{self._gradients(bad)}. "
             f"{self._history()}{self._saved()} Lower the learning rate, clip gradients, or train in float32, "
             "in a new --out."
         )

@@ -34,6 +34,7 @@ Job = Callable[[Team, Supervisor], R]
 
 POLL_S = 0.2
 PATIENCE_S = 60.0
+GRACE_S = 5.0
 # Times that workers may die one after the other without a checkpoint between; more is not bad luck.
 LOST_IN_A_ROW = 3
 # Names of what Ray and torch.distributed raise for it.
@@ -197,12 +198,17 @@ class _Mailbox:
 
     def __init__(self) -> None:
         self.events: list[tuple[str, Any]] = []
-        self.stop = False
+        self.stop = self.failed = False
 
     def post(self, name: str, arguments: Any) -> bool:
         """Leave an event; returns whether the run is asked to stop."""
         self.events.append((name, arguments))
+        self.failed |= name == "error"
         return self.stop
+
+    def has_failed(self) -> bool:
+        """Whether a worker has told of an error."""
+        return self.failed
 
     def take(self, stop: bool) -> list[tuple[str, Any]]:
         """All events since the last call."""
@@ -225,7 +231,7 @@ def _work(config: dict[str, Any]) -> None:
     try:
         result = config["job"](team, afar)
     except (SvgpipeError, OSError) as error:
-        afar.deliver("error", error)
+        afar.fail(error)
         raise
     if team.leads:
         afar.deliver("result", result)
@@ -261,6 +267,17 @@ class _Afar:
         elif ray.wait([self._answer], timeout=0)[0]:
             self.seen = ray.get(self._answer)  # raises when whoever started this is gone
             self._answer = answer
+
+    def fail(self, error: Exception) -> None:
+        """Tell what went wrong. Worker 0, which also knows what was saved, speaks for all if it fails too."""
+        import ray
+
+        patience = time.monotonic() + (0 if self.team.leads else GRACE_S)
+        while time.monotonic() < patience:
+            if ray.get(self.mailbox.has_failed.remote()):
+                return
+            time.sleep(POLL_S)
+        self.deliver("error", error)
 
     def deliver(self, name: str, content: object) -> None:
         """Post what must not be lost, and wait until it has arrived."""

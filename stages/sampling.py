@@ -101,7 +101,7 @@ def labels_of(indices: Sequence[int], num_classes: int) -> Tensor:
     return torch.tensor([i % num_classes for i in indices], dtype=torch.int64)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what a sharded model gathers then could not be trained on afterwards
 def draw_latents(model: DiT, indices: Sequence[int], settings: SamplerSettings, device: torch.device) -> Tensor:
     """Normalised latents (B,T,C) float32 of the samples numbered `indices`."""
     noise = initial_noise(settings.seed, indices, model.grid[0] * model.grid[1], model.in_channels)

@@ -1,11 +1,13 @@
 """Training images from the tars: an endless, restartable stream of augmented batches.
 
-Batch n depends on (seed, n, batch size, number of decoding workers) only, so a resumed run sees what an
-undisturbed one would have seen.
+Batch n depends on (seed, n, batch size) only, so a resumed run sees what an undisturbed one would have seen, on any
+number of training or decoding processes. References are shuffled, not images: each is read when its turn comes, by
+the process that decodes it.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import zlib
@@ -26,7 +28,7 @@ from svgpipe.stages.training import seed_of
 
 
 class TrainingImages(IterableDataset[Tensor]):
-    """Batches (B,3,S,S) uint8 of the training split, from batch `start` on, for ever."""
+    """Batches (B,3,S,S) uint8 of the training split, from batch `start` on, for ever; or a share of each."""
 
     def __init__(
         self,
@@ -39,8 +41,9 @@ class TrainingImages(IterableDataset[Tensor]):
         buffer: int,
         seed: int,
         start: int,
+        share: range | None = None,
     ) -> None:
-        """Raises ArtifactError if the set has no training image."""
+        """`share` are the places of every batch that are wanted; None: all. Raises ArtifactError without any image."""
         usable = np.bincount(shards.rows.shard[~shards.rows.rejected], minlength=len(shards.shards)).tolist()
         self.directory = shards.directory
         self.tars = [(s, n) for s, n in zip(shards.shards, usable, strict=True) if s.split == "train" and n]
@@ -48,50 +51,42 @@ class TrainingImages(IterableDataset[Tensor]):
             raise ArtifactError(f"{shards.directory}: expected training images, found none in its tars.")
         self.size, self.batch_size, self.crop, self.flip = size, batch_size, crop, flip
         self.buffer, self.seed, self.start = buffer, seed, start
+        self.share = share if share is not None else range(batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
+        # The loader takes batches from its workers in turn; each sees the same order, and decodes what is its own.
         info = get_worker_info()
-        lanes = info.num_workers if info else 1
-        # The loader takes batches from its workers in turn; after a resume, turn 0 is batch `start`.
-        lane = ((info.id if info else 0) + self.start) % lanes
-        done = len(range(lane, self.start, lanes))
-        samples = self._samples(lane, lanes, skip=done * self.batch_size)
-        while True:
-            batch = [next(samples) for _ in range(self.batch_size)]
-            yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).contiguous()
+        mine, workers = (info.id, info.num_workers) if info else (0, 1)
+        refs = self._refs(skip=self.start * self.batch_size)
+        for turn in itertools.count():
+            batch = list(itertools.islice(refs, self.batch_size))
+            if turn % workers == mine:
+                images = [self._augment(*batch[place]) for place in self.share]
+                yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
-    def _samples(self, lane: int, lanes: int, skip: int) -> Iterator[RGBArray]:
-        epoch = 0
-        while True:
-            order = list(self.tars)
-            random.Random(seed_of(self.seed, "shards", epoch)).shuffle(order)
-            mine = order[lane::lanes]
-            count = sum(n for _, n in mine)
-            if skip >= count:
-                skip -= count
-            else:
-                for sample in self._epoch([shard for shard, _ in mine], lane, epoch):
-                    if skip:
-                        skip -= 1
-                    else:
-                        yield self._augment(sample, epoch)
-            epoch += 1
+    def _refs(self, skip: int) -> Iterator[tuple[ImageRef, int]]:
+        """Every image with the epoch it is met in, from number `skip` on."""
+        per_epoch = sum(n for _, n in self.tars)
+        first, rest = divmod(skip, per_epoch)
+        for epoch in itertools.count(first):
+            yield from itertools.islice(self._epoch(epoch), rest, None)
+            rest = 0
 
-    def _epoch(self, tars: Sequence[ShardFile], lane: int, epoch: int) -> Iterator[tuple[ImageRef, bytes]]:
-        rng = random.Random(seed_of(self.seed, "buffer", epoch, lane))
-        return iter(wds.shuffle(self.buffer, initial=self.buffer, rng=rng)(self._members(tars)))
+    def _epoch(self, epoch: int) -> Iterator[tuple[ImageRef, int]]:
+        order = [shard for shard, _ in self.tars]
+        random.Random(seed_of(self.seed, "shards", epoch)).shuffle(order)
+        rng = random.Random(seed_of(self.seed, "buffer", epoch))
+        shuffled = wds.shuffle(self.buffer, initial=self.buffer, rng=rng)(self._members(order))
+        return ((ref, epoch) for ref in shuffled)
 
-    def _members(self, tars: Sequence[ShardFile]) -> Iterator[tuple[ImageRef, bytes]]:
+    def _members(self, tars: Sequence[ShardFile]) -> Iterator[ImageRef]:
         """Images in tar order, by the index: tars made by others may hold their members in any order."""
         for shard in tars:
-            for ref in refs_of(self.directory, [shard]):
-                if ref.reject is None:
-                    yield ref, ref.read()
+            yield from (ref for ref in refs_of(self.directory, [shard]) if ref.reject is None)
 
-    def _augment(self, sample: tuple[ImageRef, bytes], epoch: int) -> RGBArray:
-        ref, data = sample
+    def _augment(self, ref: ImageRef, epoch: int) -> RGBArray:
         try:
-            image = decode_image(data)
+            image = decode_image(ref.read())
         except RejectedImageError as error:
             raise ArtifactError(
                 f"{ref.tar}: image {ref.key}: {error}. Shard the source again, or index its tars with --decode."
@@ -105,7 +100,6 @@ class TrainingImages(IterableDataset[Tensor]):
 
 def training_batches(dataset: TrainingImages, workers: int) -> Iterator[Tensor]:
     """Iterate over `dataset`, decoding in `workers` extra processes (0: in this one)."""
-    workers = min(workers, len(dataset.tars))
     if workers == 0:
         return iter(dataset)
     loader = DataLoader(

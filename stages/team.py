@@ -6,9 +6,30 @@ A global batch is dealt out in contiguous shares, the first of which may be larg
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class _Sum(torch.autograd.Function):
+    """The derivative of all parts of the loss by what this process put in is the sum of what each of them asks for."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        del context
+        return _total(values)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        del context
+        return _total(gradient)
+
+
+def _total(values: Tensor) -> Tensor:
+    total = values.detach().clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(total)
+    return total
 
 
 @dataclass(frozen=True)
@@ -36,11 +57,11 @@ class Team:
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise over all processes; no gradient."""
-        if self.size == 1:
-            return values
-        total = values.detach().clone()
-        torch.distributed.all_reduce(total)
-        return total
+        return values if self.size == 1 else _total(values)
+
+    def sum_with_gradient(self, values: Tensor) -> Tensor:
+        """As `sum`, where every process goes on to compute its part of one loss with the result."""
+        return values if self.size == 1 else _Sum.apply(values)
 
     def any(self, flag: bool) -> bool:
         """Whether it is true for any process. Only hosts wait for each other here, never for a GPU."""

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svgpipe.manifests.checkpoint import CheckpointStore
-from svgpipe.manifests.errors import ArtifactError, DivergedError
+from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.recipe import Precision, ScheduleSection
 from svgpipe.manifests.storage import Location, write_atomic
 
@@ -60,18 +59,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Set the rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value
-
-
-def require_finite(values: dict[str, float], step: int, store: CheckpointStore) -> None:
-    """Raise DivergedError, with the step and where the last good checkpoint lies, on a NaN or infinity."""
-    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
-    if bad:
-        newest = store.newest
-        last = "no checkpoint had been saved yet" if newest is None else f"the last good checkpoint is {newest}"
-        raise DivergedError(
-            f"training diverged at step {step}: {', '.join(f'{k} is {v}' for k, v in bad.items())}; {last}. "
-            "Lower the learning rate, clip gradients, or train in float32, in a new --out."
-        )
 
 
 class MetricsLog:

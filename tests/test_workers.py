@@ -1,0 +1,202 @@
+"""Training on several workers computes what one process computes, whoever dies and however many continue."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svgpipe.manifests.manifest import read_json
+from svgpipe.models.losses import TeamBatchNorm2d
+from svgpipe.models.residual import Alignment, SampleDropout
+from svgpipe.stages.team import Team
+from svgpipe.stages.training import read_metrics
+
+from .conftest import Finished, Outcome, run_and_kill, start
+
+CPU = torch.device("cpu")
+TWO = ("--num-workers", 2)
+# Seven samples on two workers in two parts: shares and parts of uneven size. Both views, dropped labels, clipping.
+DIFFUSION = ("diffusion.steps=120", "diffusion.batch_size=7", "diffusion.accumulate=2", "diffusion.learning_rate=1e-4")
+# Adam turns rounding into steps of the learning rate's size, the discriminator most of all: hence the small rate.
+AUTOENCODER = (
+    *("autoencoder.steps=14", "autoencoder.batch_size=5", "autoencoder.learning_rate=1e-6", "autoencoder.flip=true"),
+    "autoencoder.discriminator.start_step=3",
+)
+
+
+def diffusion_args(finished: Finished, out: Path, *more: object) -> list[object]:
+    given = ["--cache", finished.root / "cache", "--out", out, "--recipe", finished.recipe_file]
+    return ["train-diffusion", *given, *(part for value in DIFFUSION for part in ("--set", value)), *more]
+
+
+def autoencoder_args(finished: Finished, out: Path, *more: object) -> list[object]:
+    given = ["--shards", finished.root / "shards", "--out", out, "--recipe", finished.recipe_file]
+    return ["train-autoencoder", *given, *(part for value in AUTOENCODER for part in ("--set", value)), *more]
+
+
+def require_same_course(found: Path, expected: Path, names: tuple[str, ...]) -> None:
+    """Every step logged once, and its values equal to 1e-5."""
+    ours, theirs = ([e for e in read_metrics(f / "metrics.jsonl") if names[0] in e] for f in (found, expected))
+    assert [e["step"] for e in ours] == [e["step"] for e in theirs] == list(range(1, len(theirs) + 1))
+    for name in names:
+        np.testing.assert_allclose(
+            [e[name] for e in ours], [e[name] for e in theirs], rtol=1e-5, atol=1e-9, err_msg=name
+        )
+
+
+def reached(out: Path, step: int) -> bool:
+    latest = out / "checkpoints" / "latest.json"
+    return latest.exists() and bool(read_json(latest)["checkpoints"][-1]["step"] >= step)
+
+
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, deadline_s: float = 120) -> None:
+    deadline = time.monotonic() + deadline_s
+    while not ready():
+        assert process.poll() is None, f"ended too early: {log.read_text()}"
+        assert time.monotonic() < deadline, f"never became ready: {log.read_text()}"
+        time.sleep(0.02)
+
+
+def training_workers(session: int) -> list[int]:
+    """Processes of Ray Train below the command that leads this session."""
+    found = subprocess.run(["pgrep", "-s", str(session), "-f", "RayTrainWorker"], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+@given(st.integers(0, 200), st.integers(1, 9))
+def test_shares_make_up_the_whole(count: int, size: int) -> None:
+    team = [Team(CPU, rank, size) for rank in range(size)]
+    assert [place for member in team for place in member.share(count)] == list(range(count))
+    lengths = [len(member.share(count)) for member in team]
+    assert max(lengths) - min(lengths) <= 1
+    assert {member.largest_share(count) for member in team} == {max(lengths)}
+
+
+def test_batch_norm_and_alignment_by_totals_are_torchs() -> None:
+    """The way that several processes go, taken by one: values, gradients, and what is tracked."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 4, 4, requires_grad=True)
+    ours, theirs = TeamBatchNorm2d(3), torch.nn.BatchNorm2d(3)
+    ours.total = lambda values: values
+    for layer in (ours, theirs):
+        torch.nn.init.normal_(layer.weight)
+        layer.bias.data.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    ours.load_state_dict(theirs.state_dict())
+    found, expected = ours(x), theirs(x)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(y.square().mean(), x, retain_graph=True)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)
+    flat = x.detach().transpose(0, 1).flatten(1)
+    scalars = torch.stack([flat.mean(1).mean(), flat.std(1).mean()])
+    torch.testing.assert_close(Alignment.statistics(x, x), scalars.repeat(2))
+
+
+def test_dropout_of_a_sample_does_not_depend_on_its_company() -> None:
+    layer, x = SampleDropout(0.25), torch.ones(6, 50, 40)
+
+    def generators(places: list[int]) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(place) for place in places]
+
+    layer.generators = generators([0, 1, 2, 3, 4, 5])
+    together = layer(x)
+    layer.generators = generators([4])
+    assert torch.equal(layer(x[:1])[0], together[4])
+    assert not torch.equal(together[3], together[4])
+    assert together.unique().tolist() == [0, pytest.approx(4 / 3)]
+    assert together.mean().item() == pytest.approx(1, abs=0.03)
+    assert torch.equal(layer.eval()(x), x)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_one_process_continues(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """Two workers, one of them killed; new ones go on; Ctrl-C stops them after a step; one process does the rest."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    process = start(diffusion_args(finished, out, *TWO), log)
+    wait_for(lambda: reached(out, 8), process, log)
+    workers = training_workers(process.pid)
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    wait_for(lambda: "resumed at step" in log.read_text(), process, log)
+    assert "a worker died" in log.read_text()
+    again = int(re.findall(r"resumed at step (\d+)", log.read_text())[-1])
+    wait_for(lambda: reached(out, again + 4), process, log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    text = log.read_text()
+    assert "saved. The same command resumes." in text
+    assert "Traceback" not in text
+    assert not training_workers(process.pid)
+    assert svgpipe(*diffusion_args(finished, out)).code == 0
+    assert svgpipe(*diffusion_args(finished, tmp_path / "alone")).code == 0
+    require_same_course(out, tmp_path / "alone", ("loss", "grad_norm", "learning_rate"))
+
+
+@pytest.mark.slow
+def test_what_one_process_began_two_continue_with_the_model_spread_over_them(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    out = tmp_path / "out"
+    run_and_kill(diffusion_args(finished, out), lambda: reached(out, 4))
+    more = ("--strategy", "fsdp2", "--autoencoder", finished.root / "autoencoder")
+    found = svgpipe(*diffusion_args(finished, out, *TWO, *more))
+    assert found.code == 0, found.err
+    assert "resumed at step" in found.err
+    assert svgpipe(*diffusion_args(finished, tmp_path / "alone")).code == 0
+    require_same_course(out, tmp_path / "alone", ("loss", "grad_norm", "learning_rate"))
+    held = [
+        [e["heldout_loss"] for e in read_metrics(f / "metrics.jsonl") if "heldout_loss" in e]
+        for f in (out, tmp_path / "alone")
+    ]
+    np.testing.assert_allclose(held[0], held[1], rtol=1e-5)
+    assert (out / "samples" / "step-00000120.png").exists()
+
+
+@pytest.mark.slow
+def test_an_autoencoder_begun_by_two_is_finished_by_one(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """Its discriminator is at work before and after; everything is killed in between."""
+    out = tmp_path / "out"
+    run_and_kill(autoencoder_args(finished, out, *TWO), lambda: reached(out, 6))
+    assert svgpipe(*autoencoder_args(finished, out)).code == 0
+    assert svgpipe(*autoencoder_args(finished, tmp_path / "alone")).code == 0
+    require_same_course(
+        out, tmp_path / "alone", ("l1", "perceptual", "adversarial", "adaptive_weight", "discriminator")
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (["--num-workers", 500], 2, ["500 workers", "but Ray has"]),
+        (["--address", "auto"], 2, ["--num-workers"]),
+        ([*TWO, "--set", "diffusion.batch_size=1", "--set", "diffusion.accumulate=1"], 2, ["one sample for each of 2"]),
+        (
+            [*TWO, "--set", "diffusion.learning_rate=1e38", "--set", "diffusion.checkpoint_every=1"],
+            1,
+            ["training diverged at step", "The last good checkpoint is"],
+        ),
+    ],
+)
+def test_what_workers_cannot_do_is_told_like_anywhere(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], more: list[object], code: int, words: list[str]
+) -> None:
+    found = svgpipe(*diffusion_args(finished, tmp_path / "out", *more))
+    assert found.code == code, found.err
+    assert all(word in found.err for word in words), found.err
+    assert "a worker died" not in found.err
