@@ -228,7 +228,10 @@ class DiffusionSection(Section):
     keep_checkpoints: Positive = Field(2, description="Newest ones, from which a run resumes.")
     keep_every: Positive | None = Field(None, description="Keep those at multiples of so many steps for ever.")
     sample_every: Positive = Field(10_000, description="Grids, only where an autoencoder is given.")
-    sample_steps: Positive = 25
+    quality_every: Positive = Field(10_000, description="Distance and class accuracy of samples in latent space.")
+    quality_samples: int = Field(1024, ge=0, description="Samples that these are measured on; 0: never.")
+    quality_rows: int = Field(8192, ge=2, description="Cached rows that they are measured against.")
+    sample_steps: Positive = Field(25, description="Of grids and of what quality is measured on.")
     sample_shift: float = Field(0.15, gt=0)
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import load_tensors, save_tensors
@@ -17,14 +18,9 @@ from svgpipe.manifests.manifest import digest
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardFile, ShardSet, refs_of
 from svgpipe.manifests.storage import Location, make_directory
+from svgpipe.models.distances import frechet_distance, nearest_class_accuracy
 from svgpipe.stages.images import psnr
-from svgpipe.stages.measure import (
-    Extractor,
-    ImageSet,
-    class_accuracy,
-    frechet_distance,
-    kernel_distance,
-)
+from svgpipe.stages.measure import Extractor, ImageSet, kernel_distance
 from svgpipe.stages.progress import Progress
 from svgpipe.stages.sampling import SamplerSettings
 from svgpipe.stages.selection import evenly_spread
@@ -90,7 +86,11 @@ def compare(
     for name, image_set in everything.items():
         features[name] = _features(out / "features", name, image_set, extractor, batch_size)
         progress.advance(1, name)
-    reference, labels = features["reference"], everything["reference"].labels
+
+    def labels_of(name: str) -> Tensor:
+        return torch.from_numpy(everything[name].labels)
+
+    reference, labels = features["reference"], labels_of("reference")
 
     def measured(name: str, role: Any, **more: Any) -> Measured:
         mean, std = kernel_distance(features[name], reference)
@@ -102,7 +102,7 @@ def compare(
             frechet_distance=frechet_distance(features[name], reference),
             kernel_distance=mean,
             kernel_distance_std=std,
-            class_accuracy=class_accuracy(reference, labels, features[name], everything[name].labels)
+            class_accuracy=nearest_class_accuracy(reference, labels, features[name], labels_of(name))
             if has_labels
             else None,
             **more,

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from svgpipe.stages.flow_losses import heldout_loss
 from svgpipe.stages.flow_trainer import FlowTrainer, Step
 from svgpipe.stages.gauges import LossByTime, peak_memory
 from svgpipe.stages.images import encode_png, tile
+from svgpipe.stages.latent_quality import LatentQuality
 from svgpipe.stages.parallel import Strategy
 from svgpipe.stages.sampling import SamplerSettings, draw_latents
 from svgpipe.stages.saver import BackgroundSaver
@@ -183,6 +185,8 @@ class DiffusionRun:
                 self.evaluate()
             if step % config.sample_every == 0:
                 self.draw_grid()
+            if step % config.quality_every == 0:
+                self.measure_quality()
         self.saver.check()
         if step % config.checkpoint_every == 0 or stopping:
             self._save()
@@ -222,6 +226,23 @@ class DiffusionRun:
             self.supervisor.say(f"step {self.step}: held-out loss {value:.4f}")
         return value
 
+    @cached_property
+    def quality(self) -> LatentQuality:
+        """Reads its part of the cache when it is first asked for."""
+        return LatentQuality(self.cache, self.config, self.team)
+
+    def measure_quality(self) -> None:
+        """What samples of the first average of the weights are worth in latent space."""
+        if not self.config.quality_samples:
+            return
+        found = self.quality.measure(self.trainer.averages[0])
+        if self.log is None or not found:
+            return
+        self.log.write(self.step, **found)
+        words = {"latent_fd": "latent Fréchet distance", "latent_accuracy": "in the right class"}
+        told = [f"{words[k]} {found[k]:.3g} (real {found[f'{k}_real']:.3g})" for k in words if f"{k}_real" in found]
+        self.supervisor.say(f"step {self.step}: {', '.join(told)}")
+
     def draw_grid(self) -> None:
         """A sheet of samples from the first average of the weights, where a decoder was given."""
         if self.decoder is None:
@@ -248,6 +269,7 @@ class DiffusionRun:
         """The last measurements, and all weights as files of their own."""
         loss = self.evaluate()
         self.draw_grid()
+        self.measure_quality()
         weights = self.trainer.weights()
         content = {}
         if self.log is not None:

@@ -1,4 +1,4 @@
-"""Image sets → features → distances, through torch-fidelity.
+"""Image sets → features, and kernel distances between them, through torch-fidelity.
 
 A distance is called FID only where torch-fidelity's Inception made the features; with a timm backbone it is a
 Fréchet distance in that backbone's space and is named so.
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
@@ -143,12 +142,6 @@ def load_extractor(config: ExtractorSection, backbone: Backbone) -> Extractor:
     )
 
 
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Of two (n,D) feature sets, in float64, by torch-fidelity."""
-    statistics = [fid_features_to_statistics(features.double()) for features in (first, second)]
-    return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
-
-
 def kernel_distance(first: Tensor, second: Tensor) -> tuple[float, float]:
     """Mean and standard deviation of the polynomial MMD² over random subsets, by torch-fidelity."""
     size = min(KERNEL_SUBSET_SIZE, len(first), len(second))
@@ -156,15 +149,3 @@ def kernel_distance(first: Tensor, second: Tensor) -> tuple[float, float]:
         first.double(), second.double(), kid_subsets=KERNEL_SUBSETS, kid_subset_size=size, verbose=False
     )
     return float(found[KEY_METRIC_KID_MEAN]), float(found[KEY_METRIC_KID_STD])
-
-
-def class_accuracy(
-    reference: Tensor, reference_labels: NDArray[np.int64], features: Tensor, labels: NDArray[np.int64]
-) -> float | None:
-    """Share of rows whose nearest class mean of the reference is their own class; None with fewer than two classes."""
-    classes = np.unique(reference_labels)
-    if len(classes) < 2:
-        return None
-    means = torch.stack([reference[torch.from_numpy(reference_labels == c)].mean(0) for c in classes])
-    nearest = classes[torch.cdist(features, means).argmin(1).numpy()]
-    return float((nearest == labels).mean())

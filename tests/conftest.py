@@ -134,6 +134,8 @@ TINY = {
         "eval_rows": 4,
         "checkpoint_every": 4,
         "sample_every": 6,
+        "quality_every": 6,
+        "quality_samples": 7,
         "sample_steps": 2,
     },
     "evaluation": {

@@ -13,13 +13,15 @@ import pytest
 import torch
 import webdataset as wds
 from torch_fidelity import feature_extractor_inceptionv3
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
 from svgpipe.manifests.storage import file_sha256
 from svgpipe.manifests.store import FeatureStore
+from svgpipe.models.distances import frechet_distance, nearest_class_accuracy
 from svgpipe.stages.decoding import latent_decoder
 from svgpipe.stages.images import decode_image, to_array
-from svgpipe.stages.measure import class_accuracy, frechet_distance, kernel_distance
+from svgpipe.stages.measure import kernel_distance
 from svgpipe.stages.sampling import SamplerSettings, draw_latents, initial_noise, labels_of, load_diffusion
 
 from .conftest import Finished, Outcome, tree_bytes
@@ -207,13 +209,22 @@ def test_what_cannot_be_evaluated(
 
 
 def test_frechet_distance_against_the_closed_form() -> None:
-    """For diagonal Gaussians: |m1-m2|² + Σ (s1-s2)²; the sample version comes close to it."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 40_000, 4, generator=generator)
+    """For Gaussians of diagonal covariance: |m1-m2|² + Σ (s1-s2)². Whitened samples have the covariance exactly."""
+    a = torch.randn(500, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(a.T))).T
     scale, shift = torch.tensor([1.0, 2.0, 0.5, 1.0]), torch.tensor([0.0, 0.0, 0.0, 3.0])
     expected = float((scale - 1).square().sum() + shift.square().sum())
-    assert frechet_distance(a, b * scale + shift) == pytest.approx(expected, rel=0.02)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+    assert frechet_distance(a, a * scale + shift) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("rows", [20, 400])
+def test_frechet_distance_is_torch_fidelitys(rows: int) -> None:
+    """Also with fewer rows than dimensions, where the covariances have no inverse."""
+    torch.manual_seed(1)
+    a, b = torch.randn(rows, 64) @ torch.randn(64, 64), torch.randn(rows + 5, 64) @ torch.randn(64, 64) + 1
+    expected = fid_statistics_to_metric(*map(fid_features_to_statistics, (a.double(), b.double())), verbose=False)
+    assert frechet_distance(a, b) == pytest.approx(expected[KEY_METRIC_FID], rel=1e-3)
 
 
 def test_kernel_distance_and_class_accuracy() -> None:
@@ -221,8 +232,8 @@ def test_kernel_distance_and_class_accuracy() -> None:
     a, b = torch.randn(2, 300, 8, generator=generator)
     assert abs(kernel_distance(a, b)[0]) < 0.05
     assert kernel_distance(a, b + 1)[0] > 0.5
-    labels = np.arange(300) % 3
-    centres = torch.eye(8)[torch.from_numpy(labels)] * 20
-    assert class_accuracy(a + centres, labels, b + centres, labels) == 1.0
-    assert class_accuracy(a + centres, labels, b + centres, (labels + 1) % 3) == 0.0
-    assert class_accuracy(a, np.zeros(300, np.int64), b, labels) is None
+    labels = torch.arange(300) % 3
+    centres = torch.eye(8)[labels] * 20
+    assert nearest_class_accuracy(a + centres, labels, b + centres, labels) == 1.0
+    assert nearest_class_accuracy(a + centres, labels, b + centres, (labels + 1) % 3) == 0.0
+    assert nearest_class_accuracy(a, torch.zeros(300), b, labels) is None

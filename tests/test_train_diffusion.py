@@ -150,6 +150,10 @@ def test_what_training_leaves(finished: Finished) -> None:
     assert all(min(v for k, v in e.items() if k.startswith("loss_t")) <= e["loss"] for e in buckets)
     assert all(0 < e["memory_gb"] < 64 and 0 <= e["data_wait_share"] <= 1 for e in buckets)
     assert "loss_t0" in scalars.Tags()["scalars"]
+    measured = [e for e in entries if "latent_fd" in e]
+    assert [e["step"] for e in measured] == [6, 12]
+    assert all(0 <= e["latent_accuracy"] <= 1 and e["latent_fd"] > e["latent_fd_real"] > 0 for e in measured)
+    assert [e.step for e in scalars.Scalars("latent_fd")] == [6, 12]
     statistics = load_file(folder / "statistics.safetensors")
     np.testing.assert_array_equal(statistics["channel_std"].numpy(), finished.cache.channel_std)
     assert not same_weights_of_average_and_raw(folder)
