@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.lock import LOCK_NAME, Lock
+from svgpipe.manifests.progress_file import PROGRESS_NAME
 from svgpipe.manifests.storage import Location, children, make_directory, remove_partials, write_atomic
 
 SCHEMA_VERSION = 1
@@ -223,8 +224,8 @@ def _holds_nothing(path: Location) -> bool:
     """
     if not path.exists():
         return True
-    names = {entry.name for entry in children(path)}
-    return all(name in (PLAN_NAME, LOCK_NAME) or (name.startswith(".") and name.endswith(".partial")) for name in names)
+    names = {entry.name for entry in children(path)} - {PLAN_NAME, LOCK_NAME, PROGRESS_NAME}
+    return all(name.startswith(".") and name.endswith(".partial") for name in names)
 
 
 class WorkDir(Generic[M]):
@@ -286,7 +287,9 @@ class WorkDir(Generic[M]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._lock is not None:
+            (self.path / PROGRESS_NAME).unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:

@@ -48,6 +48,22 @@ def inspect(
 
 
 @app.command()
+def status(
+    path: Annotated[str, typer.Argument(help="A working directory, or any one artifact in it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """How far a running, stopped or finished pipeline has come: stages, time left, last metrics, warnings."""
+    from svgpipe.pipeline.status import show_status
+    from svgpipe.pipeline.status import status as find_status
+
+    found = find_status(location(path))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        show_status(found)
+
+
+@app.command()
 def verify(
     path: Annotated[str, typer.Argument(help="Any artifact, or a working directory.")],
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte: hashes, checksums, NaN.")] = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -21,6 +22,7 @@ class ConsoleProgress:
         self._bars: RichProgress | None = None
         self._task: TaskID | None = None
         self._name, self._total, self._done, self._last = "", 0, 0, 0.0
+        self._began_at, self._began_done = 0.0, 0
 
     def __enter__(self) -> ConsoleProgress:
         if self.console.is_terminal:
@@ -45,8 +47,12 @@ class ConsoleProgress:
 
     def begin(self, task: str, total: int, done: int = 0) -> None:
         """A new task; see stages.progress."""
+        again = task == self._name
         self._name, self._total, self._done, self._last = task, total, done, time.monotonic()
-        if self._bars is not None:
+        self._began_at, self._began_done = self._last, done
+        if self._bars is not None and self._task is not None and again:
+            self._bars.reset(self._task, total=total, completed=done)  # a worker died, and others went back
+        elif self._bars is not None:
             self._task = self._bars.add_task(task, total=total, completed=done, note="")
         else:
             resumed = f" ({done} done before)" if done else ""
@@ -61,7 +67,14 @@ class ConsoleProgress:
                 self._bars.update(self._task, note=note)
         elif self._done >= self._total or time.monotonic() - self._last > LINE_EVERY_S:
             self._last = time.monotonic()
-            self.console.print(f"{self._name}: {self._done}/{self._total}  {note}".rstrip())
+            self.console.print(f"{self._name}: {self._done}/{self._total}  {note}{self._left()}".rstrip())
+
+    def _left(self) -> str:
+        """Time left at the pace so far."""
+        seconds, items = self._last - self._began_at, self._done - self._began_done
+        if items <= 0 or self._done >= self._total:
+            return ""
+        return f"  left {timedelta(seconds=round(seconds / items * (self._total - self._done)))}"
 
     def say(self, text: str) -> None:
         """One line that stays."""

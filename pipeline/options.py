@@ -32,6 +32,9 @@ TrainersOption = Annotated[
     int | None,
     typer.Option("--num-workers", min=1, help="Training workers on Ray; without it, this process, without Ray."),
 ]
+WandbOption = Annotated[
+    str | None, typer.Option("--wandb", help="Project of Weights & Biases to log to as well; needs the extra wandb.")
+]
 CpusOption = Annotated[
     float | None,
     typer.Option("--cpus-per-worker", min=0.1, help="CPUs each actor asks Ray for; default 1 or its share."),

@@ -10,13 +10,13 @@ import numpy as np
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report
 from svgpipe.manifests.index import read_index, refs_of_table
+from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, children, write_atomic
 from svgpipe.pipeline.page import Curve, Picture, curve, lineage, picture, render
 from svgpipe.stages.comparison import RECONSTRUCTIONS
 from svgpipe.stages.measure import ImageSet
 from svgpipe.stages.selection import evenly_spread
-from svgpipe.stages.training import read_metrics
 
 REPORT_PAGE = "report.html"
 MAX_COLUMNS = 10

@@ -24,6 +24,7 @@ from svgpipe.pipeline.options import (
     ShardsOption,
     StrategyName,
     TrainersOption,
+    WandbOption,
     WorkersOption,
     resources_of,
 )
@@ -104,6 +105,7 @@ def train_autoencoder(
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
+    wandb: WandbOption = None,
 ) -> None:
     """Residual encoder and decoder beside the frozen backbone. Run again to resume."""
     from svgpipe.manifests.recipe import load_recipe
@@ -116,7 +118,7 @@ def train_autoencoder(
     opened = ShardSet.open(shards)
     resources = None if num_workers is None else resources_of(num_workers, cpus_per_worker, gpus_per_worker)
     with training_cluster(resources, address), ConsoleProgress() as progress:
-        manifest = run_stage(opened, location(out), config, resources=resources, progress=progress)
+        manifest = run_stage(opened, location(out), config, resources=resources, wandb_project=wandb, progress=progress)
     psnr = "not measured" if manifest.heldout_psnr is None else f"{manifest.heldout_psnr:.2f} dB"
     typer.echo(f"{out}: autoencoder {manifest.fingerprint[:12]}, held-out PSNR {psnr}")
 
@@ -183,6 +185,7 @@ def train_diffusion(
         StrategyName, typer.Option("--strategy", help="Several workers: each holds the model, or a part of it.")
     ] = StrategyName.DDP,
     address: AddressOption = None,
+    wandb: WandbOption = None,
 ) -> None:
     """Diffusion transformer, purely from the cache. Run again to resume."""
     from svgpipe.manifests import FeatureCache
@@ -203,6 +206,7 @@ def train_diffusion(
             autoencoder=decoder,
             resources=resources,
             strategy=strategy.value,
+            wandb_project=wandb,
             progress=progress,
         )
     loss = "not measured" if manifest.heldout_loss is None else f"{manifest.heldout_loss:.4f}"

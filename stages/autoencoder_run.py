@@ -23,6 +23,7 @@ from svgpipe.stages.autoencoder_trainer import AutoencoderTrainer, Step
 from svgpipe.stages.encoder import build_autoencoder, reconstruct, state_digest
 from svgpipe.stages.gauges import peak_memory
 from svgpipe.stages.images import RGBArray, encode_png, psnr, tile
+from svgpipe.stages.metrics_log import MetricsLog
 from svgpipe.stages.perceptual import load_perceptual
 from svgpipe.stages.pixels import as_unit_range
 from svgpipe.stages.saver import BackgroundSaver
@@ -30,7 +31,7 @@ from svgpipe.stages.selection import evenly_spread
 from svgpipe.stages.streaming import TrainingImages, load_images, training_batches
 from svgpipe.stages.supervisor import Supervisor
 from svgpipe.stages.team import Team
-from svgpipe.stages.training import MetricsLog, learning_rate
+from svgpipe.stages.training import learning_rate
 
 GRID_FOLDER = "reconstructions"
 GRID_IMAGES = 16
@@ -51,10 +52,16 @@ class Trained:
 
 
 def run_training(
-    team: Team, supervisor: Supervisor, *, shards: ShardSet, out: Location, config: AutoencoderSection
+    team: Team,
+    supervisor: Supervisor,
+    *,
+    shards: ShardSet,
+    out: Location,
+    config: AutoencoderSection,
+    wandb_project: str | None,
 ) -> Trained:
     """From the last checkpoint in `out` to the finished weights there; see `train_autoencoder`."""
-    run = AutoencoderRun(team, supervisor, shards, out, config)
+    run = AutoencoderRun(team, supervisor, shards, out, config, wandb_project)
     with closing(run.saver):
         run.train()
     return run.finish()
@@ -69,6 +76,7 @@ class AutoencoderRun:
     shards: ShardSet
     out: Location
     config: AutoencoderSection
+    wandb_project: str | None
 
     def __post_init__(self) -> None:
         config, team = self.config, self.team
@@ -84,7 +92,7 @@ class AutoencoderRun:
         perceptual = load_perceptual(config.perceptual, model)
         self.trainer = AutoencoderTrainer(model, config, team, perceptual, self._last_good)
         self.step = self._resume()
-        self.log = MetricsLog(self.out, self.step) if team.leads else None
+        self.log = MetricsLog(self.out, self.step, self.wandb_project) if team.leads else None
         self.heldout = self._load_heldout() if team.leads else None
 
     def _load_heldout(self) -> RGBArray | None:

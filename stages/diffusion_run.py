@@ -34,12 +34,13 @@ from svgpipe.stages.flow_trainer import FlowTrainer, Step
 from svgpipe.stages.gauges import LossByTime, peak_memory
 from svgpipe.stages.images import encode_png, tile
 from svgpipe.stages.latent_quality import LatentQuality
+from svgpipe.stages.metrics_log import MetricsLog
 from svgpipe.stages.parallel import Strategy
 from svgpipe.stages.sampling import SamplerSettings, draw_latents
 from svgpipe.stages.saver import BackgroundSaver
 from svgpipe.stages.supervisor import Supervisor
 from svgpipe.stages.team import Team
-from svgpipe.stages.training import MetricsLog, learning_rate
+from svgpipe.stages.training import learning_rate
 
 GRID_SAMPLES = 32
 Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
@@ -64,9 +65,10 @@ def run_training(
     config: DiffusionSection,
     decoder: Location | None,
     strategy: Strategy,
+    wandb_project: str | None,
 ) -> Trained:
     """From the last checkpoint in `out` to the finished weights there; see `train_diffusion`."""
-    run = DiffusionRun(team, supervisor, cache, out, config, decoder, strategy)
+    run = DiffusionRun(team, supervisor, cache, out, config, decoder, strategy, wandb_project)
     with closing(run.saver):
         run.train()
     return run.finish()
@@ -83,6 +85,7 @@ class DiffusionRun:
     config: DiffusionSection
     decoder: Location | None
     strategy: Strategy
+    wandb_project: str | None
 
     def __post_init__(self) -> None:
         config, cache, team = self.config, self.cache, self.team
@@ -114,7 +117,7 @@ class DiffusionRun:
         self.decode = self._load_decoder() if team.leads else None
         self.window = _Window(team.device)
         self.step = self._resume()
-        self.log = MetricsLog(self.out, self.step) if team.leads else None
+        self.log = MetricsLog(self.out, self.step, self.wandb_project) if team.leads else None
 
     def _load_decoder(self) -> Decode | None:
         if self.decoder is None:

@@ -39,7 +39,7 @@ from svgpipe.stages.cache_output import (
 from svgpipe.stages.calibrate import calibrate
 from svgpipe.stages.encode_units import EncodeUnits
 from svgpipe.stages.extract_tasks import ReadImages, WriteUnit
-from svgpipe.stages.progress import Progress, Silent
+from svgpipe.stages.progress import Progress, Recorded
 from svgpipe.stages.rejects import RejectTally
 from svgpipe.stages.timings import Timings
 from svgpipe.stages.units import Resources, run_units
@@ -77,7 +77,7 @@ def extract(
             return work.finished
         if not len(shards):
             raise ArtifactError(f"{shards.directory}: expected images to extract, found none.")
-        job = _Job(shards, autoencoder, encoder, config, resources or Resources(), progress or Silent(), max_rejects)
+        job = _Job(shards, autoencoder, encoder, config, resources or Resources(), Recorded(progress, out), max_rejects)
         return job.run(work)
 
 

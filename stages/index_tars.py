@@ -35,7 +35,7 @@ from svgpipe.manifests.storage import (
 )
 from svgpipe.stages.images import EXTENSIONS, RejectedImageError, check_header, decode_image
 from svgpipe.stages.processes import map_in_processes
-from svgpipe.stages.progress import Progress, Silent
+from svgpipe.stages.progress import Progress, Recorded
 
 SCAN_BYTES = 1 << 22
 # A class number above this is taken for a mistake, not for that many classes.
@@ -77,7 +77,6 @@ def index_tars(
         ArtifactError: a tar that is missing, or a set without a usable image.
         MismatchError: `out` was begun with other tars or another config.
     """
-    progress = progress or Silent()
     splits: list[tuple[Location, Split]] = [*((tar, "train") for tar in train), *((tar, "heldout") for tar in heldout)]
     sizes = [_require_plain_tar(tar) for tar, _ in splits]
     splits = [(absolute(tar), split) for tar, split in splits]
@@ -98,6 +97,7 @@ def index_tars(
         make_directory(out / "index")
         done = {child.name for child in children(records)}
         missing = [i for i in range(len(splits)) if _record_name(i) not in done]
+        progress = Recorded(progress, out)
         progress.begin("index", len(splits), len(splits) - len(missing))
         jobs = [_Scan(str(splits[i][0]), i, str(absolute(records)), config) for i in missing]
         for note in map_in_processes(_Scan.__call__, jobs, processes or os.cpu_count() or 1):

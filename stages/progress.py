@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Protocol
+
+from svgpipe.manifests.progress_file import ProgressEntry
+from svgpipe.manifests.storage import Location
+
+# Seconds between two entries on disk: an object store asks for money and time.
+LOCAL_EVERY_S, REMOTE_EVERY_S = 1.0, 30.0
+SAID = 5
 
 
 class Progress(Protocol):
@@ -29,3 +38,32 @@ class Silent:
 
     def say(self, text: str) -> None:
         """Nothing to show."""
+
+
+class Recorded:
+    """Tells another Progress, and leaves in a stage's directory how far it has come, for `svgpipe status`."""
+
+    def __init__(self, progress: Progress | None, directory: Location) -> None:
+        self.progress, self.directory = progress or Silent(), directory
+        self._every_s = LOCAL_EVERY_S if isinstance(directory, Path) else REMOTE_EVERY_S
+        now = time.time()
+        self.entry = ProgressEntry("", 0, 0, now, 0, now)
+
+    def begin(self, task: str, total: int, done: int = 0) -> None:
+        now = time.time()
+        self.entry = ProgressEntry(task, total, done, now, done, now, said=self.entry.said)
+        self.entry.write(self.directory)
+        self.progress.begin(task, total, done)
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        now, before = time.time(), self.entry.updated_at
+        self.entry.done += count
+        self.entry.note = note or self.entry.note
+        if now - before >= self._every_s or self.entry.done >= self.entry.total:
+            self.entry.updated_at = now
+            self.entry.write(self.directory)
+        self.progress.advance(count, note)
+
+    def say(self, text: str) -> None:
+        self.entry.said = [*self.entry.said, text][-SAID:]
+        self.progress.say(text)

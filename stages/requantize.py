@@ -29,7 +29,7 @@ from svgpipe.stages.cache_output import (
     write_unit,
 )
 from svgpipe.stages.processes import map_in_processes
-from svgpipe.stages.progress import Progress, Silent
+from svgpipe.stages.progress import Progress, Recorded
 from svgpipe.stages.quantization import SAMPLED_VECTORS, int8_scales
 from svgpipe.stages.selection import evenly_spread
 
@@ -54,7 +54,6 @@ def requantize(
         UsageError: `source` is `out`, or is stored as `dtype` already. BusyError: another process works in `out`.
         ArtifactError: `source` is unfinished or damaged.
     """
-    progress = progress or Silent()
     cache = FeatureCache(source)
     before = cache.manifest
     if absolute(source) == absolute(out):
@@ -66,6 +65,7 @@ def requantize(
     with WorkDir(out, CacheManifest, {**before.config, "store_dtype": dtype}, inputs) as work:
         if work.finished is not None:
             return work.finished
+        progress = Recorded(progress, out)
         calibration = _calibration(cache, dtype, out / CALIBRATION_NAME, progress)
         spec = before.model_copy(update={"store_dtype": dtype}).spec
         store = FeatureStore.create(out, spec, calibration.mean, calibration.std, calibration.scale)

@@ -40,7 +40,7 @@ from svgpipe.stages.measure import (
     load_extractor,
 )
 from svgpipe.stages.pixels import as_pixels
-from svgpipe.stages.progress import Progress, Silent
+from svgpipe.stages.progress import Progress, Recorded
 from svgpipe.stages.sampling import (
     SamplerSettings,
     TrainedDiffusion,
@@ -72,7 +72,7 @@ def sample_and_eval(
         MismatchError: the autoencoder is not the one that made the cache, or `out` holds another sweep.
         ArtifactError: missing weights or images. UsageError: a guidance mode that does not exist.
     """
-    resources, progress = resources or Resources(), progress or Silent()
+    resources = resources or Resources()
     trained = load_diffusion(diffusion, config.weights)
     encoder = AutoencoderManifest.read(autoencoder)
     require_same(
@@ -95,6 +95,7 @@ def sample_and_eval(
             config.extractor,
             build_backbone(AutoencoderSection.model_validate(encoder.config).backbone, encoder.image_size),
         )
+        progress = Recorded(progress, out)
         sweep = _Sweep(diffusion, autoencoder, out, config, settings, resources, progress)
         sets = RealSets.of(reference, config, encoder.image_size)
         stores = sweep.draw(trained)

@@ -24,7 +24,7 @@ from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split, TarImag
 from svgpipe.manifests.storage import Location, children, location, make_directory, remove_tree, write_atomic
 from svgpipe.stages.images import EXTENSIONS, RejectedImageError, centre_crop, decode_image, encode_png, to_array
 from svgpipe.stages.processes import map_in_processes
-from svgpipe.stages.progress import Progress, Silent
+from svgpipe.stages.progress import Progress, Recorded
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,6 @@ def shard(
         MismatchError: `out` holds the shards of another source or config.
         ArtifactError: every image of a class was rejected.
     """
-    progress = progress or Silent()
     if isinstance(out, Path) and out.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"{out}: expected a directory outside the source {source}, which would become a class of it.")
     class_names, files = scan(source)
@@ -78,6 +77,7 @@ def shard(
         make_directory(records)
         done = {path.name for path in children(records)}
         missing = [job for job in jobs if _record_path(records, job.number).name not in done]
+        progress = Recorded(progress, out)
         progress.begin("shard", len(jobs), len(jobs) - len(missing))
         for _ in map_in_processes(write_shard, missing, workers or os.cpu_count() or 1):
             progress.advance()

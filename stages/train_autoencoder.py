@@ -11,7 +11,8 @@ from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, absolute
 from svgpipe.stages.autoencoder_run import run_training
 from svgpipe.stages.launch import run_job
-from svgpipe.stages.progress import Progress, Silent
+from svgpipe.stages.metrics_log import require_wandb
+from svgpipe.stages.progress import Progress, Recorded
 from svgpipe.stages.units import Resources
 
 
@@ -21,6 +22,7 @@ def train_autoencoder(
     config: AutoencoderSection,
     *,
     resources: Resources | None = None,
+    wandb_project: str | None = None,
     progress: Progress | None = None,
 ) -> AutoencoderManifest:
     """Train on the training split of `shards` and publish the autoencoder at `out`; run again to resume.
@@ -34,17 +36,19 @@ def train_autoencoder(
         config: section `autoencoder` of a recipe.
         resources: workers of a connected Ray; None trains in this process. May differ at every resume: what is
             computed does not depend on it, but by rounding.
+        wandb_project: where Weights & Biases logs too, if it is installed.
     Raises:
-        UsageError: a config that cannot work. ArtifactError: missing weights or images.
+        UsageError: wandb is not installed, a config that cannot work. ArtifactError: missing weights or images.
         MismatchError: `out` was begun with another config or other shards.
         DivergedError: a NaN or infinity in the loss. InterruptedRunError: stopped by a signal, state saved.
     """
-    progress = progress or Silent()
+    if wandb_project is not None:
+        require_wandb()
     with WorkDir(out, AutoencoderManifest, config.model_dump(mode="json"), {"shards": shards.as_input()}) as work:
         if work.finished is not None:
             return work.finished
-        job = partial(run_training, shards=shards, out=absolute(out), config=config)
-        trained = run_job(job, resources, progress, work.check_lock)
+        job = partial(run_training, shards=shards, out=absolute(out), config=config, wandb_project=wandb_project)
+        trained = run_job(job, resources, Recorded(progress, out), work.check_lock)
         return AutoencoderManifest(
             config=work.config,
             inputs=work.inputs,

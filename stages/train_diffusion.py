@@ -14,8 +14,9 @@ from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.storage import Location, absolute
 from svgpipe.stages.diffusion_run import run_training
 from svgpipe.stages.launch import run_job
+from svgpipe.stages.metrics_log import require_wandb
 from svgpipe.stages.parallel import Strategy
-from svgpipe.stages.progress import Progress, Silent
+from svgpipe.stages.progress import Progress, Recorded
 from svgpipe.stages.units import Resources
 
 
@@ -27,6 +28,7 @@ def train_diffusion(
     autoencoder: Location | None = None,
     resources: Resources | None = None,
     strategy: Strategy = "ddp",
+    wandb_project: str | None = None,
     progress: Progress | None = None,
 ) -> DiffusionManifest:
     """Train on the valid, not held-out rows of `cache` and publish the model at `out`; run again to resume.
@@ -39,12 +41,12 @@ def train_diffusion(
         resources: workers of a connected Ray; None trains in this process. May differ at every resume: what is
             computed does not depend on it, but by rounding.
         strategy: how several workers share one model: ddp holds it in each, fsdp2 spreads it over them.
+        wandb_project: where Weights & Biases logs too, if it is installed.
     Raises:
-        UsageError: no training row, or a model, batch or number of workers that does not fit.
+        UsageError: wandb is not installed, no training row, or a model, batch or number of workers that does not fit.
         MismatchError: `out` was begun with another cache or config, or `autoencoder` did not make the cache.
         DivergedError: a NaN or infinity. InterruptedRunError: stopped by a signal, state saved.
     """
-    progress = progress or Silent()
     inputs = {"cache": cache.manifest.as_input(cache.path)}
     if autoencoder is not None:
         require_same(
@@ -53,6 +55,8 @@ def train_diffusion(
             AutoencoderManifest.read(autoencoder).as_input(autoencoder),
             what_to_do="Give the autoencoder that extracted the cache.",
         )
+    if wandb_project is not None:
+        require_wandb()
     with WorkDir(out, DiffusionManifest, config.model_dump(mode="json"), inputs) as work:
         if work.finished is not None:
             return work.finished
@@ -63,8 +67,9 @@ def train_diffusion(
             config=config,
             decoder=None if autoencoder is None else absolute(autoencoder),
             strategy=strategy,
+            wandb_project=wandb_project,
         )
-        trained = run_job(job, resources, progress, work.check_lock)
+        trained = run_job(job, resources, Recorded(progress, out), work.check_lock)
         rows, columns, channels = cache.manifest.feature_shape
         return DiffusionManifest(
             config=work.config,

@@ -1,24 +1,20 @@
-"""What both training stages share: seeds, schedules, metrics on disk, stopping, optimizer state."""
+"""What both training stages share: seeds, schedules, stopping, optimizer state."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import signal
 import threading
 import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.recipe import Precision, ScheduleSection
-from svgpipe.manifests.storage import Location, write_atomic
 
 
 def seed_of(*parts: int | str) -> int:
@@ -59,77 +55,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Set the rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value
-
-
-class MetricsLog:
-    """metrics.jsonl and TensorBoard scalars of one run; a resumed run drops what lies past its step.
-
-    An object store cannot append: there metrics.jsonl is written whole at every `flush`, and TensorBoard's
-    files are left out.
-    """
-
-    def __init__(self, directory: Location, start_step: int) -> None:
-        self.path = directory / "metrics.jsonl"
-        kept = [entry for entry in read_metrics(self.path) if entry["step"] <= start_step]
-        self._lines = [json.dumps(entry) + "\n" for entry in kept]
-        self._write_whole()
-        # Imported here: it is heavy, and encoder workers use this file without ever writing a log.
-        from torch.utils.tensorboard import SummaryWriter
-
-        local = isinstance(directory, Path)
-        self._file = self.path.open("a") if isinstance(self.path, Path) else None
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1) if local else None
-
-    def write(self, step: int, **values: float) -> None:
-        """Append one line and the same scalars; `step` counts finished optimiser steps."""
-        line = json.dumps({"step": step, **values}) + "\n"
-        if self._file is None:
-            self._lines.append(line)
-        else:
-            self._file.write(line)
-            self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-
-    def image(self, step: int, name: str, pixels: Any) -> None:
-        """An (H,W,3) uint8 picture."""
-        if self._board is not None:
-            self._board.add_image(name, pixels, step, dataformats="HWC")
-
-    def flush(self) -> None:
-        """Everything written so far is on disk; called before a checkpoint names its step."""
-        if self._file is None:
-            self._write_whole()
-
-    def _write_whole(self) -> None:
-        write_atomic(self.path, "".join(self._lines).encode())
-
-    def close(self) -> None:
-        self.flush()
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-
-def read_metrics(path: Location) -> list[dict[str, float]]:
-    """Lines of a metrics.jsonl; a last line cut short by a kill is left out.
-
-    Raises:
-        ArtifactError: a line other than the last is not JSON.
-    """
-    if not path.exists():
-        return []
-    entries = []
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ArtifactError(f"{path}: line {number}: expected JSON ({error}).") from error
-    return entries
 
 
 class StopRequest:

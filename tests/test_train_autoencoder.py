@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.manifest import read_json, write_json
+from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.models.residual import Alignment
 from svgpipe.stages.encoder import load_autoencoder, reconstruct
 from svgpipe.stages.images import psnr
 from svgpipe.stages.streaming import TrainingImages, load_images, training_batches
-from svgpipe.stages.training import read_metrics
 
 from .conftest import Finished, Outcome, run_and_kill
 

@@ -23,9 +23,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from svgpipe.manifests.checkpoint import DiffusionManifest
 from svgpipe.manifests.manifest import read_json
+from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.recipe import ScheduleSection
 from svgpipe.stages.batches import batch_at
-from svgpipe.stages.training import learning_rate, read_metrics
+from svgpipe.stages.training import learning_rate
 
 from .conftest import Finished, Outcome, run_and_kill
 

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svgpipe.manifests.manifest import read_json
+from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.models.losses import TeamBatchNorm2d
 from svgpipe.models.residual import Alignment, SampleDropout
 from svgpipe.stages.team import Team
-from svgpipe.stages.training import read_metrics
 
 from .conftest import Finished, Outcome, run_and_kill, start
 

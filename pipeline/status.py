@@ -1,0 +1,138 @@
+"""`svgpipe status`: how far a pipeline has come, in one screen, while it runs or afterwards."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from svgpipe.manifests.kinds import KINDS, artifacts_below, read_any
+from svgpipe.manifests.lock import describe, owner_of
+from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, Json, read_json
+from svgpipe.manifests.metrics_file import METRICS_NAME, read_metrics
+from svgpipe.manifests.progress_file import ProgressEntry, read_progress
+from svgpipe.manifests.storage import Location
+
+# What of the last line of a log is shown, in this order, where it is there.
+SHOWN = (
+    *("loss", "heldout_loss", "l1", "perceptual", "heldout_psnr", "latent_fd", "latent_accuracy"),
+    *("grad_norm", "learning_rate", "samples_per_s", "images_per_s", "data_wait_share", "memory_gb"),
+)
+SILENT_S, WAITING_SHARE, LOW_DISK = 300.0, 0.1, 2e9
+
+
+def status(path: Location) -> list[Json]:
+    """One entry for every artifact at or below `path`, in the order of the pipeline.
+
+    Raises:
+        ArtifactError: there is none, or what is there is damaged.
+    """
+    entries = [_entry(place) for place in artifacts_below(path)]
+    order = list(KINDS)
+    return sorted(entries, key=lambda entry: order.index(entry["kind"]) if entry["kind"] in order else len(order))
+
+
+def _entry(path: Location) -> Json:
+    if (path / MANIFEST_NAME).exists():
+        manifest = read_any(path)
+        took = {"seconds": manifest.seconds, "finished_at": manifest.finished_at, "fingerprint": manifest.fingerprint}
+        state: Json = {"kind": manifest.kind, "state": "finished", **took}
+        progress, owner = None, None
+    else:
+        progress, owner = read_progress(path), owner_of(path)
+        state = {"kind": str(read_json(path / PLAN_NAME)["kind"]), "state": "stopped" if owner is None else "running"}
+    metrics = _last_metrics(path)
+    found = {"path": str(path), "name": path.name, **state, "progress": _as_json(progress), "metrics": metrics}
+    return found | {"warnings": list(_warnings(path, state["state"], progress, owner, metrics))}
+
+
+def _as_json(progress: ProgressEntry | None) -> Json | None:
+    if progress is None:
+        return None
+    return {
+        "task": progress.task,
+        "done": progress.done,
+        "total": progress.total,
+        "note": progress.note,
+        "per_second": progress.per_second,
+        "seconds_left": progress.seconds_left,
+        "updated_at": progress.updated_at,
+        "said": progress.said,
+    }
+
+
+def _last_metrics(path: Location) -> Json:
+    """The newest value of everything that was logged."""
+    found: Json = {}
+    for line in read_metrics(path / METRICS_NAME):
+        found |= line
+    return {name: found[name] for name in ("step", *SHOWN) if name in found}
+
+
+def _warnings(
+    path: Location, state: str, progress: ProgressEntry | None, owner: dict[str, Any] | None, metrics: Json
+) -> Iterator[str]:
+    if state == "stopped":
+        yield "not running and not finished: the command that made it resumes it"
+    if state == "running" and progress is not None and (silent := time.time() - progress.updated_at) > SILENT_S:
+        yield f"no progress for {timedelta(seconds=round(silent))}, though it is {describe(owner or {})}"
+    if metrics.get("data_wait_share", 0.0) > WAITING_SHARE:
+        yield f"steps wait for data {metrics['data_wait_share']:.0%} of the time"
+    if any(isinstance(value, float) and not math.isfinite(value) for value in metrics.values()):
+        yield "the last metrics are not finite"
+    if state != "finished" and isinstance(path, Path) and (free := shutil.disk_usage(path).free) < LOW_DISK:
+        yield f"only {free / 1e9:.1f} GB are free"
+    if state == "finished" and (count := getattr(read_any(path), "num_rejected", 0)):
+        yield f"{count} images were rejected, see {path / 'rejected.jsonl'}"
+
+
+def show_status(entries: list[Json], console: Console | None = None) -> None:
+    """Print what `status` found."""
+    console = console or Console(highlight=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("stage", "state", "progress", "", "left"):
+        table.add_column(name)
+    for entry in entries:
+        table.add_row(*_row(entry))
+    console.print(table)
+    for entry in entries:
+        if entry["metrics"]:
+            values = "  ".join(f"{k} {_number(v)}" for k, v in entry["metrics"].items())
+            console.print(Text(f"{entry['name']}: {values}"), soft_wrap=True)
+        for line in (entry["progress"] or {}).get("said", [])[-2:]:
+            console.print(Text(f"{entry['name']}: {line}"), soft_wrap=True)
+    for entry in entries:
+        for warning in entry["warnings"]:
+            console.print(Text(f"warning: {entry['name']}: {warning}", style="yellow"), soft_wrap=True)
+
+
+def _row(entry: Json) -> list[Any]:
+    progress = entry["progress"]
+    if entry["state"] == "finished":
+        return [entry["name"], Text("finished", "green"), f"in {_duration(entry['seconds'])}", "", ""]
+    state = Text(entry["state"], "cyan" if entry["state"] == "running" else "yellow")
+    if progress is None:
+        return [entry["name"], state, "", "", ""]
+    bar = ProgressBar(total=max(1, progress["total"]), completed=progress["done"], width=12)
+    left = progress["seconds_left"] if entry["state"] == "running" else None
+    words = f"{progress['task']} {progress['done']}/{progress['total']}"
+    if progress["per_second"] is not None and entry["state"] == "running":
+        words += f", {_number(progress['per_second'])}/s"
+    return [entry["name"], state, words, bar, "" if left is None else _duration(left)]
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,108 @@
+"""A run is watched from outside: progress, time left, last metrics; and by Weights & Biases where asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from svgpipe.manifests.metrics_file import read_metrics
+from svgpipe.manifests.progress_file import ProgressEntry, read_progress
+
+from .conftest import Finished, Outcome, start
+
+
+def test_time_left_follows_from_the_pace_of_this_run() -> None:
+    """A resumed task: what an earlier run had done says nothing of the pace."""
+    entry = ProgressEntry("train", total=100, done=60, began_at=1000, began_done=40, updated_at=1010)
+    assert (entry.per_second, entry.seconds_left) == (2.0, 20.0)
+    assert ProgressEntry("train", 100, 40, 1000, 40, 1010).seconds_left is None
+
+
+def test_what_cannot_be_read_is_no_progress(tmp_path: Path) -> None:
+    assert read_progress(tmp_path) is None
+    (tmp_path / "progress.json").write_text('{"task":')
+    assert read_progress(tmp_path) is None
+
+
+def test_a_finished_pipeline(finished: Finished, svgpipe: Callable[..., Outcome]) -> None:
+    found = svgpipe("status", finished.root, "--json")
+    entries = json.loads(found.out)
+    kinds = ["shard-set", "autoencoder", "feature-cache", "diffusion", "evaluation"]
+    assert [(e["kind"], e["state"], e["progress"]) for e in entries] == [(kind, "finished", None) for kind in kinds]
+    assert not list(finished.root.rglob("progress.json"))
+    screen = svgpipe("status", finished.root)
+    assert screen.out.count("finished") == 5
+    assert "latent_fd" in screen.out
+    assert "warning" not in screen.out
+
+
+def test_a_running_and_a_killed_training(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(finished.root / "cache", work / "cache")
+    arguments = ["train-diffusion", "--cache", work / "cache", "--out", work / "diffusion", "--recipe"]
+    process = start([*arguments, finished.recipe_file, "--set", "diffusion.steps=50000"], tmp_path / "log")
+    try:
+        deadline = time.monotonic() + 120
+        while (entry := read_progress(work / "diffusion")) is None or entry.done < 20:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        running = json.loads(svgpipe("status", work, "--json").out)[-1]
+        assert (running["state"], running["progress"]["task"]) == ("running", "train-diffusion")
+        assert 20 <= running["progress"]["done"] < running["progress"]["total"] == 50000
+        assert running["progress"]["seconds_left"] > 0
+        assert running["metrics"]["loss"] > 0
+        assert not running["warnings"]
+        screen = svgpipe("status", work).out
+        assert "running" in screen
+        assert "train-diffusion" in screen
+        assert "held-out loss" in screen
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    stopped = svgpipe("status", work)
+    assert stopped.code == 0
+    assert "not running and not finished: the command that made it resumes it" in stopped.out
+
+
+def test_nothing_to_tell(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    found = svgpipe("status", tmp_path)
+    assert found.code == 1
+    assert "expected an svgpipe artifact" in found.err
+
+
+def test_weights_and_biases_gets_what_is_logged(finished: Finished, tmp_path: Path) -> None:
+    """Offline: its own file holds the metrics. Without an account the error says what to do."""
+    pytest.importorskip("wandb")
+    out = tmp_path / "out"
+    arguments = ["train-diffusion", "--cache", finished.root / "cache", "--out", out, "--recipe", finished.recipe_file]
+    command = [sys.executable, "-c", "from svgpipe.pipeline.cli import entry; entry()", *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    refused = subprocess.run(
+        [*command, "--wandb", "test"],
+        env=environment | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 2, refused.stderr
+    assert "WANDB_MODE=offline" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    done = subprocess.run(
+        [*command, "--wandb", "test"], env=environment | {"WANDB_MODE": "offline"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = out.glob("wandb/offline-run-*/*.wandb")
+    content = file.read_bytes()
+    for name in ("loss", "heldout_loss", "latent_fd", "loss_t0"):
+        assert name.encode() in content
+    assert [e["step"] for e in read_metrics(out / "metrics.jsonl") if "loss" in e] == list(range(1, 13))
