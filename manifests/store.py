@@ -62,6 +62,7 @@ class PendingRead:
         try:
             return np.asarray(self._wait())
         except ValueError as error:  # tensorstore's word for missing and corrupt chunks
+            self._store.forget()
             raise ArtifactError(f"{self._store.path}: cannot read features: {error}") from error
 
     def result(self) -> Decoded:
@@ -203,6 +204,11 @@ class FeatureStore:
         if (scale := self.feature_scale) is None:
             return stored
         return np.multiply(stored, scale, dtype=np.float32)
+
+    def forget(self) -> None:
+        """Let the next read look anew: what was missing is remembered as missing, also when it has come back."""
+        self._handles.clear()
+        self._reader = None
 
     def _tensorstore(self, *, write: bool = False) -> Any:
         global _tensorstore_pid

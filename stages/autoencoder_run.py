@@ -88,7 +88,7 @@ class AutoencoderRun:
         model = build_autoencoder(config)
         self.backbone_weights = state_digest(model.backbone.state_dict())
         self.store = CheckpointStore(self.out / "checkpoints")
-        self.saver = BackgroundSaver(self.store)
+        self.saver = BackgroundSaver(self.store, self.supervisor.say)
         perceptual = load_perceptual(config.perceptual, model)
         self.trainer = AutoencoderTrainer(model, config, team, perceptual, self._last_good)
         self.step = self._resume()

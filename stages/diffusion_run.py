@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from svgpipe.stages.flow_trainer import FlowTrainer, Step
 from svgpipe.stages.gauges import LossByTime, peak_memory
 from svgpipe.stages.images import encode_png, tile
 from svgpipe.stages.latent_quality import LatentQuality
+from svgpipe.stages.memory_estimate import estimate, require_memory
 from svgpipe.stages.metrics_log import MetricsLog
 from svgpipe.stages.parallel import Strategy
 from svgpipe.stages.sampling import SamplerSettings, draw_latents
@@ -97,22 +99,26 @@ class DiffusionRun:
                 f"diffusion.batch_size: expected at least one sample for each of {team.size} workers, "
                 f"found {config.batch_size}. Use fewer --num-workers."
             )
+        if config.batch_size > len(self.rows):
+            self.supervisor.say(
+                f"a batch of {config.batch_size} is more than the {len(self.rows)} rows: some occur twice in it"
+            )
         if not (cache.valid & cache.heldout).any():
             self.supervisor.say(
                 "no held-out rows in this cache: held-out loss is not measured (svgpipe shard --holdout)"
             )
         self.store = CheckpointStore(self.out / "checkpoints", config.keep_checkpoints, config.keep_every)
-        self.saver = BackgroundSaver(self.store)
+        self.saver = BackgroundSaver(self.store, self.supervisor.say)
         rows, columns, channels = cache.manifest.feature_shape
+        sizes: dict[str, Any] = {"grid": (rows, columns), "channels": channels, "num_classes": len(cache.classes)}
+        require_memory(estimate(config, team, self.strategy, **sizes), team, self.supervisor)
         self.trainer = FlowTrainer(
             config,
             team,
-            grid=(rows, columns),
-            channels=channels,
-            num_classes=len(cache.classes),
             scale=cache.store.feature_scale,
             last_good=self._last_good,
             strategy=self.strategy,
+            **sizes,
         )
         self.decode = self._load_decoder() if team.leads else None
         self.window = _Window(team.device)
@@ -162,7 +168,8 @@ class DiffusionRun:
         """Steps until `config.steps`, with held-out loss, grids and checkpoints on the way."""
         config, team = self.config, self.team
         self.supervisor.begin("train-diffusion", config.steps, self.step)
-        batches = iter(CacheBatches(self.cache, self.rows, config, self.step, team.share(config.batch_size)))
+        share = team.share(config.batch_size)
+        batches = iter(CacheBatches(self.cache, self.rows, config, self.step, share, self.supervisor.say))
         self.window.begin()
         with self.supervisor.stop_requests() as stop:
             while self.step < config.steps:

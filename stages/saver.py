@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
 from svgpipe.manifests.storage import Location
+from svgpipe.stages.patience import patiently
 
 
 class BackgroundSaver:
     """Writes one checkpoint at a time in a thread; what goes wrong there is raised by the next call."""
 
-    def __init__(self, store: CheckpointStore) -> None:
-        self.store = store
+    def __init__(self, store: CheckpointStore, say: Callable[[str], None]) -> None:
+        """`say` is told when storage fails and is tried again."""
+        self.store, self.say = store, say
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="svgpipe-checkpoint")
         self._writing: Future[Location] | None = None
 
@@ -26,7 +30,8 @@ class BackgroundSaver:
         """
         self.wait()
         groups = {name: {k: _copy(v) for k, v in group.items()} for name, group in checkpoint.groups.items()}
-        self._writing = self._pool.submit(self.store.save, Checkpoint(checkpoint.step, groups, checkpoint.values))
+        copy = Checkpoint(checkpoint.step, groups, checkpoint.values)
+        self._writing = self._pool.submit(patiently, partial(self.store.save, copy), self.say)
 
     def check(self) -> None:
         """Raise what went wrong, if that is known already."""

@@ -25,6 +25,7 @@ from svgpipe.manifests.checkpoint import DiffusionManifest
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.recipe import ScheduleSection
+from svgpipe.stages import patience
 from svgpipe.stages.batches import batch_at
 from svgpipe.stages.training import learning_rate
 
@@ -221,17 +222,25 @@ def test_parts_and_recomputation_change_rounding_at_most(
             torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0 if tolerance == 0 else 2e-3)
 
 
-def test_a_killed_run_with_parts_ends_bit_for_bit_the_same(
-    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+@pytest.mark.parametrize(
+    ("seed", "more"),
+    [
+        (7, ("accumulate=2", "log_every=3")),  # lines of the log span checkpoints, and so a resume
+        (20261, ("label_dropout=0.5", "batch_size=7", "checkpoint_every=3")),  # epochs end inside of batches
+        (3, ("use_flips=false", "accumulate=4", "schedule.kind=cosine", "schedule.warmup_steps=9")),
+    ],
+)
+def test_a_killed_run_ends_bit_for_bit_the_same(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], seed: int, more: tuple[str, ...]
 ) -> None:
-    """Lines of the log span checkpoints here, and so a resume."""
-    values = ("steps=40", "accumulate=2", "seed=7", "log_every=3")
-    more = [part for value in values for part in ("--set", f"diffusion.{value}")]
+    """With parts, dropped labels, both views or one, in the middle of an epoch."""
+    values = ("steps=40", f"seed={seed}", *more)
+    options = [part for value in values for part in ("--set", f"diffusion.{value}")]
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    assert svgpipe(*train_args(finished, whole, *more)).code == 0
+    assert svgpipe(*train_args(finished, whole, *options)).code == 0
     latest = out / "checkpoints" / "latest.json"
-    run_and_kill(train_args(finished, out, *more), latest.exists)
-    assert svgpipe(*train_args(finished, out, *more)).code == 0
+    run_and_kill(train_args(finished, out, *options), latest.exists)
+    assert svgpipe(*train_args(finished, out, *options)).code == 0
     assert same_weights(out, whole)
     assert without_clocks(out) == without_clocks(whole)
 
@@ -299,8 +308,9 @@ def test_a_cache_without_training_rows_is_refused(
 
 
 def test_a_cache_that_lost_a_shard_stops_with_its_name(
-    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(patience, "WAITS_S", (0.0,))
     copy = tmp_path / "cache"
     shutil.copytree(finished.root / "cache", copy)
     (copy / "features" / "c" / "1" / "0" / "0" / "0" / "0").unlink()

@@ -1,0 +1,37 @@
+"""Storage that fails once is asked again; storage that stays away is an error."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from svgpipe.manifests.errors import ArtifactError, first_line
+from svgpipe.manifests.storage import client_error
+
+R = TypeVar("R")
+
+WAITS_S = (0.5, 2.0, 8.0)
+
+
+def patiently(call: Callable[[], R], say: Callable[[str], None]) -> R:
+    """`call`, tried again after each of `WAITS_S` when storage fails; the last failure is raised.
+
+    A full disk is raised at once: it is a person who must make room.
+    """
+    for wait in WAITS_S:
+        try:
+            return call()
+        except Exception as error:
+            if not _may_pass(error):
+                raise
+            say(f"storage failed ({first_line(error)}); trying again in {wait:g} s")
+            time.sleep(wait)
+    return call()
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno not in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, ArtifactError) or client_error(error) is not None

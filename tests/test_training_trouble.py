@@ -1,0 +1,202 @@
+"""What goes wrong around a training: storage, disk, memory, an impatient person. Nothing that was saved is lost."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from svgpipe.manifests.manifest import read_json
+from svgpipe.manifests.metrics_file import read_metrics
+from svgpipe.manifests.recipe import DiffusionSection, DiTSection
+from svgpipe.stages import memory_estimate, patience
+from svgpipe.stages.draws import draws_at
+from svgpipe.stages.flow_losses import sample_losses
+from svgpipe.stages.memory_estimate import MemoryEstimate, estimate
+from svgpipe.stages.parallel import Strategy
+from svgpipe.stages.patience import patiently
+from svgpipe.stages.sampling import build_dit
+from svgpipe.stages.team import Team
+
+from .conftest import Finished, Outcome, start
+from .test_train_diffusion import same_weights, train_args
+
+ALONE = Team(torch.device("cpu"))
+SIZES: dict[str, Any] = {"grid": (4, 4), "channels": 12, "num_classes": 3}
+
+
+def wait_for(text: str, log: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+
+
+def test_storage_that_comes_back_is_waited_for(finished: Finished, tmp_path: Path) -> None:
+    """A part of the cache is out of reach when it is asked for, and there again a moment later."""
+    cache, log = tmp_path / "cache", tmp_path / "log"
+    shutil.copytree(finished.root / "cache", cache)
+    shard = cache / "features" / "c" / "1" / "0" / "0" / "0" / "0"
+    shard.rename(tmp_path / "away")
+    arguments = train_args(finished, tmp_path / "out")
+    arguments[2] = cache
+    process = start(arguments, log)
+    wait_for("storage failed", log, process)
+    (tmp_path / "away").rename(shard)
+    assert process.wait(60) == 0, log.read_text()
+    assert "trying again in" in log.read_text()
+    assert same_weights(tmp_path / "out", finished.root / "diffusion")
+
+
+def test_patience_ends_and_knows_what_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "WAITS_S", (0.0, 0.0))
+    said: list[str] = []
+
+    def failing(error: Exception, times: int) -> Callable[[], str]:
+        left = [error] * times
+
+        def call() -> str:
+            if left:
+                raise left.pop()
+            return "done"
+
+        return call
+
+    assert patiently(failing(OSError(5, "Input/output error"), 2), said.append) == "done"
+    assert len(said) == 2
+    with pytest.raises(OSError, match="Input/output"):
+        patiently(failing(OSError(5, "Input/output error"), 3), said.append)
+    for error in (OSError(28, "No space left on device"), ValueError("a bug")):
+        said.clear()
+        with pytest.raises(type(error)):
+            patiently(failing(error, 1), said.append)
+        assert not said
+
+
+def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """A real one: a file system with room for one checkpoint. With room for more, the run ends as if nothing was."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    checkpoint = max(finished.root.glob("diffusion/checkpoints/step-*"))
+    size = sum(file.stat().st_size for file in checkpoint.iterdir())
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(size * 1.7)}", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a small file system here")
+    try:
+        found = svgpipe(*train_args(finished, disk / "out"))
+        assert found.code == 1
+        assert "no space left on the device. What was finished is kept" in found.err
+        listed = read_json(disk / "out" / "checkpoints" / "latest.json")["checkpoints"]
+        assert [entry["step"] for entry in listed] == [4]
+        subprocess.run(["mount", "-o", "remount,size=256m", str(disk)], check=True)
+        resumed = svgpipe(*train_args(finished, disk / "out"))
+        assert resumed.code == 0, resumed.err
+        assert "resumed at step 4" in resumed.err
+        assert same_weights(disk / "out", finished.root / "diffusion")
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)
+
+
+def test_ctrl_c_twice_stops_in_the_middle_of_a_step(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """Steps of several seconds: the second one does not wait for the end of it, and what was saved stays."""
+    log, out = tmp_path / "log", tmp_path / "out"
+    slow = ("batch_size=3000", "model.width=128", "model.depth=8", "eval_every=1000", "checkpoint_every=1")
+    process = start(train_args(finished, out, *(p for v in slow for p in ("--set", f"diffusion.{v}"))), log)
+    latest = out / "checkpoints" / "latest.json"
+    deadline = time.monotonic() + 120
+    while not latest.exists():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None  # it is finishing its step
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    text = log.read_text()
+    assert "stopped. What was finished is kept" in text
+    assert "Traceback" not in text
+    assert [entry["step"] for entry in read_json(latest)["checkpoints"]] == [1]
+
+
+def test_a_batch_larger_than_the_data_is_told(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    found = svgpipe(*train_args(finished, tmp_path / "out", "--set", "diffusion.batch_size=70"))
+    assert found.code == 0, found.err
+    assert "a batch of 70 is more than the 30 rows" in found.err
+    assert len([e for e in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in e]) == 12
+
+
+def test_a_recipe_that_cannot_fit_is_refused_before_anything_is_held(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    huge = ("--set", "diffusion.model.width=32768", "--set", "diffusion.model.depth=200")
+    found = svgpipe(*train_args(finished, tmp_path / "out", *huge))
+    assert found.code == 2
+    for word in ("this recipe takes about", "there are", "activation_checkpointing=true"):
+        assert word in found.err
+    again = svgpipe(*train_args(finished, tmp_path / "out"))  # the same place, with better options
+    assert again.code == 0, again.err
+    assert "memory: about" in again.err
+
+
+def test_memory_short_just_now_is_a_warning(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_estimate, "_memory_of", lambda device: (10_000, 10**12))
+    found = svgpipe(*train_args(finished, tmp_path / "out"))
+    assert found.code == 0
+    assert "warning: only 0.00 GB of it are free" in found.err
+
+
+@pytest.mark.parametrize("batch_size", [1, 6])
+def test_the_estimate_holds_what_a_step_keeps(batch_size: int) -> None:
+    """Against the same count over a step that really runs."""
+    config = DiffusionSection(model=DiTSection(width=64, depth=3, heads=2), batch_size=batch_size)
+    torch.manual_seed(0)
+    model = build_dit(config.model, **SIZES)
+    own, held = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    draws = draws_at(0, 0, range(batch_size), 16, 12, ALONE.device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        labels = torch.zeros(batch_size, dtype=torch.int64)
+        sample_losses(model, torch.randn(batch_size, 16, 12), labels, draws, config, null_label=None).mean()
+    found = estimate(config, ALONE, "ddp", **SIZES)
+    expected = sum(held.values())
+    assert found.activations == pytest.approx(expected * (1 + 2 / config.model.depth), rel=0.02)
+    assert found.weights == 2 * sum(p.numel() * 4 for p in model.parameters())
+
+
+def test_what_makes_the_estimate_smaller() -> None:
+    def of(size: int = 1, strategy: Strategy = "ddp", **more: object) -> MemoryEstimate:
+        config = DiffusionSection(model=DiTSection(width=64, depth=8, heads=2), batch_size=32).model_copy(update=more)
+        return estimate(config, Team(torch.device("cpu"), 0, size), strategy, **SIZES)
+
+    whole = of()
+    np.testing.assert_allclose(of(accumulate=4).activations, whole.activations / 4, rtol=0.3)
+    np.testing.assert_allclose(of(size=4).activations, whole.activations / 4, rtol=0.3)
+    assert of(activation_checkpointing=True).activations < whole.activations / 2
+    assert of(size=4, strategy="fsdp2").optimizer == whole.optimizer // 4
+    assert of(ema_decays=(0.9, 0.99)).averages == 2 * whole.averages
