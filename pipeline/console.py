@@ -22,7 +22,7 @@ class ConsoleProgress:
         self._bars: RichProgress | None = None
         self._task: TaskID | None = None
         self._name, self._total, self._done, self._last = "", 0, 0, 0.0
-        self._began_at, self._began_done = 0.0, 0
+        self._began_at, self._began_done, self._note = 0.0, 0, ""
 
     def __enter__(self) -> ConsoleProgress:
         if self.console.is_terminal:
@@ -49,7 +49,7 @@ class ConsoleProgress:
         """A new task; see stages.progress."""
         again = task == self._name
         self._name, self._total, self._done, self._last = task, total, done, time.monotonic()
-        self._began_at, self._began_done = self._last, done
+        self._began_at, self._began_done, self._note = self._last, done, ""
         if self._bars is not None and self._task is not None and again:
             self._bars.reset(self._task, total=total, completed=done)  # a worker died, and others went back
         elif self._bars is not None:
@@ -61,13 +61,14 @@ class ConsoleProgress:
     def advance(self, count: int = 1, note: str = "") -> None:
         """More is done; see stages.progress."""
         self._done += count
+        self._note = note or self._note
         if self._bars is not None and self._task is not None:
             self._bars.advance(self._task, count)
             if note:
                 self._bars.update(self._task, note=note)
         elif self._done >= self._total or time.monotonic() - self._last > LINE_EVERY_S:
             self._last = time.monotonic()
-            self.console.print(f"{self._name}: {self._done}/{self._total}  {note}{self._left()}".rstrip())
+            self.console.print(f"{self._name}: {self._done}/{self._total}  {self._note}{self._left()}".rstrip())
 
     def _left(self) -> str:
         """Time left at the pace so far."""

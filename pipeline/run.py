@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def run_recipe(
     *,
     source: str | None = None,
     resources: Resources | None = None,
+    trainers: Resources | None = None,
     address: str | None = None,
     progress: Progress,
 ) -> Location:
@@ -66,7 +68,9 @@ def run_recipe(
 
     Args:
         source: image folder, instead of the recipe's.
-        resources: of the Ray workers. address: of a Ray cluster; None is this machine.
+        resources: of the Ray workers that extract and sample.
+        trainers: of those that train; None trains in this process.
+        address: of a Ray cluster; None is this machine.
     Raises:
         UsageError: no source is named anywhere. Whatever the stages raise.
     """
@@ -74,11 +78,14 @@ def run_recipe(
     images = _find_source(source or recipe.source, workdir)
     _stage(layout.shards, progress, lambda: shard(images, layout.shards, recipe.shard, progress=progress))
     shards = ShardSet.open(layout.shards)
-    _stage(
-        layout.autoencoder,
-        progress,
-        lambda: train_autoencoder(shards, layout.autoencoder, recipe.autoencoder, progress=progress),
-    )
+    with nullcontext() if trainers is None else connected(address):
+        _stage(
+            layout.autoencoder,
+            progress,
+            lambda: train_autoencoder(
+                shards, layout.autoencoder, recipe.autoencoder, resources=trainers, progress=progress
+            ),
+        )
     with connected(address):
         _stage(
             layout.cache,
@@ -100,6 +107,7 @@ def run_recipe(
                 layout.diffusion,
                 recipe.diffusion,
                 autoencoder=layout.autoencoder,
+                resources=trainers,
                 progress=progress,
             ),
         )

@@ -259,6 +259,9 @@ def run(
     source: Annotated[str | None, typer.Option("--source", help="Image folder, instead of the recipe's.")] = None,
     overrides: SetOption = None,
     num_workers: WorkersOption = 1,
+    train_workers: Annotated[
+        int | None, typer.Option("--train-workers", min=1, help="Training workers on Ray; without it, this process.")
+    ] = None,
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
@@ -270,9 +273,16 @@ def run(
 
     loaded = load_recipe(recipe, overrides or [])
     resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
+    trainers = None if train_workers is None else resources_of(train_workers, cpus_per_worker, gpus_per_worker)
     with ConsoleProgress() as progress:
         report = run_recipe(
-            loaded, location(workdir), source=source, resources=resources, address=address, progress=progress
+            loaded,
+            location(workdir),
+            source=source,
+            resources=resources,
+            trainers=trainers,
+            address=address,
+            progress=progress,
         )
     typer.echo(f"report: {report}")
 

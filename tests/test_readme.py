@@ -47,7 +47,7 @@ def test_commands_parse_and_stop_at_the_missing_data(command: list[str], tmp_pat
     script = Path(sys.executable).with_name("svgpipe")
     found = subprocess.run([script, *command[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert found.returncode in (1, 2)
-    assert re.search(r"error: (imagenet|work)/", found.stderr), found.stderr
+    assert re.search(r"error: (imagenet|work)\b", found.stderr), found.stderr
 
 
 def test_the_commands_about_a_cache_run_as_written(
