@@ -52,6 +52,11 @@ def same_weights(one: Path, two: Path) -> bool:
     return all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in pairs)
 
 
+def last_checkpoint(folder: Path) -> object:
+    """Step and hashes of all that was saved last: weights, averages, optimizer state, what the log stands at."""
+    return read_json(folder / "checkpoints" / "latest.json")["checkpoints"][-1]
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -151,7 +156,9 @@ def test_what_training_leaves(finished: Finished) -> None:
     assert all(any(f"loss_t{i}" in e for e in buckets) for i in range(6))  # shifted times rarely exceed 0.9
     assert all(min(v for k, v in e.items() if k.startswith("loss_t")) <= e["loss"] for e in buckets)
     assert all(0 < e["memory_gb"] < 64 and 0 <= e["data_wait_share"] <= 1 for e in buckets)
-    assert "loss_t0" in scalars.Tags()["scalars"]
+    watched = {"loss", "heldout_loss", "loss_t0", "grad_norm", "learning_rate", "samples_per_s", "data_wait_share"}
+    assert watched | {"memory_gb", "latent_fd", "latent_accuracy_real"} <= set(scalars.Tags()["scalars"])
+    assert scalars.Tags()["images"] == ["samples"]
     measured = [e for e in entries if "latent_fd" in e]
     assert [e["step"] for e in measured] == [6, 12]
     assert all(0 <= e["latent_accuracy"] <= 1 and e["latent_fd"] > e["latent_fd_real"] > 0 for e in measured)
@@ -185,6 +192,7 @@ def test_killed_runs_end_bit_for_bit_the_same(
     assert resumed.code == 0, resumed.err
     assert "resumed at step" in resumed.err
     assert same_weights(out, whole)
+    assert last_checkpoint(out) == last_checkpoint(whole)
     metrics = [
         [(e["step"], e["loss"], e["grad_norm"]) for e in read_metrics(f / "metrics.jsonl") if "loss" in e]
         for f in (out, whole)
@@ -242,6 +250,7 @@ def test_a_killed_run_ends_bit_for_bit_the_same(
     run_and_kill(train_args(finished, out, *options), latest.exists)
     assert svgpipe(*train_args(finished, out, *options)).code == 0
     assert same_weights(out, whole)
+    assert last_checkpoint(out) == last_checkpoint(whole)
     assert without_clocks(out) == without_clocks(whole)
 
 
