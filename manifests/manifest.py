@@ -288,9 +288,11 @@ class WorkDir(Generic[M]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self._lock is not None:
-            (self.path / PROGRESS_NAME).unlink(missing_ok=True)
-        self.close()
+        try:
+            if kind is None and self._lock is not None:
+                (self.path / PROGRESS_NAME).unlink(missing_ok=True)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Release the lock."""

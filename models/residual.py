@@ -178,7 +178,8 @@ class Alignment(nn.Module):
         """Raises ValueError in eval mode if no scalars were ever tracked or frozen."""
         if self.training:
             scalars = self.statistics(frozen, residual, self.total)
-            weight = 1 - self.MOMENTUM if self.num_tracked > 0 else 1.0
+            # Decided on the device: asking for the number would make every step wait for it.
+            weight = torch.where(self.num_tracked > 0, 1 - self.MOMENTUM, 1.0).to(scalars.dtype)
             self.scalars.lerp_(scalars, weight)
             self.num_tracked += 1
         elif self.num_tracked == 0:

@@ -10,23 +10,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from svgpipe.manifests.errors import UsageError
-
 if TYPE_CHECKING:
     from svgpipe.stages.units import Resources
 
 
 def training_cluster(resources: Resources | None, address: str | None) -> AbstractContextManager[None]:
-    """Ray where training was asked to use workers, else nothing.
-
-    Raises:
-        UsageError: a cluster was named, but no workers.
-    """
-    if resources is not None:
-        return connected(address)
-    if address is not None:
-        raise UsageError("--address: training runs in this process unless --num-workers says how many Ray should run.")
-    return nullcontext()
+    """Ray where training was asked to use workers, else nothing."""
+    return nullcontext() if resources is None else connected(address)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from svgpipe.manifests.errors import UsageError
+
 if TYPE_CHECKING:
     from svgpipe.stages.units import Resources
 
@@ -46,6 +48,23 @@ MaxRejectsOption = Annotated[
     float, typer.Option("--max-rejects", min=0, max=1, help="Share of images that may be unusable before it stops.")
 ]
 AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster; without it, this machine.")]
+
+
+def trainers_of(num_workers: int | None, **others: object) -> Resources | None:
+    """Training workers; None trains in this process.
+
+    Raises:
+        UsageError: one of the `others`, which only workers know, was given without them.
+    """
+    if num_workers is None:
+        for name, value in others.items():
+            if value is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{option}: training runs in this process unless --num-workers says how many workers.")
+        return None
+    cpus, gpus = others.get("cpus_per_worker"), others.get("gpus_per_worker")
+    assert isinstance(cpus, float | None) and isinstance(gpus, float | None)
+    return resources_of(num_workers, cpus, gpus)
 
 
 def resources_of(num_workers: int, cpus: float | None, gpus: float | None) -> Resources:

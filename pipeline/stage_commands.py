@@ -27,6 +27,7 @@ from svgpipe.pipeline.options import (
     WandbOption,
     WorkersOption,
     resources_of,
+    trainers_of,
 )
 
 app = typer.Typer()
@@ -116,7 +117,9 @@ def train_autoencoder(
 
     config = load_recipe(recipe, overrides or []).autoencoder
     opened = ShardSet.open(shards)
-    resources = None if num_workers is None else resources_of(num_workers, cpus_per_worker, gpus_per_worker)
+    resources = trainers_of(
+        num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, address=address
+    )
     with training_cluster(resources, address), ConsoleProgress() as progress:
         manifest = run_stage(opened, location(out), config, resources=resources, wandb_project=wandb, progress=progress)
     psnr = "not measured" if manifest.heldout_psnr is None else f"{manifest.heldout_psnr:.2f} dB"
@@ -182,8 +185,9 @@ def train_diffusion(
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     strategy: Annotated[
-        StrategyName, typer.Option("--strategy", help="Several workers: each holds the model, or a part of it.")
-    ] = StrategyName.DDP,
+        StrategyName | None,
+        typer.Option("--strategy", help="Several workers: each holds the model (default), or a part of it."),
+    ] = None,
     address: AddressOption = None,
     wandb: WandbOption = None,
 ) -> None:
@@ -197,7 +201,13 @@ def train_diffusion(
     config = load_recipe(recipe, overrides or []).diffusion
     opened = FeatureCache(cache)
     decoder = None if autoencoder is None else location(autoencoder)
-    resources = None if num_workers is None else resources_of(num_workers, cpus_per_worker, gpus_per_worker)
+    resources = trainers_of(
+        num_workers,
+        cpus_per_worker=cpus_per_worker,
+        gpus_per_worker=gpus_per_worker,
+        strategy=strategy,
+        address=address,
+    )
     with training_cluster(resources, address), ConsoleProgress() as progress:
         manifest = run_stage(
             opened,
@@ -205,7 +215,7 @@ def train_diffusion(
             config,
             autoencoder=decoder,
             resources=resources,
-            strategy=strategy.value,
+            strategy=(strategy or StrategyName.DDP).value,
             wandb_project=wandb,
             progress=progress,
         )

@@ -85,7 +85,7 @@ def _warnings(
         yield "not running and not finished: the command that made it resumes it"
     if state == "running" and progress is not None and (silent := time.time() - progress.updated_at) > SILENT_S:
         yield f"no progress for {timedelta(seconds=round(silent))}, though it is {describe(owner or {})}"
-    if metrics.get("data_wait_share", 0.0) > WAITING_SHARE:
+    if state == "running" and metrics.get("data_wait_share", 0.0) > WAITING_SHARE:
         yield f"steps wait for data {metrics['data_wait_share']:.0%} of the time"
     if any(isinstance(value, float) and not math.isfinite(value) for value in metrics.values()):
         yield "the last metrics are not finite"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ from svgpipe.stages.images import RGBArray, encode_png, psnr, tile
 from svgpipe.stages.metrics_log import MetricsLog
 from svgpipe.stages.perceptual import load_perceptual
 from svgpipe.stages.pixels import as_unit_range
-from svgpipe.stages.saver import BackgroundSaver
+from svgpipe.stages.saver import BackgroundSaver, latest_of_all
 from svgpipe.stages.selection import evenly_spread
 from svgpipe.stages.streaming import TrainingImages, load_images, training_batches
 from svgpipe.stages.supervisor import Supervisor
@@ -62,9 +62,9 @@ def run_training(
 ) -> Trained:
     """From the last checkpoint in `out` to the finished weights there; see `train_autoencoder`."""
     run = AutoencoderRun(team, supervisor, shards, out, config, wandb_project)
-    with closing(run.saver):
+    with closing(run):
         run.train()
-    return run.finish()
+        return run.finish()
 
 
 @dataclass
@@ -92,7 +92,9 @@ class AutoencoderRun:
         perceptual = load_perceptual(config.perceptual, model)
         self.trainer = AutoencoderTrainer(model, config, team, perceptual, self._last_good)
         self.step = self._resume()
-        self.log = MetricsLog(self.out, self.step, self.wandb_project) if team.leads else None
+        self.log = (
+            MetricsLog(self.out, self.step, self.wandb_project, ended=self.step >= config.steps) if team.leads else None
+        )
         self.heldout = self._load_heldout() if team.leads else None
 
     def _load_heldout(self) -> RGBArray | None:
@@ -108,7 +110,7 @@ class AutoencoderRun:
         return self.store.newest
 
     def _resume(self) -> int:
-        saved = self.store.latest(self.supervisor.say)
+        saved = latest_of_all(self.store, self.team, self.supervisor.say)
         if saved is None:
             return 0
         self.trainer.load(saved.groups)
@@ -242,6 +244,13 @@ class AutoencoderRun:
             encoded += _moments(residual((images - model.imagenet_mean) / model.imagenet_std))
         scalars = [_scalars(team.sum(moments)) for moments in (frozen, encoded)]
         alignment.freeze(torch.cat(scalars).float())
+
+    def close(self) -> None:
+        """Let go of files and threads, also after an error, which a second one must not hide."""
+        self.saver.close()
+        if self.log is not None:
+            with suppress(Exception):
+                self.log.close()
 
     def finish(self) -> Trained:
         """Freeze the alignment, measure, and write the weights as a file of their own."""

@@ -37,6 +37,7 @@ from svgpipe.stages.training import (
     restore_optimizer,
     seed_of,
     set_learning_rate,
+    to_device,
 )
 
 
@@ -114,9 +115,7 @@ class AutoencoderTrainer:
         config, team = self.config, self.team
         for optimizer in self.optimizers.values():
             set_learning_rate(optimizer, learning_rate(step, config.steps, config.learning_rate, config.schedule))
-        if team.device.type == "cuda":
-            pixels = pixels.pin_memory()
-        images = pixels.to(team.device, non_blocking=True).float() / 255
+        images = to_device(pixels, team.device).float() / 255
         target = images * 2 - 1
         draws = image_draws_at(config.seed, step, team.share(config.batch_size), team.device)
         on = self.discriminator is not None and step >= config.discriminator.start_step

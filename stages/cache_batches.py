@@ -58,7 +58,7 @@ class CacheBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
             while len(self.in_flight) < self.config.read_ahead:
-                self._request()
+                patiently(self._request, self.say)
             reading = self.in_flight.popleft()
             features = patiently(reading.features, self.say)
             labels = torch.from_numpy(self.cache.labels[reading.rows].astype(np.int64))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -39,7 +39,7 @@ from svgpipe.stages.memory_estimate import estimate, require_memory
 from svgpipe.stages.metrics_log import MetricsLog
 from svgpipe.stages.parallel import Strategy
 from svgpipe.stages.sampling import SamplerSettings, draw_latents
-from svgpipe.stages.saver import BackgroundSaver
+from svgpipe.stages.saver import BackgroundSaver, latest_of_all
 from svgpipe.stages.supervisor import Supervisor
 from svgpipe.stages.team import Team
 from svgpipe.stages.training import learning_rate
@@ -71,9 +71,9 @@ def run_training(
 ) -> Trained:
     """From the last checkpoint in `out` to the finished weights there; see `train_diffusion`."""
     run = DiffusionRun(team, supervisor, cache, out, config, decoder, strategy, wandb_project)
-    with closing(run.saver):
+    with closing(run):
         run.train()
-    return run.finish()
+        return run.finish()
 
 
 @dataclass
@@ -123,7 +123,9 @@ class DiffusionRun:
         self.decode = self._load_decoder() if team.leads else None
         self.window = _Window(team.device)
         self.step = self._resume()
-        self.log = MetricsLog(self.out, self.step, self.wandb_project) if team.leads else None
+        self.log = (
+            MetricsLog(self.out, self.step, self.wandb_project, ended=self.step >= config.steps) if team.leads else None
+        )
 
     def _load_decoder(self) -> Decode | None:
         if self.decoder is None:
@@ -143,7 +145,7 @@ class DiffusionRun:
         return self.store.newest
 
     def _resume(self) -> int:
-        saved = self.store.latest(self.supervisor.say)
+        saved = latest_of_all(self.store, self.team, self.supervisor.say)
         if saved is None:
             return 0
         self.trainer.load(saved.groups)
@@ -230,7 +232,7 @@ class DiffusionRun:
 
     def evaluate(self) -> float | None:
         """Mean loss of the first average of the weights on held-out rows, with noise and times that never change."""
-        value = heldout_loss(self.trainer.averages[0], self.cache, self.config, self.team)
+        value = heldout_loss(self.trainer.averages[0], self.cache, self.config, self.team, self.supervisor.say)
         if value is not None and self.log is not None:
             self.log.write(self.step, heldout_loss=value)
             self.supervisor.say(f"step {self.step}: held-out loss {value:.4f}")
@@ -239,7 +241,7 @@ class DiffusionRun:
     @cached_property
     def quality(self) -> LatentQuality:
         """Reads its part of the cache when it is first asked for."""
-        return LatentQuality(self.cache, self.config, self.team)
+        return LatentQuality(self.cache, self.config, self.team, self.supervisor.say)
 
     def measure_quality(self) -> None:
         """What samples of the first average of the weights are worth in latent space."""
@@ -274,6 +276,13 @@ class DiffusionRun:
         make_directory(folder)
         write_atomic(folder / f"step-{self.step:08d}.png", encode_png(sheet))
         self.log.image(self.step, "samples", sheet)
+
+    def close(self) -> None:
+        """Let go of files and threads, also after an error, which a second one must not hide."""
+        self.saver.close()
+        if self.log is not None:
+            with suppress(Exception):
+                self.log.close()
 
     def finish(self) -> Trained:
         """The last measurements, and all weights as files of their own."""

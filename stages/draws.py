@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svgpipe.stages.training import seed_of
+from svgpipe.stages.training import seed_of, to_device
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def image_draws_at(
     """For autoencoder training: (B,) uniform draws for masking, and what every image's dropout is drawn from."""
     seeds = [seed_of(seed, "image", step, position) for position in positions]
     mask = torch.cat([torch.rand(1, generator=torch.Generator().manual_seed(number)) for number in seeds])
-    return mask.to(device), [torch.Generator(device).manual_seed(number + 1) for number in seeds]
+    return to_device(mask, device), [torch.Generator(device).manual_seed(number + 1) for number in seeds]
 
 
 def draws_at(
@@ -47,4 +47,5 @@ def draws_at(
         number = seed_of(seed, "step", step, position)
         uniform[row].uniform_(generator=on_cpu.manual_seed(number))
         noise[row].normal_(generator=on_device.manual_seed(number + 1))
-    return Draws(noise, uniform[:, 0].to(device), uniform[:, 1].to(device))
+    time, drop = to_device(uniform, device).unbind(1)
+    return Draws(noise, time, drop)

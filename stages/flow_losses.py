@@ -5,6 +5,8 @@ Legend: B batch, T tokens, C channels.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import Velocity, drop_labels, flow_loss, shift_time
 from svgpipe.stages.draws import Draws, draws_at
+from svgpipe.stages.patience import Say, patiently
 from svgpipe.stages.team import Team
 from svgpipe.stages.training import autocast
 
@@ -30,10 +33,13 @@ def sample_losses(
 
 
 @torch.no_grad()
-def heldout_loss(model: DiT, cache: FeatureCache, config: DiffusionSection, team: Team) -> float | None:
+def heldout_loss(
+    model: DiT, cache: FeatureCache, config: DiffusionSection, team: Team, say: Say = lambda text: None
+) -> float | None:
     """Mean flow loss on the first `eval_rows` held-out rows, with noise and times that never change.
 
-    Every process of the team must call it. None where the cache has no held-out row.
+    Every process of the team must call it; `say` is told when storage fails and is tried again. None where the cache
+    has no held-out row.
     """
     held = np.flatnonzero(cache.valid & cache.heldout)[: config.eval_rows]
     if not len(held):
@@ -46,7 +52,7 @@ def heldout_loss(model: DiT, cache: FeatureCache, config: DiffusionSection, team
         # A sharded model is gathered by all at once: who has nothing left computes a row that does not count.
         places = [start + place for place in share] or [start]
         rows = held[places]
-        x1 = torch.from_numpy(cache.read(rows)).flatten(1, 2).to(team.device).float()
+        x1 = torch.from_numpy(patiently(partial(cache.read, rows), say)).flatten(1, 2).to(team.device).float()
         labels = torch.from_numpy(cache.labels[rows].astype(np.int64)).to(team.device)
         draws = draws_at(config.seed, "heldout", places, tokens, channels, team.device)
         total += sample_losses(model, x1, labels, draws, config, null_label=None)[: len(share)].sum()

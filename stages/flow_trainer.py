@@ -35,7 +35,14 @@ from svgpipe.stages.parallel import (
 )
 from svgpipe.stages.sampling import build_dit
 from svgpipe.stages.team import Team
-from svgpipe.stages.training import learning_rate, optimizer_tensors, restore_optimizer, seed_of, set_learning_rate
+from svgpipe.stages.training import (
+    learning_rate,
+    optimizer_tensors,
+    restore_optimizer,
+    seed_of,
+    set_learning_rate,
+    to_device,
+)
 
 
 @dataclass(frozen=True)
@@ -150,12 +157,10 @@ class FlowTrainer:
 
     def _losses(self, step: int, tokens: Tensor, labels: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         device = self.team.device
-        if device.type == "cuda":  # copies from pinned memory run beside the computation
-            tokens, labels = tokens.pin_memory(), labels.pin_memory()
-        x1 = tokens.to(device, non_blocking=True).float()
+        x1 = to_device(tokens, device).float()
         if self.scale is not None:  # int8 travels to the device, and becomes a feature there
             x1 = x1 * self.scale
-        labels = labels.to(device, non_blocking=True)
+        labels = to_device(labels, device)
         draws = draws_at(self.config.seed, step, positions, x1.shape[1], x1.shape[2], device)
         losses = sample_losses(self.velocity, x1, labels, draws, self.config, null_label=self.model.null_label)
         return losses, shift_time(draws.time, self.config.time_shift)

@@ -7,6 +7,8 @@ of real rows stand beside them: what a perfect model would get.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from svgpipe.manifests.checkpoint import EMA
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.distances import frechet_distance, nearest_class_accuracy
 from svgpipe.models.dit import DiT
+from svgpipe.stages.patience import Say, patiently
 from svgpipe.stages.sampling import SamplerSettings, draw_latents, labels_of
 from svgpipe.stages.selection import evenly_spread
 from svgpipe.stages.team import Team
@@ -27,9 +30,9 @@ READ_ROWS = 256
 class LatentQuality:
     """Measures models against the rows of one cache; every process of the team must call it."""
 
-    def __init__(self, cache: FeatureCache, config: DiffusionSection, team: Team) -> None:
+    def __init__(self, cache: FeatureCache, config: DiffusionSection, team: Team, say: Say) -> None:
         """Read what is compared with: as many training and held-out rows as `quality_rows`, evenly spread."""
-        self.cache, self.config, self.team = cache, config, team
+        self.cache, self.config, self.team, self.say = cache, config, team, say
         self.train, self.train_labels = self._pooled(np.flatnonzero(cache.valid & ~cache.heldout))
         self.held, self.held_labels = self._pooled(np.flatnonzero(cache.valid & cache.heldout))
         self.real = self._compare(self.train, self.held, self.held_labels)
@@ -39,7 +42,8 @@ class LatentQuality:
         mine = chosen[np.asarray(self.team.share(len(chosen)), np.int64)]
         parts = [torch.zeros(0, self.cache.manifest.feature_shape[-1])]
         for start in range(0, len(mine), READ_ROWS):
-            features = torch.from_numpy(self.cache.read(mine[start : start + READ_ROWS])).float()
+            rows_now = mine[start : start + READ_ROWS]
+            features = torch.from_numpy(patiently(partial(self.cache.read, rows_now), self.say)).float()
             parts.append(features.mean((1, 2)))
         labels = torch.from_numpy(self.cache.labels[chosen].astype(np.int64))
         return self.team.rows(torch.cat(parts), len(chosen)), labels

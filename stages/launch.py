@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from svgpipe.manifests.errors import SvgpipeError, first_line
+from svgpipe.manifests.errors import InterruptedRunError, SvgpipeError, UsageError, first_line
+from svgpipe.manifests.lock import STALE_S
+from svgpipe.manifests.storage import client_error
 from svgpipe.stages.progress import Progress
 from svgpipe.stages.supervisor import Here, StopFlag, Supervisor
 from svgpipe.stages.team import Team
@@ -35,7 +37,7 @@ Job = Callable[[Team, Supervisor], R]
 POLL_S = 0.2
 PATIENCE_S = 60.0
 GRACE_S = 5.0
-# Times that workers may die one after the other without a checkpoint between; more is not bad luck.
+# Deaths of workers one after the other, without a checkpoint between, that are not bad luck any more.
 LOST_IN_A_ROW = 3
 # Names of what Ray and torch.distributed raise for it.
 LOSSES = re.compile("Actor|HealthCheck|Controller|Preemption|^Dist")
@@ -60,13 +62,20 @@ class _Launch(Generic[R]):
 
     def __init__(self, job: Job[R], resources: Resources, progress: Progress, check: Callable[[], None]) -> None:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        if 0 < resources.gpus_per_worker < 1 and resources.num_workers > 1:
+            raise UsageError(
+                f"--gpus-per-worker {resources.gpus_per_worker:g}: workers cannot share a GPU in training."
+            )
         self.job, self.progress, self.check = job, progress, check
         self.resources = _with_threads(resources)
         self.cpus = require_resources(self.resources, ray.cluster_resources())
-        self.mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+        # Beside this process: the death of another node is none of its concern.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
         self.result: list[R] = []
-        self.begun_at = -1
+        self.begun_at, self.saves, self.left = -1, 0, 0
 
     def run(self) -> R:
         import ray
@@ -80,13 +89,14 @@ class _Launch(Generic[R]):
                         return self.result[0]
                     if failure is not None and not any(map(_is_loss, _causes(failure))):
                         raise failure  # a bug: its traceback is what helps
-                    lost = 1 if self.begun_at > reached else lost + 1
+                    # The second save of an attempt begins when the first one is on disk.
+                    lost = 1 if self.begun_at > reached or self.saves > 1 else lost + 1
                     reached = self.begun_at
-                    if lost > LOST_IN_A_ROW:
+                    if lost >= LOST_IN_A_ROW:
                         raise SvgpipeError(
                             f"workers died {lost} times without reaching another checkpoint; the last time: "
-                            f"{_why(failure)} What was saved is kept. If they were killed for memory, use a smaller "
-                            "batch, diffusion.accumulate, or fewer --num-workers on one machine."
+                            f"{_why(failure)}. What was saved is kept. If they were killed for memory, use a smaller "
+                            "batch, a larger accumulate, or fewer --num-workers on one machine."
                         ) from failure
                     self.progress.say(
                         f"a worker died ({_why(failure)}); starting {self._count} from the last checkpoint"
@@ -103,6 +113,7 @@ class _Launch(Generic[R]):
         import ray
 
         ended: list[BaseException | None] = []
+        self.saves, self.left = 0, 0
         with tempfile.TemporaryDirectory(prefix="svgpipe-train-", ignore_cleanup_errors=True) as scratch:
             trainer = self._trainer(scratch)
             # Ctrl-C stays with this process: elsewhere than in the main thread, Ray leaves the signal alone.
@@ -112,6 +123,8 @@ class _Launch(Generic[R]):
             while thread.is_alive():
                 thread.join(POLL_S)
                 self.check()
+                if stop.seen and not self.left:  # nothing is at work that could finish a step and save
+                    raise InterruptedRunError("stopped. What was saved is kept; the same command resumes.")
                 events = ray.get(self.mailbox.take.remote(stop.seen))
                 self._relay(events)
                 if events:
@@ -145,8 +158,12 @@ class _Launch(Generic[R]):
     def _relay(self, events: list[tuple[str, Any]]) -> None:
         for name, arguments in events:
             if name == "begin":
-                self.begun_at = arguments[2]
-            if name == "result":
+                self.begun_at, self.left = arguments[2], arguments[1] - arguments[2]
+            elif name == "advance":
+                self.left -= arguments[0]
+            if name == "saving":
+                self.saves += 1
+            elif name == "result":
                 self.result.append(arguments)
             elif name == "error":
                 raise arguments
@@ -159,7 +176,11 @@ def _with_threads(resources: Resources) -> Resources:
     import ray
 
     count = resources.num_workers
-    if resources.cpus_per_worker is not None or resources.gpus_per_worker or len(ray.nodes()) > 1:
+    if (
+        resources.cpus_per_worker is not None
+        or resources.gpus_per_worker
+        or sum(node["Alive"] for node in ray.nodes()) > 1
+    ):
         return resources
     each = ray.cluster_resources().get("CPU", 0.0) // count
     return dataclasses.replace(resources, cpus_per_worker=each) if each >= 1 else resources
@@ -181,8 +202,7 @@ def _causes(failure: BaseException | None) -> list[BaseException]:
 
 def _is_loss(cause: BaseException) -> bool:
     """Whether a worker, its host or their connection went away, as against an error in what they compute."""
-    text = str(cause)
-    return bool(LOSSES.search(type(cause).__name__)) or "gloo" in text or "NCCL" in text
+    return bool(LOSSES.search(type(cause).__name__)) or bool(re.search(r"\bgloo\b|\bNCCL\b", str(cause)))
 
 
 def _why(failure: BaseException | None) -> str:
@@ -198,6 +218,7 @@ class _Mailbox:
 
     def __init__(self) -> None:
         self.events: list[tuple[str, Any]] = []
+        self.taken_at = time.monotonic()
         self.stop = self.failed = False
 
     def post(self, name: str, arguments: Any) -> bool:
@@ -212,12 +233,14 @@ class _Mailbox:
 
     def take(self, stop: bool) -> list[tuple[str, Any]]:
         """All events since the last call."""
-        self.stop = stop
+        self.stop, self.taken_at = stop, time.monotonic()
         events, self.events = self.events, []
         return events
 
-    def asked_to_stop(self) -> bool:
-        return self.stop
+    def require_reader(self) -> None:
+        """Raise if nobody has read for long: who started this is frozen, and may have lost its lock."""
+        if (silent := time.monotonic() - self.taken_at) > STALE_S / 2:
+            raise TimeoutError(f"whoever started this training has not answered for {silent:.0f} s")
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -232,6 +255,10 @@ def _work(config: dict[str, Any]) -> None:
         result = config["job"](team, afar)
     except (SvgpipeError, OSError) as error:
         afar.fail(error)
+        raise
+    except Exception as error:
+        if (refused := client_error(error)) is not None:
+            afar.fail(SvgpipeError(refused))
         raise
     if team.leads:
         afar.deliver("result", result)
@@ -286,10 +313,11 @@ class _Afar:
         ray.get(self.mailbox.post.remote(name, content))
 
     def check(self) -> None:
-        """Raises a Ray error when whoever started this is gone: another run may be at work in the directory."""
+        """Raises a Ray error when whoever started this is gone or frozen: another run may be at work by now."""
         import ray
 
-        ray.get(self.mailbox.asked_to_stop.remote())
+        ray.get(self.mailbox.require_reader.remote())
+        self._post("saving")
 
     def stop_requests(self) -> AbstractContextManager[StopFlag]:
         return self._flag()

@@ -94,7 +94,7 @@ def require_memory(found: MemoryEstimate, team: Team, supervisor: Supervisor) ->
     """
     free, total = _memory_of(team.device)
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if team.device.type == "cpu" and team.size > 1 else 1
-    needed = found.total * neighbours
+    needed = found.total * neighbours - found.checkpoint * (neighbours - 1)  # which is the leader's alone
     each = f" for each of {neighbours} workers" if neighbours > 1 else ""
     what_to_do = (
         "Use --set diffusion.activation_checkpointing=true, a larger diffusion.accumulate, a smaller batch or model"
@@ -113,7 +113,8 @@ def _storage(tensor: Tensor) -> int:
 
 def _resident() -> int:
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+        return (resident - shared) * resource.getpagesize()  # libraries lie in memory once for all processes
     except OSError:
         return 0
 
@@ -130,6 +131,8 @@ def _memory_of(device: torch.device) -> tuple[int, int]:
     group = Path("/sys/fs/cgroup")
     try:
         limit = int((group / "memory.max").read_text())
-        return min(free, limit - int((group / "memory.current").read_text())), min(total, limit)
-    except (OSError, ValueError):  # no such group, or "max"
+        used = int((group / "memory.current").read_text())
+        cached = (group / "memory.stat").read_text().partition("inactive_file ")[2].split()  # given up when asked for
+        return min(free, limit - used + int(cached[0])), min(total, limit)
+    except (OSError, ValueError, IndexError):  # no such group, or "max"
         return free, total

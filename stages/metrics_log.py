@@ -11,6 +11,7 @@ from svgpipe.manifests.errors import UsageError, first_line
 from svgpipe.manifests.manifest import PLAN_NAME, digest, read_json
 from svgpipe.manifests.metrics_file import METRICS_NAME, read_metrics
 from svgpipe.manifests.storage import Location, write_atomic
+from svgpipe.stages.patience import patiently
 
 
 class MetricsLog:
@@ -20,11 +21,19 @@ class MetricsLog:
     files are left out.
     """
 
-    def __init__(self, directory: Location, start_step: int, wandb_project: str | None = None) -> None:
-        """Of the run in `directory`, which has done `start_step` steps. Raises UsageError if wandb is not installed."""
+    def __init__(
+        self, directory: Location, start_step: int, wandb_project: str | None = None, *, ended: bool = False
+    ) -> None:
+        """Of the run in `directory`, which has done `start_step` steps, all of them if it has `ended`.
+
+        Raises:
+            UsageError: wandb is asked for, but not installed or not logged in.
+        """
         self.path = directory / METRICS_NAME
         self._wandb = None if wandb_project is None else _wandb_run(directory, wandb_project)
         kept = [entry for entry in read_metrics(self.path) if entry["step"] <= start_step]
+        if ended:  # what is measured after the last step is measured again
+            kept = [entry for entry in kept if entry["step"] < start_step or "learning_rate" in entry]
         self._lines = [json.dumps(entry) + "\n" for entry in kept]
         self._write_whole()
         # Imported here: it is heavy, and encoder workers use this file without ever writing a log.
@@ -60,7 +69,9 @@ class MetricsLog:
     def flush(self) -> None:
         """Everything written so far is on disk; called before a checkpoint names its step."""
         if self._file is None:
-            self._write_whole()
+            patiently(self._write_whole)
+        if self._board is not None:
+            self._board.flush()
 
     def _write_whole(self) -> None:
         write_atomic(self.path, "".join(self._lines).encode())

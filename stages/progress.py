@@ -65,5 +65,6 @@ class Recorded:
         self.progress.advance(count, note)
 
     def say(self, text: str) -> None:
-        self.entry.said = [*self.entry.said, text][-SAID:]
+        self.entry.said, self.entry.updated_at = [*self.entry.said, text][-SAID:], time.time()
+        self.entry.write(self.directory)
         self.progress.say(text)

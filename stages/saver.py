@@ -6,11 +6,14 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
+from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.storage import Location
 from svgpipe.stages.patience import patiently
+from svgpipe.stages.team import Team
 
 
 class BackgroundSaver:
@@ -52,3 +55,20 @@ class BackgroundSaver:
 def _copy(tensor: Tensor) -> Tensor:
     """On the CPU, in memory of its own: training goes on changing the original."""
     return tensor.detach().to("cpu", copy=True)
+
+
+def latest_of_all(store: CheckpointStore, team: Team, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest intact checkpoint, the same one on every process.
+
+    Raises:
+        ArtifactError: as `CheckpointStore.latest`; or processes found different ones, which must never be mixed.
+    """
+    found = store.latest(say)
+    steps = team.rows(torch.tensor([-1 if found is None else found.step]), team.size).tolist()
+    if len(set(steps)) > 1:
+        raise ArtifactError(
+            f"{store.directory}: expected all workers to find the same checkpoint, found steps "
+            f"{', '.join(map(str, steps))} (-1 is none). It must lie where all nodes see it: in a shared folder or an "
+            "object store."
+        )
+    return found

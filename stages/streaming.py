@@ -24,6 +24,7 @@ from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.shards import ShardFile, ShardSet, refs_of
 from svgpipe.stages.images import RejectedImageError, RGBArray, centre_crop, decode_image, random_crop, to_array
+from svgpipe.stages.patience import patiently
 from svgpipe.stages.training import seed_of
 
 
@@ -86,7 +87,7 @@ class TrainingImages(IterableDataset[Tensor]):
 
     def _augment(self, ref: ImageRef, epoch: int) -> RGBArray:
         try:
-            image = decode_image(ref.read())
+            image = decode_image(patiently(ref.read))
         except RejectedImageError as error:
             raise ArtifactError(
                 f"{ref.tar}: image {ref.key}: {error}. Shard the source again, or index its tars with --decode."
@@ -122,8 +123,9 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 def _plain_errors(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
     try:
         yield from loader
-    except ArtifactError as error:  # the loader puts the worker's whole traceback into the message
-        raise ArtifactError(str(error).rstrip().rsplit("ArtifactError: ", 1)[-1]) from None
+    except (ArtifactError, OSError) as error:  # the loader puts the worker's whole traceback into the message
+        last = str(error).rstrip().splitlines()[-1]
+        raise ArtifactError(last.removeprefix(f"{ArtifactError.__module__}.ArtifactError: ")) from None
 
 
 def load_images(shards: ShardSet, rows: Sequence[int], size: int) -> RGBArray:

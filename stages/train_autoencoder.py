@@ -47,7 +47,9 @@ def train_autoencoder(
     with WorkDir(out, AutoencoderManifest, config.model_dump(mode="json"), {"shards": shards.as_input()}) as work:
         if work.finished is not None:
             return work.finished
-        job = partial(run_training, shards=shards, out=absolute(out), config=config, wandb_project=wandb_project)
+        job = partial(
+            run_training, shards=shards.absolute(), out=absolute(out), config=config, wandb_project=wandb_project
+        )
         trained = run_job(job, resources, Recorded(progress, out), work.check_lock)
         return AutoencoderManifest(
             config=work.config,

@@ -62,7 +62,7 @@ def train_diffusion(
             return work.finished
         job = partial(
             run_training,
-            cache=cache,
+            cache=FeatureCache(absolute(cache.path)) if resources is not None else cache,
             out=absolute(out),
             config=config,
             decoder=None if autoencoder is None else absolute(autoencoder),

@@ -33,6 +33,11 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy there. Towards a GPU it runs beside the computation: from pageable memory the host would wait for both."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """bfloat16 autocast, or nothing for float32."""
     if precision == "float32":
@@ -95,5 +100,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        # A copy: tensors of a file are the file, mapped into memory, which may change or go while training lasts.
+        state.setdefault(int(index), {})[name] = value.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
