@@ -230,6 +230,19 @@ def test_parts_and_recomputation_change_rounding_at_most(
             torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0 if tolerance == 0 else 2e-3)
 
 
+def test_a_run_killed_after_its_last_step_measures_once(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """All steps done and measured, but nothing published: the log does not say things twice."""
+    out = tmp_path / "out"
+    shutil.copytree(finished.root / "diffusion", out)
+    (out / "manifest.json").unlink()
+    found = svgpipe(*train_args(finished, out, "--autoencoder", finished.root / "autoencoder"))
+    assert found.code == 0, found.err
+    assert "resumed at step 12" in found.err
+    assert without_clocks(out) == without_clocks(finished.root / "diffusion")
+
+
 @pytest.mark.parametrize(
     ("seed", "more"),
     [

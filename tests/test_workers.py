@@ -16,10 +16,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
+from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.models.losses import TeamBatchNorm2d
 from svgpipe.models.residual import Alignment, SampleDropout
+from svgpipe.stages.launch import _Mailbox
+from svgpipe.stages.saver import latest_of_all
 from svgpipe.stages.team import Team
 
 from .conftest import Finished, Outcome, run_and_kill, start
@@ -180,11 +184,51 @@ def test_an_autoencoder_begun_by_two_is_finished_by_one(
     )
 
 
+def test_ctrl_c_while_workers_start_needs_no_step_to_finish(finished: Finished, tmp_path: Path) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    process = start(diffusion_args(finished, out, *TWO), log)
+    wait_for((out / "lock.json").exists, process, log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert "Traceback" not in log.read_text()
+    assert not (out / "checkpoints").exists()
+    assert not training_workers(process.pid)
+
+
+def test_a_starter_that_is_frozen_is_not_written_for() -> None:
+    """By the time that it wakes, its lock may be another's."""
+    mailbox = _Mailbox()
+    mailbox.require_reader()
+    mailbox.taken_at -= 61
+    with pytest.raises(TimeoutError, match="has not answered for 61 s"):
+        mailbox.require_reader()
+    assert mailbox.take(stop=True) == []
+    mailbox.require_reader()
+
+
+def test_checkpoints_of_different_steps_are_never_mixed(tmp_path: Path) -> None:
+    """As when the folder is not shared between nodes: the other worker finds nothing."""
+
+    class OfTwo(Team):
+        def rows(self, mine: torch.Tensor, count: int) -> torch.Tensor:
+            return torch.cat([mine, torch.tensor([-1])])
+
+    store = CheckpointStore(tmp_path)
+    store.save(Checkpoint(4, {"raw": {"w": torch.zeros(1)}}, {}))
+    found = latest_of_all(store, Team(CPU), print)
+    assert found is not None
+    assert found.step == 4
+    with pytest.raises(ArtifactError, match="found steps 4, -1"):
+        latest_of_all(store, OfTwo(CPU, 0, 2), print)
+
+
 @pytest.mark.parametrize(
     ("more", "code", "words"),
     [
         (["--num-workers", 500], 2, ["500 workers", "but Ray has"]),
-        (["--address", "auto"], 2, ["--num-workers"]),
+        (["--address", "auto"], 2, ["--address", "--num-workers"]),
+        (["--strategy", "fsdp2"], 2, ["--strategy", "--num-workers"]),
+        ([*TWO, "--gpus-per-worker", 0.5], 2, ["cannot share a GPU"]),
         ([*TWO, "--set", "diffusion.batch_size=1", "--set", "diffusion.accumulate=1"], 2, ["one sample for each of 2"]),
         (
             [*TWO, "--set", "diffusion.learning_rate=1e38", "--set", "diffusion.checkpoint_every=1"],
