@@ -1,13 +1,9 @@
-"""One run of autoencoder training, in each process of its team: images, steps, checkpoints, and what is watched.
-
-Every process runs the same code on its share of each batch; the one that leads also measures and writes.
-"""
+"""One run of autoencoder training: its images, its state, and what it is watched by."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,23 +11,19 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import AUTOENCODER_FILE, Checkpoint, CheckpointStore, save_tensors
-from svgpipe.manifests.errors import InterruptedRunError, UsageError
 from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, make_directory, write_atomic
 from svgpipe.stages.autoencoder_trainer import AutoencoderTrainer, Step
 from svgpipe.stages.encoder import build_autoencoder, reconstruct, state_digest
-from svgpipe.stages.gauges import peak_memory
 from svgpipe.stages.images import RGBArray, encode_png, psnr, tile
-from svgpipe.stages.metrics_log import MetricsLog
 from svgpipe.stages.perceptual import load_perceptual
 from svgpipe.stages.pixels import as_unit_range
-from svgpipe.stages.saver import BackgroundSaver, latest_of_all
 from svgpipe.stages.selection import evenly_spread
 from svgpipe.stages.streaming import TrainingImages, load_images, training_batches
 from svgpipe.stages.supervisor import Supervisor
 from svgpipe.stages.team import Team
-from svgpipe.stages.training import learning_rate
+from svgpipe.stages.training_run import TrainingRun
 
 GRID_FOLDER = "reconstructions"
 GRID_IMAGES = 16
@@ -67,34 +59,29 @@ def run_training(
         return run.finish()
 
 
-@dataclass
-class AutoencoderRun:
-    """The trainer, where its images come from, where it is saved and watched."""
+class AutoencoderRun(TrainingRun[Tensor, Step]):
+    """The trainer, where its images come from, and what it is watched by."""
 
-    team: Team
-    supervisor: Supervisor
-    shards: ShardSet
-    out: Location
+    section, item = "autoencoder", "image"
     config: AutoencoderSection
-    wandb_project: str | None
 
-    def __post_init__(self) -> None:
-        config, team = self.config, self.team
-        if config.batch_size < team.size:
-            raise UsageError(
-                f"autoencoder.batch_size: expected at least one image for each of {team.size} workers, "
-                f"found {config.batch_size}. Use fewer --num-workers."
-            )
+    def __init__(
+        self,
+        team: Team,
+        supervisor: Supervisor,
+        shards: ShardSet,
+        out: Location,
+        config: AutoencoderSection,
+        wandb_project: str | None,
+    ) -> None:
+        """See `train_autoencoder`, also for what it raises."""
+        self.shards, self.config = shards, config
+        super().__init__(team, supervisor, out, CheckpointStore(out / "checkpoints"))
         model = build_autoencoder(config)
         self.backbone_weights = state_digest(model.backbone.state_dict())
-        self.store = CheckpointStore(self.out / "checkpoints")
-        self.saver = BackgroundSaver(self.store, self.supervisor.say)
         perceptual = load_perceptual(config.perceptual, model)
-        self.trainer = AutoencoderTrainer(model, config, team, perceptual, self._last_good)
-        self.step = self._resume()
-        self.log = (
-            MetricsLog(self.out, self.step, self.wandb_project, ended=self.step >= config.steps) if team.leads else None
-        )
+        self.trainer = AutoencoderTrainer(model, config, team, perceptual, self.last_good)
+        self.resume(wandb_project)
         self.heldout = self._load_heldout() if team.leads else None
 
     def _load_heldout(self) -> RGBArray | None:
@@ -105,65 +92,23 @@ class AutoencoderRun:
             return None
         return load_images(self.shards, chosen, self.config.image_size)
 
-    def _last_good(self) -> Location | None:
-        self.saver.wait()
-        return self.store.newest
-
-    def _resume(self) -> int:
-        saved = latest_of_all(self.store, self.team, self.supervisor.say)
-        if saved is None:
-            return 0
+    def load(self, saved: Checkpoint) -> None:
         self.trainer.load(saved.groups)
-        self.supervisor.say(f"resumed at step {saved.step}")
-        return saved.step
 
-    def _save(self) -> None:
-        groups = self.trainer.state()
-        if self.log is None:
-            return
-        self.supervisor.check()
-        self.log.flush()
-        self.saver.save(Checkpoint(self.step, groups, {}))
+    def state(self) -> Checkpoint:
+        return Checkpoint(self.step, self.trainer.state(), {})
 
-    def train(self) -> None:
-        """Steps until `config.steps`, with held-out evaluation and checkpoints on the way."""
-        config, team = self.config, self.team
-        self.supervisor.begin("train-autoencoder", config.steps, self.step)
-        batches = self._batches()
-        started, done, wait_s = time.monotonic(), 0, 0.0
-        with self.supervisor.stop_requests() as stop:
-            while self.step < config.steps:
-                before = time.monotonic()
-                pixels = next(batches)
-                wait_s += time.monotonic() - before
-                found = self.trainer(self.step, pixels)
-                self.step, done = self.step + 1, done + 1
-                note = ""
-                if self.step % config.log_every == 0 or self.step == config.steps:
-                    note = self._record(found, done, time.monotonic() - started, wait_s)
-                    started, done, wait_s = time.monotonic(), 0, 0.0
-                self.supervisor.advance(1, note)
-                self._housekeeping(team.any(stop.seen))
+    def take_step(self, batch: Tensor) -> Step:
+        return self.trainer(self.step, batch)
+
+    def settle(self) -> None:
         self.trainer.settle()
-        self.saver.wait()
 
-    def _housekeeping(self, stopping: bool) -> None:
-        config, step = self.config, self.step
-        if step % config.eval_every == 0 and step < config.steps:
+    def measure(self) -> None:
+        if self.step % self.config.eval_every == 0:
             self.evaluate()
-        self.saver.check()
-        if step % config.checkpoint_every == 0 or stopping:
-            self._save()
-        if stopping and step < config.steps:
-            self.saver.wait()
-            if self.log is not None:
-                self.log.close()
-            self.team.wait_for_all()  # the first to leave ends the others
-            raise InterruptedRunError(
-                f"{self.out}: stopped at step {step} of {config.steps}; saved. The same command resumes."
-            )
 
-    def _batches(self) -> Iterator[Tensor]:
+    def batches(self) -> Iterator[Tensor]:
         config = self.config
         dataset = TrainingImages(
             self.shards,
@@ -178,27 +123,18 @@ class AutoencoderRun:
         )
         return training_batches(dataset, config.workers)
 
-    def _record(self, found: Step, steps: int, seconds: float, wait_s: float) -> str:
-        config, loss = self.config, found.generator
-        parts = [loss.l1, loss.perceptual, loss.nll, loss.adversarial, found.discriminator]
-        l1, perceptual, nll, adversarial, judged = self.team.sum(torch.stack([p.float() for p in parts])).tolist()
-        if self.log is None:
-            return ""
-        rate = steps / seconds
-        self.log.write(
-            self.step,
-            l1=l1,
-            perceptual=perceptual,
-            nll=nll,
-            adversarial=adversarial,
-            adaptive_weight=loss.adaptive_weight.item(),
-            discriminator=judged,
-            learning_rate=learning_rate(self.step - 1, config.steps, config.learning_rate, config.schedule),
-            images_per_s=rate * config.batch_size,
-            data_wait_share=wait_s / seconds,
-            memory_gb=peak_memory(self.team.device) / 1e9,
-        )
-        return f"L1 {l1:.4f}  perceptual {perceptual:.4f}  {rate * config.batch_size:.0f} images/s"
+    def logged(self, found: Step) -> tuple[dict[str, float], str]:
+        loss = found.generator
+        parts = {
+            "l1": loss.l1,
+            "perceptual": loss.perceptual,
+            "nll": loss.nll,
+            "adversarial": loss.adversarial,
+            "discriminator": found.discriminator,
+        }
+        summed = self.team.sum(torch.stack([part.float() for part in parts.values()])).tolist()
+        values = dict(zip(parts, summed, strict=True)) | {"adaptive_weight": loss.adaptive_weight.item()}
+        return values, f"L1 {values['l1']:.4f}  perceptual {values['perceptual']:.4f}"
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
@@ -244,13 +180,6 @@ class AutoencoderRun:
             encoded += _moments(residual((images - model.imagenet_mean) / model.imagenet_std))
         scalars = [_scalars(team.sum(moments)) for moments in (frozen, encoded)]
         alignment.freeze(torch.cat(scalars).float())
-
-    def close(self) -> None:
-        """Let go of files and threads, also after an error, which a second one must not hide."""
-        self.saver.close()
-        if self.log is not None:
-            with suppress(Exception):
-                self.log.close()
 
     def finish(self) -> Trained:
         """Freeze the alignment, measure, and write the weights as a file of their own."""
