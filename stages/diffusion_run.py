@@ -15,7 +15,6 @@ from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import (
-    EMA,
     STATISTICS_FILE,
     Checkpoint,
     CheckpointStore,
@@ -33,7 +32,7 @@ from svgpipe.stages.images import encode_png, tile
 from svgpipe.stages.latent_quality import LatentQuality
 from svgpipe.stages.memory_estimate import estimate, require_memory
 from svgpipe.stages.parallel import Strategy
-from svgpipe.stages.sampling import SamplerSettings, draw_latents
+from svgpipe.stages.sampling import draw_in_training
 from svgpipe.stages.supervisor import Supervisor
 from svgpipe.stages.team import Team
 from svgpipe.stages.training_run import TrainingRun
@@ -194,14 +193,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step]):
         """A sheet of samples from the first average of the weights, where a decoder was given."""
         if self.decoder is None:
             return
-        config, team = self.config, self.team
-        settings = SamplerSettings(
-            config.sample_steps, 1.0, "euler", "constant", config.sample_shift, 0, config.precision, EMA
-        )
-        # A sharded model runs on all processes at once or not at all, so each draws as many; the last ones may repeat.
-        mine = [i % GRID_SAMPLES for i in _padded(team, GRID_SAMPLES)]
-        drawn = draw_latents(self.trainer.averages[0], mine, settings, team.device)
-        latents = team.rows(drawn[: len(team.share(GRID_SAMPLES))], GRID_SAMPLES)
+        latents = draw_in_training(self.trainer.averages[0], GRID_SAMPLES, self.config, self.team)
         if self.log is None or self.decode is None:
             return
         shape = (GRID_SAMPLES, *self.cache.manifest.feature_shape)
@@ -228,9 +220,3 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step]):
             }
             content[STATISTICS_FILE] = save_tensors(self.out / STATISTICS_FILE, self.statistics)
         return Trained(content, sum(p.numel() for p in self.trainer.parameters), loss)
-
-
-def _padded(team: Team, count: int) -> range:
-    """This process's share of `count`, made as long as the largest."""
-    start = team.share(count).start
-    return range(start, start + team.largest_share(count))

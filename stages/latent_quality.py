@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.checkpoint import EMA
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.distances import frechet_distance, nearest_class_accuracy
 from svgpipe.models.dit import DiT
 from svgpipe.stages.patience import Say, patiently
-from svgpipe.stages.sampling import SamplerSettings, draw_latents, labels_of
+from svgpipe.stages.sampling import draw_in_training, labels_of
 from svgpipe.stages.selection import evenly_spread
 from svgpipe.stages.team import Team
 
@@ -60,17 +59,7 @@ class LatentQuality:
 
     def measure(self, model: DiT) -> dict[str, float]:
         """`latent_fd` and `latent_accuracy` of `quality_samples` samples, and the same of real rows with `_real`."""
-        config, count = self.config, self.config.quality_samples
-        settings = SamplerSettings(
-            config.sample_steps, 1.0, "euler", "constant", config.sample_shift, 0, config.precision, EMA
-        )
-        # A sharded model runs on all processes at once: each takes as many, those past the end are dropped.
-        first, most = self.team.share(count).start, self.team.largest_share(count)
-        parts = []
-        for start in range(first, first + most, config.batch_size):
-            indices = range(start, min(start + config.batch_size, first + most))
-            parts.append(draw_latents(model, indices, settings, self.team.device).float().mean(1).cpu())
-        mine = torch.cat(parts)[: len(self.team.share(count))]
-        samples = self.team.rows(mine, count)
+        count = self.config.quality_samples
+        samples = draw_in_training(model, count, self.config, self.team, keep=lambda drawn: drawn.mean(1)).cpu()
         found = self._compare(samples, samples, labels_of(range(count), model.num_classes))
         return found | {f"{name}_real": value for name, value in self.real.items()}

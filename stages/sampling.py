@@ -5,7 +5,7 @@ Legend: B batch, T tokens, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from svgpipe.manifests.recipe import DiffusionSection, DiTSection, Precision
 from svgpipe.manifests.storage import Location
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import Guidance, sample
+from svgpipe.stages.team import Team
 from svgpipe.stages.training import autocast, generator
 
 
@@ -116,3 +117,25 @@ def draw_latents(model: DiT, indices: Sequence[int], settings: SamplerSettings, 
             solver=settings.solver,
             guidance=Guidance(settings.guidance, settings.guidance_mode),
         ).float()
+
+
+def draw_in_training(
+    model: DiT, count: int, config: DiffusionSection, team: Team, keep: Callable[[Tensor], Tensor] = lambda drawn: drawn
+) -> Tensor:
+    """Samples 0 to `count` - 1 of a model in training, drawn by all processes of its team; each gets them all.
+
+    Args:
+        config: says how to sample, and by its batch how many at a time.
+        keep: (B,T,C) float32 latents → (B,…), what is wanted of them.
+    Returns:
+        (count,…) on the team's device.
+    """
+    settings = SamplerSettings(
+        config.sample_steps, 1.0, "euler", "constant", config.sample_shift, 0, config.precision, EMA
+    )
+    # A sharded model is gathered by all at once, so each process draws as many; what is past its share is dropped.
+    mine, size = team.share(count), -(-config.batch_size // config.accumulate)
+    end = mine.start + team.largest_share(count)
+    chunks = [range(start, min(start + size, end)) for start in range(mine.start, end, size)]
+    drawn = torch.cat([keep(draw_latents(model, indices, settings, team.device)) for indices in chunks])
+    return team.rows(drawn[: len(mine)], count)
