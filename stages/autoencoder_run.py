@@ -14,9 +14,11 @@ from svgpipe.manifests.checkpoint import AUTOENCODER_FILE, Checkpoint, Checkpoin
 from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, make_directory, write_atomic
+from svgpipe.stages.autoencoder_memory import estimate_autoencoder
 from svgpipe.stages.autoencoder_trainer import AutoencoderTrainer, Step
 from svgpipe.stages.encoder import build_autoencoder, reconstruct, state_digest
 from svgpipe.stages.images import RGBArray, encode_png, psnr, tile
+from svgpipe.stages.memory_estimate import require_memory
 from svgpipe.stages.perceptual import load_perceptual
 from svgpipe.stages.pixels import as_unit_range
 from svgpipe.stages.selection import evenly_spread
@@ -80,6 +82,12 @@ class AutoencoderRun(TrainingRun[Tensor, Step]):
         model = build_autoencoder(config)
         self.backbone_weights = state_digest(model.backbone.state_dict())
         perceptual = load_perceptual(config.perceptual, model)
+        require_memory(
+            estimate_autoencoder(config, team, model, perceptual),
+            team,
+            supervisor,
+            "Use a smaller autoencoder.batch_size, autoencoder.decoder.ch or image, or several --num-workers.",
+        )
         self.trainer = AutoencoderTrainer(model, config, team, perceptual, self.last_good)
         self.resume(wandb_project)
         self.heldout = self._load_heldout() if team.leads else None

@@ -26,11 +26,12 @@ from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.storage import Location, make_directory, write_atomic
 from svgpipe.stages.cache_batches import CacheBatches
 from svgpipe.stages.flow_losses import heldout_loss
+from svgpipe.stages.flow_memory import estimate_diffusion
 from svgpipe.stages.flow_trainer import FlowTrainer, Step
 from svgpipe.stages.gauges import LossByTime
 from svgpipe.stages.images import encode_png, tile
 from svgpipe.stages.latent_quality import LatentQuality
-from svgpipe.stages.memory_estimate import estimate, require_memory
+from svgpipe.stages.memory_estimate import require_memory
 from svgpipe.stages.parallel import Strategy
 from svgpipe.stages.sampling import draw_in_training
 from svgpipe.stages.supervisor import Supervisor
@@ -94,7 +95,13 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step]):
         self.rows = self._training_rows()
         rows, columns, channels = cache.manifest.feature_shape
         sizes: dict[str, Any] = {"grid": (rows, columns), "channels": channels, "num_classes": len(cache.classes)}
-        require_memory(estimate(config, team, strategy, **sizes), team, supervisor)
+        require_memory(
+            estimate_diffusion(config, team, strategy, **sizes),
+            team,
+            supervisor,
+            "Use --set diffusion.activation_checkpointing=true, a larger diffusion.accumulate, a smaller batch or model"
+            + (", or --strategy fsdp2." if team.size > 1 else ", or several --num-workers."),
+        )
         self.trainer = FlowTrainer(
             config, team, scale=cache.store.feature_scale, last_good=self.last_good, strategy=strategy, **sizes
         )

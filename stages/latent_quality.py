@@ -48,7 +48,9 @@ class LatentQuality:
         return self.team.rows(torch.cat(parts), len(chosen)), labels
 
     def _compare(self, spread: Tensor, classified: Tensor, labels: Tensor) -> dict[str, float]:
-        found = {}
+        found: dict[str, float] = {}
+        if not self.team.leads:  # all have the rows; one computes
+            return found
         if len(self.held) >= 2 and len(spread) >= 2:
             found["latent_fd"] = frechet_distance(spread, self.held)
         if len(classified):

@@ -28,11 +28,13 @@ class BackgroundSaver:
     def save(self, checkpoint: Checkpoint) -> None:
         """Copy the tensors to the CPU and begin to write; waits for the checkpoint before, if it is not done.
 
+        Takes them out of `checkpoint` one by one: what was gathered for it from several processes is held only once.
+
         Raises:
             OSError, SvgpipeError: the checkpoint before could not be written.
         """
         self.wait()
-        groups = {name: {k: _copy(v) for k, v in group.items()} for name, group in checkpoint.groups.items()}
+        groups = {name: {k: _copy(group.pop(k)) for k in list(group)} for name, group in checkpoint.groups.items()}
         copy = Checkpoint(checkpoint.step, groups, checkpoint.values)
         self._writing = self._pool.submit(patiently, partial(self.store.save, copy), self.say)
 

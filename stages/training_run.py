@@ -15,7 +15,7 @@ from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
 from svgpipe.manifests.errors import InterruptedRunError, UsageError
 from svgpipe.manifests.recipe import AutoencoderSection, DiffusionSection
 from svgpipe.manifests.storage import Location
-from svgpipe.stages.gauges import peak_memory
+from svgpipe.stages.memory import peak_memory
 from svgpipe.stages.metrics_log import MetricsLog
 from svgpipe.stages.saver import BackgroundSaver, latest_of_all
 from svgpipe.stages.supervisor import Supervisor
@@ -155,6 +155,7 @@ class TrainingRun(ABC, Generic[B, S]):
             )
 
     def _save(self) -> None:
+        self.saver.wait()  # before another state is put together: two would lie in memory
         state = self.state()
         if self.log is not None:
             self.supervisor.check()

@@ -22,9 +22,9 @@ from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.models.losses import TeamBatchNorm2d
 from svgpipe.models.residual import Alignment, SampleDropout
-from svgpipe.stages.launch import _Mailbox
 from svgpipe.stages.saver import latest_of_all
 from svgpipe.stages.team import Team
+from svgpipe.stages.worker import Mailbox
 
 from .conftest import Finished, Outcome, run_and_kill, start
 
@@ -197,7 +197,7 @@ def test_ctrl_c_while_workers_start_needs_no_step_to_finish(finished: Finished, 
 
 def test_a_starter_that_is_frozen_is_not_written_for() -> None:
     """By the time that it wakes, its lock may be another's."""
-    mailbox = _Mailbox()
+    mailbox = Mailbox()
     mailbox.require_reader()
     mailbox.taken_at -= 61
     with pytest.raises(TimeoutError, match="has not answered for 61 s"):

@@ -11,7 +11,8 @@ does not depend on them), CPU or whatever GPU is there. In turns, within one run
 - official: that loop in float32, as the official code runs it.
 
 Medians. Data wait is the time that a step from the cache waits for its batch. Peak memory is that of one step of 32
-samples in a process of its own, with and without activation checkpointing. The last line is JSON.
+samples in a process of its own, with and without activation checkpointing, and of one step of the autoencoder. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -33,13 +34,18 @@ from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.recipe import DiffusionSection, Recipe, load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.pipeline.cluster import connected
+from svgpipe.stages.autoencoder_memory import estimate_autoencoder
+from svgpipe.stages.autoencoder_trainer import AutoencoderTrainer
 from svgpipe.stages.cache_batches import CacheBatches
 from svgpipe.stages.encode_units import EncodeUnits
+from svgpipe.stages.encoder import build_autoencoder
 from svgpipe.stages.extract import extract
+from svgpipe.stages.flow_memory import estimate_diffusion
 from svgpipe.stages.flow_trainer import FlowTrainer
-from svgpipe.stages.gauges import peak_memory
 from svgpipe.stages.images import RGBArray
-from svgpipe.stages.memory_estimate import estimate
+from svgpipe.stages.memory import peak_memory
+from svgpipe.stages.memory_estimate import MemoryEstimate
+from svgpipe.stages.perceptual import load_perceptual
 from svgpipe.stages.shard import shard
 from svgpipe.stages.streaming import load_images
 from svgpipe.stages.team import Team
@@ -49,7 +55,14 @@ from svgpipe.stages.units import Resources
 
 from .extract import UNTRAINED, write_images
 
-BATCH, IMAGES, PEAK_BATCH = 8, 64, 32
+BATCH, IMAGES, PEAK_BATCH, PEAK_IMAGES = 8, 64, 32, 4
+# Nothing to download: the perceptual term looks at the backbone.
+FROZEN_ONLY = ["autoencoder.backbone.weights=random", "autoencoder.perceptual={kind: backbone, levels: [0, 1]}"]
+PEAKS = {
+    "held": f"diffusion, {PEAK_BATCH} samples",
+    "checkpointed": f"diffusion, {PEAK_BATCH} samples, activation checkpointing",
+    "autoencoder": f"autoencoder, {PEAK_IMAGES} images",
+}
 OVERRIDES = [
     "extract.unit_rows=32",
     "extract.batch_size=32",
@@ -70,22 +83,38 @@ def finished() -> None:
         torch.cuda.synchronize()
 
 
-def peak_of_one_step(recompute: bool) -> None:
-    """Print the peak memory of this process, in bytes: as estimated before, and after one step."""
-    config = DiffusionSection(batch_size=PEAK_BATCH, activation_checkpointing=recompute)
-    device = pick_device()
-    expected = estimate(config, Team(device), "ddp", grid=(16, 16), channels=392, num_classes=4)
-    trainer = trainer_of(config)
-    trainer(0, torch.randn(PEAK_BATCH, 256, 392).half(), torch.zeros(PEAK_BATCH, dtype=torch.int64))
+def print_peak(expected: MemoryEstimate, device: torch.device) -> None:
+    """Bytes, as estimated before and as held by this process at most."""
     finished()
     print(json.dumps([expected.total - expected.checkpoint, peak_memory(device)]))  # nothing is saved here
 
 
+def peak_of_one_step(recompute: bool) -> None:
+    """Of diffusion training, in this process."""
+    config = DiffusionSection(batch_size=PEAK_BATCH, activation_checkpointing=recompute)
+    device = pick_device()
+    expected = estimate_diffusion(config, Team(device), "ddp", grid=(16, 16), channels=392, num_classes=4)
+    trainer = trainer_of(config)
+    trainer(0, torch.randn(PEAK_BATCH, 256, 392).half(), torch.zeros(PEAK_BATCH, dtype=torch.int64))
+    print_peak(expected, device)
+
+
+def peak_of_the_autoencoder() -> None:
+    """Of one of its steps on a few images, with the discriminator at work."""
+    config = load_recipe(None, [*FROZEN_ONLY, f"autoencoder.batch_size={PEAK_IMAGES}"]).autoencoder
+    team, model = Team(pick_device()), build_autoencoder(config)
+    perceptual = load_perceptual(config.perceptual, model)
+    expected = estimate_autoencoder(config, team, model, perceptual)
+    trainer = AutoencoderTrainer(model, config, team, perceptual, lambda: None)
+    trainer(config.discriminator.start_step, torch.zeros(PEAK_IMAGES, 3, 256, 256, dtype=torch.uint8))
+    print_peak(expected, team.device)
+
+
 def peaks() -> dict[str, list[float]]:
-    """GB, estimated and measured, with all activations held and with most computed again."""
+    """GB, estimated and measured, of each kind of step."""
     found = {}
-    for name, recompute in (("all held", "0"), ("checkpointed", "1")):
-        command = [sys.executable, "-m", "tests.benchmarks.train", "--peak", recompute]
+    for name in PEAKS:
+        command = [sys.executable, "-m", "tests.benchmarks.train", "--peak", name]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found[name] = [value / 1e9 for value in json.loads(done.stdout.splitlines()[-1])]
     return found
@@ -155,31 +184,36 @@ def measure(root: Path, turns: int) -> tuple[dict[str, float], float]:
     return medians, float(np.sum(waits[1:]) / np.sum(seconds["cache"]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=8)
-    parser.add_argument("--peak", choices=("0", "1"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.peak:
-        peak_of_one_step(arguments.peak == "1")
-        return
+def compare(turns: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        medians, wait = measure(Path(folder), arguments.turns)
+        medians, wait = measure(Path(folder), turns)
     for name, value in medians.items():
         print(f"{name:10}{value:8.3f} s per step of {BATCH}{BATCH / value:10.2f} samples/s")
     memory = peaks()
     for name, (expected, found) in memory.items():
-        print(f"one step of {PEAK_BATCH}, activations {name}: {found:.2f} GB, estimated {expected:.2f}")
+        print(f"one step of {PEAKS[name]}: {found:.2f} GB, estimated {expected:.2f}")
     ratios = {
         "cache_over_memory": medians["memory"] / medians["cache"],
         "cache_over_online": medians["online"] / medians["cache"],
         "cache_over_official": medians["official"] / medians["cache"],
         "data_wait_share": wait,
-        "checkpointed_over_held": memory["checkpointed"][1] / memory["all held"][1],
-        "estimated_over_held": memory["all held"][0] / memory["all held"][1],
-        "estimated_over_checkpointed": memory["checkpointed"][0] / memory["checkpointed"][1],
+        "checkpointed_over_held": memory["checkpointed"][1] / memory["held"][1],
+        **{f"estimated_over_{name}": expected / found for name, (expected, found) in memory.items()},
     }
     print(json.dumps({name: round(value, 4) for name, value in ratios.items()}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--peak", choices=PEAKS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak == "autoencoder":
+        peak_of_the_autoencoder()
+    elif arguments.peak:
+        peak_of_one_step(arguments.peak == "checkpointed")
+    else:
+        compare(arguments.turns)
 
 
 if __name__ == "__main__":
