@@ -94,6 +94,7 @@ def golden() -> Any:
 
 PHOTOGRAPHS = {"astronaut": "astronaut.png", "cat": "chelsea.png", "coffee": "coffee.png"}
 IMAGES_PER_CLASS = 12
+DEADLINE_S = 300.0
 
 TINY = {
     "name": "tiny",
@@ -270,13 +271,22 @@ def svgpipe(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return call
 
 
-def run_and_kill(arguments: list[object], ready: Callable[[], bool], deadline_s: float = 120) -> None:
+def wait_for(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until `ready()` is true of a command that runs on; it may take long on a machine that is busy."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not ready():
+        assert process.poll() is None, f"ended too early: {log.read_text()}"
+        assert time.monotonic() < deadline, f"never became ready: {log.read_text()}"
+        time.sleep(0.01)
+
+
+def run_and_kill(arguments: list[object], ready: Callable[[], bool]) -> None:
     """Start the command in a process group of its own and SIGKILL the whole group once `ready()` is true."""
     command = [sys.executable, "-c", "from svgpipe.pipeline.cli import entry; entry()", *map(str, arguments)]
     process = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + deadline_s
+    deadline = time.monotonic() + DEADLINE_S
     while not ready():
         assert process.poll() is None, f"ended before it could be killed: {process.stderr and process.stderr.read()}"
         assert time.monotonic() < deadline, "never became ready"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from svgpipe.stages.encoder import load_autoencoder
 from svgpipe.stages.moments import Moments, merge_all
 from svgpipe.stages.streaming import load_images
 
-from .conftest import SMALL_UNITS, STORE, Finished, Outcome, extract_args, start, tree_bytes, units_done
+from .conftest import SMALL_UNITS, STORE, Finished, Outcome, extract_args, start, tree_bytes, units_done, wait_for
 
 
 def test_features_are_what_the_autoencoder_gives(finished: Finished) -> None:
@@ -36,6 +35,7 @@ def test_features_are_what_the_autoencoder_gives(finished: Finished) -> None:
             np.testing.assert_allclose(cache.read([row], view)[0], expected, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_feature_does_not_depend_on_batch_unit_or_worker(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
@@ -51,6 +51,7 @@ def test_a_feature_does_not_depend_on_batch_unit_or_worker(
         assert (np.abs(a - b) / scale).max() < 2 * 2.0**-10
 
 
+@pytest.mark.slow
 def test_brace_patterns_extract_a_part(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     arguments = extract_args(finished, tmp_path / "part")
     arguments[2] = f"{finished.root}/shards/shard-{{000001..000002}}.tar"
@@ -61,6 +62,7 @@ def test_brace_patterns_extract_a_part(finished: Finished, tmp_path: Path, svgpi
     assert part.manifest.inputs["shards"].fingerprint != finished.cache.manifest.inputs["shards"].fingerprint
 
 
+@pytest.mark.slow
 def test_damaged_images_keep_their_row_and_are_counted(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
@@ -114,15 +116,12 @@ def test_a_record_that_outlived_its_shard_is_not_believed(
     assert FeatureCache(out).manifest.content == finished.cache.manifest.content
 
 
+@pytest.mark.slow
 def test_a_scheduler_stops_it_as_ctrl_c_does(finished: Finished, tmp_path: Path) -> None:
     out, log = tmp_path / "cache", tmp_path / "log"
     arguments = extract_args(finished, out, *SMALL_UNITS)
     process = start(arguments, log)
-    deadline = time.monotonic() + 120
-    while units_done(out) < 2:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: units_done(out) >= 2, process, log)
     process.terminate()
     assert process.wait(timeout=60) == 130
     text = log.read_text()

@@ -116,6 +116,7 @@ def test_the_page_is_self_contained_and_shows_everything(finished: Finished) -> 
     assert page.count("<polyline") >= 4
 
 
+@pytest.mark.slow
 def test_another_layout_gives_the_same_numbers(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
@@ -129,6 +130,7 @@ def test_another_layout_gives_the_same_numbers(
         assert b.frechet_distance == pytest.approx(a.frechet_distance, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_resumes(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     """As a kill leaves it: some units recorded, one shard and one tar missing, nothing published."""
     out = tmp_path / "out"

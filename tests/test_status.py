@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pytest
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.progress_file import ProgressEntry, read_progress
 
-from .conftest import Finished, Outcome, start
+from .conftest import Finished, Outcome, start, wait_for
 
 
 def test_time_left_follows_from_the_pace_of_this_run() -> None:
@@ -45,17 +44,18 @@ def test_a_finished_pipeline(finished: Finished, svgpipe: Callable[..., Outcome]
     assert "warning" not in screen.out
 
 
+def steps_done(out: Path) -> int:
+    entry = read_progress(out)
+    return 0 if entry is None else entry.done
+
+
 def test_a_running_and_a_killed_training(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     work = tmp_path / "work"
     shutil.copytree(finished.root / "cache", work / "cache")
     arguments = ["train-diffusion", "--cache", work / "cache", "--out", work / "diffusion", "--recipe"]
     process = start([*arguments, finished.recipe_file, "--set", "diffusion.steps=50000"], tmp_path / "log")
     try:
-        deadline = time.monotonic() + 120
-        while (entry := read_progress(work / "diffusion")) is None or entry.done < 20:
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for(lambda: steps_done(work / "diffusion") >= 20, process, tmp_path / "log")
         running = json.loads(svgpipe("status", work, "--json").out)[-1]
         assert (running["state"], running["progress"]["task"]) == ("running", "train-diffusion")
         assert 20 <= running["progress"]["done"] < running["progress"]["total"] == 50000
@@ -80,6 +80,7 @@ def test_nothing_to_tell(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> Non
     assert "expected an svgpipe artifact" in found.err
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_what_is_logged(finished: Finished, tmp_path: Path) -> None:
     """Offline: its own file holds the metrics. Without an account the error says what to do."""
     pytest.importorskip("wandb")

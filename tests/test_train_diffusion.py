@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,7 @@ from svgpipe.stages import patience
 from svgpipe.stages.batches import batch_at
 from svgpipe.stages.training import learning_rate
 
-from .conftest import Finished, Outcome, run_and_kill
+from .conftest import Finished, Outcome, run_and_kill, start, wait_for
 
 WEIGHTS = ("ema-0.9.safetensors", "ema-0.5.safetensors", "raw.safetensors")
 
@@ -270,21 +268,14 @@ def test_a_killed_run_ends_bit_for_bit_the_same(
 def test_ctrl_c_finishes_the_step_saves_and_resumes(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    out = tmp_path / "out"
+    out, log = tmp_path / "out", tmp_path / "log"
     more = ["--set", "diffusion.steps=5000", "--set", "diffusion.checkpoint_every=100000"]
-    command = [sys.executable, "-c", "from svgpipe.pipeline.cli import entry; entry()"]
-    process = subprocess.Popen(
-        [*command, *map(str, train_args(finished, out, *more))], stderr=subprocess.PIPE, text=True
-    )
+    process = start(train_args(finished, out, *more), log)
     metrics = out / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, process, log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    err = log.read_text()
     assert "saved. The same command resumes." in err
     assert "Traceback" not in err
     described = svgpipe("inspect", out)
@@ -302,6 +293,7 @@ def test_divergence_stops_with_the_step_and_the_last_checkpoint(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_another_cache_is_refused(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     other = tmp_path / "cache"
     options = ["--shards", finished.root / "shards", "--autoencoder", finished.root / "autoencoder", "--out", other]

@@ -19,19 +19,11 @@ from svgpipe.stages import patience
 from svgpipe.stages.patience import patiently
 from svgpipe.stages.team import Team
 
-from .conftest import Finished, Outcome, start
+from .conftest import Finished, Outcome, start, wait_for
 from .test_train_diffusion import same_weights, train_args
 
 ALONE = Team(torch.device("cpu"))
 SIZES: dict[str, Any] = {"grid": (4, 4), "channels": 12, "num_classes": 3}
-
-
-def wait_for(text: str, log: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while text not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.02)
 
 
 def test_storage_that_comes_back_is_waited_for(finished: Finished, tmp_path: Path) -> None:
@@ -43,7 +35,7 @@ def test_storage_that_comes_back_is_waited_for(finished: Finished, tmp_path: Pat
     arguments = train_args(finished, tmp_path / "out")
     arguments[2] = cache
     process = start(arguments, log)
-    wait_for("storage failed", log, process)
+    wait_for(lambda: "storage failed" in log.read_text(), process, log)
     (tmp_path / "away").rename(shard)
     assert process.wait(60) == 0, log.read_text()
     assert "trying again in" in log.read_text()
@@ -101,6 +93,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
         subprocess.run(["umount", str(disk)], check=True)  # nothing holds a file open, after errors neither
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_stops_in_the_middle_of_a_step(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
@@ -109,11 +102,7 @@ def test_ctrl_c_twice_stops_in_the_middle_of_a_step(
     slow = ("batch_size=3000", "model.width=128", "model.depth=8", "eval_every=1000", "checkpoint_every=1")
     process = start(train_args(finished, out, *(p for v in slow for p in ("--set", f"diffusion.{v}"))), log)
     latest = out / "checkpoints" / "latest.json"
-    deadline = time.monotonic() + 120
-    while not latest.exists():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(latest.exists, process, log)
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert process.poll() is None  # it is finishing its step

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from svgpipe.stages.saver import latest_of_all
 from svgpipe.stages.team import Team
 from svgpipe.stages.worker import Mailbox
 
-from .conftest import Finished, Outcome, run_and_kill, start
+from .conftest import Finished, Outcome, run_and_kill, start, wait_for
 
 CPU = torch.device("cpu")
 TWO = ("--num-workers", 2)
@@ -62,14 +61,6 @@ def require_same_course(found: Path, expected: Path, names: tuple[str, ...]) -> 
 def reached(out: Path, step: int) -> bool:
     latest = out / "checkpoints" / "latest.json"
     return latest.exists() and bool(read_json(latest)["checkpoints"][-1]["step"] >= step)
-
-
-def wait_for(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, deadline_s: float = 120) -> None:
-    deadline = time.monotonic() + deadline_s
-    while not ready():
-        assert process.poll() is None, f"ended too early: {log.read_text()}"
-        assert time.monotonic() < deadline, f"never became ready: {log.read_text()}"
-        time.sleep(0.02)
 
 
 def training_workers(session: int) -> list[int]:
@@ -222,6 +213,7 @@ def test_checkpoints_of_different_steps_are_never_mixed(tmp_path: Path) -> None:
         latest_of_all(store, OfTwo(CPU, 0, 2), print)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "code", "words"),
     [
