@@ -82,12 +82,13 @@ class AutoencoderRun(TrainingRun[Tensor, Step]):
         model = build_autoencoder(config)
         self.backbone_weights = state_digest(model.backbone.state_dict())
         perceptual = load_perceptual(config.perceptual, model)
-        require_memory(
-            estimate_autoencoder(config, team, model, perceptual),
-            team,
-            supervisor,
-            "Use a smaller autoencoder.batch_size, autoencoder.decoder.ch or image, or several --num-workers.",
-        )
+        if config.steps:  # none: the weights are only measured
+            require_memory(
+                estimate_autoencoder(config, team, model, perceptual),
+                team,
+                supervisor,
+                "Use a smaller autoencoder.batch_size, autoencoder.decoder.ch or image, or several --num-workers.",
+            )
         self.trainer = AutoencoderTrainer(model, config, team, perceptual, self.last_good)
         self.resume(wandb_project)
         self.heldout = self._load_heldout() if team.leads else None

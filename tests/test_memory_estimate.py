@@ -112,6 +112,12 @@ def test_an_autoencoder_that_cannot_fit_is_refused(
     assert found.code == 2
     assert "this recipe takes about" in found.err
     assert "smaller autoencoder.batch_size" in found.err
+    untrained = svgpipe(
+        "train-autoencoder",
+        *given,
+        *(p for v in ("batch_size=9000000", "steps=0") for p in ("--set", f"autoencoder.{v}")),
+    )
+    assert untrained.code == 0, untrained.err  # nothing is trained, so nothing has to fit
 
 
 def test_what_makes_the_estimate_smaller() -> None:
