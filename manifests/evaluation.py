@@ -1,6 +1,5 @@
 """What an evaluation leaves: latents, decoded images, features, and one report whose every number can be traced.
 
-latents/SETTING/            generated latents, a Zarr group in the feature cache's own format
 images/SET/shard-*.tar      decoded images (PNG) as WebDataset tars with the usual index
 features/SET.safetensors    what distances are computed from
 report.json, report.html
@@ -65,14 +64,23 @@ class Report(_Record):
             raise ArtifactError(f"{path}: not a report: {summarise(error)}") from error
 
 
+class LatentsRef(_Record):
+    """Where the latents of one setting were drawn to, for other sweeps to find."""
+
+    path: str = Field(description="From the evaluation's directory; for people, as latents may be deleted or moved.")
+    content: str = Field(description="sha256 over the outer shards that were used.")
+
+
 class EvaluationManifest(Manifest):
     """A finished evaluation."""
 
     KIND: ClassVar[str] = "evaluation"
     NOUN: ClassVar[str] = "an evaluation"
+    OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"latents"})
 
     kind: Literal["evaluation"] = "evaluation"
     num_samples: int
     settings: list[str] = Field(description="Folder names of the points of the sweep.")
+    latents: dict[str, LatentsRef] = Field(description="Of every setting.")
     content: str = Field(description="sha256 over latents and decoded images.")
     report: str = Field(description="sha256 of report.json.")

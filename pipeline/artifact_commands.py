@@ -184,7 +184,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """What `extract` will take: hours, gigabytes per view and dtype, workers for a deadline. Writes nothing."""
-    from svgpipe.manifests.recipe import load_recipe
+    from svgpipe.manifests.recipe_files import load_recipe
     from svgpipe.manifests.shards import ShardSet
     from svgpipe.pipeline.console import ConsoleProgress
     from svgpipe.pipeline.tables import show_plan

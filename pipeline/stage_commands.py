@@ -45,7 +45,7 @@ def shard(
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one per core.")] = 0,
 ) -> None:
     """Image folder → WebDataset tars with an index. Run again to resume."""
-    from svgpipe.manifests.recipe import load_recipe
+    from svgpipe.manifests.recipe_files import load_recipe
     from svgpipe.pipeline.console import ConsoleProgress
     from svgpipe.stages.shard import shard as run_stage
 
@@ -109,7 +109,7 @@ def train_autoencoder(
     wandb: WandbOption = None,
 ) -> None:
     """Residual encoder and decoder beside the frozen backbone. Run again to resume."""
-    from svgpipe.manifests.recipe import load_recipe
+    from svgpipe.manifests.recipe_files import load_recipe
     from svgpipe.manifests.shards import ShardSet
     from svgpipe.pipeline.cluster import training_cluster
     from svgpipe.pipeline.console import ConsoleProgress
@@ -143,7 +143,7 @@ def extract(
     max_rejects: MaxRejectsOption = 0.001,
 ) -> None:
     """Shard set → normalised feature cache, on Ray workers. Run again to resume."""
-    from svgpipe.manifests.recipe import load_recipe
+    from svgpipe.manifests.recipe_files import load_recipe
     from svgpipe.manifests.shards import ShardSet
     from svgpipe.pipeline.cluster import connected
     from svgpipe.pipeline.console import ConsoleProgress
@@ -193,7 +193,7 @@ def train_diffusion(
 ) -> None:
     """Diffusion transformer, purely from the cache. Run again to resume."""
     from svgpipe.manifests import FeatureCache
-    from svgpipe.manifests.recipe import load_recipe
+    from svgpipe.manifests.recipe_files import load_recipe
     from svgpipe.pipeline.cluster import training_cluster
     from svgpipe.pipeline.console import ConsoleProgress
     from svgpipe.stages.train_diffusion import train_diffusion as run_stage
@@ -238,13 +238,19 @@ def sample_and_eval(
     steps: Annotated[str | None, typer.Option("--steps", help="For example 5,10,25.")] = None,
     guidance: Annotated[str | None, typer.Option("--guidance", help="For example 1.0,1.5.")] = None,
     weights: Annotated[str | None, typer.Option("--ema", help="ema-DECAY, ema (the recipe's first) or raw.")] = None,
+    guide: Annotated[
+        str | None, typer.Option("--guide", help="Autoguidance by a worse model, or checkpoint, of the same cache.")
+    ] = None,
+    latents: Annotated[
+        str | None, typer.Option("--latents", help="Where latents are kept and found; default: latents beside --out.")
+    ] = None,
     num_workers: WorkersOption = 1,
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
 ) -> None:
     """A sweep of steps and guidance: latents, images, distances, report. Run again to resume."""
-    from svgpipe.manifests.recipe import load_recipe
+    from svgpipe.manifests.recipe_files import load_recipe
     from svgpipe.manifests.shards import ShardSet
     from svgpipe.pipeline.cluster import connected
     from svgpipe.pipeline.console import ConsoleProgress
@@ -258,7 +264,17 @@ def sample_and_eval(
     resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
     model, decoder, directory = location(diffusion), location(autoencoder), location(out)
     with connected(address), ConsoleProgress() as progress:
-        run_stage(model, decoder, opened, directory, config, resources=resources, progress=progress)
+        run_stage(
+            model,
+            decoder,
+            opened,
+            directory,
+            config,
+            guide=None if guide is None else location(guide),
+            latents=None if latents is None else location(latents),
+            resources=resources,
+            progress=progress,
+        )
     typer.echo(f"report: {render_report(directory, decoder, model, opened)}")
 
 
@@ -277,7 +293,7 @@ def run(
     address: AddressOption = None,
 ) -> None:
     """All stages in order, skipping what is finished and unchanged. Run again to resume."""
-    from svgpipe.manifests.recipe import load_recipe
+    from svgpipe.manifests.recipe_files import load_recipe
     from svgpipe.pipeline.console import ConsoleProgress
     from svgpipe.pipeline.run import run_recipe
 

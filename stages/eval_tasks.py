@@ -29,18 +29,16 @@ def pass_on(row: Row) -> Row:
 
 @dataclass(frozen=True)
 class WriteLatents:
-    """CPU task: one outer shard of one setting, then its journal record."""
+    """CPU task: one outer shard of one setting, then its record in that store's journal."""
 
     paths: list[Location]
-    spec: StoreSpec
-    units_per_set: int
-    journal: Location
+    specs: list[StoreSpec]
 
     def __call__(self, row: Row) -> Row:
-        setting, unit = divmod(int(row["unit"]), self.units_per_set)
-        store = FeatureStore(self.paths[setting], self.spec)
-        store.write_unit(unit, np.ascontiguousarray(row["latents"]))
-        Journal(self.journal).record(int(row["unit"]), {"sha256": file_sha256(store.unit_file(unit))})
+        setting, number = int(row["setting"]), int(row["number"])
+        store = FeatureStore(self.paths[setting], self.specs[setting])
+        store.write_unit(number, np.ascontiguousarray(row["latents"]))
+        Journal(store.path / "journal").record(number, {"sha256": file_sha256(store.unit_file(number))})
         return {"unit": row["unit"]}
 
 

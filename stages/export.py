@@ -13,18 +13,16 @@ from typing import Any
 from svgpipe.manifests.checkpoint import (
     EMA,
     STATISTICS_FILE,
-    CheckpointStore,
-    DiffusionManifest,
-    choose_weights,
     load_tensors,
     save_tensors,
     weights_file,
 )
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, Json, read_json, write_json
+from svgpipe.manifests.manifest import write_json
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.storage import Location, make_directory
 from svgpipe.stages.sampling import dit_arguments
+from svgpipe.stages.trained_diffusion import open_diffusion
 
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
@@ -38,20 +36,6 @@ class Exported:
     directory: Location
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A finished model, or one checkpoint of a run, as far as an export needs it."""
-
-    directory: Location
-    config: Json
-    step: int
-    grid: tuple[int, int]
-    channels: int
-    class_names: list[str]
-    content: dict[str, str]
-    made_from: str
-
-
 def export(source: Location, out: Location, weights: str = EMA) -> Exported:
     """Write the chosen weights of `source` to the new or empty folder `out`.
 
@@ -62,9 +46,9 @@ def export(source: Location, out: Location, weights: str = EMA) -> Exported:
     Raises:
         ArtifactError: no diffusion model there, a damaged file, or files in `out`. UsageError: no such weights.
     """
-    found = _open(source)
+    found = open_diffusion(source)
     config = DiffusionSection.model_validate(found.config)
-    name = choose_weights(found.config["ema_decays"], weights)
+    name = found.weights_name(weights)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ArtifactError(f"{out}: expected a new or empty folder, found something there. Give another.")
     tensors = load_tensors(found.directory / weights_file(name), found.content[weights_file(name)])
@@ -85,34 +69,3 @@ def export(source: Location, out: Location, weights: str = EMA) -> Exported:
     }
     write_json(out / CONFIG_FILE, entry)
     return Exported(name, found.step, out)
-
-
-def _open(source: Location) -> _Source:
-    if (source / MANIFEST_NAME).exists():
-        manifest = DiffusionManifest.read(source)
-        return _Source(
-            source,
-            manifest.config,
-            manifest.steps,
-            manifest.grid,
-            manifest.channels,
-            manifest.class_names,
-            manifest.content,
-            f"diffusion {manifest.fingerprint}",
-        )
-    run, wanted = (source.parent.parent, source.name) if source.parent.name == "checkpoints" else (source, None)
-    entry = CheckpointStore(run / "checkpoints").entry(wanted)
-    if entry is None or not (run / PLAN_NAME).exists() or "class_names" not in entry["values"]:
-        raise ArtifactError(f"{source}: expected a diffusion model or a checkpoint of one, found neither.")
-    plan, values = read_json(run / PLAN_NAME), entry["values"]
-    rows, columns = values["grid"]
-    return _Source(
-        run / "checkpoints" / entry["folder"],
-        plan["config"],
-        int(entry["step"]),
-        (rows, columns),
-        int(values["channels"]),
-        list(values["class_names"]),
-        {weights_file(group): sha256 for group, sha256 in entry["files"].items()},
-        f"step {entry['step']} of a run on cache {plan['inputs']['cache']}",
-    )

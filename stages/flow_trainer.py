@@ -36,6 +36,7 @@ from svgpipe.stages.parallel import (
 from svgpipe.stages.sampling import build_dit
 from svgpipe.stages.team import Team
 from svgpipe.stages.training import (
+    is_compiled,
     learning_rate,
     optimizer_tensors,
     restore_optimizer,
@@ -88,8 +89,7 @@ class FlowTrainer:
             self.averaged: nn.Module = self.model
         else:
             self.averaged = replicate(self.model, team)
-        compiled = device.type == "cuda" if config.compile == "auto" else config.compile
-        self.velocity = torch.compile(self.averaged) if compiled else self.averaged
+        self.velocity = torch.compile(self.averaged) if is_compiled(config.compile, device) else self.averaged
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.manifest import Json, require_same
 from svgpipe.manifests.recipe import DiffusionSection
@@ -19,10 +19,10 @@ from svgpipe.stages.decoding import latent_decoder
 from svgpipe.stages.flow_losses import heldout_loss
 from svgpipe.stages.images import psnr
 from svgpipe.stages.quantization import signal_to_noise
-from svgpipe.stages.sampling import load_diffusion
 from svgpipe.stages.selection import evenly_spread
 from svgpipe.stages.streaming import load_images
 from svgpipe.stages.team import Team
+from svgpipe.stages.trained_diffusion import open_diffusion
 from svgpipe.stages.training import pick_device
 
 PRICE_NAME = "price.json"
@@ -127,12 +127,12 @@ def _losses(
     if diffusion is None:
         missing.append("held-out loss of a trained model: none was given (--diffusion)")
         return {"heldout_loss_reference": None, "heldout_loss_small": None}
-    trained = load_diffusion(diffusion)
+    manifest, trained = DiffusionManifest.read(diffusion), open_diffusion(diffusion)
     found = reference.manifest.as_input(reference.path)
     what = "Give a model that was trained on the cache itself."
-    require_same(str(diffusion), trained.manifest.inputs["cache"], found, what_to_do=what)
-    config, team = DiffusionSection.model_validate(trained.manifest.config), Team(pick_device())
-    model = trained.model.to(team.device)
+    require_same(str(diffusion), manifest.inputs["cache"], found, what_to_do=what)
+    config, team = DiffusionSection.model_validate(manifest.config), Team(pick_device())
+    model = trained.load().to(team.device)
     losses = [heldout_loss(model, cache, config, team) for cache in (reference, small)]
     if None in losses:
         missing.append("held-out loss: the cache has no held-out rows")

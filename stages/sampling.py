@@ -7,26 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import (
     EMA,
-    STATISTICS_FILE,
-    DiffusionManifest,
-    choose_weights,
-    load_tensors,
-    weights_file,
 )
-from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.recipe import DiffusionSection, DiTSection, Precision
-from svgpipe.manifests.storage import Location
+from svgpipe.manifests.recipe import DiffusionSection, DiTSection, Labels, Precision
 from svgpipe.models.dit import DiT
-from svgpipe.models.flow import Guidance, sample
+from svgpipe.models.sampler import Guidance, Solver, sample
 from svgpipe.stages.team import Team
 from svgpipe.stages.training import autocast, generator
 
@@ -37,12 +28,14 @@ class SamplerSettings:
 
     steps: int
     guidance: float
-    solver: Literal["euler", "heun"]
+    solver: Solver
     guidance_mode: str
     time_shift: float
     seed: int
     precision: Precision
     weights: str
+    labels: Labels = "equal"
+    guide: str | None = None
 
     @property
     def name(self) -> str:
@@ -60,62 +53,36 @@ def dit_arguments(config: DiTSection, *, grid: tuple[int, int], channels: int, n
     return {"grid": grid, "in_channels": channels, "num_classes": num_classes, **config.model_dump()}
 
 
-@dataclass(frozen=True)
-class TrainedDiffusion:
-    """A finished diffusion model and the statistics of the latents it was trained on."""
-
-    model: DiT
-    manifest: DiffusionManifest
-    channel_mean: NDArray[np.float32]
-    channel_std: NDArray[np.float32]
-
-
-def load_diffusion(directory: Location, weights: str = EMA) -> TrainedDiffusion:
-    """Open a finished diffusion model in eval mode, every file checked against its manifest.
-
-    Raises:
-        ArtifactError: unfinished, damaged, or weights of other shapes than its config says.
-        UsageError: no such weights.
-    """
-    manifest = DiffusionManifest.read(directory)
-    config = DiffusionSection.model_validate(manifest.config)
-    model = build_dit(
-        config.model, grid=manifest.grid, channels=manifest.channels, num_classes=len(manifest.class_names)
-    )
-    file = weights_file(choose_weights(config.ema_decays, weights))
-    try:
-        model.load_state_dict(load_tensors(directory / file, manifest.content[file]))
-    except RuntimeError as error:
-        raise ArtifactError(f"{directory / file}: does not fit its manifest's config: {error}") from error
-    statistics = load_tensors(directory / STATISTICS_FILE, manifest.content[STATISTICS_FILE])
-    mean, std = (statistics[k].numpy() for k in ("channel_mean", "channel_std"))
-    return TrainedDiffusion(model.eval(), manifest, mean, std)
-
-
 def initial_noise(seed: int, indices: Sequence[int], tokens: int, channels: int) -> Tensor:
     """(B,T,C) standard normal; row b depends on (seed, indices[b]) only."""
     return torch.stack([torch.randn(tokens, channels, generator=generator(seed, "sample", i)) for i in indices])
 
 
-def labels_of(indices: Sequence[int], num_classes: int) -> Tensor:
-    """(B,) int64: classes in turn, so that every class is drawn equally often."""
-    return torch.tensor([i % num_classes for i in indices], dtype=torch.int64)
+def labels_of(indices: Sequence[int], num_classes: int, settings: SamplerSettings | None = None) -> Tensor:
+    """(B,) int64: classes in turn, so that every class is drawn equally often; or each drawn from (seed, index)."""
+    if settings is None or settings.labels == "equal":
+        return torch.tensor([i % num_classes for i in indices], dtype=torch.int64)
+    drawn = [torch.randint(num_classes, (1,), generator=generator(settings.seed, "label", i)) for i in indices]
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *drawn])
 
 
 @torch.no_grad()  # not inference mode: what a sharded model gathers then could not be trained on afterwards
-def draw_latents(model: DiT, indices: Sequence[int], settings: SamplerSettings, device: torch.device) -> Tensor:
-    """Normalised latents (B,T,C) float32 of the samples numbered `indices`."""
+def draw_latents(
+    model: DiT, indices: Sequence[int], settings: SamplerSettings, device: torch.device, guide: DiT | None = None
+) -> Tensor:
+    """Normalised latents (B,T,C) float32 of the samples numbered `indices`; `guide` is a worse model, see `sample`."""
     noise = initial_noise(settings.seed, indices, model.grid[0] * model.grid[1], model.in_channels)
     with autocast(device, settings.precision):
         return sample(
             model,
             noise.to(device),
-            labels_of(indices, model.num_classes).to(device),
+            labels_of(indices, model.num_classes, settings).to(device),
             null_label=model.null_label,
             steps=settings.steps,
             shift=settings.time_shift,
             solver=settings.solver,
             guidance=Guidance(settings.guidance, settings.guidance_mode),
+            weak=guide,
         ).float()
 
 

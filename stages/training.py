@@ -9,7 +9,7 @@ import threading
 import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,11 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
+
+
+def is_compiled(setting: Literal["auto"] | bool, device: torch.device) -> bool:
+    """Whether models are compiled; auto: where it pays, which is on CUDA."""
+    return device.type == "cuda" if setting == "auto" else setting
 
 
 def learning_rate(step: int, steps: int, base: float, schedule: ScheduleSection) -> float:

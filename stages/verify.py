@@ -24,7 +24,8 @@ from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.kinds import read_any
 from svgpipe.manifests.manifest import MANIFEST_NAME, digest, read_json
 from svgpipe.manifests.shards import ShardSetManifest, index_of, tar_of
-from svgpipe.manifests.storage import Location, file_sha256, file_size
+from svgpipe.manifests.storage import Location, file_sha256, file_size, location
+from svgpipe.manifests.store_spec import unit_file
 from svgpipe.stages.progress import Progress, Silent
 from svgpipe.stages.verify_cache import verify_cache
 
@@ -150,20 +151,21 @@ def _verify_evaluation(path: Location, manifest: Any, *, deep: bool, progress: P
     report = path / REPORT_NAME
     if file_size(report) is None or file_sha256(report) != manifest.report:
         yield _wrong(report, "missing or not the one that was published")
-    draw, decode = Journal(path / "journal" / "draw"), Journal(path / "journal" / "decode")
-    settings, units = len(manifest.settings), draw.finished()
-    progress.begin("verify", len(units))
-    per_setting = max(1, len(units) // max(1, settings))
-    hashes: list[str] = []
+    units = -(-manifest.num_samples // int(manifest.config["unit_rows"]))
+    decode = Journal(path / "journal" / "decode")
+    progress.begin("verify", len(manifest.settings) * units + len(decode.finished()))
+    hashes: list[list[str]] = []
     tars: dict[str, list[str]] = {}
     try:
-        for unit in sorted(units):
-            hashes.append(draw.read(unit)["sha256"])
-            name, number = manifest.settings[min(unit // per_setting, settings - 1)], unit % per_setting
-            file = path / "latents" / name / "features" / "c" / str(number) / "0" / "0" / "0" / "0"
-            if file_size(file) is None or (deep and file_sha256(file) != hashes[-1]):
-                yield _wrong(file, "missing, or not the latents that were published")
-            progress.advance()
+        for name in manifest.settings:
+            store = _place_of(path, manifest.latents[name].path)
+            hashes.append([])
+            for unit in range(units):
+                hashes[-1].append(str(read_json(store / "journal" / f"unit-{unit:06d}.json")["sha256"]))
+                file = unit_file(store, unit)
+                if file_size(file) is None or (deep and file_sha256(file) != hashes[-1][-1]):
+                    yield _wrong(file, "missing, or not the latents that were published")
+                progress.advance()
         for unit in sorted(decode.finished()):
             record = decode.read(unit)
             tars.setdefault(record["set"], []).append(record["shard"]["sha256"])
@@ -171,11 +173,17 @@ def _verify_evaluation(path: Location, manifest: Any, *, deep: bool, progress: P
             size = file_size(tar)
             if size != record["shard"]["num_bytes"] or (deep and file_sha256(tar) != record["shard"]["sha256"]):
                 yield _wrong(tar, "missing, or not the images that were published")
+            progress.advance()
     except (ArtifactError, KeyError) as error:
         yield _wrong(path / "journal", error)
         return
     if digest([hashes, tars]) != manifest.content:
         yield _wrong(path / "journal", "its records are not those that were published")
+
+
+def _place_of(directory: Location, path: str) -> Location:
+    """What an artifact calls by a path from itself, or by an address."""
+    return location(path) if "://" in path else directory / path
 
 
 def _verify_cache(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Found:

@@ -26,9 +26,10 @@ from svgpipe.models.autoencoder import (
 from svgpipe.models.backbone import Backbone
 from svgpipe.models.decoder import Decoder
 from svgpipe.models.dit import DiT, time_features
-from svgpipe.models.flow import Guidance, drop_labels, flow_loss, sample, shift_time, time_grid
+from svgpipe.models.flow import drop_labels, flow_loss, shift_time
 from svgpipe.models.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from svgpipe.models.residual import Alignment, ResidualEncoder
+from svgpipe.models.sampler import Guidance, sample, time_grid
 from svgpipe.stages.images import centre_crop
 
 from .conftest import Golden, GoldenFolder

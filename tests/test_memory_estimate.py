@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from svgpipe.manifests.recipe import DiffusionSection, DiTSection, load_recipe
+from svgpipe.manifests.recipe import DiffusionSection, DiTSection
+from svgpipe.manifests.recipe_files import load_recipe
 from svgpipe.stages import memory_estimate
 from svgpipe.stages.autoencoder_memory import estimate_autoencoder
 from svgpipe.stages.autoencoder_trainer import AutoencoderTrainer

@@ -10,7 +10,6 @@ import skimage
 import timm
 import torch
 from PIL import Image
-from torch import Tensor
 
 from svgpipe.manifests.recipe import BackboneSection
 from svgpipe.models.attention import attend
@@ -19,7 +18,7 @@ from svgpipe.models.backbone import Backbone
 from svgpipe.models.convert import in_order, residual_from_official
 from svgpipe.models.decoder import Decoder
 from svgpipe.models.dit import DiT
-from svgpipe.models.flow import Guidance, sample, shift_time
+from svgpipe.models.flow import shift_time
 from svgpipe.models.losses import LPIPS, BackbonePerceptual, PatchDiscriminator
 from svgpipe.models.residual import Alignment, ResidualEncoder
 from svgpipe.stages.encoder import build_backbone, read_weight_file
@@ -234,57 +233,6 @@ def test_dit_parameter_count_of_the_published_model() -> None:
         model = DiT(grid=(16, 16), in_channels=392, num_classes=1000, width=1152, depth=28, heads=16, learn_sigma=True)
     learned = sum(p.numel() for p in model.parameters())
     assert learned + model.pos_embed.numel() == 676_437_904
-
-
-@pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_solvers_converge_at_their_order(solver: str) -> None:
-    """dz/dt = -z has the solution z0 / e: halving the step halves Euler's error and quarters Heun's."""
-    z0, y = torch.ones(1, 1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-
-    def error(steps: int) -> float:
-        z = sample(lambda z, t, y: -z, z0, y, null_label=1, steps=steps, shift=1.0, solver=solver)  # type: ignore[arg-type]
-        return abs(z.item() - math.exp(-1))
-
-    order = {"euler": 2.0, "heun": 4.0}[solver]
-    assert error(16) / error(32) == pytest.approx(order, rel=0.1)
-
-
-def test_straight_flows_need_one_step() -> None:
-    data = torch.randn(3, 4, 2)
-    z0 = torch.randn(3, 4, 2)
-
-    def velocity(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return data - z0
-
-    out = sample(velocity, z0, torch.zeros(3, dtype=torch.int64), null_label=1, steps=1, shift=0.15)
-    torch.testing.assert_close(out, data)
-
-
-def test_guidance_is_one_forward_of_both_halves_and_none_at_one() -> None:
-    calls: list[list[int]] = []
-
-    def velocity(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        calls.append(y.tolist())
-        return y[:, None, None].double().expand_as(z)
-
-    z0, y = torch.zeros(2, 1, 1, dtype=torch.float64), torch.tensor([1, 2])
-    out = sample(velocity, z0, y, null_label=10, steps=1, shift=1.0, guidance=Guidance(3.0))
-    assert calls == [[1, 2, 10, 10]]
-    assert out.flatten().tolist() == [10 + 3 * (1 - 10), 10 + 3 * (2 - 10)]
-    calls.clear()
-    sample(velocity, z0, y, null_label=10, steps=2, shift=1.0, guidance=Guidance(1.0))
-    assert calls == [[1, 2], [1, 2]]
-
-
-def test_flow_refuses_what_does_not_exist() -> None:
-    z0, y = torch.zeros(1, 1, 1), torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="expected euler or heun"):
-        sample(lambda z, t, y: z, z0, y, null_label=1, steps=1, shift=1.0, solver="rk4")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="at least 1, found 0"):
-        sample(lambda z, t, y: z, z0, y, null_label=1, steps=0, shift=1.0)
-    for mode in ("interval", "early", "early-.", "cfg_star-1", "late-0.3"):
-        with pytest.raises(ValueError, match="guidance mode"):
-            Guidance(2.0, mode)
 
 
 def test_shift_keeps_the_ends_and_the_order() -> None:

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from svgpipe.manifests.errors import UsageError
-from svgpipe.manifests.recipe import builtin_names, load_recipe
+from svgpipe.manifests.recipe_files import builtin_names, load_recipe
 
 
 def test_builtins_are_the_documented_ones() -> None:

@@ -19,10 +19,12 @@ from svgpipe.manifests.evaluation import EvaluationManifest, Report
 from svgpipe.manifests.storage import file_sha256
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.models.distances import frechet_distance, nearest_class_accuracy
+from svgpipe.models.sampler import time_grid
 from svgpipe.stages.decoding import latent_decoder
 from svgpipe.stages.images import decode_image, to_array
 from svgpipe.stages.measure import kernel_distance
-from svgpipe.stages.sampling import SamplerSettings, draw_latents, initial_noise, labels_of, load_diffusion
+from svgpipe.stages.sampling import SamplerSettings, draw_latents, initial_noise, labels_of
+from svgpipe.stages.trained_diffusion import open_diffusion
 
 from .conftest import Finished, Outcome, tree_bytes
 
@@ -41,6 +43,10 @@ def eval_args(finished: Finished, out: Path, *more: object) -> list[object]:
     ]
 
 
+def latents_of(evaluation: Path, setting: str) -> Path:
+    return evaluation / EvaluationManifest.read(evaluation).latents[setting].path
+
+
 def test_noise_and_labels_depend_on_seed_and_index_only() -> None:
     together = initial_noise(5, range(7), 4, 3)
     torch.testing.assert_close(initial_noise(5, [3], 4, 3)[0], together[3], rtol=0, atol=0)
@@ -51,7 +57,7 @@ def test_noise_and_labels_depend_on_seed_and_index_only() -> None:
 
 
 def test_latents_do_not_depend_on_the_batch(finished: Finished) -> None:
-    model = load_diffusion(finished.root / "diffusion").model
+    model = open_diffusion(finished.root / "diffusion").load()
     settings = SamplerSettings(3, 2.0, "heun", "constant", 0.15, 0, "float32", "ema")
     together = draw_latents(model, range(5), settings, torch.device("cpu"))
     alone = torch.cat([draw_latents(model, [i], settings, torch.device("cpu")) for i in range(5)])
@@ -59,12 +65,12 @@ def test_latents_do_not_depend_on_the_batch(finished: Finished) -> None:
 
 
 def test_latents_are_stored_in_the_cache_format(finished: Finished) -> None:
-    folder = finished.root / "evaluation" / "latents"
-    assert sorted(p.name for p in folder.iterdir()) == sorted(SETTINGS)
-    model = load_diffusion(finished.root / "diffusion").model
+    latents = EvaluationManifest.read(finished.root / "evaluation").latents
+    assert list(latents) == SETTINGS
+    model = open_diffusion(finished.root / "diffusion").load()
     for name in SETTINGS:
-        store = FeatureStore.open(folder / name)
-        assert store.array("label").tolist() == [0, 1, 2, 0, 1, 2]
+        store = FeatureStore.open(latents_of(finished.root / "evaluation", name))
+        assert store.array("label").tolist() == [0, 1, 2, 0, 1, 2, 0, 1]  # whole outer shards of four
         sampler = SamplerSettings(**store.group.attrs["sampler"])  # type: ignore[arg-type]
         assert sampler.name == name
         expected = draw_latents(model, range(6), sampler, torch.device("cpu")).reshape(6, 4, 4, 116)
@@ -73,7 +79,7 @@ def test_latents_are_stored_in_the_cache_format(finished: Finished) -> None:
 
 def test_decoded_images_are_webdataset_tars_of_those_latents(finished: Finished) -> None:
     out = finished.root / "evaluation"
-    store = FeatureStore.open(out / "latents" / SETTINGS[1])
+    store = FeatureStore.open(latents_of(out, SETTINGS[1]))
     decode = latent_decoder(finished.root / "autoencoder")
     expected = decode(finished.cache.denormalize(store.read(range(6))))
     tars = sorted((out / "images" / SETTINGS[1]).glob("*.tar"))
@@ -132,20 +138,83 @@ def test_another_layout_gives_the_same_numbers(
 
 @pytest.mark.slow
 def test_an_interrupted_sweep_resumes(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
-    """As a kill leaves it: some units recorded, one shard and one tar missing, nothing published."""
-    out = tmp_path / "out"
+    """As a kill leaves it: some units recorded, a shard lost, one shard and one tar missing, nothing published."""
+    out, pool = tmp_path / "evaluation", tmp_path / "latents"
     shutil.copytree(finished.root / "evaluation", out)
+    shutil.copytree(finished.root / "latents", pool)
     for name in ("manifest.json", "report.json", "report.html"):
         (out / name).unlink()
-    (out / "journal" / "draw" / "unit-000002.json").unlink()
+    first, second = (latents_of(finished.root / "evaluation", name).name for name in SETTINGS[:2])
+    (pool / first / "journal" / "unit-000001.json").unlink()
+    (pool / second / "features" / "c" / "1" / "0" / "0" / "0" / "0").unlink()
     (out / "journal" / "decode" / "unit-000003.json").unlink()
-    kept = (out / "journal" / "draw" / "unit-000001.json").stat().st_mtime_ns
+    kept = (pool / first / "journal" / "unit-000000.json").stat().st_mtime_ns
     found = svgpipe(*eval_args(finished, out))
     assert found.code == 0, found.err
-    assert "(7 done before)" in found.err
-    assert (out / "journal" / "draw" / "unit-000001.json").stat().st_mtime_ns == kept
-    patterns = ("latents/**/*", "images/**/*", "report.json")
-    assert tree_bytes(out, *patterns) == tree_bytes(finished.root / "evaluation", *patterns)
+    assert "(6 done before)" in found.err
+    assert (pool / first / "journal" / "unit-000000.json").stat().st_mtime_ns == kept
+    patterns = ("evaluation/images/**/*", "evaluation/report.json", "latents/**/features/c/**/*")
+    assert tree_bytes(tmp_path, *patterns) == tree_bytes(finished.root, *patterns)
+
+
+@pytest.mark.slow
+def test_sweeps_that_agree_share_their_latents(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """One of the same points draws nothing; one of more samples only draws the rest; the first one stays whole."""
+    shutil.copytree(finished.root / "latents", tmp_path / "latents")
+    more = ["--steps", "2", "--guidance", "1.0", "--set", "evaluation.reference_images=20"]
+    same = svgpipe(*eval_args(finished, tmp_path / "same", *more))
+    assert same.code == 0, same.err
+    assert "sample: 2 (2 done before)" in same.err
+    larger = svgpipe(*eval_args(finished, tmp_path / "larger", *more, "--set", "evaluation.num_samples=11"))
+    assert larger.code == 0, larger.err
+    assert "sample: 3 (2 done before)" in larger.err
+    grown = FeatureStore.open(latents_of(tmp_path / "larger", SETTINGS[1]))
+    old = FeatureStore.open(latents_of(finished.root / "evaluation", SETTINGS[1]))
+    assert grown.path == tmp_path / "larger" / ".." / "latents" / old.path.name
+    assert grown.spec.num_samples == 12
+    np.testing.assert_array_equal(grown.read(range(8)), old.read(range(8)))
+    assert svgpipe("verify", tmp_path / "same", "--deep").code == 0
+    grown.unit_file(0).write_bytes(b"altered")
+    assert "not the latents that were published" in svgpipe("verify", tmp_path / "same", "--deep").out
+
+
+@pytest.mark.slow
+def test_autoguidance_by_a_checkpoint(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    """v_weak + 2 (v - v_weak), by hand, with labels drawn and a multistep solver."""
+    guide = finished.root / "diffusion" / "checkpoints" / "step-00000008"
+    more = ["--steps", "3", "--guidance", "2.0", "--guide", guide, "--set", "evaluation.labels=drawn"]
+    found = svgpipe(*eval_args(finished, tmp_path / "out", *more, "--set", "evaluation.solver=multistep"))
+    assert found.code == 0, found.err
+    manifest, report = EvaluationManifest.read(tmp_path / "out"), Report.read(tmp_path / "out")
+    assert manifest.inputs["guide"].config["step"] == 8
+    sampler = report.results[0].sampler
+    assert sampler is not None
+    assert sampler["guide"].startswith("ema-0.9 of step 8, ")
+    store = FeatureStore.open(latents_of(tmp_path / "out", manifest.settings[0]))
+    labels = torch.from_numpy(store.array("label")[:6]).long()
+    assert torch.equal(labels, labels_of(range(6), 3, SamplerSettings(**sampler)))
+    good, weak = (open_diffusion(place).load() for place in (finished.root / "diffusion", guide))
+    z, before = initial_noise(0, range(6), 16, 116), None
+    grid = time_grid(3, sampler["time_shift"])
+    for t, dt in zip(grid, grid.diff(), strict=False):
+        with torch.no_grad():
+            v_weak = weak(z, t.expand(6), labels)
+            v = v_weak + 2 * (good(z, t.expand(6), labels) - v_weak)
+        z = z + dt * (v if before is None else v + dt / (2 * before[1]) * (v - before[0]))
+        before = v, dt
+    np.testing.assert_allclose(store.read(range(6)), z.reshape(6, 4, 4, 116).numpy(), rtol=5e-3, atol=5e-3)
+
+
+def test_labels_are_equal_per_class_or_drawn() -> None:
+    drawn = SamplerSettings(1, 1.0, "euler", "constant", 1.0, 7, "float32", "ema", labels="drawn")
+    labels = labels_of(range(600), 3, drawn)
+    assert labels_of([5, 2], 3, drawn).tolist() == labels[[5, 2]].tolist()
+    counts = torch.bincount(labels).tolist()
+    assert counts != [200, 200, 200]
+    assert all(150 < count < 250 for count in counts)
+    assert torch.bincount(labels_of(range(600), 3)).tolist() == [200, 200, 200]
 
 
 def test_a_decoder_that_does_not_belong_is_refused(
@@ -181,6 +250,7 @@ def test_inception_from_a_file_is_called_fid(
         network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     torch.save(network.state_dict(), tmp_path / "inception.pth")
     change = ["--set", "evaluation.extractor.kind=inception", "--steps", "1", "--guidance", "1.0"]
+    change += ["--latents", str(finished.root / "latents")]
     weights = ["--set", f"evaluation.extractor.weights={tmp_path / 'inception.pth'}"]
     found = svgpipe(*eval_args(finished, tmp_path / "out", *change, *weights))
     assert found.code == 0, found.err
@@ -197,7 +267,7 @@ def test_inception_from_a_file_is_called_fid(
     ("change", "code", "words"),
     [
         ("evaluation.extractor.kind=inception", 1, ["Inception weights", "weights=FILE", "kind=backbone", "https://"]),
-        ("evaluation.guidance_mode=interval", 2, ["guidance_mode", "interval"]),
+        ("evaluation.guidance_mode=interval", 2, ["guidance_mode", "interval-LO-HI", "'interval'"]),
         ("evaluation.steps=[]", 2, ["at least one value"]),
     ],
 )

@@ -22,7 +22,8 @@ import skimage
 import torch
 from PIL import Image
 
-from svgpipe.manifests.recipe import Recipe, load_recipe
+from svgpipe.manifests.recipe import Recipe
+from svgpipe.manifests.recipe_files import load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.pipeline.cluster import connected
 from svgpipe.pipeline.tables import show_timings

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import ray
 
-from svgpipe.manifests.recipe import Recipe, load_recipe
+from svgpipe.manifests.recipe import Recipe
+from svgpipe.manifests.recipe_files import load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.pipeline.cluster import connected
 from svgpipe.stages.extract import extract

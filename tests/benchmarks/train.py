@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests import FeatureCache
-from svgpipe.manifests.recipe import DiffusionSection, Recipe, load_recipe
+from svgpipe.manifests.recipe import DiffusionSection, Recipe
+from svgpipe.manifests.recipe_files import load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.pipeline.cluster import connected
 from svgpipe.stages.autoencoder_memory import estimate_autoencoder

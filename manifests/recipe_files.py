@@ -1,0 +1,146 @@
+"""Recipes by name or file, with single values overridden.
+
+`--set section.key=value` overrides single values. A file may begin with `extends: NAME|FILE` and then only say what
+differs. Unknown keys are refused with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Union
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.recipe import Recipe, Section
+
+
+def builtin_names() -> list[str]:
+    """Names of the recipes that come with svgpipe."""
+    folder = resources.files("svgpipe.manifests").joinpath("recipes")
+    return sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_file: str | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a built-in recipe or a YAML file (None: all defaults) and apply `section.key=value` overrides.
+
+    Raises:
+        UsageError: no such recipe or file, not YAML, an unknown key (with the nearest valid one), or a
+            value that cannot work.
+    """
+    raw, where = _read_with_base(name_or_file) if name_or_file is not None else ({}, "--set")
+    for override in overrides:
+        _apply_override(raw, override)
+    _refuse_unknown_keys(raw, Recipe, where)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg'].removeprefix('Value error, ')}, "
+            f"found {_brief(e['input'])}"
+            for e in error.errors()
+        ]
+        raise UsageError(f"{where}: the recipe cannot work:\n  " + "\n  ".join(lines)) from error
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _read_with_base(name_or_file: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
+    raw, where = _read_source(name_or_file)
+    base_name = raw.pop("extends", None)
+    if base_name is None:
+        return raw, where
+    if base_name in seen or not isinstance(base_name, str):
+        raise UsageError(f"{where}: extends: expected another recipe, found {base_name!r}.")
+    base, _ = _read_with_base(base_name, (*seen, base_name))
+    return _merge(base, raw), where
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _read_source(name_or_file: str) -> tuple[dict[str, Any], str]:
+    builtin = resources.files("svgpipe.manifests").joinpath("recipes", f"{name_or_file}.yaml")
+    path = Path(name_or_file)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise UsageError(f"{path}: expected a recipe file, found none.")
+        text, where = path.read_text(errors="replace"), str(path)
+    elif "/" not in name_or_file and builtin.is_file():
+        text, where = builtin.read_text(), f"recipe {name_or_file}"
+    else:
+        names = builtin_names()
+        near = difflib.get_close_matches(name_or_file, names, 1, 0.3)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(f"recipe {name_or_file!r}: expected one of {', '.join(names)} or a .yaml file.{hint}")
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where}: expected YAML, found something else: {error}") from error
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise UsageError(f"{where}: expected sections with keys, found {type(raw).__name__}.")
+    return raw, where
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not name:
+        raise UsageError(f"--set {override!r}: expected section.key=value, for example diffusion.steps=1000.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {override!r}: the value is not YAML: {error}") from error
+    target = raw
+    *sections, key = name.split(".")
+    for section in sections:
+        inner = target.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UsageError(f"--set {override!r}: {section} holds a value, not a section.")
+        target = inner
+    # YAML 1.1 reads 1e-4 as a string; numbers written so are meant as numbers.
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    target[key] = value
+
+
+def _refuse_unknown_keys(raw: dict[str, Any], model: type[BaseModel], where: str, prefix: str = "") -> None:
+    for key, value in raw.items():
+        field = model.model_fields.get(key) if isinstance(key, str) else None
+        if field is None:
+            names = list(model.model_fields)
+            near = difflib.get_close_matches(str(key), names, 1, 0.4)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"expected one of {', '.join(names)}."
+            raise UsageError(f"{where}: unknown key {prefix}{key}; {hint}")
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            if not isinstance(value, dict):
+                raise UsageError(f"{where}: {prefix}{key}: expected a section with keys, found {_brief(value)}.")
+            _refuse_unknown_keys(value, inner, where, f"{prefix}{key}.")
+
+
+def _section_of(annotation: object) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        for option in typing.get_args(annotation):
+            if (found := _section_of(option)) is not None:
+                return found
+    return None

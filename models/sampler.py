@@ -1,0 +1,176 @@
+"""Sampling from a rectified flow: time grid, guidance, solvers.
+
+Legend: B batch, T tokens, C channels; z latents, t time from 0 (noise) to 1 (data), v velocity.
+Source: official rectified_flow/rectified_flow.py (RectifiedFlow.sample); FACTS §3.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from svgpipe.models.flow import Velocity, shift_time
+
+Solver = Literal["euler", "heun", "multistep"]
+"""Euler · Heun, two evaluations a step · Adams-Bashforth of second order, one evaluation a step."""
+Weights = tuple[float, float]
+"""Of the conditional and of the unconditional velocity."""
+
+_NUMBER = r"\d+(?:\.\d+)?"
+_MODES = {
+    "constant": r"constant",
+    "interval-LO-HI": rf"interval-({_NUMBER})-({_NUMBER})",
+    "linear": r"linear",
+    "late": r"late",
+    "early-R": rf"early-({_NUMBER})",
+    "cfg_star-K-R": rf"cfg_star-(\d+)-({_NUMBER})",
+}
+
+
+def time_grid(steps: int, shift: float) -> Tensor:
+    """(steps+1,) float32 times from exactly 0 to exactly 1.
+
+    float32 linspace, shifted in float64, stored as float32, as the official prepare_t_seq computes it.
+    Raises ValueError if `steps` is not positive.
+    """
+    if steps < 1:
+        raise ValueError(f"sampling steps: expected at least 1, found {steps}")
+    return shift_time(torch.linspace(0, 1, steps + 1).double(), shift).float()
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance v_u + w (v_c - v_u), and where on the path it acts.
+
+    scale: w; 1 is none.
+    mode: constant · interval-LO-HI (w where LO <= t <= HI, else 1; arXiv 2404.07724) · linear (1 + (w-1)(i+1)/steps) ·
+    late (w where (i+1)/steps > 0.5) · early-R (w where t > R, so near the data in spite of its name) · cfg_star-K-R
+    (-R v_u in the first K steps, then constant). All but interval as the official code computes them; there interval is
+    announced, but raises.
+    """
+
+    scale: float = 1.0
+    mode: str = "constant"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a mode that does not exist, or an interval that ends before it begins."""
+        kind, numbers = self._parsed
+        if kind == "interval" and numbers[0] > numbers[1]:
+            raise ValueError(f"guidance mode: expected interval-LO-HI with LO <= HI, found {self.mode!r}")
+
+    @property
+    def _parsed(self) -> tuple[str, tuple[float, ...]]:
+        for name, pattern in _MODES.items():
+            if found := re.fullmatch(pattern, self.mode):
+                return name.partition("-")[0], tuple(map(float, found.groups()))
+        raise ValueError(f"guidance mode: expected one of {', '.join(_MODES)}; found {self.mode!r}")
+
+    @property
+    def kind(self) -> str:
+        """The mode's name without its numbers."""
+        return self._parsed[0]
+
+    def weights(self, step: int, steps: int, t: float) -> Weights:
+        """(weight of v_c, weight of v_u) at step index `step` of `steps`, at time `t`."""
+        w, (kind, numbers) = self.scale, self._parsed
+        if kind == "linear":
+            w = 1 + (w - 1) * (step + 1) / steps
+        elif kind == "late":
+            w = w if (step + 1) / steps > 0.5 else 1.0
+        elif kind == "early":
+            w = w if t > numbers[0] else 1.0
+        elif kind == "interval":
+            w = w if numbers[0] <= t <= numbers[1] else 1.0
+        elif kind == "cfg_star" and step < numbers[0]:
+            return 0.0, -numbers[1]
+        return w, 1 - w
+
+
+@dataclass(frozen=True)
+class GuidedVelocity:
+    """Conditional and unconditional velocity mixed; a half without weight is not computed.
+
+    velocity: the model. Both halves share one forward of 2B.
+    null_label: what stands for no class.
+    weak: autoguidance (arXiv 2406.02507): a worse model, whose velocity at the same label takes the unconditional
+        one's place.
+    """
+
+    velocity: Velocity
+    null_label: int
+    weak: Velocity | None = None
+
+    def __call__(self, z_BTC: Tensor, t: float, y_B: Tensor, weights: Weights) -> Tensor:
+        conditional, other = weights
+        b = len(z_BTC)
+        t_2B = torch.full((2 * b,), t, dtype=z_BTC.dtype, device=z_BTC.device)
+        t_B = t_2B[:b]
+        if other == 0:
+            return conditional * self.velocity(z_BTC, t_B, y_B)
+        if conditional == 0:
+            return other * self._other(z_BTC, t_B, y_B)
+        if self.weak is not None:
+            v_c, v_u = self.velocity(z_BTC, t_B, y_B), self._other(z_BTC, t_B, y_B)
+        else:
+            null_B = torch.full_like(y_B, self.null_label)
+            both = self.velocity(torch.cat([z_BTC, z_BTC]), t_2B, torch.cat([y_B, null_B]))
+            v_c, v_u = both.chunk(2)
+        return v_u + conditional * (v_c - v_u) if conditional + other == 1 else conditional * v_c + other * v_u
+
+    def _other(self, z_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+        if self.weak is not None:
+            return self.weak(z_BTC, t_B, y_B)
+        return self.velocity(z_BTC, t_B, torch.full_like(y_B, self.null_label))
+
+
+@torch.no_grad()
+def sample(
+    velocity: Velocity,
+    z0_BTC: Tensor,
+    y_B: Tensor,
+    *,
+    null_label: int,
+    steps: int,
+    shift: float,
+    solver: Solver = "euler",
+    guidance: Guidance | None = None,
+    weak: Velocity | None = None,
+) -> Tensor:
+    """Integrate from noise to data: (B,T,C) → (B,T,C).
+
+    Euler evaluates once a step; Heun twice, at the last step too (at t = 1), as the official sampler does. Multistep
+    evaluates once: Adams-Bashforth of second order for unequal steps, which takes an Euler step where it has no
+    velocity of before, or one under another guidance.
+
+    Args:
+        velocity: the model. weak: a worse one, for autoguidance; see `GuidedVelocity`.
+        steps, shift: of the time grid.
+    Raises:
+        ValueError: an unknown solver, or steps that are not positive.
+    """
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver: expected one of {', '.join(get_args(Solver))}; found {solver!r}")
+    guidance, v_at = guidance or Guidance(), GuidedVelocity(velocity, null_label, weak)
+    grid = time_grid(steps, shift)
+    times, differences = grid.tolist(), grid.diff().tolist()
+    z = z0_BTC
+    before: tuple[Tensor, float, Weights] | None = None
+    for step, (t, dt) in enumerate(zip(times[:-1], differences, strict=True)):
+        weights = guidance.weights(step, steps, t)
+        v = v_at(z, t, y_B, weights).to(z.dtype)
+        direction = v
+        if solver == "heun":
+            following = times[step + 1]
+            ahead = v_at(z + dt * v, following, y_B, guidance.weights(step, steps, following))
+            direction = 0.5 * (v + ahead.to(z.dtype))
+        elif solver == "multistep":
+            if before is not None and (before[2] == weights or guidance.kind == "linear"):
+                ratio = dt / (2 * before[1])
+                direction = v + ratio * (v - before[0])
+            before = v, dt, weights
+        z = z + dt * direction
+    return z

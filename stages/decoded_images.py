@@ -1,0 +1,132 @@
+"""The batch stage that turns latents, real images and noise into 8-bit images in WebDataset tars, on Ray workers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from svgpipe.manifests.index import ImageRef
+from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.shards import ShardFile
+from svgpipe.manifests.storage import Location, absolute, make_directory
+from svgpipe.stages.encoder import load_autoencoder, reconstruct
+from svgpipe.stages.eval_tasks import ReadForDecoding, WriteImages
+from svgpipe.stages.pixels import as_pixels
+from svgpipe.stages.progress import Progress
+from svgpipe.stages.sampling import initial_noise
+from svgpipe.stages.units import Resources, Row, run_units, start_worker
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """One set of images to be made: from a store of latents, from real images, or, without either, from noise."""
+
+    name: str
+    count: int
+    store: Location | None = None
+    originals: Sequence[ImageRef] = ()
+
+    def units(self, rows: int) -> list[dict[str, Any]]:
+        """What each unit needs to know, as JSON values."""
+        return [
+            {
+                "set": self.name,
+                "number": number,
+                "store": None if self.store is None else str(absolute(self.store)),
+                "indices": list(range(first, min(first + rows, self.count))),
+                "refs": [
+                    [str(absolute(r.tar)), r.offset, r.size, r.sha256, r.label]
+                    for r in self.originals[first : first + rows]
+                ],
+            }
+            for number, first in enumerate(range(0, self.count, rows))
+        ]
+
+
+def decode(
+    jobs: Sequence[ImageJob],
+    autoencoder: Location,
+    out: Location,
+    *,
+    mean: NDArray[np.float32],
+    std: NDArray[np.float32],
+    size: int,
+    seed: int,
+    unit_rows: int,
+    batch_size: int,
+    resources: Resources,
+    progress: Progress,
+) -> dict[str, list[ShardFile]]:
+    """Tars of every set below `out`/images, by name; run again to resume. Ray must be connected.
+
+    Args:
+        mean, std: (C,) what latents are denormalised with.
+        size: side of the images. seed: of the noise.
+        unit_rows: images per tar, the unit of resume. batch_size: no image depends on it but by rounding.
+    """
+    units = [unit for job in jobs for unit in job.units(unit_rows)]
+    journal = Journal(out / "journal" / "decode")
+    missing = journal.missing(len(units))
+    progress.begin("decode", len(units), len(units) - len(missing))
+    for job in jobs:
+        make_directory(out / "images" / job.name)
+    items = [{"unit": number, "job": json.dumps(units[number])} for number in missing]
+    args = {
+        "autoencoder": absolute(autoencoder),
+        "mean": mean,
+        "std": std,
+        "seed": seed,
+        "batch_size": batch_size,
+        "threads": resources.threads,
+    }
+    writer = WriteImages(absolute(out), absolute(journal.directory))
+    for _ in run_units(items, ReadForDecoding(size), _Decode, args, writer, resources):
+        progress.advance()
+    found: dict[str, list[ShardFile]] = {job.name: [] for job in jobs}
+    for number, unit in enumerate(units):
+        found[unit["set"]].append(ShardFile.model_validate(journal.read(number)["shard"]))
+    return found
+
+
+class _Decode:
+    """Actor: latents, real images or noise → 8-bit images, rounded before anything measures them."""
+
+    def __init__(
+        self,
+        autoencoder: Location,
+        mean: NDArray[np.float32],
+        std: NDArray[np.float32],
+        seed: int,
+        batch_size: int,
+        threads: int,
+    ) -> None:
+        self.device = start_worker(threads)
+        model, manifest = load_autoencoder(autoencoder)
+        self.model, self.grid = model.to(self.device), manifest.grid
+        self.mean, self.std = torch.from_numpy(mean), torch.from_numpy(std)
+        self.seed, self.batch_size = seed, batch_size
+
+    @torch.inference_mode()
+    def _decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """(n,row,column,channel) normalised → (n,H,W,3)."""
+        features = (latents * self.std + self.mean).permute(0, 3, 1, 2).to(self.device)
+        chunks = features.split(self.batch_size)
+        return np.concatenate([as_pixels(self.model.decode(chunk)) for chunk in chunks])
+
+    def __call__(self, row: Row) -> Row:
+        job = json.loads(row["job"])
+        if job["refs"]:
+            pixels = reconstruct(self.model, np.array(row["pixels"]), self.batch_size)
+        elif job["store"] is None:
+            noise = initial_noise(self.seed, job["indices"], self.grid[0] * self.grid[1], len(self.mean))
+            pixels = self._decode(noise.reshape(len(noise), *self.grid, -1))
+        else:
+            pixels = self._decode(torch.from_numpy(np.array(row["latents"])))
+        return {"unit": row["unit"], "job": row["job"], "images": pixels}

@@ -1,0 +1,122 @@
+"""Solvers and guidance on velocities whose flow is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from svgpipe.models.flow import Velocity
+from svgpipe.models.sampler import Guidance, Solver, sample
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
+@pytest.mark.parametrize("shift", [1.0, 0.4])
+def test_solvers_converge_at_their_order(solver: Solver, shift: float) -> None:
+    """dz/dt = -z has the solution z0 / e: halving the step halves Euler's error and quarters the others'."""
+    z0, y = torch.ones(1, 1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+
+    def error(steps: int) -> float:
+        z = sample(lambda z, t, y: -z, z0, y, null_label=1, steps=steps, shift=shift, solver=solver)
+        return abs(z.item() - math.exp(-1))
+
+    order = {"euler": 2.0, "heun": 4.0, "multistep": 4.0}[solver]
+    assert error(64) / error(128) == pytest.approx(order, rel=0.1)
+
+
+def test_straight_flows_need_one_step() -> None:
+    data = torch.randn(3, 4, 2)
+    z0 = torch.randn(3, 4, 2)
+
+    def velocity(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return data - z0
+
+    out = sample(velocity, z0, torch.zeros(3, dtype=torch.int64), null_label=1, steps=1, shift=0.15)
+    torch.testing.assert_close(out, data)
+
+
+def test_guidance_is_one_forward_of_both_halves_and_none_at_one() -> None:
+    calls: list[list[int]] = []
+
+    def velocity(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        calls.append(y.tolist())
+        return y[:, None, None].double().expand_as(z)
+
+    z0, y = torch.zeros(2, 1, 1, dtype=torch.float64), torch.tensor([1, 2])
+    out = sample(velocity, z0, y, null_label=10, steps=1, shift=1.0, guidance=Guidance(3.0))
+    assert calls == [[1, 2, 10, 10]]
+    assert out.flatten().tolist() == [10 + 3 * (1 - 10), 10 + 3 * (2 - 10)]
+    calls.clear()
+    sample(velocity, z0, y, null_label=10, steps=2, shift=1.0, guidance=Guidance(1.0))
+    assert calls == [[1, 2], [1, 2]]
+
+
+def test_flow_refuses_what_does_not_exist() -> None:
+    z0, y = torch.zeros(1, 1, 1), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="expected one of euler, heun, multistep"):
+        sample(lambda z, t, y: z, z0, y, null_label=1, steps=1, shift=1.0, solver="rk4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least 1, found 0"):
+        sample(lambda z, t, y: z, z0, y, null_label=1, steps=0, shift=1.0)
+    for mode in ("interval", "interval-0.5", "interval-0.6-0.5", "early", "early-.", "cfg_star-1", "late-0.3"):
+        with pytest.raises(ValueError, match="guidance mode"):
+            Guidance(2.0, mode)
+
+
+def constant_velocities(calls: list[list[int]]) -> Velocity:
+    """Of a label's own size at every place and time; notes the labels of each call."""
+
+    def velocity(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        del t
+        calls.append(y.tolist())
+        return y[:, None, None].to(z.dtype).expand_as(z)
+
+    return velocity
+
+
+def test_an_interval_costs_the_unconditional_half_only_within() -> None:
+    """Four steps at t = 0, 0.25, 0.5, 0.75; guided at the two in the middle."""
+    calls: list[list[int]] = []
+    z0, y = torch.zeros(1, 1, 1, dtype=torch.float64), torch.tensor([1])
+    guidance = Guidance(3.0, "interval-0.25-0.5")
+    out = sample(constant_velocities(calls), z0, y, null_label=5, steps=4, shift=1.0, guidance=guidance)
+    assert calls == [[1], [1, 5], [1, 5], [1]]
+    guided = 5 + 3 * (1 - 5)
+    assert out.item() == pytest.approx(0.25 * (1 + guided + guided + 1))
+
+
+def test_autoguidance_asks_the_worse_model_at_the_same_label() -> None:
+    calls: list[list[int]] = []
+    good = constant_velocities([])
+
+    def weak(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        calls.append(y.tolist())
+        return 0.5 * good(z, t, y)
+
+    z0, y = torch.zeros(2, 1, 1, dtype=torch.float64), torch.tensor([1, 2])
+    out = sample(good, z0, y, null_label=5, steps=2, shift=1.0, guidance=Guidance(2.0), weak=weak)
+    assert calls == [[1, 2], [1, 2]]
+    assert out.flatten().tolist() == [0.5 + 2 * 0.5, 1 + 2 * 1]  # v_weak + w (v - v_weak)
+    calls.clear()
+    sample(good, z0, y, null_label=5, steps=2, shift=1.0, guidance=Guidance(1.0), weak=weak)
+    assert not calls
+
+
+def test_multistep_takes_an_euler_step_where_guidance_jumps() -> None:
+    """Else a velocity of before the jump would be extrapolated past it; exact where velocities are constant between."""
+    z0, y = torch.zeros(1, 1, 1, dtype=torch.float64), torch.tensor([1])
+    found = [
+        sample(
+            constant_velocities([]),
+            z0,
+            y,
+            null_label=5,
+            steps=8,
+            shift=0.3,
+            solver=solver,
+            guidance=Guidance(4.0, "early-0.3"),
+        ).item()
+        for solver in ("euler", "multistep")
+    ]
+    assert found[0] == pytest.approx(found[1], abs=1e-12)
