@@ -1,8 +1,12 @@
 """What an evaluation leaves: latents, decoded images, features, and one report whose every number can be traced.
 
 images/SET/shard-*.tar      decoded images (PNG) as WebDataset tars with the usual index
-features/SET.safetensors    what distances are computed from
 report.json, report.html
+
+Beside it, shared by all evaluations there:
+
+latents/SETTING_DIGEST/     generated latents, a Zarr group in the feature cache's own format
+features/SET-DIGEST.safetensors    what distances are computed from; the digest is of the images and the extractor
 """
 
 from __future__ import annotations
@@ -22,26 +26,39 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Figure(_Record):
+    """A number, how many images it was found on, and the 95 % bootstrap interval over them."""
+
+    value: float
+    low: float | None = Field(None, description="Without it, nothing was resampled.")
+    high: float | None = None
+    num_images: int
+
+
 class Measured(_Record):
     """One set of images, measured against the reference."""
 
     name: str
     role: Literal["samples", "heldout", "reconstructions", "decoded-noise"]
     num_images: int
-    frechet_distance: float = Field(description="Against the reference; FID only where the metric is named so.")
-    kernel_distance: float = Field(description="Polynomial MMD², mean over subsets (KID for Inception).")
-    kernel_distance_std: float
-    class_accuracy: float | None = Field(
+    frechet_distance: Figure = Field(description="Against the reference; FID only where the metric is named so.")
+    kernel_distance: Figure = Field(
+        description="Polynomial MMD², mean over subsets (KID for Inception); the interval is over the subsets."
+    )
+    inception_score: Figure | None = Field(description="Inception only.")
+    precision: Figure | None = Field(description="Share of the images that lie within the reference.")
+    recall: Figure | None = Field(description="Share of the reference that lies within the images; over the former.")
+    class_accuracy: Figure | None = Field(
         description="Share whose nearest class mean of the reference, in this feature space, is their own class."
     )
-    psnr: float | None = Field(None, description="dB against the originals; reconstructions only.")
+    psnr: Figure | None = Field(None, description="dB against the originals; reconstructions only.")
     sampler: Json | None = Field(None, description="Everything that decides a sample; samples only.")
 
 
 class Report(_Record):
     """`report.json`."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     metric: str = Field(description="What frechet_distance is: FID, or a Fréchet distance in a named space.")
     extractor: Json
     reference: Json

@@ -263,6 +263,7 @@ class EvaluationSection(Section):
     compile: Literal["auto"] | bool = Field("auto", description="torch.compile the model; auto: on CUDA.")
     extractor: ExtractorSection = ExtractorSection()
     reference_images: int | None = Field(None, ge=2, description="At most this many, evenly spread; null: all.")
+    bootstrap: Natural = Field(100, description="Times that images are resampled for the intervals; 0: none.")
     seed: Natural = 0
 
     @model_validator(mode="after")

@@ -114,8 +114,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise UsageError(f"--set {override!r}: {section} holds a value, not a section.")
         target = inner
-    # YAML 1.1 reads 1e-4 as a string; numbers written so are meant as numbers.
-    if isinstance(value, str):
+    # YAML 1.1 reads 1e-4 as a string; numbers written so are meant as numbers, unless they stand in quotes.
+    if isinstance(value, str) and value == text.strip():
         with contextlib.suppress(ValueError):
             value = float(value)
     target[key] = value

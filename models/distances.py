@@ -1,4 +1,4 @@
-"""How far two sets of features are apart, and whether features lie near their class.
+"""How far two sets of features are apart, how one covers the other, and whether features lie near their class.
 
 Legend: n m rows, D dimensions.
 """
@@ -8,34 +8,80 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BLOCK = 4096
 
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """|μ1 − μ2|² + tr(C1 + C2 − 2 (C1 C2)^½) of (n,D) and (m,D), in float64, with unbiased covariances.
 
-    (C1 C2)^½ has the eigenvalues of the symmetric (C1^½ C2 C1^½)^½, so there is no complex part to drop, and sets
-    smaller than their dimension need no regularisation. Never below 0.
-    Raises ValueError for a set of fewer than two rows.
+class FrechetTarget:
+    """A Gaussian that sets of features are compared with: |μ1 − μ2|² + tr(C1 + C2 − 2 (C1 C2)^½).
+
+    In float64, with unbiased covariances. (C1 C2)^½ has the eigenvalues of the symmetric (C1^½ C2 C1^½)^½, so there is
+    no complex part to drop, and sets smaller than their dimension need no regularisation.
     Source: arXiv 1706.08500, eq. 6.
     """
-    (mean1, covariance1), (mean2, covariance2) = _gaussian(first), _gaussian(second)
-    values, vectors = torch.linalg.eigh(covariance1)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariance2 @ root).clamp_min(0).sqrt().sum()
-    apart = (mean1 - mean2).square().sum()
-    return max(0.0, float(apart + covariance1.trace() + covariance2.trace() - 2 * cross))
+
+    def __init__(self, mean: Tensor, covariance: Tensor) -> None:
+        """(D,) and (D,D)."""
+        self.mean, self.trace = mean.double(), covariance.double().trace()
+        values, vectors = torch.linalg.eigh(covariance.double())
+        self.root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+    @classmethod
+    def of(cls, features: Tensor) -> FrechetTarget:
+        """Of (m,D) rows. Raises ValueError for fewer than two."""
+        values = _rows(features)
+        return cls(values.mean(0), torch.cov(values.T).reshape(values.shape[1], values.shape[1]))
+
+    def distance(self, features: Tensor) -> float:
+        """Of (n,D) rows, never below 0. Raises ValueError for fewer than two."""
+        return self.distances(features, [torch.arange(len(features))])[0]
+
+    def distances(self, features: Tensor, picks: list[Tensor]) -> list[float]:
+        """The same for several choices of rows, each (k,) row numbers that may repeat."""
+        values = _rows(features)
+        turned = values @ self.root  # the covariance of these is C1^½ C2 C1^½
+        found = []
+        for pick in picks:
+            chosen = values[pick]
+            apart = (chosen.mean(0) - self.mean).square().sum()
+            trace = chosen.var(0).sum()
+            found.append(max(0.0, float(apart + self.trace + trace - 2 * _root_trace(turned[pick]))))
+        return found
 
 
-def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """Between (n,D) and (m,D), see `FrechetTarget`. Raises ValueError for a set of fewer than two rows."""
+    return FrechetTarget.of(second).distance(first)
+
+
+def _rows(features: Tensor) -> Tensor:
     if len(features) < 2:
         raise ValueError(f"Fréchet distance: expected at least two rows, found {len(features)}")
-    values = features.double()
-    return values.mean(0), torch.cov(values.T).reshape(values.shape[1], values.shape[1])
+    return features.double()
 
 
-def nearest_class_accuracy(
-    reference: Tensor, reference_labels: Tensor, features: Tensor, labels: Tensor
-) -> float | None:
-    """Share of (n,D) rows whose nearest class mean of the (m,D) reference is their own class.
+def _root_trace(values: Tensor) -> Tensor:
+    """() trace of the square root of the covariance of (n,D) rows, by whichever Gram matrix is smaller."""
+    centred = values - values.mean(0)
+    gram = centred.T @ centred if len(values) > values.shape[1] else centred @ centred.T
+    return (torch.linalg.eigvalsh(gram).clamp_min(0) / (len(values) - 1)).sqrt().sum()
+
+
+def covered(features: Tensor, by: Tensor, neighbours: int = 3) -> Tensor:
+    """(n,) bool: which of the (n,D) rows lie within a ball around one of the (m,D) rows of `by`.
+
+    A ball reaches to its own row's k-th neighbour within `by`. Samples covered by real images give precision, real
+    images covered by samples give recall.
+    Raises ValueError unless m > neighbours.
+    Source: arXiv 1904.06991, eq. 1 and 2.
+    """
+    if len(by) <= neighbours:
+        raise ValueError(f"precision and recall: expected more than {neighbours} rows, found {len(by)}")
+    radii = torch.cat([torch.cdist(block, by).kthvalue(neighbours + 1).values for block in by.split(BLOCK)])
+    return torch.cat([(torch.cdist(block, by) <= radii).any(1) for block in features.split(BLOCK)])
+
+
+def nearest_class_hits(reference: Tensor, reference_labels: Tensor, features: Tensor, labels: Tensor) -> Tensor | None:
+    """(n,) bool: whose nearest class mean of the (m,D) reference is their own class.
 
     None if the reference has fewer than two classes.
     """
@@ -44,5 +90,12 @@ def nearest_class_accuracy(
         return None
     sums = torch.zeros(len(classes), reference.shape[1], dtype=reference.dtype).index_add_(0, position, reference)
     means = sums / torch.bincount(position)[:, None]
-    nearest = classes[torch.cdist(features, means).argmin(1)]
-    return float((nearest == labels).double().mean())
+    return classes[torch.cdist(features, means).argmin(1)] == labels
+
+
+def nearest_class_accuracy(
+    reference: Tensor, reference_labels: Tensor, features: Tensor, labels: Tensor
+) -> float | None:
+    """Share of `nearest_class_hits`."""
+    hits = nearest_class_hits(reference, reference_labels, features, labels)
+    return None if hits is None else float(hits.double().mean())

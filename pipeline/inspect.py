@@ -151,7 +151,7 @@ def _diffusion_facts(path: Location, manifest: Any) -> Json:
 def _evaluation_facts(path: Location, manifest: Any) -> Json:
     assert isinstance(manifest, EvaluationManifest)
     report = Report.read(path)
-    distances = {r.name: round(r.frechet_distance, 3) for r in report.results}
+    distances = {r.name: round(r.frechet_distance.value, 3) for r in report.results}
     return {"metric": report.metric, "distances": distances, "samples per setting": manifest.num_samples}
 
 

@@ -9,12 +9,15 @@ import numpy as np
 
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report
-from svgpipe.manifests.index import read_index, refs_of_table
+from svgpipe.manifests.manifest import Json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import Location, children, write_atomic
+from svgpipe.manifests.storage import Location, write_atomic
+from svgpipe.pipeline.chart import Chart, Value, chart
 from svgpipe.pipeline.page import Curve, Picture, curve, lineage, picture, render
+from svgpipe.pipeline.paper import PAPER_ROWS
 from svgpipe.stages.comparison import RECONSTRUCTIONS
+from svgpipe.stages.decoded_images import decoded_images
 from svgpipe.stages.measure import ImageSet
 from svgpipe.stages.selection import evenly_spread
 
@@ -38,14 +41,18 @@ def render_report(evaluation: Location, autoencoder: Location, diffusion: Locati
     manifest = EvaluationManifest.read(evaluation)
     report = Report.read(evaluation)
     samples = [r for r in report.results if r.role == "samples"]
+    best = min(samples, key=lambda r: r.frechet_distance.value)
+    lines: dict[str, Measured] = {r.role: r for r in report.results if r.role != "samples"}
     page = render(
         "report_template.html",
         report=report,
         samples=samples,
-        best=min(samples, key=lambda r: r.frechet_distance),
-        lines={r.role: r for r in report.results if r.role != "samples"},
-        largest=max(r.frechet_distance for r in report.results),
-        grids=_grids(evaluation, report, samples, reference),
+        best=best,
+        lines=lines,
+        chart=_steps_chart(samples, lines),
+        paper=PAPER_ROWS,
+        largest=max(r.frechet_distance.value for r in report.results),
+        grids=_grids(evaluation, report, samples, best, reference),
         curves=_curves(autoencoder / "metrics.jsonl", ("heldout_psnr", "l1", "perceptual"), "autoencoder")
         + _curves(diffusion / "metrics.jsonl", ("loss", "heldout_loss"), "diffusion"),
         lineage=lineage(manifest.as_input(evaluation), "evaluation"),
@@ -58,7 +65,9 @@ def render_report(evaluation: Location, autoencoder: Location, diffusion: Locati
     return path
 
 
-def _grids(evaluation: Location, report: Report, samples: Sequence[Measured], reference: ShardSet) -> list[Grid]:
+def _grids(
+    evaluation: Location, report: Report, samples: Sequence[Measured], best: Measured, reference: ShardSet
+) -> list[Grid]:
     names, size = report.class_names, report.image_size
     columns = min(len(names), MAX_COLUMNS)
     classes = evenly_spread(len(names), columns)
@@ -77,7 +86,7 @@ def _grids(evaluation: Location, report: Report, samples: Sequence[Measured], re
     train, heldout = reference.usable("train"), reference.usable("heldout")
     real = ImageSet(train, size)
     grids = [grid("Real images", "from the training split", real, 2)]
-    rebuilt = _decoded(evaluation, RECONSTRUCTIONS, size)
+    rebuilt = decoded_images(evaluation, RECONSTRUCTIONS)
     pool = heldout if len(heldout) >= 2 else train
     originals = ImageSet([pool[i] for i in evenly_spread(len(pool), len(rebuilt))], size)
     chosen = by_class(rebuilt, 1)
@@ -85,20 +94,53 @@ def _grids(evaluation: Location, report: Report, samples: Sequence[Measured], re
     pairs += [picture(rebuilt.pixels(i), "rebuilt") for i in chosen]
     kind = "held-out" if pool is heldout else "training"
     grids.append(Grid("Reconstructions", f"{kind} images above, encoded and decoded below", len(chosen) or 1, pairs))
-    for result in samples:
-        settings = result.sampler or {}
-        title = f"Samples, {settings['steps']} step{'s' if settings['steps'] > 1 else ''}"
-        note = f"guidance {settings['guidance']:g}, {settings['solver']}; the same noises in every grid"
-        grids.append(grid(title, note, _decoded(evaluation, result.name, size), ROWS))
+    for guidance in dict.fromkeys(_sampler(r)["guidance"] for r in samples):
+        grids.append(_side_by_side(evaluation, names, [r for r in samples if _sampler(r)["guidance"] == guidance]))
+    settings = _sampler(best)
+    title = f"Samples, {settings['steps']} step{'s' if settings['steps'] > 1 else ''}"
+    note = f"guidance {settings['guidance']:g}, {settings['solver']}; the setting of least distance"
+    grids.append(grid(title, note, decoded_images(evaluation, best.name), ROWS))
     return grids
 
 
-def _decoded(evaluation: Location, name: str, size: int) -> ImageSet:
-    """Images of one set, from its tars' own indexes."""
-    folder = evaluation / "images" / name
-    tars = [path for path in children(folder) if path.suffix == ".tar"]
-    refs = [ref for tar in tars for ref in refs_of_table(read_index(tar.with_suffix(".parquet"), None), tar)]
-    return ImageSet(refs, size)
+def _side_by_side(evaluation: Location, names: Sequence[str], samples: Sequence[Measured]) -> Grid:
+    """The first sample of up to ten classes in a row each, a column for each number of steps."""
+    sets = [decoded_images(evaluation, r.name) for r in samples]
+    labels = sets[0].labels
+    rows = [int(found[0]) for c in evenly_spread(len(names), MAX_COLUMNS) if len(found := np.flatnonzero(labels == c))]
+    steps = [_sampler(r)["steps"] for r in samples]
+    pictures = [
+        picture(images.pixels(row), f"{names[int(labels[row])]}, {count}")
+        for row in rows
+        for count, images in zip(steps, sets, strict=True)
+    ]
+    guidance = _sampler(samples[0])["guidance"]
+    return Grid(
+        f"Steps side by side, guidance {guidance:g}",
+        f"the same noise in every row; {', '.join(map(str, steps))} steps from left to right",
+        len(steps),
+        pictures,
+    )
+
+
+def _sampler(result: Measured) -> Json:
+    assert result.sampler is not None, "samples carry their settings"
+    return result.sampler
+
+
+def _steps_chart(samples: Sequence[Measured], lines: dict[str, Measured]) -> Chart | None:
+    """Distance against steps, a line for each guidance; None where there is one number of steps only."""
+    steps = list(dict.fromkeys(_sampler(r)["steps"] for r in samples))
+    if len(steps) < 2:
+        return None
+    series: dict[str, list[Value]] = {}
+    for r in samples:
+        found = r.frechet_distance
+        name = f"guidance {_sampler(r)['guidance']:g}"
+        series.setdefault(name, []).append(Value(found.value, found.low, found.high))
+    words = {"heldout": "held-out real", "reconstructions": "reconstructions", "decoded-noise": "decoded noise"}
+    levels = {words[role]: r.frechet_distance.value for role, r in lines.items()}
+    return chart("Distance against the number of steps", "steps", "Fréchet distance", steps, series, levels)
 
 
 def _curves(path: Location, names: Sequence[str], stage: str) -> list[Curve]:

@@ -241,8 +241,10 @@ def sample_and_eval(
     guide: Annotated[
         str | None, typer.Option("--guide", help="Autoguidance by a worse model, or checkpoint, of the same cache.")
     ] = None,
-    latents: Annotated[
-        str | None, typer.Option("--latents", help="Where latents are kept and found; default: latents beside --out.")
+    npz: Annotated[bool, typer.Option("--npz", help="Also the samples as .npz files for the ADM evaluator.")] = False,
+    png: Annotated[bool, typer.Option("--png", help="Also the samples as folders of .png files.")] = False,
+    pool: Annotated[
+        str | None, typer.Option("--pool", help="Where latents and features are kept and found; default: beside --out.")
     ] = None,
     num_workers: WorkersOption = 1,
     cpus_per_worker: CpusOption = None,
@@ -255,6 +257,7 @@ def sample_and_eval(
     from svgpipe.pipeline.cluster import connected
     from svgpipe.pipeline.console import ConsoleProgress
     from svgpipe.pipeline.report import render_report
+    from svgpipe.stages.image_export import export_npz, export_png
     from svgpipe.stages.sample_and_eval import sample_and_eval as run_stage
 
     extra = _numbers(steps, "steps") + _numbers(guidance, "guidance")
@@ -271,10 +274,13 @@ def sample_and_eval(
             directory,
             config,
             guide=None if guide is None else location(guide),
-            latents=None if latents is None else location(latents),
+            pool=None if pool is None else location(pool),
             resources=resources,
             progress=progress,
         )
+        written = [*(export_npz(directory, progress) if npz else []), *(export_png(directory, progress) if png else [])]
+    for path in written:
+        typer.echo(f"images: {path}")
     typer.echo(f"report: {render_report(directory, decoder, model, opened)}")
 
 

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from svgpipe.manifests.checkpoint import load_tensors, save_tensors
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.evaluation import Measured, Report
+from svgpipe.manifests.evaluation import Figure, Measured, Report
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.manifest import digest
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardFile, ShardSet, refs_of
 from svgpipe.manifests.storage import Location, make_directory
-from svgpipe.models.distances import frechet_distance, nearest_class_accuracy
+from svgpipe.stages.figures import mean_figure
 from svgpipe.stages.images import psnr
-from svgpipe.stages.measure import Extractor, ImageSet, kernel_distance
+from svgpipe.stages.measure import LOGITS, POOLED, Extractor, ImageSet
+from svgpipe.stages.metrics import NEIGHBOURS, Comparison, Features
 from svgpipe.stages.progress import Progress
 from svgpipe.stages.sampling import SamplerSettings
 from svgpipe.stages.selection import evenly_spread
@@ -59,16 +60,18 @@ def compare(
     class_names: list[str],
     extractor: Extractor,
     *,
-    batch_size: int,
+    pool: Location,
+    config: EvaluationSection,
     progress: Progress,
 ) -> Report:
-    """Features of every set, then distances to the reference.
+    """Features of every set, then its figures against the reference.
 
     Args:
-        out: evaluation directory; decoded images lie below it, features are kept there.
+        out: evaluation directory; decoded images lie below it.
         sets: real images. images: tars of every decoded set, by name.
         settings: the sweep, in order. class_names: of the diffusion model.
-        batch_size: of the extractor; no number depends on it but by rounding.
+        pool: where features are kept, and found by other evaluations.
+        config: batch size of the extractor, on which no number depends but by rounding; seed and number of resamplings.
     """
     size = sets.size
     generated = {name: ImageSet(refs_of(out / "images" / name, shards), size) for name, shards in images.items()}
@@ -81,40 +84,32 @@ def compare(
     same_classes = sets.class_names == class_names
     if not same_classes:
         not_measured.append("share of samples nearest to their own class: the reference has other classes")
+    if LOGITS not in extractor.layers:
+        not_measured.append("Inception Score: it is defined by Inception's classes, and another extractor was chosen")
+    if min(map(len, everything.values())) <= NEIGHBOURS:
+        not_measured.append(f"precision and recall of sets of {NEIGHBOURS} images or fewer")
+    drawn = {setting.name for setting in settings}
     progress.begin("measure", len(everything))
     features = {}
     for name, image_set in everything.items():
-        features[name] = _features(out / "features", name, image_set, extractor, batch_size)
+        found = _extracted(pool, name, image_set, extractor, config.batch_size)
+        labelled = name != NOISE and (same_classes or name not in drawn)
+        labels = torch.from_numpy(image_set.labels) if labelled else None
+        features[name] = Features(found[POOLED], found.get(LOGITS), labels)
         progress.advance(1, name)
-
-    def labels_of(name: str) -> Tensor:
-        return torch.from_numpy(everything[name].labels)
-
-    reference, labels = features["reference"], labels_of("reference")
-
-    def measured(name: str, role: Any, **more: Any) -> Measured:
-        mean, std = kernel_distance(features[name], reference)
-        has_labels = role != NOISE and (same_classes or role != "samples")
-        return Measured(
-            name=name,
-            role=role,
-            num_images=len(features[name]),
-            frechet_distance=frechet_distance(features[name], reference),
-            kernel_distance=mean,
-            kernel_distance_std=std,
-            class_accuracy=nearest_class_accuracy(reference, labels, features[name], labels_of(name))
-            if has_labels
-            else None,
-            **more,
-        )
-
-    results = [measured(s.name, "samples", sampler=asdict(s)) for s in settings]
-    if "heldout" in features:
-        results.append(measured("heldout", "heldout"))
-    originals = ImageSet(sets.reconstructed, size)
-    quality = _mean_psnr(originals, everything[RECONSTRUCTIONS])
-    results.append(measured(RECONSTRUCTIONS, "reconstructions", psnr=quality))
-    results.append(measured(NOISE, "decoded-noise"))
+    comparison = Comparison(features["reference"], config.bootstrap, config.seed)
+    roles: dict[str, Any] = {"heldout": "heldout", RECONSTRUCTIONS: "reconstructions", NOISE: "decoded-noise"}
+    results = []
+    progress.begin("compare", len(features) - 1)
+    for name in [*(s.name for s in settings), *(role for role in roles if role in features)]:
+        more: dict[str, Any] = {}
+        if name == RECONSTRUCTIONS:
+            more["psnr"] = _psnr(ImageSet(sets.reconstructed, size), everything[name], config)
+        if name in drawn:
+            more["sampler"] = next(asdict(s) for s in settings if s.name == name)
+        role, count = roles.get(name, "samples"), len(everything[name])
+        results.append(Measured(name=name, role=role, num_images=count, **comparison.measure(features[name]), **more))
+        progress.advance(1, name)
     return Report(
         metric=extractor.metric,
         extractor=extractor.description,
@@ -126,20 +121,20 @@ def compare(
     )
 
 
-def _features(folder: Location, name: str, images: ImageSet, extractor: Extractor, batch_size: int) -> Tensor:
+def _extracted(pool: Location, name: str, images: ImageSet, extractor: Extractor, batch_size: int) -> dict[str, Tensor]:
     """Features of a set, kept by the content of images and extractor, never by name alone."""
-    make_directory(folder)
-    key = digest([images.digest, extractor.description])[:16]
-    path = folder / f"{name}-{key}.safetensors"
+    make_directory(pool)
+    key = digest([images.digest, extractor.description, extractor.layers])[:16]
+    path = pool / f"{name}-{key}.safetensors"
     if path.exists():
-        return load_tensors(path)["features"]
+        return load_tensors(path)
     found = extractor.features(images, batch_size)
-    save_tensors(path, {"features": found})
+    save_tensors(path, found)
     return found
 
 
-def _mean_psnr(originals: ImageSet, reconstructions: ImageSet) -> float | None:
-    """dB, mean over images; None where every one is reproduced exactly."""
+def _psnr(originals: ImageSet, reconstructions: ImageSet, config: EvaluationSection) -> Figure | None:
+    """dB, mean over the images that are not reproduced exactly; None where all are."""
     values = [psnr(originals.pixels(i)[None], reconstructions.pixels(i)[None])[0] for i in range(len(originals))]
-    finite = [value for value in values if np.isfinite(value)]
-    return float(np.mean(finite)) if finite else None
+    finite = torch.tensor([float(value) for value in values if np.isfinite(value)], dtype=torch.float64)
+    return mean_figure(finite, config.bootstrap, config.seed) if len(finite) else None

@@ -12,12 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from svgpipe.manifests.index import ImageRef
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.index import ImageRef, read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import ShardFile
-from svgpipe.manifests.storage import Location, absolute, make_directory
+from svgpipe.manifests.storage import Location, absolute, children, make_directory
 from svgpipe.stages.encoder import load_autoencoder, reconstruct
 from svgpipe.stages.eval_tasks import ReadForDecoding, WriteImages
+from svgpipe.stages.images import decode_image
+from svgpipe.stages.measure import ImageSet
 from svgpipe.stages.pixels import as_pixels
 from svgpipe.stages.progress import Progress
 from svgpipe.stages.sampling import initial_noise
@@ -93,6 +96,20 @@ def decode(
     for number, unit in enumerate(units):
         found[unit["set"]].append(ShardFile.model_validate(journal.read(number)["shard"]))
     return found
+
+
+def decoded_images(evaluation: Location, name: str) -> ImageSet:
+    """One set of a finished evaluation, from its tars' own indexes, in order.
+
+    Raises:
+        ArtifactError: there are no such images.
+    """
+    folder = evaluation / "images" / name
+    tars = [path for path in children(folder) if path.suffix == ".tar"]
+    refs = [ref for tar in tars for ref in refs_of_table(read_index(tar.with_suffix(".parquet"), None), tar)]
+    if not refs:
+        raise ArtifactError(f"{folder}: expected decoded images, found none.")
+    return ImageSet(refs, decode_image(refs[0].read()).width)
 
 
 class _Decode:

@@ -1,4 +1,4 @@
-"""Image sets → features, and kernel distances between them, through torch-fidelity.
+"""Image sets → features, through torch-fidelity.
 
 A distance is called FID only where torch-fidelity's Inception made the features; with a timm backbone it is a
 Fréchet distance in that backbone's space and is named so.
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from svgpipe.manifests.errors import ArtifactError, first_line
@@ -33,9 +32,8 @@ from svgpipe.stages.encoder import read_weight_file, state_digest
 from svgpipe.stages.images import RGBArray, centre_crop, decode_image, to_array
 from svgpipe.stages.training import pick_device
 
-FEATURES = "pooled"
-KERNEL_SUBSETS = 50
-KERNEL_SUBSET_SIZE = 1000
+POOLED, LOGITS = "pooled", "logits"
+INCEPTION_LAYERS = {POOLED: "2048", LOGITS: "logits_unbiased"}
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
@@ -74,12 +72,12 @@ class BackboneExtractor(FeatureExtractorBase):  # type: ignore[misc]
     """A timm backbone's pooled embedding as a torch-fidelity extractor: (B,3,H,W) uint8 → (B,D)."""
 
     def __init__(self, backbone: Backbone) -> None:
-        super().__init__(backbone.name, [FEATURES])
+        super().__init__(backbone.name, [POOLED])
         self.backbone = backbone
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
-        return (FEATURES,)
+        return (POOLED,)
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
         model = self.backbone.model
@@ -92,18 +90,18 @@ class Extractor:
     """A feature extractor and how to speak of it."""
 
     module: nn.Module
-    layer: str
+    layers: dict[str, str]  # POOLED, and LOGITS where it has them, by what the module calls them
     metric: str
     description: dict[str, Any]
 
     @torch.no_grad()
-    def features(self, images: ImageSet, batch_size: int) -> Tensor:
-        """(n,D) float32 on the CPU."""
+    def features(self, images: ImageSet, batch_size: int) -> dict[str, Tensor]:
+        """(n,D) float32 on the CPU, of each layer."""
         device = pick_device()
         found = get_featuresdict_from_dataset(
             images, self.module.to(device), batch_size, device.type == "cuda", True, False
         )
-        return torch.as_tensor(found[self.layer]).float()
+        return {name: torch.as_tensor(found[layer]).float() for name, layer in self.layers.items()}
 
 
 def load_extractor(config: ExtractorSection, backbone: Backbone) -> Extractor:
@@ -117,7 +115,7 @@ def load_extractor(config: ExtractorSection, backbone: Backbone) -> Extractor:
         name = backbone.name
         return Extractor(
             BackboneExtractor(backbone).eval(),
-            FEATURES,
+            {POOLED: POOLED},
             f"Fréchet distance in {name} space (not FID)",
             {"kind": "backbone", "name": name, "weights": state_digest(backbone.state_dict())},
         )
@@ -128,7 +126,9 @@ def load_extractor(config: ExtractorSection, backbone: Backbone) -> Extractor:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             module = FeatureExtractorInceptionV3(
-                "inception-v3-compat", ["2048"], feature_extractor_weights_path=None if path is None else str(path)
+                "inception-v3-compat",
+                list(INCEPTION_LAYERS.values()),
+                feature_extractor_weights_path=None if path is None else str(path),
             )
     except Exception as error:  # urllib's kinds and torch's for a damaged file
         raise ArtifactError(
@@ -138,14 +138,5 @@ def load_extractor(config: ExtractorSection, backbone: Backbone) -> Extractor:
         ) from error
     weights = file_sha256(path) if path is not None else state_digest(module.state_dict())
     return Extractor(
-        module.eval(), "2048", "FID", {"kind": "inception", "name": "inception-v3-compat", "weights": weights}
+        module.eval(), INCEPTION_LAYERS, "FID", {"kind": "inception", "name": "inception-v3-compat", "weights": weights}
     )
-
-
-def kernel_distance(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation of the polynomial MMD² over random subsets, by torch-fidelity."""
-    size = min(KERNEL_SUBSET_SIZE, len(first), len(second))
-    found = kid_features_to_metric(
-        first.double(), second.double(), kid_subsets=KERNEL_SUBSETS, kid_subset_size=size, verbose=False
-    )
-    return float(found[KEY_METRIC_KID_MEAN]), float(found[KEY_METRIC_KID_STD])

@@ -39,7 +39,7 @@ def sample_and_eval(
     config: EvaluationSection,
     *,
     guide: Location | None = None,
-    latents: Location | None = None,
+    pool: Location | None = None,
     resources: Resources | None = None,
     progress: Progress | None = None,
 ) -> EvaluationManifest:
@@ -50,7 +50,7 @@ def sample_and_eval(
         reference: shard set; its training split is what distances are measured against.
         out: directory to create or resume.
         guide: a worse model of the same cache, finished or a checkpoint, for autoguidance.
-        latents: where drawn latents are kept, and found by other sweeps; without it, `latents` beside `out`.
+        pool: holds `latents` and `features`, which other sweeps find there; without it, where `out` lies.
     Raises:
         MismatchError: the autoencoder is not the one that made the cache, the guide draws other latents, or `out`
             holds another sweep.
@@ -83,8 +83,8 @@ def sample_and_eval(
             build_backbone(AutoencoderSection.model_validate(encoder.config).backbone, encoder.image_size),
         )
         progress = Recorded(progress, out)
-        pool = latents or out.parent / "latents"
-        drawn = draw(sampler, config, pool, resources=resources, progress=progress)
+        pool = pool or out.parent
+        drawn = draw(sampler, config, pool / "latents", resources=resources, progress=progress)
         sets = RealSets.of(reference, config, encoder.image_size)
         mean, std = sampler.model.statistics()
         images = decode(
@@ -111,7 +111,8 @@ def sample_and_eval(
             settings,
             manifest.class_names,
             extractor,
-            batch_size=config.batch_size,
+            pool=pool / "features",
+            config=config,
             progress=progress,
         )
         report.write(out)

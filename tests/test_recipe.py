@@ -92,3 +92,10 @@ def test_a_file_may_extend_and_a_circle_is_refused(tmp_path: Path) -> None:
     mine.write_text(f"extends: {mine}\n")
     with pytest.raises(UsageError, match="extends"):
         load_recipe(str(mine))
+
+
+def test_a_number_in_quotes_stays_text() -> None:
+    """As `--ema 0.9999` hands it on."""
+    recipe = load_recipe(None, ['evaluation.weights="0.9999"', "diffusion.learning_rate=3e-4"])
+    assert recipe.evaluation.weights == "0.9999"
+    assert recipe.diffusion.learning_rate == 3e-4

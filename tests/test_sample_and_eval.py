@@ -13,16 +13,14 @@ import pytest
 import torch
 import webdataset as wds
 from torch_fidelity import feature_extractor_inceptionv3
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
 from svgpipe.manifests.storage import file_sha256
 from svgpipe.manifests.store import FeatureStore
-from svgpipe.models.distances import frechet_distance, nearest_class_accuracy
 from svgpipe.models.sampler import time_grid
+from svgpipe.stages.decoded_images import decoded_images
 from svgpipe.stages.decoding import latent_decoder
 from svgpipe.stages.images import decode_image, to_array
-from svgpipe.stages.measure import kernel_distance
 from svgpipe.stages.sampling import SamplerSettings, draw_latents, initial_noise, labels_of
 from svgpipe.stages.trained_diffusion import open_diffusion
 
@@ -90,6 +88,26 @@ def test_decoded_images_are_webdataset_tars_of_those_latents(finished: Finished)
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
 
 
+def test_images_for_other_evaluators(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    """Of a finished evaluation, without doing anything again."""
+    out = tmp_path / "evaluation"
+    shutil.copytree(finished.root / "evaluation", out)
+    found = svgpipe(*eval_args(finished, out, "--npz", "--png"))
+    assert found.code == 0, found.err
+    assert f"images: {out / 'npz' / SETTINGS[0]}.npz" in found.out
+    for name in SETTINGS:
+        images = decoded_images(out, name)
+        with np.load(out / "npz" / f"{name}.npz") as arrays:
+            assert arrays["arr_0"].dtype == np.uint8
+            np.testing.assert_array_equal(arrays["arr_0"], np.stack([images.pixels(i) for i in range(6)]))
+            assert arrays["arr_1"].tolist() == [0, 1, 2, 0, 1, 2]
+        files = sorted((out / "png" / name).iterdir())
+        assert [file.read_bytes() for file in files] == [ref.read() for ref in images.refs]
+    written = (out / "npz" / f"{SETTINGS[0]}.npz").stat().st_mtime_ns
+    assert svgpipe(*eval_args(finished, out, "--npz")).code == 0
+    assert (out / "npz" / f"{SETTINGS[0]}.npz").stat().st_mtime_ns == written
+
+
 def test_the_report_traces_every_number(finished: Finished) -> None:
     out = finished.root / "evaluation"
     report = Report.read(out)
@@ -97,13 +115,21 @@ def test_the_report_traces_every_number(finished: Finished) -> None:
     assert "tf_efficientnet_lite0" in report.metric
     samples = [r for r in report.results if r.role == "samples"]
     assert [r.name for r in samples] == SETTINGS
-    assert all(r.num_images == 6 and r.frechet_distance > 0 for r in samples)
+    assert all(r.num_images == 6 and r.frechet_distance.value > 0 for r in samples)
     for key in ("steps", "guidance", "solver", "guidance_mode", "time_shift", "seed", "precision", "weights"):
         assert all(key in (r.sampler or {}) for r in samples)
     roles = {r.role: r for r in report.results}
     assert set(roles) == {"samples", "heldout", "reconstructions", "decoded-noise"}
-    assert roles["heldout"].frechet_distance < roles["decoded-noise"].frechet_distance
+    assert roles["heldout"].frechet_distance.value < roles["decoded-noise"].frechet_distance.value
     assert roles["reconstructions"].psnr is not None
+    for r in report.results:
+        assert r.frechet_distance.low is not None
+        assert r.frechet_distance.high is not None
+        assert r.frechet_distance.low <= r.frechet_distance.value <= r.frechet_distance.high
+        assert r.precision is not None
+        assert r.recall is not None
+        assert (r.precision.num_images, r.recall.num_images) == (r.num_images, 30)
+    assert any("Inception Score" in text for text in report.not_measured)
     assert report.reference["num_images"] == 30
     manifest = EvaluationManifest.read(out)
     assert set(manifest.inputs) == {"diffusion", "autoencoder", "reference"}
@@ -113,8 +139,9 @@ def test_the_page_is_self_contained_and_shows_everything(finished: Finished) -> 
     page = (finished.root / "evaluation" / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert "<script" not in page
-    assert page.count("<figure>") == 6 + 6 + 4 * 6
-    for words in ("Real images", "Reconstructions", "Samples, 2 steps", "decoded noise (ceiling)", "held-out real"):
+    assert page.count("<figure>") == 6 + 6 + 2 * 6 + 6
+    headings = ("Real images", "Reconstructions", "Samples, ", "Steps side by side, guidance 1.5", "Few steps")
+    for words in (*headings, "What the paper reports", "decoded noise (ceiling)", "held-out real"):
         assert words in page
     for artifact in ("shards", "autoencoder", "cache", "diffusion"):
         manifest = json.loads((finished.root / artifact / "manifest.json").read_text())
@@ -133,7 +160,7 @@ def test_another_layout_gives_the_same_numbers(
     for a, b in zip(one.results, two.results, strict=True):
         assert a.name == b.name
         # One 8-bit level of one pixel moves a distance over six images by a few parts in a thousand.
-        assert b.frechet_distance == pytest.approx(a.frechet_distance, rel=1e-2)
+        assert b.frechet_distance.value == pytest.approx(a.frechet_distance.value, rel=1e-2)
 
 
 @pytest.mark.slow
@@ -250,12 +277,14 @@ def test_inception_from_a_file_is_called_fid(
         network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     torch.save(network.state_dict(), tmp_path / "inception.pth")
     change = ["--set", "evaluation.extractor.kind=inception", "--steps", "1", "--guidance", "1.0"]
-    change += ["--latents", str(finished.root / "latents")]
+    change += ["--pool", str(finished.root)]
     weights = ["--set", f"evaluation.extractor.weights={tmp_path / 'inception.pth'}"]
     found = svgpipe(*eval_args(finished, tmp_path / "out", *change, *weights))
     assert found.code == 0, found.err
     report = Report.read(tmp_path / "out")
     assert report.metric == "FID"
+    scores = [r.inception_score for r in report.results]
+    assert all(score is not None and score.value >= 1 for score in scores)
     assert report.extractor["weights"] == file_sha256(tmp_path / "inception.pth")
     (tmp_path / "inception.pth").write_bytes(b"cut short")
     found = svgpipe(*eval_args(finished, tmp_path / "again", *change, *weights))
@@ -278,34 +307,3 @@ def test_what_cannot_be_evaluated(
     assert found.code == code
     for word in words:
         assert word in found.err
-
-
-def test_frechet_distance_against_the_closed_form() -> None:
-    """For Gaussians of diagonal covariance: |m1-m2|² + Σ (s1-s2)². Whitened samples have the covariance exactly."""
-    a = torch.randn(500, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(a.T))).T
-    scale, shift = torch.tensor([1.0, 2.0, 0.5, 1.0]), torch.tensor([0.0, 0.0, 0.0, 3.0])
-    expected = float((scale - 1).square().sum() + shift.square().sum())
-    assert frechet_distance(a, a * scale + shift) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-
-
-@pytest.mark.parametrize("rows", [20, 400])
-def test_frechet_distance_is_torch_fidelitys(rows: int) -> None:
-    """Also with fewer rows than dimensions, where the covariances have no inverse."""
-    torch.manual_seed(1)
-    a, b = torch.randn(rows, 64) @ torch.randn(64, 64), torch.randn(rows + 5, 64) @ torch.randn(64, 64) + 1
-    expected = fid_statistics_to_metric(*map(fid_features_to_statistics, (a.double(), b.double())), verbose=False)
-    assert frechet_distance(a, b) == pytest.approx(expected[KEY_METRIC_FID], rel=1e-3)
-
-
-def test_kernel_distance_and_class_accuracy() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 300, 8, generator=generator)
-    assert abs(kernel_distance(a, b)[0]) < 0.05
-    assert kernel_distance(a, b + 1)[0] > 0.5
-    labels = torch.arange(300) % 3
-    centres = torch.eye(8)[labels] * 20
-    assert nearest_class_accuracy(a + centres, labels, b + centres, labels) == 1.0
-    assert nearest_class_accuracy(a + centres, labels, b + centres, (labels + 1) % 3) == 0.0
-    assert nearest_class_accuracy(a, torch.zeros(300), b, labels) is None

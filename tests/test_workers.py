@@ -178,9 +178,9 @@ def test_an_autoencoder_begun_by_two_is_finished_by_one(
 def test_ctrl_c_while_workers_start_needs_no_step_to_finish(finished: Finished, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     process = start(diffusion_args(finished, out, *TWO), log)
-    wait_for((out / "lock.json").exists, process, log)
+    wait_for(lambda: bool(training_workers(process.pid)), process, log)  # which are loading torch by now
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=60) == 130, log.read_text()
     assert "Traceback" not in log.read_text()
     assert not (out / "checkpoints").exists()
     assert not training_workers(process.pid)

@@ -1,0 +1,126 @@
+"""Line charts with axes, as SVG inside a page: no script, readable in print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 640, 260
+LEFT, RIGHT, TOP, BOTTOM = 62, 130, 14, 40
+COLOURS = ("#b3460e", "#1f5fa8", "#2e7d4f", "#7b3fa0", "#8a6d00", "#a8326b")
+DASHES = ("", "7 4", "2 3", "9 3 2 3", "4 2", "1 4")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in the chart, the ends of its interval if it has one, and what it says."""
+
+    x: float
+    y: float
+    low: float | None
+    high: float | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series: colour and dash both tell it apart."""
+
+    name: str
+    points: tuple[Point, ...]
+    colour: str
+    dash: str
+
+    @property
+    def path(self) -> str:
+        """Points of an SVG polyline."""
+        return " ".join(f"{p.x:.1f},{p.y:.1f}" for p in self.points)
+
+
+@dataclass(frozen=True)
+class Level:
+    """A horizontal line that the series are seen against."""
+
+    name: str
+    y: float
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A mark on an axis."""
+
+    place: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """All that the template draws, in the coordinates of the SVG."""
+
+    title: str
+    x_name: str
+    y_name: str
+    lines: tuple[Line, ...]
+    levels: tuple[Level, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+
+    width, height = WIDTH, HEIGHT
+    left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number with its interval."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+def chart(
+    title: str,
+    x_name: str,
+    y_name: str,
+    xs: Sequence[int],
+    series: Mapping[str, Sequence[Value]],
+    levels: Mapping[str, float],
+) -> Chart:
+    """One line per series over the same xs, which are placed at equal distances; y from 0 upwards.
+
+    Args:
+        series: as many values as there are xs.
+        levels: horizontal lines by name.
+    """
+    tops = [v.high if v.high is not None else v.value for values in series.values() for v in values]
+    top = 1.05 * max([*tops, *levels.values()]) or 1.0
+    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+
+    def at(i: int) -> float:
+        return LEFT + width * (i + 0.5) / len(xs)
+
+    def up(value: float) -> float:
+        return TOP + height * (1 - min(max(value, 0.0), top) / top)
+
+    def point(i: int, v: Value, name: str) -> Point:
+        low, high = (None if end is None else up(end) for end in (v.low, v.high))
+        return Point(at(i), up(v.value), low, high, f"{name}, {x_name} {xs[i]}: {v.value:.4g}")
+
+    lines = [
+        Line(
+            name,
+            tuple(point(i, v, name) for i, v in enumerate(values)),
+            COLOURS[number % len(COLOURS)],
+            DASHES[number % len(DASHES)],
+        )
+        for number, (name, values) in enumerate(series.items())
+    ]
+    return Chart(
+        title,
+        x_name,
+        y_name,
+        tuple(lines),
+        tuple(Level(name, up(value)) for name, value in levels.items()),
+        tuple(Tick(at(i), str(x)) for i, x in enumerate(xs)),
+        tuple(Tick(up(value), f"{value:.3g}") for value in (0, top / 4, top / 2, 3 * top / 4, top)),
+    )

@@ -1,0 +1,43 @@
+"""Figures with the spread that other samples of the same size would have, by bootstrap.
+
+A resampled set holds some rows twice and so looks less varied than the set: what measures variety, as a Fréchet
+distance does, is moved by that. Hence an interval is laid around the figure itself: figure + (replicate - mean of the
+replicates), between the 2.5 % and the 97.5 % quantile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svgpipe.manifests.evaluation import Figure
+from svgpipe.stages.training import generator
+
+QUANTILES = (0.025, 0.975)
+
+
+def picks(count: int, replicates: int, seed: int) -> list[Tensor]:
+    """Row numbers of `replicates` sets of `count` rows, drawn with replacement; the same for every equal call."""
+    return [torch.randint(count, (count,), generator=generator(seed, "bootstrap", count, i)) for i in range(replicates)]
+
+
+def figure(value: float, replicates: Sequence[float], num_images: int) -> Figure:
+    """A figure with its interval; without one where there are no replicates."""
+    if not replicates:
+        return Figure(value=value, num_images=num_images)
+    low, high = np.quantile(np.asarray(replicates) - np.mean(replicates), QUANTILES)
+    return Figure(value=value, low=value + float(low), high=value + float(high), num_images=num_images)
+
+
+def mean_figure(values: Tensor, replicates: int, seed: int, num_images: int | None = None) -> Figure:
+    """The mean of (n,) values, which may be hits and misses.
+
+    Args:
+        num_images: that they were computed from, if it is not one each.
+    """
+    numbers = values.double()
+    found = [float(numbers[pick].mean()) for pick in picks(len(numbers), replicates, seed)]
+    return figure(float(numbers.mean()), found, len(numbers) if num_images is None else num_images)

@@ -1,0 +1,96 @@
+"""All figures of one set of images, from its features: against a reference, and by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
+from svgpipe.manifests.evaluation import Figure
+from svgpipe.models.distances import FrechetTarget, covered, nearest_class_hits
+from svgpipe.stages.figures import figure, mean_figure, picks
+
+KERNEL_SUBSETS = 50
+KERNEL_SUBSET_SIZE = 1000
+INCEPTION_SPLITS = 10
+NEIGHBOURS = 3
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of a set of images, as an extractor found them."""
+
+    pooled: Tensor  # (n,D) float32
+    logits: Tensor | None = None  # (n,K) float32, of Inception alone
+    labels: Tensor | None = None  # (n,) int64, where the images have labels of the reference's classes
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What sets are measured against, and how often they are resampled for the intervals (0: no intervals)."""
+
+    reference: Features
+    replicates: int
+    seed: int
+
+    @cached_property
+    def _target(self) -> FrechetTarget:
+        return FrechetTarget.of(self.reference.pooled)
+
+    def measure(self, found: Features) -> dict[str, Figure | None]:
+        """Fields of `Measured`; None for what cannot be measured on so few images, or without logits or labels."""
+        return {
+            "frechet_distance": self._frechet(found.pooled),
+            "kernel_distance": self._kernel(found.pooled),
+            "inception_score": None if found.logits is None else self._inception_score(found.logits),
+            "precision": self._coverage(found.pooled, self.reference.pooled),
+            "recall": self._coverage(self.reference.pooled, found.pooled),
+            "class_accuracy": self._class_accuracy(found),
+        }
+
+    def _frechet(self, pooled: Tensor) -> Figure:
+        resampled = self._target.distances(pooled, picks(len(pooled), self.replicates, self.seed))
+        return figure(self._target.distance(pooled), resampled, len(pooled))
+
+    def _kernel(self, pooled: Tensor) -> Figure:
+        values = kernel_distances(pooled, self.reference.pooled)
+        return mean_figure(values, self.replicates, self.seed, len(pooled))
+
+    def _inception_score(self, logits: Tensor) -> Figure:
+        resampled = [inception_score(logits[pick]) for pick in picks(len(logits), self.replicates, self.seed)]
+        return figure(inception_score(logits), resampled, len(logits))
+
+    def _coverage(self, first: Tensor, by: Tensor) -> Figure | None:
+        if len(by) <= NEIGHBOURS:
+            return None
+        return mean_figure(covered(first, by, NEIGHBOURS), self.replicates, self.seed)
+
+    def _class_accuracy(self, found: Features) -> Figure | None:
+        if found.labels is None or self.reference.labels is None:
+            return None
+        hits = nearest_class_hits(self.reference.pooled, self.reference.labels, found.pooled, found.labels)
+        return None if hits is None else mean_figure(hits, self.replicates, self.seed)
+
+
+def kernel_distances(first: Tensor, second: Tensor) -> Tensor:
+    """(subsets,) polynomial MMD² of random subsets of (n,D) and (m,D), by torch-fidelity; their mean is the KID."""
+    size = min(KERNEL_SUBSET_SIZE, len(first), len(second))
+    first, second = first.double(), second.double()
+    values = [
+        kid_features_to_metric(first, second, kid_subsets=1, kid_subset_size=size, rng_seed=subset, verbose=False)[
+            KEY_METRIC_KID_MEAN
+        ]
+        for subset in range(KERNEL_SUBSETS)
+    ]
+    return torch.from_numpy(np.asarray(values, np.float64))
+
+
+def inception_score(logits: Tensor) -> float:
+    """exp(mean KL(p(y|x) ‖ p(y))), mean over ten splits, by torch-fidelity; fewer splits of fewer than ten images."""
+    splits = min(INCEPTION_SPLITS, len(logits))
+    return float(isc_features_to_metric(logits, splits=splits)[KEY_METRIC_ISC_MEAN])

@@ -1,0 +1,36 @@
+"""Charts put values where their axes say."""
+
+from __future__ import annotations
+
+import pytest
+
+from svgpipe.pipeline.chart import Value, chart
+
+
+def test_places_follow_the_ticks() -> None:
+    """A tick's text is the value of its place, for points, intervals and levels alike."""
+    series = {"a": [Value(4.0, 3.0, 5.0), Value(2.0)], "b": [Value(1.0), Value(0.0)]}
+    found = chart("title", "steps", "distance", [1, 25], series, {"floor": 0.5})
+    bottom, top = found.y_ticks[0], found.y_ticks[-1]
+    assert (bottom.text, top.text) == ("0", "5.25")
+
+    def value_at(y: float) -> float:
+        return 5.25 * (bottom.place - y) / (bottom.place - top.place)
+
+    first, second = found.lines
+    assert [value_at(p.y) for p in first.points] == pytest.approx([4, 2])
+    assert [value_at(p.y) for p in second.points] == pytest.approx([1, 0])
+    point = first.points[0]
+    assert point.low is not None
+    assert point.high is not None
+    assert (value_at(point.low), value_at(point.high)) == pytest.approx((3, 5))
+    assert value_at(found.levels[0].y) == pytest.approx(0.5)
+    assert [p.x for p in first.points] == [tick.place for tick in found.x_ticks]
+    assert first.colour != second.colour
+    assert first.dash != second.dash
+    assert first.points[1].text == "a, steps 25: 2"
+
+
+def test_a_chart_of_zeros_is_drawn() -> None:
+    found = chart("title", "steps", "distance", [5], {"a": [Value(0.0)]}, {})
+    assert found.lines[0].points[0].y == found.y_ticks[0].place

@@ -1,0 +1,120 @@
+"""Figures against closed forms and against torch-fidelity, and their intervals against known spreads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+from svgpipe.models.distances import FrechetTarget, covered, frechet_distance, nearest_class_accuracy
+from svgpipe.stages.figures import figure, mean_figure, picks
+from svgpipe.stages.metrics import Comparison, Features, inception_score, kernel_distances
+
+
+def test_frechet_distance_against_the_closed_form() -> None:
+    """For Gaussians of diagonal covariance: |m1-m2|² + Σ (s1-s2)². Whitened samples have the covariance exactly."""
+    a = torch.randn(500, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(a.T))).T
+    scale, shift = torch.tensor([1.0, 2.0, 0.5, 1.0]), torch.tensor([0.0, 0.0, 0.0, 3.0])
+    expected = float((scale - 1).square().sum() + shift.square().sum())
+    assert frechet_distance(a, a * scale + shift) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("rows", [20, 400])
+def test_frechet_distance_is_torch_fidelitys(rows: int) -> None:
+    """Also with fewer rows than dimensions, where the covariances have no inverse."""
+    torch.manual_seed(1)
+    a, b = torch.randn(rows, 64) @ torch.randn(64, 64), torch.randn(rows + 5, 64) @ torch.randn(64, 64) + 1
+    expected = fid_statistics_to_metric(*map(fid_features_to_statistics, (a.double(), b.double())), verbose=False)
+    assert frechet_distance(a, b) == pytest.approx(expected[KEY_METRIC_FID], rel=1e-3)
+
+
+def test_kernel_distance_and_class_accuracy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 300, 8, generator=generator)
+    assert abs(float(kernel_distances(a, b).mean())) < 0.05
+    assert float(kernel_distances(a, b + 1).mean()) > 0.5
+    expected = kid_features_to_metric(
+        a.double(), b.double(), kid_subsets=1, kid_subset_size=300, rng_seed=0, verbose=False
+    )
+    assert kernel_distances(a, b)[0] == pytest.approx(expected[KEY_METRIC_KID_MEAN], rel=1e-9)
+    labels = torch.arange(300) % 3
+    centres = torch.eye(8)[labels] * 20
+    assert nearest_class_accuracy(a + centres, labels, b + centres, labels) == 1.0
+    assert nearest_class_accuracy(a + centres, labels, b + centres, (labels + 1) % 3) == 0.0
+    assert nearest_class_accuracy(a, torch.zeros(300), b, labels) is None
+
+
+def gaussians(*sizes: int, dimensions: int = 6, seed: int = 0) -> list[torch.Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, dimensions, generator=source) for size in sizes]
+
+
+@pytest.mark.parametrize(("count", "dimensions"), [(40, 6), (12, 30)])
+def test_distances_of_resampled_rows_are_those_of_the_rows(count: int, dimensions: int) -> None:
+    """By either Gram matrix."""
+    rows, reference = gaussians(count, 50, dimensions=dimensions)
+    chosen = picks(count, 4, seed=1)
+    found = FrechetTarget.of(reference).distances(rows, chosen)
+    assert found == pytest.approx([frechet_distance(rows[pick], reference) for pick in chosen])
+
+
+def test_precision_and_recall_are_torch_fidelitys() -> None:
+    samples, reference = gaussians(60, 90)
+    expected = prc_features_to_metric(
+        samples * 0.5, reference, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False
+    )
+    precision, recall = covered(samples * 0.5, reference), covered(reference, samples * 0.5)
+    assert float(precision.double().mean()) == pytest.approx(expected[KEY_METRIC_PRECISION], abs=1e-6)
+    assert float(recall.double().mean()) == pytest.approx(expected[KEY_METRIC_RECALL], abs=1e-6)
+    assert precision.double().mean() > recall.double().mean()  # narrow samples lie within, and leave much out
+    with pytest.raises(ValueError, match="more than 3 rows, found 3"):
+        covered(samples, reference[:3])
+
+
+def test_inception_score_is_torch_fidelitys() -> None:
+    (logits,) = gaussians(200, dimensions=10)
+    assert inception_score(3 * logits) == pytest.approx(isc_features_to_metric(3 * logits)[KEY_METRIC_ISC_MEAN])
+    assert inception_score(torch.zeros(5, 10)) == pytest.approx(1)
+    assert inception_score(100 * torch.eye(10).repeat(100, 1)) > 9
+
+
+def test_the_interval_of_a_mean_is_two_standard_errors() -> None:
+    values = torch.randn(400, generator=torch.Generator().manual_seed(3))
+    found = mean_figure(values, replicates=2000, seed=0)
+    assert found.value == pytest.approx(float(values.mean()), abs=1e-6)
+    assert found.low is not None
+    assert found.high is not None
+    error = float(values.std()) / 20
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.1)
+    assert found.low < found.value < found.high
+    assert mean_figure(values, replicates=0, seed=0).low is None
+
+
+def test_the_interval_of_a_distance_covers_other_draws() -> None:
+    """Sets of the same size and origin: their distances fall into the interval of the first one, nearly always."""
+    reference, *sets = gaussians(3000, *[200] * 30)
+    comparison = Comparison(Features(reference), replicates=200, seed=0)
+    shifted = [rows + 0.5 for rows in sets]
+    found = comparison.measure(Features(shifted[0]))["frechet_distance"]
+    assert found is not None
+    assert found.low is not None
+    assert found.high is not None
+    others = np.array([frechet_distance(rows, reference) for rows in shifted[1:]])
+    width = found.high - found.low
+    assert 0.5 < width / (4 * others.std()) < 2
+    assert figure(2.0, [], 5).model_dump() == {"value": 2.0, "low": None, "high": None, "num_images": 5}
+
+
+def test_what_cannot_be_measured_is_none() -> None:
+    reference, few = gaussians(20, 3)
+    found = Comparison(Features(reference), replicates=2, seed=0).measure(Features(few))
+    assert found["inception_score"] is None
+    assert found["recall"] is None  # three rows have no third neighbour
+    assert found["precision"] is not None
+    assert found["class_accuracy"] is None
