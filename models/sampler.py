@@ -20,6 +20,10 @@ Solver = Literal["euler", "heun", "multistep"]
 Weights = tuple[float, float]
 """Of the conditional and of the unconditional velocity."""
 
+# Multistep extrapolates to the middle of a step, but never further than so many steps of before: with few steps and a
+# strong shift the last ones grow so fast that it would overshoot.
+MAX_AHEAD = 1.0
+
 _NUMBER = r"\d+(?:\.\d+)?"
 _MODES = {
     "constant": r"constant",
@@ -144,7 +148,7 @@ def sample(
 
     Euler evaluates once a step; Heun twice, at the last step too (at t = 1), as the official sampler does. Multistep
     evaluates once: Adams-Bashforth of second order for unequal steps, which takes an Euler step where it has no
-    velocity of before, or one under another guidance.
+    velocity of before, or one under another guidance, and extrapolates by `MAX_AHEAD` of the last step at most.
 
     Args:
         velocity: the model. weak: a worse one, for autoguidance; see `GuidedVelocity`.
@@ -169,8 +173,8 @@ def sample(
             direction = 0.5 * (v + ahead.to(z.dtype))
         elif solver == "multistep":
             if before is not None and (before[2] == weights or guidance.kind == "linear"):
-                ratio = dt / (2 * before[1])
-                direction = v + ratio * (v - before[0])
+                ahead_by = min(dt / (2 * before[1]), MAX_AHEAD)
+                direction = v + ahead_by * (v - before[0])
             before = v, dt, weights
         z = z + dt * direction
     return z

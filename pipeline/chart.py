@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -122,5 +123,12 @@ def chart(
         tuple(lines),
         tuple(Level(name, up(value)) for name, value in levels.items()),
         tuple(Tick(at(i), str(x)) for i, x in enumerate(xs)),
-        tuple(Tick(up(value), f"{value:.3g}") for value in (0, top / 4, top / 2, 3 * top / 4, top)),
+        tuple(Tick(up(value), f"{value:g}") for value in _round_values(top)),
     )
+
+
+def _round_values(top: float) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten from 0 to `top`: three to seven of them."""
+    power = 10.0 ** math.floor(math.log10(top / 3))
+    step = max(factor * power for factor in (1, 2, 5) if factor * power <= top / 3)
+    return [round(i * step, 12) for i in range(int(top / step) + 1)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from svgpipe.pipeline.chart import Value, chart
 
@@ -12,10 +14,10 @@ def test_places_follow_the_ticks() -> None:
     series = {"a": [Value(4.0, 3.0, 5.0), Value(2.0)], "b": [Value(1.0), Value(0.0)]}
     found = chart("title", "steps", "distance", [1, 25], series, {"floor": 0.5})
     bottom, top = found.y_ticks[0], found.y_ticks[-1]
-    assert (bottom.text, top.text) == ("0", "5.25")
+    assert [tick.text for tick in found.y_ticks] == ["0", "1", "2", "3", "4", "5"]
 
     def value_at(y: float) -> float:
-        return 5.25 * (bottom.place - y) / (bottom.place - top.place)
+        return 5 * (bottom.place - y) / (bottom.place - top.place)
 
     first, second = found.lines
     assert [value_at(p.y) for p in first.points] == pytest.approx([4, 2])
@@ -29,6 +31,16 @@ def test_places_follow_the_ticks() -> None:
     assert first.colour != second.colour
     assert first.dash != second.dash
     assert first.points[1].text == "a, steps 25: 2"
+
+
+@given(st.floats(1e-6, 1e9))
+def test_axes_have_a_few_round_ticks(largest: float) -> None:
+    found = chart("title", "steps", "distance", [5], {"a": [Value(largest)]}, {})
+    values = [float(tick.text) for tick in found.y_ticks]
+    assert 4 <= len(values) <= 9
+    assert values[0] == 0
+    assert found.y_ticks[-1].place >= found.top - 1e-6
+    assert {f"{v:e}"[0] for v in (values[1],)} <= {"1", "2", "5"}
 
 
 def test_a_chart_of_zeros_is_drawn() -> None:
