@@ -129,8 +129,7 @@ def draw(
         missing = [
             {"unit": number * units + unit, "setting": number, "number": unit}
             for number, (store, journal) in enumerate(zip(stores, journals, strict=True))
-            for unit in range(units)
-            if not _is_drawn(store, journal, unit)
+            for unit in _missing(store, journal, units)
         ]
         total = len(settings) * units
         progress.begin("sample", total, total - len(missing))
@@ -169,8 +168,10 @@ def _prepare(
     return store
 
 
-def _is_drawn(store: FeatureStore, journal: Journal, unit: int) -> bool:
-    return unit in journal.finished() and file_size(store.unit_file(unit)) is not None
+def _missing(store: FeatureStore, journal: Journal, units: int) -> list[int]:
+    """Units without a record, or whose file is gone."""
+    drawn = journal.finished()
+    return [unit for unit in range(units) if unit not in drawn or file_size(store.unit_file(unit)) is None]
 
 
 def _absolute(sampler: Sampler) -> Sampler:

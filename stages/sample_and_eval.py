@@ -117,17 +117,18 @@ def sample_and_eval(
         )
         report.write(out)
         tars = {name: [shard.sha256 for shard in shards] for name, shards in images.items()}
+        latents = {
+            one.setting.name: LatentsRef(path=_path_from(out, one.store.path), content=digest(one.hashes))
+            for one in drawn
+        }
         return EvaluationManifest(
             config=work.config,
             inputs=work.inputs,
             seconds=work.seconds,
             num_samples=config.num_samples,
             settings=[setting.name for setting in settings],
-            latents={
-                one.setting.name: LatentsRef(path=_path_from(out, one.store.path), content=digest(one.hashes))
-                for one in drawn
-            },
-            content=digest([[one.hashes for one in drawn], tars]),
+            latents=latents,
+            content=digest([[ref.content for ref in latents.values()], tars]),
             report=file_sha256(out / REPORT_NAME),
         ).publish(out)
 

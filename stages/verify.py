@@ -151,21 +151,11 @@ def _verify_evaluation(path: Location, manifest: Any, *, deep: bool, progress: P
     report = path / REPORT_NAME
     if file_size(report) is None or file_sha256(report) != manifest.report:
         yield _wrong(report, "missing or not the one that was published")
-    units = -(-manifest.num_samples // int(manifest.config["unit_rows"]))
+    yield from _verify_latents(path, manifest, deep)
     decode = Journal(path / "journal" / "decode")
-    progress.begin("verify", len(manifest.settings) * units + len(decode.finished()))
-    hashes: list[list[str]] = []
+    progress.begin("verify", len(decode.finished()))
     tars: dict[str, list[str]] = {}
     try:
-        for name in manifest.settings:
-            store = _place_of(path, manifest.latents[name].path)
-            hashes.append([])
-            for unit in range(units):
-                hashes[-1].append(str(read_json(store / "journal" / f"unit-{unit:06d}.json")["sha256"]))
-                file = unit_file(store, unit)
-                if file_size(file) is None or (deep and file_sha256(file) != hashes[-1][-1]):
-                    yield _wrong(file, "missing, or not the latents that were published")
-                progress.advance()
         for unit in sorted(decode.finished()):
             record = decode.read(unit)
             tars.setdefault(record["set"], []).append(record["shard"]["sha256"])
@@ -177,8 +167,27 @@ def _verify_evaluation(path: Location, manifest: Any, *, deep: bool, progress: P
     except (ArtifactError, KeyError) as error:
         yield _wrong(path / "journal", error)
         return
-    if digest([hashes, tars]) != manifest.content:
+    if digest([[manifest.latents[name].content for name in manifest.settings], tars]) != manifest.content:
         yield _wrong(path / "journal", "its records are not those that were published")
+
+
+def _verify_latents(path: Location, manifest: EvaluationManifest, deep: bool) -> Found:
+    """Those that are still where they were drawn to: they are not part of the evaluation, and may be deleted."""
+    for ref in manifest.latents.values():
+        store, hashes = _place_of(path, ref.path), []
+        if not (store / "zarr.json").exists():
+            continue
+        try:
+            for unit in range(-(-manifest.num_samples // int(manifest.config["unit_rows"]))):
+                hashes.append(str(read_json(store / "journal" / f"unit-{unit:06d}.json")["sha256"]))
+                file = unit_file(store, unit)
+                if file_size(file) is None or (deep and file_sha256(file) != hashes[-1]):
+                    yield _wrong(file, "missing, or not the latents that were published")
+        except (ArtifactError, KeyError) as error:
+            yield _wrong(store / "journal", error)
+            continue
+        if digest(hashes) != ref.content:
+            yield _wrong(store / "journal", "its records are not those that were published")
 
 
 def _place_of(directory: Location, path: str) -> Location:

@@ -203,6 +203,8 @@ def test_sweeps_that_agree_share_their_latents(
     assert grown.spec.num_samples == 12
     np.testing.assert_array_equal(grown.read(range(8)), old.read(range(8)))
     assert svgpipe("verify", tmp_path / "same", "--deep").code == 0
+    shutil.copytree(tmp_path / "same", tmp_path / "elsewhere" / "same")  # without its latents, which it does without
+    assert svgpipe("verify", tmp_path / "elsewhere" / "same", "--deep").code == 0
     grown.unit_file(0).write_bytes(b"altered")
     assert "not the latents that were published" in svgpipe("verify", tmp_path / "same", "--deep").out
 
