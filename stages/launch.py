@@ -116,10 +116,11 @@ class _Launch(Generic[R]):
             while thread.is_alive():
                 thread.join(POLL_S)
                 self.check()
-                if stop.seen and not self.left:  # nothing is at work that could finish a step and save
+                stopping = stop.seen
+                events = ray.get(self.mailbox.take.remote(stopping))
+                self._relay(events)  # first: workers may have begun since the last look
+                if stopping and not self.left:  # nothing is at work that could finish a step and save
                     raise InterruptedRunError("stopped. What was saved is kept; the same command resumes.")
-                events = ray.get(self.mailbox.take.remote(stop.seen))
-                self._relay(events)
                 if events:
                     patience = math.inf
                 elif time.monotonic() > patience:
