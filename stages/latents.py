@@ -104,18 +104,19 @@ class Sampler:
 
 def draw(
     sampler: Sampler,
+    settings: Sequence[SamplerSettings],
     config: EvaluationSection,
     pool: Location,
     *,
     resources: Resources,
     progress: Progress,
 ) -> list[DrawnLatents]:
-    """Draw what `pool` does not hold yet of `config.num_samples` latents for each setting. Ray must be connected.
+    """Draw what `pool` does not hold yet of `config.num_samples` latents for each of `settings`. Ray must be connected.
 
     Raises:
         BusyError: another process draws the same latents now. ArtifactError: latents that are not finite.
     """
-    settings, unit_rows = sampler.settings(config), config.unit_rows
+    unit_rows = config.unit_rows
     units = -(-config.num_samples // unit_rows)
     with ExitStack() as locks:
         stores = []

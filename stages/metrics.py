@@ -54,8 +54,9 @@ class Comparison:
         }
 
     def _frechet(self, pooled: Tensor) -> Figure:
-        resampled = self._target.distances(pooled, picks(len(pooled), self.replicates, self.seed))
-        return figure(self._target.distance(pooled), resampled, len(pooled))
+        resampled = picks(len(pooled), self.replicates, self.seed)
+        value, *replicates = self._target.distances(pooled, [torch.arange(len(pooled)), *resampled])
+        return figure(value, replicates, len(pooled))
 
     def _kernel(self, pooled: Tensor) -> Figure:
         values = kernel_distances(pooled, self.reference.pooled)

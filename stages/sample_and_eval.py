@@ -84,7 +84,7 @@ def sample_and_eval(
         )
         progress = Recorded(progress, out)
         pool = pool or out.parent
-        drawn = draw(sampler, config, pool / "latents", resources=resources, progress=progress)
+        drawn = draw(sampler, settings, config, pool / "latents", resources=resources, progress=progress)
         sets = RealSets.of(reference, config, encoder.image_size)
         mean, std = sampler.model.statistics()
         images = decode(

@@ -40,7 +40,7 @@ def test_axes_have_a_few_round_ticks(largest: float) -> None:
     assert 4 <= len(values) <= 9
     assert values[0] == 0
     assert found.y_ticks[-1].place >= found.top - 1e-6
-    assert {f"{v:e}"[0] for v in (values[1],)} <= {"1", "2", "5"}
+    assert f"{values[1]:e}"[0] in "125"
 
 
 def test_a_chart_of_zeros_is_drawn() -> None:
