@@ -3,6 +3,7 @@
     checkpoints/latest.json             the checkpoints that exist, oldest first, with the hash of every file
     checkpoints/step-00001000/*.safetensors
     autoencoder.safetensors             trained part of the autoencoder (residual, alignment, mask token, decoder)
+    backbone.safetensors                the frozen part, of imported autoencoders only
     ema-0.9999.safetensors, …           diffusion transformer, one file per average of its weights
     raw.safetensors                     the same as trained
     statistics.safetensors              channel_mean, channel_std of the cache it was trained on
@@ -27,6 +28,7 @@ from svgpipe.manifests.manifest import Json, Manifest, read_json, write_json
 from svgpipe.manifests.storage import Location, children, file_sha256, make_directory, remove_tree, staged
 
 AUTOENCODER_FILE = "autoencoder.safetensors"
+BACKBONE_FILE = "backbone.safetensors"
 STATISTICS_FILE = "statistics.safetensors"
 # Weights as trained, and what stands for the recipe's first average.
 RAW, EMA = "raw", "ema"
@@ -60,7 +62,7 @@ class AutoencoderManifest(Manifest):
 
     KIND: ClassVar[str] = "autoencoder"
     NOUN: ClassVar[str] = "an autoencoder"
-    OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"heldout_psnr", "reconstruction_grid"})
+    OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"heldout_psnr", "reconstruction_grid", "origin"})
 
     kind: Literal["autoencoder"] = "autoencoder"
     steps: int
@@ -69,10 +71,13 @@ class AutoencoderManifest(Manifest):
     frozen_channels: int
     residual_channels: int
     backbone_weights: str = Field(description="sha256 over the backbone's tensors, as loaded.")
-    alignment: list[float] | None = Field(description="Frozen scalars: frozen mean, std, residual mean, std.")
+    alignment: list[float] | None = Field(
+        description="Frozen scalars: frozen mean, std, residual mean, std. Of imported ones they are in alignment.json."
+    )
     content: str = Field(description=f"sha256 of {AUTOENCODER_FILE}.")
     heldout_psnr: float | None = Field(None, description="dB, mean over held-out images; null without any.")
     reconstruction_grid: str | None = None
+    origin: str | None = Field(None, description="File that it was imported from, and its sha256.")
 
 
 class DiffusionManifest(Manifest):
@@ -80,16 +85,17 @@ class DiffusionManifest(Manifest):
 
     KIND: ClassVar[str] = "diffusion"
     NOUN: ClassVar[str] = "a diffusion model"
-    OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"heldout_loss", "num_parameters"})
+    OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"heldout_loss", "num_parameters", "origin"})
 
     kind: Literal["diffusion"] = "diffusion"
-    steps: int
+    steps: int = Field(description="Of an imported model 0: its file does not say.")
     grid: tuple[int, int]
     channels: int
     class_names: list[str]
     content: dict[str, str] = Field(description="sha256 of each safetensors file.")
     num_parameters: int
     heldout_loss: float | None = None
+    origin: str | None = Field(None, description="File that it was imported from, and its sha256.")
 
 
 def save_tensors(path: Location, tensors: Mapping[str, Tensor]) -> str:

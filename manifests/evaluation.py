@@ -13,29 +13,17 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.figure import Figure, Record
 from svgpipe.manifests.manifest import Json, Manifest, read_json, summarise, write_json
 from svgpipe.manifests.storage import Location
 
 REPORT_NAME = "report.json"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Figure(_Record):
-    """A number, how many images it was found on, and the 95 % bootstrap interval over them."""
-
-    value: float
-    low: float | None = Field(None, description="Without it, nothing was resampled.")
-    high: float | None = None
-    num_images: int
-
-
-class Measured(_Record):
+class Measured(Record):
     """One set of images, measured against the reference."""
 
     name: str
@@ -55,7 +43,7 @@ class Measured(_Record):
     sampler: Json | None = Field(None, description="Everything that decides a sample; samples only.")
 
 
-class Report(_Record):
+class Report(Record):
     """`report.json`."""
 
     schema_version: int = 2
@@ -81,7 +69,7 @@ class Report(_Record):
             raise ArtifactError(f"{path}: not a report: {summarise(error)}") from error
 
 
-class LatentsRef(_Record):
+class LatentsRef(Record):
     """Where the latents of one setting were drawn to, for other sweeps to find."""
 
     path: str = Field(description="From the evaluation's directory; for people, as latents may be deleted or moved.")

@@ -39,7 +39,9 @@ class BackboneSection(Section):
 
     name: str = "vit_small_plus_patch16_dinov3.lvd1689m"
     weights: str = Field(
-        "hub", description="hub | random | a .safetensors/.pth file in timm or Meta keys | package:NAME"
+        "hub",
+        description="hub | random | a .safetensors/.pth file in timm or Meta keys | package:NAME | beside: in the "
+        "autoencoder's own directory, as import-official leaves them",
     )
     input_size: Positive | None = Field(
         None, description="Pixels per side it sees; null means the image size. Patch-14 models want 224."

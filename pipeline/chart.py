@@ -1,4 +1,4 @@
-"""Line charts with axes, as SVG inside a page: no script, readable in print."""
+"""Charts with axes, as SVG inside a page: no script, readable in print."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 62, 130, 14, 40
-COLOURS = ("#b3460e", "#1f5fa8", "#2e7d4f", "#7b3fa0", "#8a6d00", "#a8326b")
+COLOURS = (
+    *("#b3460e", "#1f5fa8", "#2e7d4f", "#7b3fa0", "#8a6d00"),
+    *("#a8326b", "#00798c", "#5d5048", "#c0392b", "#47568f"),
+)
 DASHES = ("", "7 4", "2 3", "9 3 2 3", "4 2", "1 4")
 
 
@@ -31,6 +34,7 @@ class Line:
     points: tuple[Point, ...]
     colour: str
     dash: str
+    joined: bool
 
     @property
     def path(self) -> str:
@@ -83,36 +87,44 @@ def chart(
     title: str,
     x_name: str,
     y_name: str,
-    xs: Sequence[int],
+    xs: Sequence[int | float | str],
     series: Mapping[str, Sequence[Value]],
     levels: Mapping[str, float],
+    *,
+    joined: bool = True,
 ) -> Chart:
-    """One line per series over the same xs, which are placed at equal distances; y from 0 upwards.
+    """One line per series over the same xs, which are placed at equal distances; y from 0, or the least value below it.
 
     Args:
         series: as many values as there are xs.
         levels: horizontal lines by name.
+        joined: draw lines between the points; else the series stand beside each other at every x.
     """
-    tops = [v.high if v.high is not None else v.value for values in series.values() for v in values]
-    top = 1.05 * max([*tops, *levels.values()]) or 1.0
+    drawn = [v for values in series.values() for v in values]
+    ends = [end for v in drawn for end in (v.low, v.value, v.high) if end is not None]
+    top = 1.05 * max([*ends, *levels.values()]) or 1.0
+    bottom = min([0.0, *(1.05 * end for end in ends)])
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    apart = 0 if joined else width / len(xs) / (len(series) + 1)
 
-    def at(i: int) -> float:
-        return LEFT + width * (i + 0.5) / len(xs)
+    def at(i: int, number: float = 0.0) -> float:
+        return LEFT + width * (i + 0.5) / len(xs) + apart * number
 
     def up(value: float) -> float:
-        return TOP + height * (1 - min(max(value, 0.0), top) / top)
+        return TOP + height * (1 - (min(max(value, bottom), top) - bottom) / (top - bottom))
 
-    def point(i: int, v: Value, name: str) -> Point:
+    def point(i: int, v: Value, name: str, number: int) -> Point:
         low, high = (None if end is None else up(end) for end in (v.low, v.high))
-        return Point(at(i), up(v.value), low, high, f"{name}, {x_name} {xs[i]}: {v.value:.4g}")
+        beside = number - (len(series) - 1) / 2
+        return Point(at(i, beside), up(v.value), low, high, f"{name}, {x_name} {xs[i]}: {v.value:.4g}")
 
     lines = [
         Line(
             name,
-            tuple(point(i, v, name) for i, v in enumerate(values)),
+            tuple(point(i, v, name, number) for i, v in enumerate(values)),
             COLOURS[number % len(COLOURS)],
             DASHES[number % len(DASHES)],
+            joined,
         )
         for number, (name, values) in enumerate(series.items())
     ]
@@ -123,12 +135,13 @@ def chart(
         tuple(lines),
         tuple(Level(name, up(value)) for name, value in levels.items()),
         tuple(Tick(at(i), str(x)) for i, x in enumerate(xs)),
-        tuple(Tick(up(value), f"{value:g}") for value in _round_values(top)),
+        tuple(Tick(up(value), f"{value:g}") for value in _round_values(bottom, top)),
     )
 
 
-def _round_values(top: float) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten from 0 to `top`: three to seven of them."""
-    power = 10.0 ** math.floor(math.log10(top / 3))
-    step = max(factor * power for factor in (1, 2, 5) if factor * power <= top / 3)
-    return [round(i * step, 12) for i in range(int(top / step) + 1)]
+def _round_values(bottom: float, top: float) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten from `bottom` <= 0 to `top`: three to eight of them."""
+    third = (top - bottom) / 3
+    power = 10.0 ** math.floor(math.log10(third))
+    step = max(factor * power for factor in (1, 2, 5) if factor * power <= third)
+    return [round(i * step, 12) for i in range(math.ceil(bottom / step), int(top / step) + 1)]

@@ -12,7 +12,7 @@ import typer
 from svgpipe.manifests.errors import SvgpipeError
 from svgpipe.manifests.manifest import svgpipe_version
 from svgpipe.manifests.storage import client_error
-from svgpipe.pipeline import artifact_commands, stage_commands
+from svgpipe.pipeline import analysis_commands, artifact_commands, stage_commands
 
 app = typer.Typer(
     help="Shard images, cache their features, train diffusion from the cache, sample and evaluate.",
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(stage_commands.app)
 app.add_typer(artifact_commands.app)
+app.add_typer(analysis_commands.app)
 
 
 def _print_version(value: bool) -> None:

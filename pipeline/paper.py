@@ -1,4 +1,4 @@
-"""What the paper reports, to stand beside one's own numbers (arXiv 2510.15301: FID, ImageNet 256, 50,000 samples)."""
+"""What the paper reports, to stand beside one's own numbers (arXiv 2510.15301; ImageNet 256, FID of 50,000 samples)."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ PAPER_ROWS = (
     PaperRow("1400 epochs", False, 3.36),
     PaperRow("1400 epochs", True, 1.92),
 )
+
+
+@dataclass(frozen=True)
+class PaperProbe:
+    """Top-1 accuracy of a linear probe on ImageNet, %."""
+
+    features: str
+    top1: float
+
+
+PAPER_PROBES = (PaperProbe("raw DINOv3", 86.4), PaperProbe("SVG", 85.2))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from svgpipe.manifests.checkpoint import load_tensors, save_tensors
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.evaluation import Figure, Measured, Report
+from svgpipe.manifests.evaluation import Measured, Report
+from svgpipe.manifests.figure import Figure
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.manifest import digest
 from svgpipe.manifests.recipe import EvaluationSection

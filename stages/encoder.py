@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from svgpipe.manifests.checkpoint import AUTOENCODER_FILE, AutoencoderManifest, load_tensors
+from svgpipe.manifests.alignment import MeasuredAlignment
+from svgpipe.manifests.checkpoint import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest, load_tensors
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError, first_line
 from svgpipe.manifests.recipe import AutoencoderSection, BackboneSection
 from svgpipe.manifests.storage import Location
@@ -37,9 +38,11 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     return hasher.hexdigest()
 
 
-def build_backbone(config: BackboneSection, image_size: int) -> Backbone:
+def build_backbone(config: BackboneSection, image_size: int, directory: Location | None = None) -> Backbone:
     """Build the backbone and load its weights as the recipe says.
 
+    Args:
+        directory: of the autoencoder that it belongs to, for weights that lie `beside`.
     Raises:
         UsageError: an unknown model, or a feature level it does not have.
         ArtifactError: weights that are missing, cannot be downloaded, or do not fit.
@@ -55,7 +58,7 @@ def build_backbone(config: BackboneSection, image_size: int) -> Backbone:
         raise UsageError(f"autoencoder.backbone: {error}") from error
     if config.weights == "random":
         return backbone
-    state = _find_weights(config, backbone)
+    state = _find_weights(config, directory)
     try:
         backbone.load(state)
     except ValueError as error:
@@ -63,7 +66,14 @@ def build_backbone(config: BackboneSection, image_size: int) -> Backbone:
     return backbone
 
 
-def _find_weights(config: BackboneSection, backbone: Backbone) -> dict[str, Tensor]:
+def _find_weights(config: BackboneSection, directory: Location | None) -> dict[str, Tensor]:
+    if config.weights == "beside":
+        if directory is None:
+            raise UsageError(
+                "autoencoder.backbone.weights=beside: only an imported autoencoder has its backbone beside it. Name "
+                "that file, hub, random or package:NAME."
+            )
+        return load_tensors(directory / BACKBONE_FILE)
     if config.weights == "hub":
         return _from_hub(config.name)
     if config.weights.startswith("package:"):
@@ -126,14 +136,16 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
     return raw
 
 
-def build_autoencoder(config: AutoencoderSection) -> Autoencoder:
+def build_autoencoder(config: AutoencoderSection, directory: Location | None = None) -> Autoencoder:
     """The whole autoencoder with a loaded backbone; everything else newly initialised.
 
+    Args:
+        directory: see `build_backbone`.
     Raises:
         UsageError: sizes that do not fit each other, each named with what would.
         ArtifactError: backbone weights that cannot be had.
     """
-    backbone = build_backbone(config.backbone, config.image_size)
+    backbone = build_backbone(config.backbone, config.image_size, directory)
     grid, size = backbone.grid, config.image_size
     levels = len(config.decoder.ch_mult)
     if grid * 2 ** (levels - 1) != size:
@@ -178,13 +190,15 @@ def _assemble(config: AutoencoderSection, backbone: Backbone) -> Autoencoder:
 def load_autoencoder(directory: Location) -> tuple[Autoencoder, AutoencoderManifest]:
     """Open a finished autoencoder, in eval mode, every weight checked against its manifest.
 
+    One that was imported has its alignment as the first extraction measured it; before that it cannot encode.
+
     Raises:
         ArtifactError: unfinished, damaged or missing weights.
         MismatchError: the backbone's weights are not those it was trained with.
     """
     manifest = AutoencoderManifest.read(directory)
     config = AutoencoderSection.model_validate(manifest.config)
-    model = build_autoencoder(config)
+    model = build_autoencoder(config, directory)
     found = state_digest(model.backbone.state_dict())
     if found != manifest.backbone_weights:
         raise MismatchError(
@@ -195,6 +209,10 @@ def load_autoencoder(directory: Location) -> tuple[Autoencoder, AutoencoderManif
         model.load_trained_state(load_tensors(directory / AUTOENCODER_FILE, manifest.content))
     except ValueError as error:
         raise ArtifactError(f"{directory / AUTOENCODER_FILE}: {error}") from error
+    if model.alignment is not None and manifest.alignment is None:
+        measured = MeasuredAlignment.read(directory)
+        if measured is not None:
+            model.alignment.freeze(torch.tensor(measured.scalars))
     return model.eval(), manifest
 
 

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
-from svgpipe.manifests.evaluation import Figure
+from svgpipe.manifests.figure import Figure
 from svgpipe.stages.training import generator
 
 QUANTILES = (0.025, 0.975)
@@ -41,3 +42,10 @@ def mean_figure(values: Tensor, replicates: int, seed: int, num_images: int | No
     numbers = values.double()
     found = [float(numbers[pick].mean()) for pick in picks(len(numbers), replicates, seed)]
     return figure(float(numbers.mean()), found, len(numbers) if num_images is None else num_images)
+
+
+def share_figure(hits: Tensor) -> Figure:
+    """The share of (n,) hits, with Wilson's interval: unlike the bootstrap's it has a width where all or none hit."""
+    count, n = int(hits.sum()), len(hits)
+    ends = binomtest(count, n).proportion_ci(0.95, method="wilson")
+    return Figure(value=count / n, low=float(ends.low), high=float(ends.high), num_images=n)

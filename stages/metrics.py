@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
-from svgpipe.manifests.evaluation import Figure
+from svgpipe.manifests.figure import Figure
 from svgpipe.models.distances import FrechetTarget, covered, nearest_class_hits
 from svgpipe.stages.figures import figure, mean_figure, picks
 

@@ -80,7 +80,7 @@ def sample_and_eval(
         # Weights that are missing should stop a sweep before it has sampled for hours.
         extractor = load_extractor(
             config.extractor,
-            build_backbone(AutoencoderSection.model_validate(encoder.config).backbone, encoder.image_size),
+            build_backbone(AutoencoderSection.model_validate(encoder.config).backbone, encoder.image_size, autoencoder),
         )
         progress = Recorded(progress, out)
         pool = pool or out.parent

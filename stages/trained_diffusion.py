@@ -35,6 +35,7 @@ class TrainedDiffusion:
     channels: int
     class_names: list[str]
     content: dict[str, str]
+    cache: str  # fingerprint of the one it was trained on
     made_from: str
 
     def weights_name(self, weights: str = EMA) -> str:
@@ -90,6 +91,7 @@ def open_diffusion(source: Location) -> TrainedDiffusion:
             manifest.channels,
             manifest.class_names,
             manifest.content,
+            manifest.inputs["cache"].fingerprint,
             f"diffusion {manifest.fingerprint}",
         )
     run, wanted = (source.parent.parent, source.name) if source.parent.name == "checkpoints" else (source, None)
@@ -106,5 +108,6 @@ def open_diffusion(source: Location) -> TrainedDiffusion:
         int(values["channels"]),
         list(values["class_names"]),
         {weights_file(group): sha256 for group, sha256 in entry["files"].items()},
+        plan["inputs"]["cache"],
         f"step {entry['step']} of a run on cache {plan['inputs']['cache']}",
     )

@@ -1,0 +1,20 @@
+"""The numbers of all reports: each with how many images it was found on, and its interval."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Record(BaseModel):
+    """Base of what reports are made of: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Figure(Record):
+    """A number, how many images it was found on, and the 95 % interval over them (bootstrap, unless said otherwise)."""
+
+    value: float
+    low: float | None = Field(None, description="Without it, nothing was resampled.")
+    high: float | None = None
+    num_images: int

@@ -1,0 +1,24 @@
+"""The flow that a finite set of data has by itself, before any model: what training is pulled towards.
+
+Legend: B points, N data rows, D dimensions; z_t = (1-t) z0 + t x1, as in flow.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def empirical_velocity(z_BD: Tensor, t: float, data_ND: Tensor) -> Tensor:
+    """(B,D) E[x1 - z0 | z_t = z] where x1 is one of the data rows, each as likely, and z0 standard normal.
+
+    Given x1, z is normal about t x1 with deviation 1-t; so (E[x1 | z] - z) / (1-t), the expectation being a softmax
+    over the rows. This is the minimiser of the flow-matching loss on these rows (arXiv 2209.03003, section 2).
+    Raises ValueError unless 0 <= t < 1.
+    """
+    if not 0 <= t < 1:
+        raise ValueError(f"time: expected 0 <= t < 1, found {t}")
+    # float64: of a latent of 100,000 numbers the rows' distances are large, and what counts is their difference.
+    distance = torch.cdist(z_BD.double(), t * data_ND.double()).square()
+    weights = (-distance / (2 * (1 - t) ** 2)).softmax(dim=1)
+    return (weights.to(data_ND.dtype) @ data_ND - z_BD) / (1 - t)

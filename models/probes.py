@@ -1,0 +1,63 @@
+"""What a fixed feature tells about a class: a linear map of it, or its nearest neighbours.
+
+Legend: n m rows, D dimensions, K classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCK = 8192
+STEPS = 200
+KNN_TEMPERATURE = 0.07
+
+
+def fit_linear(features_nD: Tensor, labels_n: Tensor, num_classes: int, decay: float) -> nn.Linear:
+    """The softmax regression of least mean cross-entropy + decay/2 |W|², by L-BFGS from zero.
+
+    A convex problem, so the answer depends on neither a seed nor a learning rate. Rows go through in blocks: the
+    logits of ImageNet would not fit.
+
+    Args:
+        features_nD: float32, best standardised, on the device that computes. labels_n: int64 below `num_classes`.
+        decay: weight decay; the bias has none.
+    """
+    linear = nn.Linear(features_nD.shape[1], num_classes, device=features_nD.device)
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.LBFGS(
+        linear.parameters(), max_iter=STEPS, line_search_fn="strong_wolfe", tolerance_grad=1e-6, tolerance_change=1e-9
+    )
+
+    def loss() -> float:
+        optimizer.zero_grad()
+        penalty = 0.5 * decay * linear.weight.square().sum()
+        penalty.backward()
+        total = penalty.item()
+        for x, y in zip(features_nD.split(BLOCK), labels_n.split(BLOCK), strict=True):
+            part = F.cross_entropy(linear(x), y, reduction="sum") / len(features_nD)
+            part.backward()
+            total += part.item()
+        return total
+
+    optimizer.step(loss)
+    return linear.requires_grad_(False)
+
+
+def knn_votes(
+    reference_mD: Tensor, reference_labels_m: Tensor, features_nD: Tensor, num_classes: int, neighbours: int
+) -> Tensor:
+    """(n,K) votes of the nearest rows of the reference by cosine, each of weight exp(cosine / 0.07).
+
+    Source: DINO's evaluation, arXiv 2104.14294, appendix; the weights are those of arXiv 1805.01978.
+    """
+    normed = F.normalize(reference_mD, dim=1)
+    votes = []
+    for block in F.normalize(features_nD, dim=1).split(1024):
+        near = (block @ normed.T).topk(min(neighbours, len(normed)), dim=1)
+        weights = ((near.values - near.values[:, :1]) / KNN_TEMPERATURE).exp()  # the largest is 1, whatever the scale
+        count = torch.zeros(len(block), num_classes, device=block.device)
+        votes.append(count.scatter_add_(1, reference_labels_m[near.indices], weights))
+    return torch.cat(votes)

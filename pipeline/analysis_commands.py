@@ -1,0 +1,87 @@
+"""Commands that look into features and models: what they tell apart, and what they lose."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from svgpipe.manifests.storage import location
+
+app = typer.Typer()
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+HtmlOption = Annotated[str | None, typer.Option("--html", help="Also write a page to look at.")]
+
+
+@app.command()
+def probe(
+    cache: Annotated[str, typer.Argument(help="Finished feature cache; nothing else is read.")],
+    validation: Annotated[
+        str | None, typer.Option("--validation", help="Cache of other images to test on, not the held-out rows.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=2, help="At most so many training and test rows, evenly spread.")
+    ] = None,
+    as_json: JsonOption = False,
+    html: HtmlOption = None,
+) -> None:
+    """How well the features tell classes apart: linear probe and k-NN of backbone, residual and both."""
+    from svgpipe.manifests import FeatureCache
+    from svgpipe.pipeline.console import ConsoleProgress
+    from svgpipe.pipeline.probe_page import render_probe, show_probe
+    from svgpipe.stages.probe import probe as run_stage
+
+    opened = FeatureCache(cache)
+    tested = None if validation is None else FeatureCache(validation)
+    with ConsoleProgress() as progress:
+        found = run_stage(opened, tested, rows=rows, progress=progress)
+    if html is not None:
+        render_probe(found, location(html))
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        show_probe(found)
+        if html is not None:
+            typer.echo(f"page: {html}")
+
+
+@app.command()
+def analyze(
+    caches: Annotated[list[str], typer.Argument(help="Finished feature caches, to stand side by side.")],
+    diffusion: Annotated[
+        list[str] | None,
+        typer.Option("--diffusion", help="Model of one of the caches: how straight its paths are; may be repeated."),
+    ] = None,
+    weights: Annotated[str, typer.Option("--ema", help="Of the models: ema-DECAY, ema or raw.")] = "ema",
+    classes: Annotated[int, typer.Option("--classes", min=2, help="At most so many, evenly spread.")] = 10,
+    per_class: Annotated[int, typer.Option("--per-class", min=2, help="At most so many images of each.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of halves, noises, t-SNE and bootstrap.")] = 0,
+    as_json: JsonOption = False,
+    html: HtmlOption = None,
+) -> None:
+    """Whether classes lie apart and pull noise apart, and how straight a model's sampling paths are."""
+    from svgpipe.manifests import FeatureCache
+    from svgpipe.pipeline.analysis_page import render_analysis, show_analysis
+    from svgpipe.pipeline.console import ConsoleProgress
+    from svgpipe.stages.analyze import analyze as run_stage
+
+    opened = [FeatureCache(cache) for cache in caches]
+    with ConsoleProgress() as progress:
+        found = run_stage(
+            opened,
+            [location(model) for model in diffusion or []],
+            classes=classes,
+            per_class=per_class,
+            weights=weights,
+            seed=seed,
+            progress=progress,
+        )
+    if html is not None:
+        render_analysis(found, location(html))
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        show_analysis(found)
+        if html is not None:
+            typer.echo(f"page: {html}")

@@ -1,0 +1,127 @@
+"""What `svgpipe analyze` found, as a table and as a page with the caches side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from svgpipe.manifests.figure import Figure
+from svgpipe.manifests.storage import Location, write_atomic
+from svgpipe.pipeline.chart import Chart, Value, chart
+from svgpipe.pipeline.page import render
+from svgpipe.pipeline.scatter import Scatter, scatter
+from svgpipe.stages.analyze import Analysis, CacheAnalysis
+
+
+@dataclass(frozen=True)
+class AnalysisRow:
+    """One quantity, a text for each cache."""
+
+    name: str
+    what: str
+    values: list[str]
+
+
+@dataclass(frozen=True)
+class CachePlots:
+    """The pictures of one cache."""
+
+    found: CacheAnalysis
+    map: Scatter | None
+    agreement: Chart | None
+
+
+def show_analysis(found: Analysis) -> None:
+    """Print the numbers, a column for each cache, and what was not measured."""
+    console = Console(highlight=False)
+    table = Table(title="analysis, 95 % intervals", title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    for one in found.caches:
+        table.add_column(one.cache, justify="right", overflow="fold")
+    for row in summary_rows(found.caches):
+        table.add_row(row.name, *row.values)
+    console.print(table)
+    for one in found.caches:
+        for reason in one.not_measured:
+            console.print(f"not measured of {one.cache}: {reason}", markup=False, soft_wrap=True)
+
+
+def summary_rows(caches: Sequence[CacheAnalysis]) -> list[AnalysisRow]:
+    """What is told of every cache in one line each; – where it was not measured."""
+    rows = [
+        AnalysisRow("images", "", [f"{c.num_images} of {len(c.classes)} classes" for c in caches]),
+        AnalysisRow("latent", "rows, columns, channels", ["x".join(map(str, c.shape)) for c in caches]),
+    ]
+    for group in dict.fromkeys(d.group for c in caches for d in c.distances):
+        of_group = [next((d for d in c.distances if d.group == group), None) for c in caches]
+        rows.append(
+            AnalysisRow(
+                f"distance between / within classes, {group}",
+                "pooled features; 1 where classes do not matter",
+                [_text(None if d is None else d.ratio) for d in of_group],
+            )
+        )
+    rows.append(
+        AnalysisRow(
+            "velocity fields of two classes / of two halves of one",
+            "(1 - cosine between) / (1 - cosine within), mean over times; 1 where classes do not matter",
+            ["–" if c.mean_parted is None else f"{c.mean_parted:.2f}" for c in caches],
+        )
+    )
+    straight = [c.straightness for c in caches]
+    for name, what, attribute in (
+        ("largest deviation from a straight path", "over the distance from noise to sample", "largest_deviation"),
+        ("curvature of the paths", "0 is straight", "curvature"),
+        ("error of a single step", "over the distance from noise to sample", "one_step"),
+    ):
+        rows.append(AnalysisRow(name, what, [_text(None if s is None else getattr(s, attribute)) for s in straight]))
+    return rows
+
+
+def render_analysis(found: Analysis, out: Location) -> None:
+    """Write a self-contained page."""
+    straight = {f"{i + 1}: {c.cache}": c.straightness for i, c in enumerate(found.caches) if c.straightness is not None}
+    deviation = None
+    if straight:
+        times = next(iter(straight.values())).times[::5]
+        series = {name: [Value(v) for v in s.deviation[::5]] for name, s in straight.items()}
+        deviation = chart("Distance from the straight path", "t", "relative distance", times, series, {})
+    page = render(
+        "analysis_template.html",
+        analysis=found,
+        rows=summary_rows(found.caches),
+        plots=[_plots(one) for one in found.caches],
+        deviation=deviation,
+    )
+    write_atomic(out, page)
+
+
+def _plots(one: CacheAnalysis) -> CachePlots:
+    names = dict(zip(sorted({m.label for m in one.map}), one.classes, strict=False))
+    points = (
+        scatter(f"t-SNE of {one.cache}", [(m.x, m.y) for m in one.map], [names[m.label] for m in one.map])
+        if one.map
+        else None
+    )
+    agreement = None
+    if one.agreement:
+        series = {
+            "within a class": [_value(a.within) for a in one.agreement],
+            "between classes": [_value(a.between) for a in one.agreement],
+        }
+        times = [a.time for a in one.agreement]
+        agreement = chart("Agreement of velocity fields", "t", "cosine", times, series, {})
+    return CachePlots(one, points, agreement)
+
+
+def _value(f: Figure) -> Value:
+    return Value(f.value, f.low, f.high)
+
+
+def _text(f: Figure | None) -> str:
+    if f is None:
+        return "–"
+    return f"{f.value:.3f}" + ("" if f.low is None or f.high is None else f" ({f.low:.3f} – {f.high:.3f})")

@@ -1,0 +1,185 @@
+"""`svgpipe analyze`: are classes apart in this space, do they pull noise apart, and how straight are a model's paths?
+
+The paper's argument for features instead of VAE latents, as numbers that any cache has. Only caches are read, and
+diffusion models where they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.checkpoint import EMA
+from svgpipe.manifests.errors import ArtifactError, MismatchError
+from svgpipe.manifests.figure import Record
+from svgpipe.manifests.storage import Location
+from svgpipe.stages.class_geometry import Distances, class_distances, tsne
+from svgpipe.stages.pooled import BACKBONE, BOTH, channel_groups, pooled
+from svgpipe.stages.progress import Progress, Silent
+from svgpipe.stages.selection import evenly_spread
+from svgpipe.stages.straightness import Straightness, straightness
+from svgpipe.stages.trained_diffusion import TrainedDiffusion, open_diffusion
+from svgpipe.stages.training import pick_device
+from svgpipe.stages.velocity_agreement import Agreement, mean_parted, velocity_agreement
+
+CLASSES, PER_CLASS = 10, 64
+RESAMPLINGS = 100
+
+
+class MappedImage(Record):
+    """One image on the t-SNE map."""
+
+    x: float
+    y: float
+    row: int
+    label: int
+
+
+class CacheAnalysis(Record):
+    """Of one cache."""
+
+    cache: str
+    fingerprint: str
+    backbone: str
+    shape: tuple[int, int, int] = Field(description="rows, columns, channels of a latent")
+    classes: list[str] = Field(description="That were looked at, evenly spread over all.")
+    num_images: int
+    distances: list[Distances]
+    agreement: list[Agreement] = Field(description="At a row of times from noise (0) to data (1); whole latents.")
+    mean_parted: float | None = Field(description="Mean of `parted` over the times.")
+    map: list[MappedImage] = Field(description="t-SNE of pooled, standardised features.")
+    straightness: Straightness | None
+    not_measured: list[str]
+
+
+class Analysis(Record):
+    """What `svgpipe analyze` found, caches in the order they were given."""
+
+    schema_version: int = 1
+    seed: int
+    caches: list[CacheAnalysis]
+
+
+def analyze(
+    caches: Sequence[FeatureCache],
+    models: Sequence[Location] = (),
+    *,
+    classes: int = CLASSES,
+    per_class: int = PER_CLASS,
+    weights: str = EMA,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Analysis:
+    """Measure every cache, over at most `per_class` valid images of at most `classes` classes, evenly spread.
+
+    Args:
+        models: finished diffusion models, or checkpoints; each belongs to the cache that it was trained on.
+        weights: of them: ema, ema-DECAY or raw.
+        seed: of the halves and noises, the t-SNE and the bootstrap.
+    Raises:
+        MismatchError: a model that was trained on none of the caches, or two on the same one.
+        ArtifactError: a cache in which fewer than two classes have two valid images. UsageError: no such weights.
+    """
+    progress = progress or Silent()
+    trained = _assign(caches, models)
+    found = []
+    for cache in caches:
+        model = trained.get(cache.manifest.fingerprint)
+        found.append(_analyze_one(cache, model, classes, per_class, weights, seed, progress))
+    return Analysis(seed=seed, caches=found)
+
+
+def _assign(caches: Sequence[FeatureCache], models: Sequence[Location]) -> dict[str, TrainedDiffusion]:
+    """Models by the fingerprint of the cache that they were trained on."""
+    known = {cache.manifest.fingerprint: cache for cache in caches}
+    found: dict[str, TrainedDiffusion] = {}
+    for place in models:
+        model = open_diffusion(place)
+        if model.cache not in known:
+            raise MismatchError(
+                f"{place}: was trained on the cache {model.cache[:12]}, which is none of those given: "
+                + ", ".join(f"{cache.path} ({fingerprint[:12]})" for fingerprint, cache in known.items())
+            )
+        if model.cache in found:
+            raise MismatchError(f"{place}: {found[model.cache].directory} was trained on the same cache; give one.")
+        found[model.cache] = model
+    return found
+
+
+def _analyze_one(
+    cache: FeatureCache,
+    trained: TrainedDiffusion | None,
+    classes: int,
+    per_class: int,
+    weights: str,
+    seed: int,
+    progress: Progress,
+) -> CacheAnalysis:
+    rows = _choose(cache, classes, per_class)
+    labels = torch.from_numpy(cache.labels[rows].astype(np.int64))
+    features = torch.from_numpy(pooled(cache, rows.tolist(), progress))
+    features = (features - features.mean(0)) / features.std(0).clamp_min(1e-12)
+    groups = channel_groups(cache)
+    missing: list[str] = []
+    progress.begin("analyze", len(groups) + 2 + (trained is not None))
+    distances = []
+    for name, channels in groups.items():
+        distances.append(class_distances(name, features[:, channels], labels, RESAMPLINGS, seed))
+        progress.advance(1, f"distances, {name}")
+    everything = groups[BOTH if BOTH in groups else BACKBONE]
+    places = tsne(features[:, everything], seed)
+    if places is None:
+        missing.append("t-SNE: there are fewer than five images")
+    progress.advance(1, "t-SNE")
+    device = pick_device()
+    try:
+        latents = torch.from_numpy(cache.read(rows).astype(np.float32)).flatten(1).to(device)
+        agreement = velocity_agreement(latents, labels, RESAMPLINGS, seed)
+    except ValueError as error:
+        agreement = []
+        missing.append(str(error))
+    progress.advance(1, "velocity agreement")
+    straight = None
+    if trained is None:
+        missing.append("curvature of sampling trajectories: no model of this cache was given (--diffusion)")
+    else:
+        name = trained.weights_name(weights)
+        straight = straightness(trained.load(name).to(device), trained.described(name), RESAMPLINGS, seed)
+        progress.advance(1, "straightness")
+    return CacheAnalysis(
+        cache=str(cache.path),
+        fingerprint=cache.manifest.fingerprint,
+        backbone=cache.manifest.backbone,
+        shape=cache.manifest.feature_shape,
+        classes=[cache.classes[int(c)] for c in np.unique(cache.labels[rows])],
+        num_images=len(rows),
+        distances=distances,
+        agreement=agreement,
+        mean_parted=mean_parted(agreement) if agreement else None,
+        map=[]
+        if places is None
+        else [
+            MappedImage(x=float(x), y=float(y), row=int(row), label=int(cache.labels[row]))
+            for (x, y), row in zip(places, rows, strict=True)
+        ],
+        straightness=straight,
+        not_measured=missing,
+    )
+
+
+def _choose(cache: FeatureCache, classes: int, per_class: int) -> NDArray[np.int64]:
+    """Rows to look at: valid ones, in order, of evenly spread classes that have at least two."""
+    counts = np.bincount(cache.labels[cache.valid], minlength=len(cache.classes))
+    eligible = np.flatnonzero(counts >= 2)
+    if len(eligible) < 2:
+        raise ArtifactError(
+            f"{cache.path}: expected at least two classes with two valid images each, found {len(eligible)}."
+        )
+    chosen = eligible[evenly_spread(len(eligible), classes)]
+    members = (np.flatnonzero(cache.valid & (cache.labels == c)) for c in chosen)
+    return np.sort(np.concatenate([m[evenly_spread(len(m), per_class)] for m in members]))

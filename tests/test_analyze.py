@@ -1,0 +1,123 @@
+"""`svgpipe analyze`: its measures where the answer is known, and the command on a real cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+from svgpipe.models.dit import DiT
+from svgpipe.models.empirical_flow import empirical_velocity
+from svgpipe.stages.class_geometry import class_distances
+from svgpipe.stages.straightness import straightness
+from svgpipe.stages.velocity_agreement import mean_parted, velocity_agreement
+from tests.conftest import Finished, Outcome
+
+
+def test_the_empirical_velocity_is_the_mean_of_what_could_have_led_there() -> None:
+    data = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    z, t = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)), 0.4
+    found = empirical_velocity(z, t, data)
+    for point, velocity in zip(z, found, strict=True):
+        likelihood = torch.stack([Normal(t * x, 1 - t).log_prob(point).sum().exp() for x in data])
+        straight = torch.stack([(x - (point - t * x) / (1 - t)) for x in data])  # x1 - z0
+        expected = (likelihood[:, None] * straight).sum(0) / likelihood.sum()
+        torch.testing.assert_close(velocity, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_empirical_velocity_ends_on_the_data() -> None:
+    """Integrated to the end it must reach the rows themselves; only then is it the flow of this data."""
+    data = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+    steps = 400
+    for i in range(steps):
+        z = z + empirical_velocity(z, i / steps, data) / steps
+    assert torch.cdist(z, data).min(1).values.max() < 1e-3
+    with pytest.raises(ValueError, match="0 <= t < 1"):
+        empirical_velocity(z, 1.0, data)
+
+
+def _blobs(apart: float, labels: Tensor, dims: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    centres = apart * torch.randn(int(labels.max()) + 1, dims, generator=generator)
+    return centres[labels] + torch.randn(len(labels), dims, generator=generator)
+
+
+def test_velocity_fields_part_where_classes_do() -> None:
+    labels = torch.arange(90) % 3
+    mixed, separate = (velocity_agreement(_blobs(apart, labels), labels, 20, 0) for apart in (0.0, 2.0))
+    assert 0.85 < mean_parted(mixed) < 1.15
+    assert mean_parted(separate) > 2
+    for found in separate:
+        assert found.within.low is not None and found.within.low <= found.within.value
+        assert found.within.value > found.between.value
+
+
+def test_class_distances_where_classes_do_not_matter_and_where_they_do() -> None:
+    labels = torch.arange(60) % 3
+    mixed = class_distances("all", _blobs(0.0, labels), labels, 50, 0)
+    assert mixed.ratio.low is not None and mixed.ratio.high is not None
+    assert mixed.ratio.low < 1 < mixed.ratio.high
+    line = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+    known = class_distances("line", line, torch.tensor([0, 0, 1, 1]), 0, 0)
+    assert known.within.value == pytest.approx(1) and known.between.value == pytest.approx(10)
+    with pytest.raises(ValueError, match="two classes"):
+        class_distances("one", line, torch.zeros(4, dtype=torch.int64), 0, 0)
+
+
+class _Field(DiT):
+    """A transformer that answers with a given field instead."""
+
+    def __init__(self, field: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(grid=(1, 1), in_channels=2, num_classes=2, width=8, depth=1, heads=1)
+        self.field = field
+
+    def forward(self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+        return self.field(x_BTC, t_B)
+
+
+def test_straight_paths_are_straight_and_a_circle_is_not() -> None:
+    straight = straightness(_Field(lambda x, t: torch.ones_like(x)), "w", 0, 0)
+    assert straight.largest_deviation.value < 1e-5 and straight.curvature.value < 1e-9
+    assert straight.one_step.value < 1e-5
+    # Half a circle in unit time, v = π · J x: it is furthest from its place on the diameter half way, by r of 2r.
+    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    circle = straightness(_Field(lambda x, t: torch.pi * x @ turn), "w", 0, 0)
+    assert circle.largest_deviation.value == pytest.approx(0.5, rel=0.03)
+    assert circle.curvature.value == pytest.approx(torch.pi**2 / 4 - 1, rel=0.15)
+    untrained = straightness(_Field(lambda x, t: torch.zeros_like(x)), "w", 0, 0)
+    assert untrained.largest_deviation.value == 0
+
+
+def test_analyze_real_caches_side_by_side(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
+    cache, small = finished.root / "cache", tmp_path / "int8"
+    assert svgpipe("requantize", cache, small).code == 0
+    page = tmp_path / "analysis.html"
+    model = finished.root / "diffusion"
+    done = svgpipe("analyze", cache, small, "--diffusion", model, "--html", page, "--json")
+    assert done.code == 0, done.err
+    one, two = json.loads(done.out)["caches"]
+    assert one["num_images"] == 36 and [d["group"] for d in one["distances"]] == ["backbone", "residual", "both"]
+    assert one["distances"][0]["ratio"]["low"] > 1  # three photographs lie apart
+    assert one["mean_parted"] > 1 and len(one["map"]) == 36
+    assert one["straightness"]["weights"].startswith("ema-0.9") and len(one["straightness"]["times"]) == 51
+    assert two["straightness"] is None and "curvature" in two["not_measured"][0]
+    assert two["mean_parted"] == pytest.approx(one["mean_parted"], rel=0.05)  # int8 changes next to nothing
+    html = page.read_text()
+    assert "<script" not in html and html.count("<svg") >= 5 and "curvature" in html
+    shown = svgpipe("analyze", cache, "--classes", "2", "--per-class", "4")
+    assert shown.code == 0 and "8 of 2 classes" in shown.out and "not measured" in shown.out
+
+
+def test_a_model_of_another_cache_is_refused(
+    finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    small = tmp_path / "int8"
+    assert svgpipe("requantize", finished.root / "cache", small).code == 0
+    done = svgpipe("analyze", small, "--diffusion", finished.root / "diffusion")
+    assert done.code == 1 and "none of those given" in done.err
