@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svgpipe.models.backbone import Backbone
+from svgpipe.models.convert import require_fit
 from svgpipe.models.decoder import Decoder
 from svgpipe.models.residual import IMAGENET_MEAN, IMAGENET_STD, Alignment, ResidualEncoder
 
@@ -100,16 +101,7 @@ class Autoencoder(nn.Module):
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
         """Strictly load `trained_state`. Raises ValueError naming keys or shapes that do not fit."""
-        own = self.trained_state()
-        problems = [f"missing {k}" for k in own if k not in state]
-        problems += [f"left over {k}" for k in state if k not in own]
-        problems += [
-            f"{k}: expected {tuple(own[k].shape)}, found {tuple(v.shape)}"
-            for k, v in state.items()
-            if k in own and own[k].shape != v.shape
-        ]
-        if problems:
-            raise ValueError(f"autoencoder: {len(problems)} weights do not fit: {'; '.join(problems[:4])}")
+        require_fit("autoencoder", self.trained_state(), state)
         self.load_state_dict(state, strict=False)  # strict above; the backbone is not in `state`
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svgpipe.models.convert import require_fit
+
 
 class Backbone(nn.Module):
     """A timm model, frozen and in eval mode whatever the caller does: (B,3,H,W) in [0,1] → (B,C,h,w).
@@ -197,17 +199,7 @@ class Backbone(nn.Module):
         return side * self.stride if side**2 + prefix == theirs.shape[1] else None
 
     def _load_strictly(self, converted: Mapping[str, Tensor]) -> None:
-        own = self.model.state_dict()
-        problems = [f"missing {k}" for k in own if k not in converted]
-        problems += [f"left over {k}" for k in converted if k not in own]
-        problems += [
-            f"{k}: expected {tuple(own[k].shape)}, found {tuple(v.shape)}"
-            for k, v in converted.items()
-            if k in own and own[k].shape != v.shape
-        ]
-        if problems:
-            shown = "; ".join(problems[:4]) + ("; …" if len(problems) > 4 else "")
-            raise ValueError(f"{self.name}: {len(problems)} weights do not fit: {shown}")
+        require_fit(self.name, self.model.state_dict(), converted)
         self.model.load_state_dict(converted)
 
     def _set_rope_periods(self, periods: Tensor | None) -> None:

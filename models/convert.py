@@ -71,6 +71,24 @@ def in_order(state: State, own: State) -> dict[str, Tensor]:
     return matched
 
 
+def misfits(own: State, theirs: State) -> list[str]:
+    """What keeps `theirs` from being loaded as `own`, a line each: missing and left over keys, other shapes."""
+    problems = [f"missing {k}" for k in own if k not in theirs]
+    problems += [f"left over {k}" for k in theirs if k not in own]
+    return problems + [
+        f"{k}: expected {tuple(own[k].shape)}, found {tuple(v.shape)}"
+        for k, v in theirs.items()
+        if k in own and own[k].shape != v.shape
+    ]
+
+
+def require_fit(name: str, own: State, theirs: State) -> None:
+    """Raise ValueError, naming the first few `misfits`, unless there are none."""
+    if problems := misfits(own, theirs):
+        shown = "; ".join(problems[:4]) + ("; …" if len(problems) > 4 else "")
+        raise ValueError(f"{name}: {len(problems)} weights do not fit: {shown}")
+
+
 def _rename(key: str, rules: list[tuple[str, str]]) -> str:
     for pattern, replacement in rules:
         if re.fullmatch(pattern, key):

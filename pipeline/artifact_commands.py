@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -168,6 +169,32 @@ def export(
 
     found = run_stage(location(source), location(out), weights)
     typer.echo(f"{found.directory}: {found.weights} of step {found.step}")
+
+
+@app.command()
+def import_official(
+    autoencoder: Annotated[Path, typer.Option("--autoencoder", help="Lightning checkpoint of the SVG autoencoder.")],
+    out: Annotated[str, typer.Option("--out", help="Folder that will hold `autoencoder` and `diffusion`.")],
+    diffusion: Annotated[
+        Path | None, typer.Option("--diffusion", help="Checkpoint of the transformer: ema, model or bare.")
+    ] = None,
+    stats: Annotated[Path | None, typer.Option("--stats", help="dinov3_sp_stats.pt, which --diffusion needs.")] = None,
+    class_names: Annotated[
+        Path | None, typer.Option("--class-names", help="Of the transformer's labels, one per line, in their order.")
+    ] = None,
+) -> None:
+    """Released SVG checkpoints → an autoencoder and a diffusion model that all other commands take."""
+    from svgpipe.manifests.errors import UsageError
+    from svgpipe.stages.import_official import import_official as run_stage
+
+    if class_names is not None and not class_names.is_file():
+        raise UsageError(f"{class_names}: expected a file with one class name per line, found none.")
+    names = None if class_names is None else class_names.read_text().splitlines()
+    for found in run_stage(autoencoder, location(out), diffusion=diffusion, stats=stats, class_names=names):
+        typer.echo(f"{found.directory}: {found.what} ({found.fingerprint[:12]}); {found.used} tensors used")
+        for reason, keys in found.ignored.items():
+            typer.echo(f"  left aside: {len(keys)} tensors, {keys[0]} …: {reason}")
+    typer.echo("The alignment of the residual is in no official file: the first `svgpipe extract` measures it.")
 
 
 @app.command()

@@ -39,15 +39,44 @@ def calibrate(
     Raises:
         ArtifactError: none of the chosen images can be decoded.
     """
+    chosen = training_rows(shards, config.calibration_images)
+    total, vectors = measure_features(shards, chosen, image_size, worker_args, resources, progress, "calibrate")
+    mean, std = total.mean.astype(np.float32), total.std.astype(np.float32)
+    constant = np.flatnonzero(std < SMALLEST_STD)
+    if constant.size:
+        progress.say(f"channels {constant.tolist()} are constant; stored without division")
+        std[constant] = 1.0
+    scale = int8_scales((vectors - mean) / std) if config.store_dtype == "int8" else None
+    return Calibration(mean, std, scale)
+
+
+def training_rows(shards: ShardSet, count: int) -> list[int]:
+    """Evenly spread usable rows of the training split; of all, where everything is held out."""
     rows = shards.rows
     usable = np.flatnonzero(~rows.rejected)
     training = np.flatnonzero(~rows.heldout & ~rows.rejected)
     pool = training if len(training) else usable
-    chosen = [int(pool[i]) for i in evenly_spread(len(pool), config.calibration_images)] if len(pool) else []
+    return [int(pool[i]) for i in evenly_spread(len(pool), count)] if len(pool) else []
+
+
+def measure_features(
+    shards: ShardSet,
+    chosen: list[int],
+    image_size: int,
+    worker_args: dict[str, Any],
+    resources: Resources,
+    progress: Progress,
+    name: str,
+) -> tuple[Moments, NDArray[np.float32]]:
+    """Moments of the features of the chosen rows, and some of their vectors (n,C). Ray must be connected.
+
+    Raises:
+        ArtifactError: none of them can be decoded.
+    """
     size = int(worker_args["batch_size"])
     chunks = [chosen[i : i + size] for i in range(0, len(chosen), size)]
     items = [{"unit": i, "rows": chunk} for i, chunk in enumerate(chunks)]
-    progress.begin("calibrate", len(chosen))
+    progress.begin(name, len(chosen))
     # Merged in their order; only what comes too early is kept until its turn.
     early: dict[int, Moments] = {}
     total: Moments | None = None
@@ -65,12 +94,4 @@ def calibrate(
         progress.advance(len(chunks[chunk]))
     if total is None or total.count == 0:
         raise ArtifactError(f"{shards.directory}: none of {len(chosen)} calibration images could be decoded.")
-    mean, std = total.mean.astype(np.float32), total.std.astype(np.float32)
-    constant = np.flatnonzero(std < SMALLEST_STD)
-    if constant.size:
-        progress.say(f"channels {constant.tolist()} are constant; stored without division")
-        std[constant] = 1.0
-    scale = None
-    if config.store_dtype == "int8":
-        scale = int8_scales((np.concatenate([samples[i] for i in sorted(samples)]) - mean) / std)
-    return Calibration(mean, std, scale)
+    return total, np.concatenate([samples[i] for i in sorted(samples)])

@@ -38,9 +38,12 @@ class EncodeUnits:
         mean: NDArray[np.float32] | None = None,
         std: NDArray[np.float32] | None = None,
         views: tuple[str, ...] = ("original",),
+        aligned: bool = True,
     ) -> None:
         self.device = start_worker(threads)
         model, _ = load_autoencoder(autoencoder)
+        if not aligned:  # to measure what the alignment will be
+            model.alignment = None
         self.model = model.to(self.device)
         self.run = torch.compile(self.model.encode) if compiled else self.model.encode
         self.batch_size, self.precision, self.views, self.threads = batch_size, precision, views, threads

@@ -26,6 +26,7 @@ from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, absolute, remove_partials, write_atomic
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
+from svgpipe.stages.align import measure_alignment, needs_alignment
 from svgpipe.stages.cache_output import (
     REJECTS_NAME,
     all_records,
@@ -123,6 +124,10 @@ class _Job:
         )
         tally = RejectTally(spec.num_samples, self.max_rejects)
         size = self.encoder.image_size
+        if needs_alignment(self.autoencoder, self.encoder):
+            measure_alignment(
+                self.shards, self.autoencoder, self.encoder, self.worker_args, self.resources, self.progress
+            )
         calibration = self._calibration(work, size)
         journal = Journal(out / "journal")
         remove_partials(journal.directory)

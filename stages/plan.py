@@ -18,6 +18,7 @@ from svgpipe.manifests.recipe import ExtractSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location
 from svgpipe.manifests.store import INT8_LIMIT, ZSTD_LEVEL
+from svgpipe.stages.align import needs_alignment
 from svgpipe.stages.encode_units import EncodeUnits
 from svgpipe.stages.extract_tasks import ReadImages
 from svgpipe.stages.progress import Progress, Silent
@@ -87,7 +88,15 @@ def plan_extract(
     progress.say(f"encoding {len(rows)} of {len(shards)} images")
     read = ReadImages(shards, encoder.image_size)({"unit": 0, "rows": rows})
     seconds = _seconds(read)
-    worker = EncodeUnits(autoencoder, batch, config.precision, config.compile, Resources().threads, views=config.views)
+    worker = EncodeUnits(
+        autoencoder,
+        batch,
+        config.precision,
+        config.compile,
+        Resources().threads,
+        views=config.views,
+        aligned=not needs_alignment(autoencoder, encoder),
+    )
     pixels = read["pixels"]
     worker.encode(pixels[:batch])
     started = time.perf_counter()

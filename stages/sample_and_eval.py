@@ -20,7 +20,8 @@ from svgpipe.manifests.evaluation import REPORT_NAME, EvaluationManifest, Latent
 from svgpipe.manifests.manifest import WorkDir, digest, require_same
 from svgpipe.manifests.recipe import AutoencoderSection, EvaluationSection
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import Location, file_sha256
+from svgpipe.manifests.storage import Location, absolute, file_sha256
+from svgpipe.stages.align import measure_alignment, needs_alignment
 from svgpipe.stages.comparison import NOISE, RECONSTRUCTIONS, RealSets, compare
 from svgpipe.stages.decoded_images import ImageJob, decode
 from svgpipe.stages.encoder import build_backbone
@@ -83,6 +84,15 @@ def sample_and_eval(
             build_backbone(AutoencoderSection.model_validate(encoder.config).backbone, encoder.image_size, autoencoder),
         )
         progress = Recorded(progress, out)
+        if needs_alignment(autoencoder, encoder):
+            arguments = {
+                "autoencoder": absolute(autoencoder),
+                "batch_size": config.batch_size,
+                "precision": "float32",
+                "compiled": False,
+                "threads": resources.threads,
+            }
+            measure_alignment(reference, autoencoder, encoder, arguments, resources, progress)
         pool = pool or out.parent
         drawn = draw(sampler, settings, config, pool / "latents", resources=resources, progress=progress)
         sets = RealSets.of(reference, config, encoder.image_size)

@@ -16,7 +16,7 @@ from svgpipe.manifests.checkpoint import (
     load_tensors,
     weights_file,
 )
-from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, Json, read_json
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.storage import Location, absolute
@@ -40,7 +40,11 @@ class TrainedDiffusion:
 
     def weights_name(self, weights: str = EMA) -> str:
         """Which weights `ema`, `ema-DECAY` or `raw` means here. Raises UsageError where there are no such."""
-        return choose_weights(self.config["ema_decays"], weights)
+        name = choose_weights(self.config["ema_decays"], weights)
+        if weights_file(name) not in self.content:  # an imported file may hold the average alone
+            held = ", ".join(file.removesuffix(".safetensors") for file in self.content if file != STATISTICS_FILE)
+            raise UsageError(f"weights {weights!r}: {self.directory} has none; it holds {held}.")
+        return name
 
     def weights_sha256(self, weights: str = EMA) -> str:
         """Of the file that holds them."""

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from svgpipe.manifests.alignment import ALIGNMENT_NAME, MeasuredAlignment
 from svgpipe.manifests.checkpoint import (
     AUTOENCODER_FILE,
+    BACKBONE_FILE,
     AutoencoderManifest,
     DiffusionManifest,
     load_tensors,
 )
-from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.evaluation import REPORT_NAME, EvaluationManifest
 from svgpipe.manifests.index import read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
@@ -131,10 +133,31 @@ def _verify_autoencoder(path: Location, manifest: Any, *, deep: bool, progress: 
     assert isinstance(manifest, AutoencoderManifest)
     progress.begin("verify", 1)
     yield from _verify_tensors(path / AUTOENCODER_FILE, manifest.content, deep)
+    if manifest.config["backbone"]["weights"] == "beside":
+        yield from _verify_imported(path, manifest, deep)
     yield from _verify_checkpoints(path, deep)
     if manifest.alignment is not None and not np.isfinite(manifest.alignment).all():
         yield _wrong(path / MANIFEST_NAME, "an alignment scalar is not finite")
     progress.advance()
+
+
+def _verify_imported(path: Location, manifest: AutoencoderManifest, deep: bool) -> Found:
+    """The backbone beside an imported autoencoder, and its alignment, if it was measured."""
+    file = path / BACKBONE_FILE
+    if file_size(file) is None:
+        yield _wrong(file, "expected the imported backbone, found no such file")
+    elif deep:
+        # Only here: verifying anything else need not load timm.
+        from svgpipe.stages.encoder import load_autoencoder
+
+        try:
+            load_autoencoder(path)
+        except (ArtifactError, MismatchError) as error:
+            yield _wrong(file, error)
+    try:
+        MeasuredAlignment.read(path)
+    except ArtifactError as error:
+        yield _wrong(path / ALIGNMENT_NAME, error)
 
 
 def _verify_diffusion(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Found:

@@ -16,7 +16,8 @@ from svgpipe.models.empirical_flow import empirical_velocity
 from svgpipe.stages.class_geometry import class_distances
 from svgpipe.stages.straightness import straightness
 from svgpipe.stages.velocity_agreement import mean_parted, velocity_agreement
-from tests.conftest import Finished, Outcome
+
+from .conftest import Finished, Outcome
 
 
 def test_the_empirical_velocity_is_the_mean_of_what_could_have_led_there() -> None:

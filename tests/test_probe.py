@@ -16,7 +16,8 @@ from torch import Tensor
 
 from svgpipe.models.probes import KNN_TEMPERATURE, fit_linear, knn_votes
 from svgpipe.stages.figures import share_figure
-from tests.conftest import Finished, Outcome, extract_args, write_crops
+
+from .conftest import Finished, Outcome, extract_args, write_crops
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,208 @@
+"""What the official files hold, recognised from the names and shapes of their tensors.
+
+Legend: D width, R residual channels.
+Source: official train_svg.py, models_SVG.py, dino_decoder.py, main_svg_autoencoder.py; FACTS §1–§6, §9.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from svgpipe.models.convert import State
+
+# Heads cannot be read off the weights: of the residual encoder they are fixed, of transformers without QK-norm they
+# follow from the published width.
+RESIDUAL_HEADS = 8
+DIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+DIT_NAMES = {(384, 12): "S", (768, 12): "B", (1024, 24): "L", (1152, 28): "XL"}
+# (width, depth, SwiGLU) of Meta's DINOv3 ViTs → timm's architecture.
+DINOV3 = {
+    (192, 12, False): "vit_tiny_patch16_dinov3",
+    (384, 12, False): "vit_small_patch16_dinov3",
+    (384, 12, True): "vit_small_plus_patch16_dinov3",
+    (768, 12, False): "vit_base_patch16_dinov3",
+    (1024, 24, False): "vit_large_patch16_dinov3",
+    (1280, 32, True): "vit_huge_plus_patch16_dinov3",
+    (4096, 40, True): "vit_7b_patch16_dinov3",
+}
+IGNORED = {
+    "norm_vit.": "a LayerNorm that the official forward pass never calls",
+    "loss.": "LPIPS and discriminator, which only training needs",
+}
+PARTS = ("encoder.", "extra_vit.", "decoder.")
+
+
+@dataclass(frozen=True)
+class OfficialAutoencoder:
+    """The parts of an autoencoder's state dict, and what is left aside for which reason."""
+
+    encoder: dict[str, Tensor]
+    extra_vit: dict[str, Tensor]
+    decoder: dict[str, Tensor]
+    mask_token: Tensor  # (1,R,1)
+    ignored: dict[str, list[str]]  # keys by reason
+
+
+def split_autoencoder(state: State) -> OfficialAutoencoder:
+    """Sort the keys of an official autoencoder.
+
+    Raises:
+        ValueError: a key that has no place, or a part that is missing.
+    """
+    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in PARTS}
+    ignored: dict[str, list[str]] = {}
+    unknown = []
+    for key, value in state.items():
+        part = next((p for p in PARTS if key.startswith(p)), None)
+        reason = next((why for prefix, why in IGNORED.items() if key.startswith(prefix)), None)
+        if part is not None:
+            parts[part][key.removeprefix(part)] = value
+        elif reason is not None:
+            ignored.setdefault(reason, []).append(key)
+        elif key != "mask_token":
+            unknown.append(key)
+    if unknown:
+        raise ValueError(f"{len(unknown)} keys have no place in an SVG autoencoder: {', '.join(unknown[:4])}")
+    missing = [f"{prefix}*" for prefix, found in parts.items() if not found]
+    missing += [] if "mask_token" in state else ["mask_token"]
+    if missing:
+        raise ValueError(f"not an SVG autoencoder: it has no {', '.join(missing)}")
+    return OfficialAutoencoder(parts["encoder."], parts["extra_vit."], parts["decoder."], state["mask_token"], ignored)
+
+
+def backbone_name(state: State) -> str:
+    """timm's name of the DINOv3 ViT whose weights these are, in Meta's keys.
+
+    Raises:
+        ValueError: not such weights, or of a size that timm does not know.
+    """
+    if "storage_tokens" not in state or "cls_token" not in state:
+        raise ValueError("encoder: expected a DINOv3 ViT in Meta's keys (cls_token, storage_tokens, …)")
+    width, depth = state["cls_token"].shape[-1], _count(state, r"blocks\.(\d+)\.")
+    swiglu = "blocks.0.mlp.w1.weight" in state
+    if (width, depth, swiglu) not in DINOV3:
+        raise ValueError(
+            f"encoder: no DINOv3 ViT of width {width}, depth {depth}{' with SwiGLU' if swiglu else ''} is known"
+        )
+    biased = any(key.endswith("qkv.bias") and bool(value.any()) for key, value in state.items())
+    name = DINOV3[width, depth, swiglu]
+    return f"{name}_qkvb" if biased or width == 192 else name  # of the smallest there is only this variant
+
+
+def residual_sizes(state: State) -> dict[str, int | float]:
+    """Sizes of the residual encoder: image_size, patch_size, channels, depth, width, heads, mlp_ratio.
+
+    Raises:
+        ValueError: a tensor that they are read off is missing, or positions of no square grid.
+    """
+    patches, positions = _need(state, "conv_proj.weight"), _need(state, "encoder.pos_embedding")
+    width, patch, side = patches.shape[0], patches.shape[-1], math.isqrt(positions.shape[1] - 1)
+    if side**2 != positions.shape[1] - 1:
+        raise ValueError(f"extra_vit: expected positions of a square grid and a class, found {positions.shape[1]}")
+    hidden = _need(state, "encoder.layers.encoder_layer_0.mlp.0.weight").shape[0]
+    return {
+        "image_size": side * patch,
+        "patch_size": patch,
+        "channels": _need(state, "heads.2.weight").shape[0],
+        "depth": _count(state, r"encoder\.layers\.encoder_layer_(\d+)\."),
+        "width": width,
+        "heads": RESIDUAL_HEADS,
+        "mlp_ratio": hidden / width,
+    }
+
+
+@dataclass(frozen=True)
+class DecoderSizes:
+    """Of the LDM decoder."""
+
+    z_channels: int
+    ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    attention: bool
+
+
+def decoder_sizes(state: State) -> DecoderSizes:
+    """Raises ValueError if a tensor is missing, or the widths are no multiples of the narrowest level's."""
+    levels = _count(state, r"up\.(\d+)\.")
+    widths = [_need(state, f"up.{level}.block.0.conv2.weight").shape[0] for level in range(levels)]
+    ch = widths[0]
+    if any(width % ch for width in widths):
+        raise ValueError(f"decoder: expected widths that are multiples of {ch}, found {widths}")
+    return DecoderSizes(
+        z_channels=_need(state, "conv_in.weight").shape[1],
+        ch=ch,
+        ch_mult=tuple(width // ch for width in widths),
+        num_res_blocks=_count(state, r"up\.0\.block\.(\d+)\.") - 1,
+        attention=f"up.{levels - 1}.attn.0.q.weight" in state,
+    )
+
+
+@dataclass(frozen=True)
+class DiTSizes:
+    """Of a diffusion transformer."""
+
+    grid: int
+    in_channels: int
+    num_classes: int
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    qk_norm: bool
+    learn_sigma: bool
+
+    @property
+    def name(self) -> str:
+        """S, B, L or XL where the sizes are published ones."""
+        return DIT_NAMES.get((self.width, self.depth), f"of width {self.width} and depth {self.depth}")
+
+
+def dit_sizes(state: State) -> DiTSizes:
+    """Sizes of an official DiT; its label table is taken to end with the row for no label.
+
+    Raises:
+        ValueError: a tensor is missing, no square grid, or a width whose number of heads is not known.
+    """
+    into, table = _need(state, "ln1.weight"), _need(state, "y_embedder.embedding_table.weight")
+    positions, out = _need(state, "pos_embed"), _need(state, "final_layer.linear.weight").shape[0]
+    width, channels = into.shape
+    side = math.isqrt(positions.shape[1])
+    if side**2 != positions.shape[1]:
+        raise ValueError(f"pos_embed: expected a square grid, found {positions.shape[1]} positions")
+    if out not in (channels, 2 * channels):
+        raise ValueError(f"final_layer: expected {channels} or {2 * channels} outputs, found {out}")
+    qk_norm = "blocks.0.attn.q_norm.weight" in state
+    if qk_norm:
+        heads = width // state["blocks.0.attn.q_norm.weight"].shape[0]
+    elif width in DIT_HEADS:
+        heads = DIT_HEADS[width]
+    else:
+        raise ValueError(f"width {width} is none of the published ones, and without QK-norm heads cannot be told")
+    return DiTSizes(
+        grid=side,
+        in_channels=channels,
+        num_classes=table.shape[0] - 1,
+        width=width,
+        depth=_count(state, r"blocks\.(\d+)\."),
+        heads=heads,
+        mlp_ratio=_need(state, "blocks.0.mlp.fc1.weight").shape[0] / width,
+        qk_norm=qk_norm,
+        learn_sigma=out == 2 * channels,
+    )
+
+
+def _need(state: Mapping[str, Tensor], key: str) -> Tensor:
+    if key not in state:
+        raise ValueError(f"missing {key}")
+    return state[key]
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """One more than the largest number in the keys that begin with the pattern; 0 where there are none."""
+    return 1 + max((int(found[1]) for key in state if (found := re.match(pattern, key))), default=-1)

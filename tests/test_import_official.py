@@ -1,0 +1,321 @@
+"""`svgpipe import-official`: files in the official layout, at tiny sizes, through all that follows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+
+from svgpipe.manifests import FeatureCache
+from svgpipe.models.decoder import Decoder
+from svgpipe.models.dit import DiT
+from svgpipe.models.official import dit_sizes
+from svgpipe.models.residual import IMAGENET_MEAN, IMAGENET_STD
+from svgpipe.stages.streaming import load_images
+from svgpipe.stages.trained_diffusion import open_diffusion
+
+from .conftest import Finished, Outcome
+
+SIZE, PATCH, RESIDUAL = 64, 16, 4
+CLASSES = 3  # as the photographs of the other tests
+
+
+@dataclass(frozen=True)
+class Official:
+    """Three files as the official code writes them, and the modules behind them."""
+
+    folder: Path
+    backbone: Any  # a timm Eva, which is not typed
+    residual: VisionTransformer
+    dit: DiT
+
+    @property
+    def arguments(self) -> list[object]:
+        return [
+            *("--autoencoder", self.folder / "autoencoder.ckpt"),
+            *("--diffusion", self.folder / "diffusion.pt"),
+            *("--stats", self.folder / "stats.pt"),
+        ]
+
+
+def _meta_keys(model: Any) -> dict[str, Tensor]:
+    """A timm DINOv3's weights under the names of Meta's files: what timm's own converter undoes."""
+    state: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        if key.endswith(("q_bias", "v_bias")):
+            continue
+        name = (
+            key.replace("reg_token", "storage_tokens").replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")
+        )
+        state[name] = value.clone()
+    for i, block in enumerate(model.blocks):
+        q, v = block.attn.q_bias, block.attn.v_bias
+        state[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q, torch.zeros_like(q), v]).detach()
+    state["mask_token"] = torch.zeros(1, state["cls_token"].shape[-1])
+    state["rope_embed.periods"] = model.rope.periods.to(torch.bfloat16)
+    return state
+
+
+def _prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{key}": value for key, value in state.items()}
+
+
+def _decoder() -> Decoder:
+    return Decoder(
+        z_channels=192 + RESIDUAL,
+        ch=32,
+        ch_mult=(1, 1, 1, 1, 1),
+        num_res_blocks=1,
+        attn_resolutions=(SIZE // PATCH,),
+        resolution=SIZE,
+    )
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Official:
+    folder = tmp_path_factory.mktemp("official")
+    torch.manual_seed(0)
+    backbone = timm.create_model("vit_tiny_patch16_dinov3_qkvb", num_classes=0).eval()
+    for block in backbone.blocks:  # new models have none to speak of
+        nn.init.normal_(block.attn.q_bias, std=0.1)
+        nn.init.normal_(block.attn.v_bias, std=0.1)
+    residual = VisionTransformer(SIZE, PATCH, num_layers=2, num_heads=8, hidden_dim=32, mlp_dim=64).eval()
+    residual.heads = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, RESIDUAL))
+    channels = 192 + RESIDUAL
+    decoder = _decoder()
+    state = {
+        **_prefixed("encoder", _meta_keys(backbone)),
+        **_prefixed("extra_vit", residual.state_dict()),
+        **_prefixed("decoder", decoder.state_dict()),
+        "mask_token": torch.randn(1, RESIDUAL, 1),
+        "norm_vit.weight": torch.ones(RESIDUAL + 32),
+        "norm_vit.bias": torch.zeros(RESIDUAL + 32),
+        "loss.logvar": torch.zeros(()),
+        "loss.perceptual_loss.lin0.model.1.weight": torch.rand(1, 64, 1, 1),
+    }
+    lightning = {
+        "state_dict": state,
+        "epoch": 3,
+        "pytorch-lightning_version": "2.4.0",
+        "hyper_parameters": argparse.Namespace(lr=1e-4, out=Path("/data")),
+        "callbacks": {"ModelCheckpoint": {"best_model_path": Path("/x"), "best_k_models": defaultdict(int, a=1)}},
+        "scale": np.float64(2.0),
+        "optimizer_states": [],
+    }
+    torch.save(lightning, folder / "autoencoder.ckpt")
+    dit = DiT(grid=(4, 4), in_channels=channels, num_classes=CLASSES, width=32, depth=2, heads=2, learn_sigma=True)
+    for parameter in dit.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    averaged = {key: value.clone() for key, value in dit.state_dict().items()}
+    raw = {key: value + 0.01 if key != "pos_embed" else value for key, value in averaged.items()}
+    torch.save({"ema": averaged, "model": _prefixed("module", raw)}, folder / "diffusion.pt")
+    mean, std = torch.randn(1, 1, channels), torch.rand(1, 1, channels) + 0.5
+    torch.save({"dinov3_sp_mean": mean, "dinov3_sp_std": std}, folder / "stats.pt")
+    return Official(folder, backbone, residual, dit.eval())
+
+
+@pytest.fixture(scope="module")
+def imported(official: Official, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from svgpipe.pipeline.cli import main
+
+    out = tmp_path_factory.mktemp("imported") / "svg"
+    names = official.folder / "names.txt"
+    names.write_text("astronaut\ncat\ncoffee\n")
+    assert main(["import-official", *map(str, official.arguments), "--out", str(out), "--class-names", str(names)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def extracted(imported: Path, finished: Finished) -> Path:
+    """A cache made with the imported autoencoder."""
+    from svgpipe.pipeline.cli import main
+
+    shards, out = finished.root / "shards", imported / "cache"
+    arguments = ["extract", "--shards", shards, "--autoencoder", imported / "autoencoder", "--out", out]
+    assert main([*map(str, arguments), "--recipe", str(finished.recipe_file)]) == 0
+    return out
+
+
+def test_every_key_is_used_or_left_aside_with_its_reason(imported: Path, official: Official) -> None:
+    listing = json.loads((imported / "import.json").read_text())["imported"]
+    autoencoder, diffusion = listing
+    state = torch.load(official.folder / "diffusion.pt", weights_only=True)
+    assert diffusion["used"] == len(state["ema"]) + len(state["model"]) and diffusion["ignored"] == {}
+    aside = [key for keys in autoencoder["ignored"].values() for key in keys]
+    assert sorted(aside) == [
+        "loss.logvar",
+        "loss.perceptual_loss.lin0.model.1.weight",
+        "norm_vit.bias",
+        "norm_vit.weight",
+    ]
+    everything = len(_meta_keys(official.backbone)) + len(official.residual.state_dict()) + len(aside) + 1
+    assert autoencoder["used"] + len(aside) == everything + len(_decoder().state_dict())
+
+
+def test_the_transformer_is_the_same(imported: Path, official: Official) -> None:
+    trained = open_diffusion(imported / "diffusion")
+    assert trained.class_names == ["astronaut", "cat", "coffee"]
+    x, t, y = torch.randn(2, 16, 196), torch.tensor([0.1, 0.9]), torch.tensor([0, 3])
+    with torch.no_grad():
+        torch.testing.assert_close(trained.load()(x, t, y), official.dit(x, t, y))
+        raw = trained.load("raw")
+    assert not torch.equal(raw.ln1.weight, official.dit.ln1.weight)
+    mean, std = trained.statistics()
+    stats = torch.load(official.folder / "stats.pt", weights_only=True)
+    np.testing.assert_array_equal(mean, stats["dinov3_sp_mean"].flatten().numpy())
+    np.testing.assert_array_equal(std, stats["dinov3_sp_std"].flatten().numpy())
+
+
+def test_extraction_measures_the_alignment_and_encodes_as_the_official_modules(
+    extracted: Path, imported: Path, official: Official, finished: Finished
+) -> None:
+    measured = json.loads((imported / "autoencoder" / "alignment.json").read_text())
+    cache = FeatureCache(extracted)
+    assert measured["shards"] == finished.shards.manifest.fingerprint
+    rows = [int(row) for row in np.flatnonzero(cache.valid)[:6]]
+    pixels = torch.from_numpy(load_images(finished.shards, rows, SIZE)).permute(0, 3, 1, 2).float() / 255
+    images = (pixels - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    backbone, vit = official.backbone, official.residual
+    backbone.rope.periods.copy_(backbone.rope.periods.to(torch.bfloat16))
+    with torch.no_grad():
+        frozen = backbone.forward_features(images)[:, backbone.num_prefix_tokens :]
+        tokens = torch.cat([vit.class_token.expand(len(rows), -1, -1), vit._process_input(images)], dim=1)
+        residual = vit.heads(vit.encoder(tokens)[:, 1:])
+    mean_h, std_h, mean_v, std_v = measured["scalars"]
+    aligned = (residual - mean_v) / (std_v + 1e-6) * std_h + mean_h
+    expected = torch.cat([frozen, aligned], dim=2).numpy()
+    found = cache.denormalize(cache.read(rows)).reshape(len(rows), 16, -1)
+    np.testing.assert_allclose(found, expected, atol=5e-3 * np.abs(expected).max())  # the cache is float16
+    # What alignment is for: the groups' averages of mean and deviation agree (channel statistics: over fewer images).
+    assert abs(float(cache.channel_mean[:192].mean() - cache.channel_mean[192:].mean())) < 0.1
+    assert float(cache.channel_std[192:].mean() / cache.channel_std[:192].mean()) == pytest.approx(1, abs=0.1)
+    assert not (abs(mean_v - mean_h) < 0.01 and std_v / std_h == pytest.approx(1, abs=0.2)), "nothing was aligned"
+
+
+@pytest.mark.slow
+def test_the_round_trip_trains_and_samples(
+    extracted: Path, imported: Path, finished: Finished, svgpipe: Callable[..., Outcome]
+) -> None:
+    recipe = ("--recipe", finished.recipe_file)
+    trained = imported / "trained"
+    assert svgpipe("train-diffusion", "--cache", extracted, "--out", trained, *recipe).code == 0
+    common = ("--autoencoder", imported / "autoencoder", "--reference", finished.root / "shards", *recipe)
+    for name, model in (("own", trained), ("theirs", imported / "diffusion")):
+        out = imported / f"evaluation-{name}"
+        done = svgpipe("sample-and-eval", "--diffusion", model, "--out", out, *common, "--steps", "2")
+        assert done.code == 0, done.err
+        report = json.loads((out / "report.json").read_text())
+        assert all(np.isfinite(r["frechet_distance"]["value"]) for r in report["results"])
+        assert (out / "report.html").read_text().count("official-autoencoder") >= 1
+    before = (imported / "autoencoder" / "alignment.json").read_bytes()
+    assert svgpipe("verify", imported / "autoencoder", "--deep").code == 0
+    assert svgpipe("verify", imported / "diffusion", "--deep").code == 0
+    assert (imported / "autoencoder" / "alignment.json").read_bytes() == before
+
+
+def test_importing_again_finds_it_and_other_files_are_refused(
+    imported: Path, official: Official, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    names = official.folder / "names.txt"
+    again = svgpipe("import-official", *official.arguments, "--out", imported, "--class-names", names)
+    assert again.code == 0 and "tensors used" in again.out
+    found = torch.load(official.folder / "diffusion.pt", weights_only=True)
+    torch.save(found["ema"], tmp_path / "bare.pt")  # no `ema` around it
+    other = [tmp_path / "bare.pt" if str(a).endswith("diffusion.pt") else a for a in official.arguments]
+    refused = svgpipe("import-official", *other, "--out", imported, "--class-names", names)
+    assert refused.code == 1 and "otherwise" in refused.err
+    fresh = svgpipe("import-official", *other, "--out", tmp_path / "fresh")
+    assert fresh.code == 0 and "DiT of width 32 and depth 2 with the unused sigma half, 3 classes" in fresh.out
+    assert open_diffusion(tmp_path / "fresh" / "diffusion").class_names == ["0", "1", "2"]
+    missing = svgpipe("export", tmp_path / "fresh" / "diffusion", tmp_path / "exported", "--ema", "raw")
+    assert missing.code == 2 and "it holds ema-0.9999" in missing.err
+
+
+class _Hostile:
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.witness),)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda s: s.update({"surprise.weight": torch.zeros(1)}), "surprise.weight"),
+        (lambda s: s.pop("mask_token"), "has no mask_token"),
+        (lambda s: s.pop("decoder.conv_out.bias"), "missing decoder.conv_out.bias"),
+        (lambda s: s.pop("encoder.storage_tokens"), "Meta's keys"),
+        (lambda s: s.update({"extra_vit.heads.5.bias": torch.zeros(1)}), "heads.5.bias"),
+        (lambda s: s.update({"extra_vit.encoder.ln.bias": torch.zeros(7)}), "expected (32,), found (7,)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    official: Official,
+    svgpipe: Callable[..., Outcome],
+    tmp_path: Path,
+    change: Callable[[dict[str, Tensor]], object],
+    expected: str,
+) -> None:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state = torch.load(official.folder / "autoencoder.ckpt", weights_only=False)["state_dict"]
+    change(state)
+    torch.save({"state_dict": state}, tmp_path / "changed.ckpt")
+    done = svgpipe("import-official", "--autoencoder", tmp_path / "changed.ckpt", "--out", tmp_path / "out")
+    assert done.code == 1 and expected in done.err and "changed.ckpt" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_in_a_file_is_run(svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
+    witness = tmp_path / "was-here"
+    torch.save({"state_dict": {}, "extra": _Hostile(witness)}, tmp_path / "hostile.ckpt")
+    done = svgpipe("import-official", "--autoencoder", tmp_path / "hostile.ckpt", "--out", tmp_path / "out")
+    assert done.code == 1 and "posix.mkdir" in done.err and not witness.exists()
+
+
+def test_files_that_are_none_or_do_not_belong_together(
+    official: Official, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    autoencoder, diffusion = official.folder / "autoencoder.ckpt", official.folder / "diffusion.pt"
+    base = ("import-official", "--autoencoder", autoencoder, "--out", tmp_path / "out")
+    alone = svgpipe(*base, "--diffusion", diffusion)
+    assert alone.code == 2 and "belong together" in alone.err
+    torch.save({"dinov3_sp_mean": torch.zeros(5), "dinov3_sp_std": torch.ones(5)}, tmp_path / "stats.pt")
+    other = svgpipe(*base, "--diffusion", diffusion, "--stats", tmp_path / "stats.pt")
+    assert other.code == 1 and "statistics of 196 channels, found 5" in other.err
+    (tmp_path / "short.ckpt").write_bytes(autoencoder.read_bytes()[:10_000])
+    short = svgpipe("import-official", "--autoencoder", tmp_path / "short.ckpt", "--out", tmp_path / "o")
+    assert short.code == 1 and "not a readable checkpoint" in short.err
+    gone = svgpipe("import-official", "--autoencoder", tmp_path / "gone.ckpt", "--out", tmp_path / "o")
+    assert gone.code == 1 and "found none" in gone.err
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    names = svgpipe(
+        *base, "--diffusion", diffusion, "--stats", official.folder / "stats.pt", "--class-names", tmp_path / "two.txt"
+    )
+    assert names.code == 1 and "expected 3 class names, found 2" in names.err
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "depth", "heads"),
+    [("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16), ("XL", 1152, 28, 16)],
+)
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_published_sizes_are_recognised(name: str, width: int, depth: int, heads: int, qk_norm: bool) -> None:
+    with torch.device("meta"):
+        model = DiT(
+            grid=(16, 16), in_channels=392, num_classes=1000, width=width, depth=depth, heads=heads, qk_norm=qk_norm
+        )
+    sizes = dit_sizes(model.state_dict())
+    assert (sizes.name, sizes.heads, sizes.grid, sizes.num_classes, sizes.learn_sigma) == (name, heads, 16, 1000, False)
