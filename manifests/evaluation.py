@@ -1,7 +1,7 @@
 """What an evaluation leaves: latents, decoded images, features, and one report whose every number can be traced.
 
 images/SET/shard-*.tar      decoded images (PNG) as WebDataset tars with the usual index
-report.json, report.html
+report.json, report.schema.json, report.html
 
 Beside it, shared by all evaluations there:
 
@@ -13,14 +13,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.figure import Figure, Record
-from svgpipe.manifests.manifest import Json, Manifest, read_json, summarise, write_json
-from svgpipe.manifests.storage import Location
-
-REPORT_NAME = "report.json"
+from svgpipe.manifests.manifest import Json, Manifest
+from svgpipe.manifests.report_file import WrittenReport
 
 
 class Measured(Record):
@@ -31,7 +28,8 @@ class Measured(Record):
     num_images: int
     frechet_distance: Figure = Field(description="Against the reference; FID only where the metric is named so.")
     kernel_distance: Figure = Field(
-        description="Polynomial MMD², mean over subsets (KID for Inception); the interval is over the subsets."
+        description="Polynomial MMD², mean over subsets (KID for Inception); the interval is over the subsets, "
+        "where there are more images than one holds."
     )
     inception_score: Figure | None = Field(description="Inception only.")
     precision: Figure | None = Field(description="Share of the images that lie within the reference.")
@@ -43,30 +41,19 @@ class Measured(Record):
     sampler: Json | None = Field(None, description="Everything that decides a sample; samples only.")
 
 
-class Report(Record):
-    """`report.json`."""
+class Report(WrittenReport):
+    """`report.json` of `svgpipe sample-and-eval`."""
 
-    schema_version: int = 2
+    NOUN: ClassVar[str] = "a report of samples"
+
+    schema_version: int = Field(2, description="Of this layout; raised when a field changes its meaning.")
     metric: str = Field(description="What frechet_distance is: FID, or a Fréchet distance in a named space.")
-    extractor: Json
-    reference: Json
+    extractor: Json = Field(description="What made the features, and the hash of its weights.")
+    reference: Json = Field(description="What distances are measured against: how many images, and their digest.")
     image_size: int
     class_names: list[str]
-    results: list[Measured]
+    results: list[Measured] = Field(description="The sweep's settings in order, then the lines to read them by.")
     not_measured: list[str] = Field(default_factory=list, description="What is missing, and why.")
-
-    def write(self, directory: Location) -> None:
-        """Write report.json atomically."""
-        write_json(directory / REPORT_NAME, self.model_dump(mode="json"))
-
-    @classmethod
-    def read(cls, directory: Location) -> Report:
-        """Parse report.json. Raises ArtifactError if it is missing or not a report."""
-        path = directory / REPORT_NAME
-        try:
-            return cls.model_validate(read_json(path))
-        except ValidationError as error:
-            raise ArtifactError(f"{path}: not a report: {summarise(error)}") from error
 
 
 class LatentsRef(Record):

@@ -7,12 +7,20 @@ from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.evaluation import EvaluationManifest
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, read_json
+from svgpipe.manifests.reconstruction import ReconstructionManifest
 from svgpipe.manifests.shards import ShardSetManifest
 from svgpipe.manifests.storage import Location, children
 
 KINDS: dict[str, type[Manifest]] = {
     kind.KIND: kind
-    for kind in (ShardSetManifest, AutoencoderManifest, CacheManifest, DiffusionManifest, EvaluationManifest)
+    for kind in (
+        ShardSetManifest,
+        AutoencoderManifest,
+        CacheManifest,
+        DiffusionManifest,
+        EvaluationManifest,
+        ReconstructionManifest,
+    )
 }
 
 

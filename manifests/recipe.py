@@ -278,6 +278,19 @@ class EvaluationSection(Section):
         return self
 
 
+class ReconstructionSection(Section):
+    """`svgpipe eval-reconstruction`: what the autoencoder loses, on held-out images."""
+
+    num_images: int | None = Field(None, ge=2, description="At most this many, evenly spread; null: all held-out.")
+    batch_size: Positive = 32
+    unit_rows: Positive = Field(500, description="Images per tar: the unit of resume.")
+    extractor: ExtractorSection = ExtractorSection()
+    vgg_weights: str = Field("hub", description="Of LPIPS: torchvision's VGG16 file (.pth), or hub to download it.")
+    lpips_weights: str = Field("hub", description="LPIPS v0.1 vgg.pth, or hub to download it.")
+    bootstrap: Natural = Field(100, description="Times that images are resampled for the intervals; 0: none.")
+    seed: Natural = 0
+
+
 class Recipe(Section):
     """One section per stage, plus where the images come from."""
 
@@ -288,3 +301,4 @@ class Recipe(Section):
     extract: ExtractSection = ExtractSection()
     diffusion: DiffusionSection = DiffusionSection()
     evaluation: EvaluationSection = EvaluationSection()
+    reconstruction: ReconstructionSection = ReconstructionSection()

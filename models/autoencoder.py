@@ -82,6 +82,12 @@ class Autoencoder(nn.Module):
         residual = self.residual((images - self.imagenet_mean) / self.imagenet_std, generators)
         return self.join(frozen, residual, mask_draws)
 
+    def encode_without_residual(self, images: Tensor) -> Tensor:
+        """As `encode`, but with the mask token in place of every residual token, as training drops the branch."""
+        frozen = self.backbone(images)
+        token = self.mask_token.to(frozen.dtype).expand(len(frozen), -1, *frozen.shape[-2:])
+        return self.join(frozen, token)
+
     def join(self, frozen: Tensor, residual: Tensor, mask_draws: Tensor | None = None) -> Tensor:
         """Mask, align and concatenate: (B,F,h,w), (B,R,h,w) → (B,C,h,w), residual last."""
         if self.training and mask_draws is not None:

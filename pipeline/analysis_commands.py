@@ -1,4 +1,4 @@
-"""Commands that look into features and models: what they tell apart, and what they lose."""
+"""Commands that look into features and models: what they tell apart, how straight their paths are, what they lose."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from typing import Annotated
 import typer
 
 from svgpipe.manifests.storage import location
+from svgpipe.pipeline.options import (
+    AddressOption,
+    AutoencoderOption,
+    CpusOption,
+    GpusOption,
+    OutOption,
+    RecipeOption,
+    SetOption,
+    ShardsOption,
+    WorkersOption,
+    resources_of,
+)
 
 app = typer.Typer()
 
@@ -85,3 +97,44 @@ def analyze(
         show_analysis(found)
         if html is not None:
             typer.echo(f"page: {html}")
+
+
+@app.command()
+def eval_reconstruction(
+    autoencoder: AutoencoderOption,
+    shards: ShardsOption,
+    out: OutOption,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    pool: Annotated[
+        str | None, typer.Option("--pool", help="Where features are kept and found; default: beside --out.")
+    ] = None,
+    num_workers: WorkersOption = 1,
+    cpus_per_worker: CpusOption = None,
+    gpus_per_worker: GpusOption = None,
+    address: AddressOption = None,
+) -> None:
+    """What the autoencoder loses of held-out images, with its residual branch and without. Run again to resume."""
+    from svgpipe.manifests.recipe_files import load_recipe
+    from svgpipe.manifests.reconstruction import ReconstructionReport
+    from svgpipe.manifests.shards import ShardSet
+    from svgpipe.pipeline.cluster import connected
+    from svgpipe.pipeline.console import ConsoleProgress
+    from svgpipe.pipeline.reconstruction_page import render_reconstruction, show_reconstruction
+    from svgpipe.stages.eval_reconstruction import eval_reconstruction as run_stage
+
+    config = load_recipe(recipe, overrides or []).reconstruction
+    opened, encoder, directory = ShardSet.open(shards), location(autoencoder), location(out)
+    resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
+    with connected(address), ConsoleProgress() as progress:
+        run_stage(
+            encoder,
+            opened,
+            directory,
+            config,
+            pool=None if pool is None else location(pool),
+            resources=resources,
+            progress=progress,
+        )
+    show_reconstruction(ReconstructionReport.read(directory))
+    typer.echo(f"report: {render_reconstruction(directory, encoder, opened)}")

@@ -6,9 +6,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import skimage
 from PIL import Image
-
-from svgpipe.manifests.errors import ArtifactError
 
 PHOTOGRAPHS = {
     "astronaut": "astronaut.png",
@@ -29,20 +28,9 @@ LARGEST_SHIFT = 0.1  # of the short side, in each direction
 
 
 def write_photographs(folder: Path) -> Path:
-    """Write `folder`/CLASS/NUMBER.png, the same pixels every time; a finished folder is left alone.
-
-    Raises:
-        ArtifactError: scikit-image is not installed.
-    """
+    """Write `folder`/CLASS/NUMBER.png, the same pixels every time; a finished folder is left alone."""
     if folder.exists():
         return folder
-    try:
-        import skimage
-    except ImportError as error:
-        raise ArtifactError(
-            "the demo's photographs come with scikit-image, which is not installed. "
-            'Install it with `pip install "svgpipe[demo]"`.'
-        ) from error
     source = Path(skimage.__file__).parent / "data"
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

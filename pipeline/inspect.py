@@ -16,11 +16,13 @@ from rich.text import Text
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
+from svgpipe.manifests.figure import Figure
 from svgpipe.manifests.journal import finished_units
 from svgpipe.manifests.kinds import artifacts_below, read_any
 from svgpipe.manifests.lock import describe as describe_owner
 from svgpipe.manifests.lock import owner_of
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, read_json
+from svgpipe.manifests.reconstruction import ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.shards import ShardSet, ShardSetManifest
 from svgpipe.manifests.storage import Location, children
 from svgpipe.stages.cache_statistics import CacheStatistics
@@ -155,12 +157,25 @@ def _evaluation_facts(path: Location, manifest: Any) -> Json:
     return {"metric": report.metric, "distances": distances, "samples per setting": manifest.num_samples}
 
 
+def _reconstruction_facts(path: Location, manifest: Any) -> Json:
+    assert isinstance(manifest, ReconstructionManifest)
+    report = ReconstructionReport.read(path)
+    found = {r.name: {name: _rounded(getattr(r, name)) for name in _RECONSTRUCTED} for r in report.results}
+    return {"metric": report.metric, "held-out images": manifest.num_images, **found}
+
+
+def _rounded(figure: Figure | None) -> float | None:
+    return None if figure is None else round(figure.value, 4)
+
+
+_RECONSTRUCTED = ("psnr", "ssim", "lpips", "colour_difference", "frechet_distance")
 _FACTS: dict[str, Callable[[Location, Any], Json]] = {
     "shard-set": _shard_facts,
     "autoencoder": _autoencoder_facts,
     "feature-cache": _cache_facts,
     "diffusion": _diffusion_facts,
     "evaluation": _evaluation_facts,
+    "reconstruction": _reconstruction_facts,
 }
 
 

@@ -27,6 +27,16 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """A titled grid of pictures."""
+
+    title: str
+    note: str
+    columns: int
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
 class Curve:
     """A line chart as SVG points, with the ends of its axes."""
 

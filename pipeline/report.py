@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, write_atomic
 from svgpipe.pipeline.chart import Chart, Value, chart
-from svgpipe.pipeline.page import Curve, Picture, curve, lineage, picture, render
+from svgpipe.pipeline.page import Curve, Grid, curve, lineage, picture, render
 from svgpipe.pipeline.paper import PAPER_ROWS
 from svgpipe.stages.comparison import RECONSTRUCTIONS
 from svgpipe.stages.decoded_images import decoded_images
@@ -24,16 +23,6 @@ from svgpipe.stages.selection import evenly_spread
 REPORT_PAGE = "report.html"
 MAX_COLUMNS = 10
 ROWS = 4
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A titled grid of pictures."""
-
-    title: str
-    note: str
-    columns: int
-    pictures: list[Picture]
 
 
 def render_report(evaluation: Location, autoencoder: Location, diffusion: Location, reference: ShardSet) -> Location:

@@ -93,7 +93,7 @@ def compare(
     progress.begin("measure", len(everything))
     features = {}
     for name, image_set in everything.items():
-        found = _extracted(pool, name, image_set, extractor, config.batch_size)
+        found = extracted(pool, name, image_set, extractor, config.batch_size)
         labelled = name != NOISE and (same_classes or name not in drawn)
         labels = torch.from_numpy(image_set.labels) if labelled else None
         features[name] = Features(found[POOLED], found.get(LOGITS), labels)
@@ -122,7 +122,7 @@ def compare(
     )
 
 
-def _extracted(pool: Location, name: str, images: ImageSet, extractor: Extractor, batch_size: int) -> dict[str, Tensor]:
+def extracted(pool: Location, name: str, images: ImageSet, extractor: Extractor, batch_size: int) -> dict[str, Tensor]:
     """Features of a set, kept by the content of images and extractor, never by name alone."""
     make_directory(pool)
     key = digest([images.digest, extractor.description, extractor.layers])[:16]

@@ -29,12 +29,16 @@ from svgpipe.stages.units import Resources, Row, run_units, start_worker
 
 @dataclass(frozen=True)
 class ImageJob:
-    """One set of images to be made: from a store of latents, from real images, or, without either, from noise."""
+    """One set of images to be made: from a store of latents, from real images, or, without either, from noise.
+
+    residual: of real images, False encodes them without the residual branch.
+    """
 
     name: str
     count: int
     store: Location | None = None
     originals: Sequence[ImageRef] = ()
+    residual: bool = True
 
     def units(self, rows: int) -> list[dict[str, Any]]:
         """What each unit needs to know, as JSON values."""
@@ -42,6 +46,7 @@ class ImageJob:
             {
                 "set": self.name,
                 "number": number,
+                "residual": self.residual,
                 "store": None if self.store is None else str(absolute(self.store)),
                 "indices": list(range(first, min(first + rows, self.count))),
                 "refs": [
@@ -140,7 +145,7 @@ class _Decode:
     def __call__(self, row: Row) -> Row:
         job = json.loads(row["job"])
         if job["refs"]:
-            pixels = reconstruct(self.model, np.array(row["pixels"]), self.batch_size)
+            pixels = reconstruct(self.model, np.array(row["pixels"]), self.batch_size, residual=job["residual"])
         elif job["store"] is None:
             noise = initial_noise(self.seed, job["indices"], self.grid[0] * self.grid[1], len(self.mean))
             pixels = self._decode(noise.reshape(len(noise), *self.grid, -1))

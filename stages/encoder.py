@@ -217,11 +217,16 @@ def load_autoencoder(directory: Location) -> tuple[Autoencoder, AutoencoderManif
 
 
 @torch.no_grad()
-def reconstruct(model: Autoencoder, pixels: RGBArray, batch_size: int) -> RGBArray:
-    """Encode and decode (N,S,S,3) uint8 in eval mode; the result does not depend on `batch_size`."""
+def reconstruct(model: Autoencoder, pixels: RGBArray, batch_size: int, *, residual: bool = True) -> RGBArray:
+    """Encode and decode (N,S,S,3) uint8 in eval mode; the result does not depend on `batch_size`.
+
+    Args:
+        residual: False replaces the residual branch by the mask token.
+    """
     device = next(model.parameters()).device
+    encode = model.encode if residual else model.encode_without_residual
     parts = [
-        as_pixels(model.decode(model.encode(as_unit_range(pixels[i : i + batch_size]).to(device))))
+        as_pixels(model.decode(encode(as_unit_range(pixels[i : i + batch_size]).to(device))))
         for i in range(0, len(pixels), batch_size)
     ]
     return np.concatenate(parts) if parts else pixels

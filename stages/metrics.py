@@ -45,22 +45,25 @@ class Comparison:
     def measure(self, found: Features) -> dict[str, Figure | None]:
         """Fields of `Measured`; None for what cannot be measured on so few images, or without logits or labels."""
         return {
-            "frechet_distance": self._frechet(found.pooled),
-            "kernel_distance": self._kernel(found.pooled),
+            "frechet_distance": self.frechet(found.pooled),
+            "kernel_distance": self.kernel(found.pooled),
             "inception_score": None if found.logits is None else self._inception_score(found.logits),
             "precision": self._coverage(found.pooled, self.reference.pooled),
             "recall": self._coverage(self.reference.pooled, found.pooled),
             "class_accuracy": self._class_accuracy(found),
         }
 
-    def _frechet(self, pooled: Tensor) -> Figure:
+    def frechet(self, pooled: Tensor) -> Figure:
+        """Fréchet distance of (n,D) features to the reference."""
         resampled = picks(len(pooled), self.replicates, self.seed)
         value, *replicates = self._target.distances(pooled, [torch.arange(len(pooled)), *resampled])
         return figure(value, replicates, len(pooled))
 
-    def _kernel(self, pooled: Tensor) -> Figure:
+    def kernel(self, pooled: Tensor) -> Figure:
+        """Kernel distance of (n,D) features to the reference; its interval is over the subsets, where they differ."""
         values = kernel_distances(pooled, self.reference.pooled)
-        return mean_figure(values, self.replicates, self.seed, len(pooled))
+        differ = max(len(pooled), len(self.reference.pooled)) > KERNEL_SUBSET_SIZE
+        return mean_figure(values, self.replicates if differ else 0, self.seed, len(pooled))
 
     def _inception_score(self, logits: Tensor) -> Figure:
         resampled = [inception_score(logits[pick]) for pick in picks(len(logits), self.replicates, self.seed)]

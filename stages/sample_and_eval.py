@@ -16,9 +16,10 @@ import os
 from pathlib import Path
 
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
-from svgpipe.manifests.evaluation import REPORT_NAME, EvaluationManifest, LatentsRef
+from svgpipe.manifests.evaluation import EvaluationManifest, LatentsRef
 from svgpipe.manifests.manifest import WorkDir, digest, require_same
 from svgpipe.manifests.recipe import AutoencoderSection, EvaluationSection
+from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, absolute, file_sha256
 from svgpipe.stages.align import measure_alignment, needs_alignment

@@ -20,11 +20,13 @@ from svgpipe.manifests.checkpoint import (
     load_tensors,
 )
 from svgpipe.manifests.errors import ArtifactError, MismatchError
-from svgpipe.manifests.evaluation import REPORT_NAME, EvaluationManifest
+from svgpipe.manifests.evaluation import EvaluationManifest
 from svgpipe.manifests.index import read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.kinds import read_any
 from svgpipe.manifests.manifest import MANIFEST_NAME, digest, read_json
+from svgpipe.manifests.reconstruction import ReconstructionManifest
+from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.shards import ShardSetManifest, index_of, tar_of
 from svgpipe.manifests.storage import Location, file_sha256, file_size, location
 from svgpipe.manifests.store_spec import unit_file
@@ -171,10 +173,28 @@ def _verify_diffusion(path: Location, manifest: Any, *, deep: bool, progress: Pr
 
 def _verify_evaluation(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Found:
     assert isinstance(manifest, EvaluationManifest)
-    report = path / REPORT_NAME
-    if file_size(report) is None or file_sha256(report) != manifest.report:
-        yield _wrong(report, "missing or not the one that was published")
+    yield from _verify_report(path, manifest.report)
     yield from _verify_latents(path, manifest, deep)
+    latents = [manifest.latents[name].content for name in manifest.settings]
+    yield from _verify_images(path, lambda tars: digest([latents, tars]) == manifest.content, deep, progress)
+
+
+def _verify_reconstruction(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Found:
+    assert isinstance(manifest, ReconstructionManifest)
+    yield from _verify_report(path, manifest.report)
+    yield from _verify_images(path, lambda tars: digest(tars) == manifest.content, deep, progress)
+
+
+def _verify_report(path: Location, sha256: str) -> Found:
+    report = path / REPORT_NAME
+    if file_size(report) is None or file_sha256(report) != sha256:
+        yield _wrong(report, "missing or not the one that was published")
+
+
+def _verify_images(
+    path: Location, published: Callable[[dict[str, list[str]]], bool], deep: bool, progress: Progress
+) -> Found:
+    """Decoded images, and whether `published` knows their tars' hashes, by set."""
     decode = Journal(path / "journal" / "decode")
     progress.begin("verify", len(decode.finished()))
     tars: dict[str, list[str]] = {}
@@ -190,7 +210,7 @@ def _verify_evaluation(path: Location, manifest: Any, *, deep: bool, progress: P
     except (ArtifactError, KeyError) as error:
         yield _wrong(path / "journal", error)
         return
-    if digest([[manifest.latents[name].content for name in manifest.settings], tars]) != manifest.content:
+    if not published(tars):
         yield _wrong(path / "journal", "its records are not those that were published")
 
 
@@ -228,4 +248,5 @@ _CHECKS: dict[str, Callable[..., Found]] = {
     "feature-cache": _verify_cache,
     "diffusion": _verify_diffusion,
     "evaluation": _verify_evaluation,
+    "reconstruction": _verify_reconstruction,
 }

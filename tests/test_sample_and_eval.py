@@ -135,11 +135,26 @@ def test_the_report_traces_every_number(finished: Finished) -> None:
     assert set(manifest.inputs) == {"diffusion", "autoencoder", "reference"}
 
 
+def test_every_field_of_the_report_is_documented_beside_it(finished: Finished) -> None:
+    schema = json.loads((finished.root / "evaluation" / "report.schema.json").read_text())
+    report = json.loads((finished.root / "evaluation" / "report.json").read_text())
+    assert set(schema["properties"]) == set(report)
+    measured = schema["$defs"]["Measured"]["properties"]
+    assert set(measured) == set(report["results"][0])
+    for name in ("frechet_distance", "precision", "recall", "class_accuracy", "sampler"):
+        assert measured[name]["description"]
+
+
 def test_the_page_is_self_contained_and_shows_everything(finished: Finished) -> None:
     page = (finished.root / "evaluation" / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert "<script" not in page
-    assert page.count("<figure>") == 6 + 6 + 2 * 6 + 6
+    assert page.count("<figure ") == 6 + 6 + 2 * 6 + 6
+    assert len(page) < 10_000_000
+    # Every picture is a link to itself, which enlarges it without a script; closing leads back to its grid.
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) and set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
+    assert all(re.findall(r'alt="([^"]*)"', page))
     headings = ("Real images", "Reconstructions", "Samples, ", "Steps side by side, guidance 1.5", "Few steps")
     for words in (*headings, "What the paper reports", "decoded noise (ceiling)", "held-out real"):
         assert words in page

@@ -1,0 +1,55 @@
+"""What an evaluation of an autoencoder leaves: reconstructed images, and report.json.
+
+images/reconstructions/, images/without-residual/    shard-*.tar of decoded images (PNG) with the usual index
+report.json, report.schema.json, report.html
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from svgpipe.manifests.figure import Figure, Record
+from svgpipe.manifests.manifest import Json, Manifest
+from svgpipe.manifests.report_file import WrittenReport
+
+
+class Reconstructed(Record):
+    """The same images through the autoencoder, measured against themselves."""
+
+    name: str = Field(description="Folder of the images.")
+    residual: bool = Field(description="Whether the residual branch was on; off, the mask token stands in its place.")
+    psnr: Figure | None = Field(description="dB, mean over images; None where all are reproduced exactly.")
+    ssim: Figure = Field(description="Mean over images; Gaussian window of 1.5 pixels (Wang 2004).")
+    lpips: Figure | None = Field(description="VGG16, lower is better.")
+    colour_difference: Figure = Field(description="CIEDE2000, mean over pixels and images; 1 is just noticeable.")
+    frechet_distance: Figure = Field(description="To the originals; FID only where the metric is named so.")
+    kernel_distance: Figure = Field(description="To the originals; the interval is over its subsets.")
+
+
+class ReconstructionReport(WrittenReport):
+    """`report.json` of `svgpipe eval-reconstruction`."""
+
+    NOUN: ClassVar[str] = "a report of reconstructions"
+
+    schema_version: int = 1
+    metric: str = Field(description="What frechet_distance is: FID, or a Fréchet distance in a named space.")
+    extractor: Json
+    image_size: int
+    num_images: int = Field(description="Held-out images, centre-cropped.")
+    images: str = Field(description="Digest of those images and how they are cropped.")
+    results: list[Reconstructed]
+    not_measured: list[str] = Field(default_factory=list, description="What is missing, and why.")
+
+
+class ReconstructionManifest(Manifest):
+    """A finished evaluation of an autoencoder."""
+
+    KIND: ClassVar[str] = "reconstruction"
+    NOUN: ClassVar[str] = "an evaluation of reconstructions"
+
+    kind: Literal["reconstruction"] = "reconstruction"
+    num_images: int
+    content: str = Field(description="sha256 over the decoded images.")
+    report: str = Field(description="sha256 of report.json.")

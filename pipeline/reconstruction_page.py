@@ -1,0 +1,94 @@
+"""What `svgpipe eval-reconstruction` found, as a table and as a page with the images side by side."""
+
+from __future__ import annotations
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.figure import Figure
+from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManifest, ReconstructionReport
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.storage import Location, write_atomic
+from svgpipe.pipeline.page import Grid, lineage, picture, render
+from svgpipe.stages.decoded_images import decoded_images
+from svgpipe.stages.measure import ImageSet
+from svgpipe.stages.selection import evenly_spread
+
+PAGE = "report.html"
+COLUMNS = 8
+MEASURES = (
+    ("psnr", "PSNR", "%.2f", " dB", "higher is better"),
+    ("ssim", "SSIM", "%.4f", "", "higher is better"),
+    ("lpips", "LPIPS", "%.4f", "", "lower is better"),
+    ("colour_difference", "colour difference", "%.2f", "", "CIEDE2000, lower is better"),
+    ("frechet_distance", "Fréchet distance", "%.2f", "", "lower is better"),
+    ("kernel_distance", "kernel distance", "%.4f", "", "lower is better"),
+)
+
+
+def show_reconstruction(report: ReconstructionReport) -> None:
+    """Print the figures, a column for each set."""
+    table = Table(
+        title=f"{report.num_images} held-out images at {report.image_size} pixels; {report.metric}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("")
+    for result in report.results:
+        table.add_column(_title(result), justify="right")
+    for key, name, form, unit, _ in MEASURES:
+        table.add_row(name, *(_text(getattr(result, key), form, unit) for result in report.results))
+    console = Console(highlight=False)
+    console.print(table)
+    for reason in report.not_measured:
+        console.print(f"not measured: {reason}", markup=False, soft_wrap=True)
+
+
+def render_reconstruction(evaluation: Location, autoencoder: Location, shards: ShardSet) -> Location:
+    """Write `report.html` into a finished evaluation; returns its path. Nothing is measured here."""
+    manifest, report = ReconstructionManifest.read(evaluation), ReconstructionReport.read(evaluation)
+    page = render(
+        "reconstruction_template.html",
+        manifest=manifest,
+        report=report,
+        measures=[
+            (name, what, [_text(getattr(result, key), form, unit) for result in report.results])
+            for key, name, form, unit, what in MEASURES
+        ],
+        titles=[_title(result) for result in report.results],
+        grid=_grid(evaluation, report, shards),
+        autoencoder=AutoencoderManifest.read(autoencoder),
+        lineage=lineage(manifest.as_input(evaluation), "reconstructions"),
+    )
+    path = evaluation / PAGE
+    write_atomic(path, page)
+    return path
+
+
+def _grid(evaluation: Location, report: ReconstructionReport, shards: ShardSet) -> Grid:
+    """Originals above, then a row for every set: images of up to eight classes, evenly spread."""
+    heldout = shards.usable("heldout")
+    originals = ImageSet([heldout[i] for i in evenly_spread(len(heldout), report.num_images)], report.image_size)
+    labels, names = originals.labels, shards.manifest.class_names
+    classes = np.unique(labels)
+    chosen = [int(np.flatnonzero(labels == classes[c])[0]) for c in evenly_spread(len(classes), COLUMNS)]
+    pictures = [picture(originals.pixels(i), names[int(labels[i])]) for i in chosen]
+    for result in report.results:
+        images = decoded_images(evaluation, result.name)
+        pictures += [picture(images.pixels(i), _title(result)) for i in chosen]
+    rows = ", ".join(["originals", *(_title(result) for result in report.results)])
+    return Grid("Images", f"from top to bottom: {rows}", len(chosen), pictures)
+
+
+def _title(result: Reconstructed) -> str:
+    return "residual on" if result.residual else "residual off"
+
+
+def _text(figure: Figure | None, form: str, unit: str) -> str:
+    if figure is None:
+        return "–"
+    interval = "" if figure.low is None or figure.high is None else f" ({form % figure.low} – {form % figure.high})"
+    return f"{form % figure.value}{unit}{interval}"

@@ -1,0 +1,146 @@
+"""`svgpipe eval-reconstruction`: its numbers against other implementations, and the command on a real autoencoder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio
+
+from svgpipe.manifests.reconstruction import ReconstructionReport
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.stages.decoded_images import decoded_images
+from svgpipe.stages.encoder import load_autoencoder, reconstruct
+from svgpipe.stages.images import RGBArray
+from svgpipe.stages.measure import ImageSet
+from svgpipe.stages.pixels import as_unit_range
+from svgpipe.stages.streaming import load_images
+
+from .conftest import Finished, Outcome
+
+SETTINGS = ["--set", "reconstruction.extractor.kind=backbone", "--set", "reconstruction.unit_rows=4"]
+
+
+def arguments(finished: Finished, out: Path, *more: object) -> list[object]:
+    return [
+        "eval-reconstruction",
+        *("--autoencoder", finished.root / "autoencoder"),
+        *("--shards", finished.root / "shards"),
+        *("--out", out),
+        *SETTINGS,
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from svgpipe.pipeline.cli import main
+
+    out = tmp_path_factory.mktemp("reconstruction") / "evaluation"
+    assert main([str(a) for a in arguments(finished, out)]) == 0
+    return out
+
+
+def heldout_pixels(finished: Finished) -> RGBArray:
+    shards = finished.shards
+    rows = np.flatnonzero(shards.rows.heldout & ~shards.rows.rejected)
+    return load_images(shards, [int(row) for row in rows], 32)
+
+
+def test_the_images_are_those_of_the_autoencoder_on_and_off(evaluated: Path, finished: Finished) -> None:
+    model, _ = load_autoencoder(finished.root / "autoencoder")
+    pixels = heldout_pixels(finished)
+    for name, residual in (("reconstructions", True), ("without-residual", False)):
+        found = decoded_images(evaluated, name)
+        expected = reconstruct(model, pixels, 5, residual=residual)
+        stored = np.stack([found.pixels(i) for i in range(len(found))])
+        assert stored.shape == expected.shape == pixels.shape
+        assert np.abs(stored.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_off_means_the_mask_token_and_nothing_else(finished: Finished) -> None:
+    model, _ = load_autoencoder(finished.root / "autoencoder")
+    images = as_unit_range(heldout_pixels(finished)[:2])
+    with torch.no_grad():
+        on, off = model.encode(images), model.encode_without_residual(images)
+        expected = model.alignment(on[:, :112], model.mask_token.expand(2, -1, 4, 4)) if model.alignment else None
+    frozen = model.backbone.channels
+    torch.testing.assert_close(on[:, :frozen], off[:, :frozen])
+    assert expected is not None
+    torch.testing.assert_close(off[:, frozen:], expected)
+    assert not torch.allclose(on[:, frozen:], off[:, frozen:])
+
+
+def test_the_figures_are_scikit_images_and_name_their_number(evaluated: Path, finished: Finished) -> None:
+    report = ReconstructionReport.read(evaluated)
+    pixels = heldout_pixels(finished)
+    assert [r.name for r in report.results] == ["reconstructions", "without-residual"]
+    for result in report.results:
+        images = decoded_images(evaluated, result.name)
+        psnr = [peak_signal_noise_ratio(p, images.pixels(i), data_range=255) for i, p in enumerate(pixels)]
+        assert result.psnr is not None and result.psnr.value == pytest.approx(np.mean(psnr))
+        assert result.psnr.num_images == len(pixels) == report.num_images
+        assert 0 < result.ssim.value < 1 and result.colour_difference.value > 0
+        assert result.ssim.low is not None and result.ssim.low <= result.ssim.value
+        assert result.lpips is None
+    assert any("LPIPS" in reason and "vgg_weights=FILE" in reason for reason in report.not_measured)
+    assert "not FID" in report.metric
+
+
+@pytest.mark.slow
+def test_another_batch_size_and_two_workers_give_the_same(
+    evaluated: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    out = tmp_path / "other"
+    more = ("--set", "reconstruction.batch_size=3", "--set", "reconstruction.unit_rows=5", "--num-workers", "2")
+    assert svgpipe(*arguments(finished, out, *more)).code == 0
+    for one, two in zip(
+        ReconstructionReport.read(evaluated).results, ReconstructionReport.read(out).results, strict=True
+    ):
+        for name in ("psnr", "ssim", "colour_difference", "frechet_distance"):
+            assert getattr(two, name).value == pytest.approx(getattr(one, name).value, rel=1e-3)
+
+
+def test_the_page_shows_originals_and_both(evaluated: Path, finished: Finished) -> None:
+    html = (evaluated / "report.html").read_text()
+    classes = {int(label) for label in ImageSet(finished.shards.usable("heldout"), 32).labels}
+    assert html.count("data:image/webp") == 3 * len(classes)
+    assert "<script" not in html and "residual off" in html and 'href="#p1-1"' in html
+
+
+def test_again_it_is_found_and_verified_and_inspected(
+    evaluated: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    before = (evaluated / "report.json").read_bytes()
+    again = svgpipe(*arguments(finished, evaluated))
+    assert again.code == 0 and "residual off" in again.out and (evaluated / "report.json").read_bytes() == before
+    other = svgpipe(*arguments(finished, evaluated, "--set", "reconstruction.seed=1"))
+    assert other.code == 1 and "seed" in other.err
+    copy = tmp_path / "copy"
+    shutil.copytree(evaluated, copy)
+    assert svgpipe("verify", copy, "--deep").code == 0
+    found = json.loads(svgpipe("inspect", copy, "--json").out)
+    assert "reconstructions" in json.dumps(found)
+    tar = next((copy / "images" / "reconstructions").glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-512])
+    damaged = svgpipe("verify", copy)
+    assert damaged.code == 1 and tar.name in damaged.out
+
+
+def test_what_cannot_be_evaluated_is_refused(
+    finished: Finished, photographs: Path, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    recipe = ("--recipe", finished.recipe_file)
+    assert svgpipe("shard", photographs, tmp_path / "shards", *recipe, "--holdout", "0").code == 0
+    assert not ShardSet.open(tmp_path / "shards").usable("heldout")
+    given = arguments(finished, tmp_path / "out")
+    given[given.index("--shards") + 1] = tmp_path / "shards"
+    none = svgpipe(*given)
+    assert none.code == 2 and "--holdout" in none.err
+    named = svgpipe(*arguments(finished, tmp_path / "out", "--set", "reconstruction.vgg_weights=gone.pth"))
+    assert named.code == 1 and "gone.pth" in named.err
