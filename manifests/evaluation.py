@@ -27,7 +27,7 @@ class Measured(Record):
     role: Literal["samples", "heldout", "reconstructions", "decoded-noise"]
     num_images: int
     frechet_distance: Figure = Field(description="Against the reference; FID only where the metric is named so.")
-    kernel_distance: Figure = Field(
+    kernel_distance: Figure | None = Field(
         description="Polynomial MMD², mean over subsets (KID for Inception); the interval is over the subsets, "
         "where there are more images than one holds."
     )

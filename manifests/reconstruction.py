@@ -25,7 +25,7 @@ class Reconstructed(Record):
     lpips: Figure | None = Field(description="VGG16, lower is better.")
     colour_difference: Figure = Field(description="CIEDE2000, mean over pixels and images; 1 is just noticeable.")
     frechet_distance: Figure = Field(description="To the originals; FID only where the metric is named so.")
-    kernel_distance: Figure = Field(description="To the originals; the interval is over its subsets.")
+    kernel_distance: Figure | None = Field(description="To the originals; the interval is over its subsets.")
 
 
 class ReconstructionReport(WrittenReport):

@@ -10,7 +10,6 @@ from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report
 from svgpipe.manifests.manifest import Json
 from svgpipe.manifests.metrics_file import read_metrics
-from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, write_atomic
 from svgpipe.pipeline.chart import Chart, Value, chart
 from svgpipe.pipeline.page import Curve, Grid, curve, lineage, picture, render
@@ -18,6 +17,7 @@ from svgpipe.pipeline.paper import PAPER_ROWS
 from svgpipe.stages.comparison import RECONSTRUCTIONS
 from svgpipe.stages.decoded_images import decoded_images
 from svgpipe.stages.measure import ImageSet
+from svgpipe.stages.reference import Reference
 from svgpipe.stages.selection import evenly_spread
 
 REPORT_PAGE = "report.html"
@@ -25,7 +25,7 @@ MAX_COLUMNS = 10
 ROWS = 4
 
 
-def render_report(evaluation: Location, autoencoder: Location, diffusion: Location, reference: ShardSet) -> Location:
+def render_report(evaluation: Location, autoencoder: Location, diffusion: Location, reference: Reference) -> Location:
     """Write `report.html` into a finished evaluation; returns its path. Nothing is measured here."""
     manifest = EvaluationManifest.read(evaluation)
     report = Report.read(evaluation)
@@ -55,41 +55,48 @@ def render_report(evaluation: Location, autoencoder: Location, diffusion: Locati
 
 
 def _grids(
-    evaluation: Location, report: Report, samples: Sequence[Measured], best: Measured, reference: ShardSet
+    evaluation: Location, report: Report, samples: Sequence[Measured], best: Measured, reference: Reference
 ) -> list[Grid]:
     names, size = report.class_names, report.image_size
-    columns = min(len(names), MAX_COLUMNS)
-    classes = evenly_spread(len(names), columns)
 
     def by_class(images: ImageSet, rows: int) -> list[int]:
         labels = images.labels
-        members = [column for c in classes if (column := np.flatnonzero(labels == c)[:rows].tolist())]
+        found = np.unique(labels)
+        members = [np.flatnonzero(labels == found[c])[:rows].tolist() for c in evenly_spread(len(found), MAX_COLUMNS)]
         full_rows = min((len(column) for column in members), default=0)
         return [column[row] for row in range(full_rows) for column in members]
 
-    def grid(title: str, note: str, images: ImageSet, rows: int) -> Grid:
+    def grid(title: str, note: str, images: ImageSet, rows: int, of: Sequence[str] | None) -> Grid:
         chosen = by_class(images, rows)
-        pictures = [picture(images.pixels(i), names[int(images.labels[i])]) for i in chosen]
+        pictures = [picture(images.pixels(i), _caption(images, i, of)) for i in chosen]
         return Grid(title, note, len({int(images.labels[i]) for i in chosen}) or 1, pictures)
 
-    train, heldout = reference.usable("train"), reference.usable("heldout")
-    real = ImageSet(train, size)
-    grids = [grid("Real images", "from the training split", real, 2)]
-    rebuilt = decoded_images(evaluation, RECONSTRUCTIONS)
-    pool = heldout if len(heldout) >= 2 else train
-    originals = ImageSet([pool[i] for i in evenly_spread(len(pool), len(rebuilt))], size)
-    chosen = by_class(rebuilt, 1)
-    pairs = [picture(originals.pixels(i), names[int(originals.labels[i])]) for i in chosen]
-    pairs += [picture(rebuilt.pixels(i), "rebuilt") for i in chosen]
-    kind = "held-out" if pool is heldout else "training"
-    grids.append(Grid("Reconstructions", f"{kind} images above, encoded and decoded below", len(chosen) or 1, pairs))
+    grids = []
+    if reference.train:
+        note = "from the training split" if reference.kind == "shards" else f"from {reference.description}"
+        grids.append(grid("Real images", note, ImageSet(reference.train, size), 2, reference.class_names))
+    if any(r.role == "reconstructions" for r in report.results):
+        rebuilt = decoded_images(evaluation, RECONSTRUCTIONS)
+        pool = reference.heldout if len(reference.heldout) >= 2 else reference.train
+        originals = ImageSet([pool[i] for i in evenly_spread(len(pool), len(rebuilt))], size)
+        chosen = by_class(rebuilt, 1)
+        pairs = [picture(originals.pixels(i), _caption(originals, i, reference.class_names)) for i in chosen]
+        pairs += [picture(rebuilt.pixels(i), "rebuilt") for i in chosen]
+        kind = "held-out" if pool is reference.heldout else "reference"
+        note = f"{kind} images above, encoded and decoded below"
+        grids.append(Grid("Reconstructions", note, len(chosen) or 1, pairs))
     for guidance in dict.fromkeys(_sampler(r)["guidance"] for r in samples):
         grids.append(_side_by_side(evaluation, names, [r for r in samples if _sampler(r)["guidance"] == guidance]))
     settings = _sampler(best)
     title = f"Samples, {settings['steps']} step{'s' if settings['steps'] > 1 else ''}"
     note = f"guidance {settings['guidance']:g}, {settings['solver']}; the setting of least distance"
-    grids.append(grid(title, note, decoded_images(evaluation, best.name), ROWS))
+    grids.append(grid(title, note, decoded_images(evaluation, best.name), ROWS, names))
     return grids
+
+
+def _caption(images: ImageSet, i: int, names: Sequence[str] | None) -> str:
+    """The class, where there are names."""
+    return "image" if names is None else names[int(images.labels[i])]
 
 
 def _side_by_side(evaluation: Location, names: Sequence[str], samples: Sequence[Measured]) -> Grid:

@@ -18,6 +18,7 @@ from svgpipe.pipeline.demo import write_photographs
 from svgpipe.pipeline.report import render_report
 from svgpipe.stages.extract import extract
 from svgpipe.stages.progress import Progress
+from svgpipe.stages.reference import shard_reference
 from svgpipe.stages.sample_and_eval import sample_and_eval
 from svgpipe.stages.shard import shard
 from svgpipe.stages.train_autoencoder import train_autoencoder
@@ -117,14 +118,14 @@ def run_recipe(
             lambda: sample_and_eval(
                 layout.diffusion,
                 layout.autoencoder,
-                shards,
+                shard_reference(shards),
                 layout.evaluation,
                 recipe.evaluation,
                 resources=resources,
                 progress=progress,
             ),
         )
-    return render_report(layout.evaluation, layout.autoencoder, layout.diffusion, shards)
+    return render_report(layout.evaluation, layout.autoencoder, layout.diffusion, shard_reference(shards))
 
 
 def _find_source(source: str | None, workdir: Location) -> Path:

@@ -231,7 +231,12 @@ def _numbers(text: str | None, name: str) -> list[str]:
 def sample_and_eval(
     diffusion: Annotated[str, typer.Option("--diffusion", help="Finished diffusion model.")],
     autoencoder: AutoencoderOption,
-    reference: Annotated[str, typer.Option("--reference", help="Shard set that distances are measured against.")],
+    reference: Annotated[
+        str,
+        typer.Option(
+            "--reference", help="What to measure against: shard set, image folder, or .npz with mu and sigma."
+        ),
+    ],
     out: OutOption,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
@@ -253,17 +258,17 @@ def sample_and_eval(
 ) -> None:
     """A sweep of steps and guidance: latents, images, distances, report. Run again to resume."""
     from svgpipe.manifests.recipe_files import load_recipe
-    from svgpipe.manifests.shards import ShardSet
     from svgpipe.pipeline.cluster import connected
     from svgpipe.pipeline.console import ConsoleProgress
     from svgpipe.pipeline.report import render_report
     from svgpipe.stages.image_export import export_npz, export_png
+    from svgpipe.stages.reference import open_reference
     from svgpipe.stages.sample_and_eval import sample_and_eval as run_stage
 
     extra = _numbers(steps, "steps") + _numbers(guidance, "guidance")
     extra += [] if weights is None else [f'evaluation.weights="{weights}"']
     config = load_recipe(recipe, [*(overrides or []), *extra]).evaluation
-    opened = ShardSet.open(reference)
+    opened = open_reference(reference)
     resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
     model, decoder, directory = location(diffusion), location(autoencoder), location(out)
     with connected(address), ConsoleProgress() as progress:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,50 +11,27 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import load_tensors, save_tensors
-from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.evaluation import Measured, Report
 from svgpipe.manifests.figure import Figure
-from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.manifest import digest
 from svgpipe.manifests.recipe import EvaluationSection
-from svgpipe.manifests.shards import ShardFile, ShardSet, refs_of
+from svgpipe.manifests.shards import ShardFile, refs_of
 from svgpipe.manifests.storage import Location, make_directory
+from svgpipe.models.distances import FrechetTarget
 from svgpipe.stages.figures import mean_figure
 from svgpipe.stages.images import psnr
 from svgpipe.stages.measure import LOGITS, POOLED, Extractor, ImageSet
 from svgpipe.stages.metrics import NEIGHBOURS, Comparison, Features
 from svgpipe.stages.progress import Progress
+from svgpipe.stages.reference import RealSets, Reference
 from svgpipe.stages.sampling import SamplerSettings
-from svgpipe.stages.selection import evenly_spread
 
 RECONSTRUCTIONS, NOISE = "reconstructions", "decoded-noise"
 
 
-@dataclass(frozen=True)
-class RealSets:
-    """Real images of the reference: what is measured against, the floor, and what is reconstructed."""
-
-    reference: list[ImageRef]
-    heldout: list[ImageRef]
-    reconstructed: list[ImageRef]
-    size: int
-    class_names: list[str]
-
-    @classmethod
-    def of(cls, shards: ShardSet, config: EvaluationSection, size: int) -> RealSets:
-        """Choose them from a shard set. Raises ArtifactError with fewer than two training images."""
-        train, heldout = shards.usable("train"), shards.usable("heldout")
-        if len(train) < 2:
-            raise ArtifactError(f"{shards.directory}: expected at least two reference images, found {len(train)}.")
-        reference = [train[i] for i in evenly_spread(len(train), config.reference_images)]
-        floor = [heldout[i] for i in evenly_spread(len(heldout), config.num_samples)]
-        pool = heldout if len(heldout) >= 2 else train
-        reconstructed = [pool[i] for i in evenly_spread(len(pool), config.num_samples)]
-        return cls(reference, floor, reconstructed, size, shards.manifest.class_names)
-
-
 def compare(
     out: Location,
+    reference: Reference,
     sets: RealSets,
     images: dict[str, list[ShardFile]],
     settings: Sequence[SamplerSettings],
@@ -69,21 +46,28 @@ def compare(
 
     Args:
         out: evaluation directory; decoded images lie below it.
-        sets: real images. images: tars of every decoded set, by name.
+        reference: what is measured against. sets: its images. images: tars of every decoded set, by name.
         settings: the sweep, in order. class_names: of the diffusion model.
         pool: where features are kept, and found by other evaluations.
         config: batch size of the extractor, on which no number depends but by rounding; seed and number of resamplings.
     """
     size = sets.size
     generated = {name: ImageSet(refs_of(out / "images" / name, shards), size) for name, shards in images.items()}
-    everything = {"reference": ImageSet(sets.reference, size), **generated}
+    real = {"reference": ImageSet(sets.reference, size)} if sets.reference else {}
+    everything = {**real, **generated}
     not_measured = []
     if len(sets.heldout) >= 2:
         everything["heldout"] = ImageSet(sets.heldout, size)
     else:
         not_measured.append("held-out real images (the floor): the reference has fewer than two; shard with a holdout")
+    if not real:
+        not_measured.append(
+            "kernel distance, precision, recall and nearest classes: the reference is statistics, not images"
+        )
+    if RECONSTRUCTIONS not in generated:
+        not_measured.append("reconstructions: the reference has no images, or the autoencoder no alignment yet")
     same_classes = sets.class_names == class_names
-    if not same_classes:
+    if real and not same_classes:
         not_measured.append("share of samples nearest to their own class: the reference has other classes")
     if LOGITS not in extractor.layers:
         not_measured.append("Inception Score: it is defined by Inception's classes, and another extractor was chosen")
@@ -98,7 +82,7 @@ def compare(
         labels = torch.from_numpy(image_set.labels) if labelled else None
         features[name] = Features(found[POOLED], found.get(LOGITS), labels)
         progress.advance(1, name)
-    comparison = Comparison(features["reference"], config.bootstrap, config.seed)
+    comparison = Comparison(features.get("reference"), config.bootstrap, config.seed, _target(reference))
     roles: dict[str, Any] = {"heldout": "heldout", RECONSTRUCTIONS: "reconstructions", NOISE: "decoded-noise"}
     results = []
     progress.begin("compare", len(features) - 1)
@@ -114,12 +98,22 @@ def compare(
     return Report(
         metric=extractor.metric,
         extractor=extractor.description,
-        reference={"num_images": len(sets.reference), "content": everything["reference"].digest, "split": "train"},
+        reference={
+            "kind": reference.kind,
+            "description": reference.description,
+            "num_images": len(sets.reference) if real else None,
+            "content": real["reference"].digest if real else reference.ref.fingerprint,
+        },
         image_size=size,
         class_names=class_names,
         results=results,
         not_measured=not_measured,
     )
+
+
+def _target(reference: Reference) -> FrechetTarget | None:
+    statistics = reference.statistics
+    return None if statistics is None else FrechetTarget(statistics.mean, statistics.covariance)
 
 
 def extracted(pool: Location, name: str, images: ImageSet, extractor: Extractor, batch_size: int) -> dict[str, Tensor]:

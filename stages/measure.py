@@ -93,6 +93,7 @@ class Extractor:
     layers: dict[str, str]  # POOLED, and LOGITS where it has them, by what the module calls them
     metric: str
     description: dict[str, Any]
+    dimensions: int  # of POOLED
 
     @torch.no_grad()
     def features(self, images: ImageSet, batch_size: int) -> dict[str, Tensor]:
@@ -118,6 +119,7 @@ def load_extractor(config: ExtractorSection, backbone: Backbone) -> Extractor:
             {POOLED: POOLED},
             f"Fréchet distance in {name} space (not FID)",
             {"kind": "backbone", "name": name, "weights": state_digest(backbone.state_dict())},
+            int(backbone.model.head_hidden_size),
         )
     path = None if config.weights == "hub" else Path(config.weights)
     if path is not None:
@@ -138,5 +140,9 @@ def load_extractor(config: ExtractorSection, backbone: Backbone) -> Extractor:
         ) from error
     weights = file_sha256(path) if path is not None else state_digest(module.state_dict())
     return Extractor(
-        module.eval(), INCEPTION_LAYERS, "FID", {"kind": "inception", "name": "inception-v3-compat", "weights": weights}
+        module.eval(),
+        INCEPTION_LAYERS,
+        "FID",
+        {"kind": "inception", "name": "inception-v3-compat", "weights": weights},
+        int(INCEPTION_LAYERS[POOLED]),
     )

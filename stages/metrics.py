@@ -32,14 +32,21 @@ class Features:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What sets are measured against, and how often they are resampled for the intervals (0: no intervals)."""
+    """What sets are measured against, and how often they are resampled for the intervals (0: no intervals).
 
-    reference: Features
+    Without features of reference images there is a Fréchet distance only, to the `target` that is given instead.
+    """
+
+    reference: Features | None
     replicates: int
     seed: int
+    target: FrechetTarget | None = None
 
     @cached_property
     def _target(self) -> FrechetTarget:
+        if self.target is not None:
+            return self.target
+        assert self.reference is not None, "either images or statistics are what is measured against"
         return FrechetTarget.of(self.reference.pooled)
 
     def measure(self, found: Features) -> dict[str, Figure | None]:
@@ -48,8 +55,8 @@ class Comparison:
             "frechet_distance": self.frechet(found.pooled),
             "kernel_distance": self.kernel(found.pooled),
             "inception_score": None if found.logits is None else self._inception_score(found.logits),
-            "precision": self._coverage(found.pooled, self.reference.pooled),
-            "recall": self._coverage(self.reference.pooled, found.pooled),
+            "precision": self._coverage(found, self.reference),
+            "recall": self._coverage(self.reference, found),
             "class_accuracy": self._class_accuracy(found),
         }
 
@@ -59,8 +66,10 @@ class Comparison:
         value, *replicates = self._target.distances(pooled, [torch.arange(len(pooled)), *resampled])
         return figure(value, replicates, len(pooled))
 
-    def kernel(self, pooled: Tensor) -> Figure:
+    def kernel(self, pooled: Tensor) -> Figure | None:
         """Kernel distance of (n,D) features to the reference; its interval is over the subsets, where they differ."""
+        if self.reference is None:
+            return None
         values = kernel_distances(pooled, self.reference.pooled)
         differ = max(len(pooled), len(self.reference.pooled)) > KERNEL_SUBSET_SIZE
         return mean_figure(values, self.replicates if differ else 0, self.seed, len(pooled))
@@ -69,13 +78,13 @@ class Comparison:
         resampled = [inception_score(logits[pick]) for pick in picks(len(logits), self.replicates, self.seed)]
         return figure(inception_score(logits), resampled, len(logits))
 
-    def _coverage(self, first: Tensor, by: Tensor) -> Figure | None:
-        if len(by) <= NEIGHBOURS:
+    def _coverage(self, first: Features | None, by: Features | None) -> Figure | None:
+        if first is None or by is None or len(by.pooled) <= NEIGHBOURS:
             return None
-        return mean_figure(covered(first, by, NEIGHBOURS), self.replicates, self.seed)
+        return mean_figure(covered(first.pooled, by.pooled, NEIGHBOURS), self.replicates, self.seed)
 
     def _class_accuracy(self, found: Features) -> Figure | None:
-        if found.labels is None or self.reference.labels is None:
+        if found.labels is None or self.reference is None or self.reference.labels is None:
             return None
         hits = nearest_class_hits(self.reference.pooled, self.reference.labels, found.pooled, found.labels)
         return None if hits is None else mean_figure(hits, self.replicates, self.seed)

@@ -20,15 +20,15 @@ from svgpipe.manifests.evaluation import EvaluationManifest, LatentsRef
 from svgpipe.manifests.manifest import WorkDir, digest, require_same
 from svgpipe.manifests.recipe import AutoencoderSection, EvaluationSection
 from svgpipe.manifests.report_file import REPORT_NAME
-from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, absolute, file_sha256
 from svgpipe.stages.align import measure_alignment, needs_alignment
-from svgpipe.stages.comparison import NOISE, RECONSTRUCTIONS, RealSets, compare
+from svgpipe.stages.comparison import NOISE, RECONSTRUCTIONS, compare
 from svgpipe.stages.decoded_images import ImageJob, decode
 from svgpipe.stages.encoder import build_backbone
 from svgpipe.stages.latents import Sampler, draw
 from svgpipe.stages.measure import load_extractor
 from svgpipe.stages.progress import Progress, Recorded
+from svgpipe.stages.reference import RealSets, Reference, require_dimensions
 from svgpipe.stages.trained_diffusion import open_diffusion
 from svgpipe.stages.units import Resources
 
@@ -36,7 +36,7 @@ from svgpipe.stages.units import Resources
 def sample_and_eval(
     diffusion: Location,
     autoencoder: Location,
-    reference: ShardSet,
+    reference: Reference,
     out: Location,
     config: EvaluationSection,
     *,
@@ -49,14 +49,15 @@ def sample_and_eval(
 
     Args:
         diffusion: finished diffusion model. autoencoder: the one whose latents it was trained on.
-        reference: shard set; its training split is what distances are measured against.
+        reference: what distances are measured against; of a shard set, its training split.
         out: directory to create or resume.
         guide: a worse model of the same cache, finished or a checkpoint, for autoguidance.
         pool: holds `latents` and `features`, which other sweeps find there; without it, where `out` lies.
     Raises:
         MismatchError: the autoencoder is not the one that made the cache, the guide draws other latents, or `out`
             holds another sweep.
-        ArtifactError: missing weights or images. UsageError: a guidance mode that does not exist, no such weights.
+        ArtifactError: missing weights or images. UsageError: a guidance mode that does not exist, no such weights, or
+            statistics of other features than the extractor's.
         BusyError: another process works in `out`, or draws the same latents.
     """
     resources = resources or Resources()
@@ -73,7 +74,7 @@ def sample_and_eval(
     inputs = {
         "diffusion": manifest.as_input(diffusion),
         "autoencoder": encoder.as_input(autoencoder),
-        "reference": reference.as_input(),
+        "reference": reference.ref,
         **sampler.guide_input(config),
     }
     with WorkDir(out, EvaluationManifest, config.model_dump(mode="json"), inputs) as work:
@@ -84,8 +85,11 @@ def sample_and_eval(
             config.extractor,
             build_backbone(AutoencoderSection.model_validate(encoder.config).backbone, encoder.image_size, autoencoder),
         )
+        require_dimensions(reference, extractor.dimensions, extractor.description["name"])
         progress = Recorded(progress, out)
-        if needs_alignment(autoencoder, encoder):
+        sets = RealSets.of(reference, config, encoder.image_size)
+        can_encode = not needs_alignment(autoencoder, encoder)
+        if not can_encode and reference.shards is not None:
             arguments = {
                 "autoencoder": absolute(autoencoder),
                 "batch_size": config.batch_size,
@@ -93,15 +97,16 @@ def sample_and_eval(
                 "compiled": False,
                 "threads": resources.threads,
             }
-            measure_alignment(reference, autoencoder, encoder, arguments, resources, progress)
+            measure_alignment(reference.shards, autoencoder, encoder, arguments, resources, progress)
+            can_encode = True
         pool = pool or out.parent
         drawn = draw(sampler, settings, config, pool / "latents", resources=resources, progress=progress)
-        sets = RealSets.of(reference, config, encoder.image_size)
+        rebuilt = ImageJob(RECONSTRUCTIONS, len(sets.reconstructed), originals=sets.reconstructed)
         mean, std = sampler.model.statistics()
         images = decode(
             [
                 *(ImageJob(one.setting.name, config.num_samples, store=one.store.path) for one in drawn),
-                ImageJob(RECONSTRUCTIONS, len(sets.reconstructed), originals=sets.reconstructed),
+                *([rebuilt] if can_encode and sets.reconstructed else []),
                 ImageJob(NOISE, config.num_samples),
             ],
             autoencoder,
@@ -117,6 +122,7 @@ def sample_and_eval(
         )
         report = compare(
             out,
+            reference,
             sets,
             images,
             settings,

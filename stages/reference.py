@@ -1,0 +1,178 @@
+"""What generated images are measured against: a shard set, a folder of images, or statistics as ADM publishes them."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svgpipe.manifests.errors import ArtifactError, UsageError
+from svgpipe.manifests.index import ImageRef
+from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, digest
+from svgpipe.manifests.recipe import EvaluationSection
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.storage import file_sha256, location
+from svgpipe.stages.images import EXTENSIONS, RejectedImageError, check_header
+from svgpipe.stages.selection import evenly_spread
+
+MEAN, COVARIANCE = "mu", "sigma"
+READERS = 16
+FEWEST = 2
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean (D,) and covariance (D,D) of features that somebody else has computed, float64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images or their statistics, and where they are from."""
+
+    kind: Literal["shards", "folder", "statistics"]
+    path: str
+    ref: InputRef
+    train: Sequence[ImageRef] = ()
+    heldout: Sequence[ImageRef] = ()
+    class_names: Sequence[str] | None = None
+    shards: ShardSet | None = None
+    statistics: Statistics | None = None
+
+    @property
+    def description(self) -> str:
+        """For a report, as in `against …`."""
+        return {
+            "shards": "real images of the training split",
+            "folder": f"the images in {self.path}",
+            "statistics": f"the statistics in {self.path}",
+        }[self.kind]
+
+
+def open_reference(spec: str) -> Reference:
+    """Open a shard set (its directory or tars), an image folder, or an .npz with `mu` and `sigma`.
+
+    Raises:
+        ArtifactError: nothing there, or what is there cannot be read; each image is looked at.
+        UsageError: as `ShardSet.open`.
+    """
+    if spec.endswith(".npz"):
+        return _statistics(Path(spec))
+    directory = location(spec)
+    finished = (directory / MANIFEST_NAME).exists() or (directory / PLAN_NAME).exists()
+    if isinstance(directory, Path) and directory.is_dir() and not finished:
+        return _folder(directory)
+    return shard_reference(ShardSet.open(spec))
+
+
+def shard_reference(shards: ShardSet) -> Reference:
+    """The training split of a shard set; its held-out images are the floor."""
+    names = shards.manifest.class_names
+    found = Reference(
+        "shards",
+        str(shards.directory),
+        shards.as_input(),
+        shards.usable("train"),
+        shards.usable("heldout"),
+        names,
+        shards,
+    )
+    if len(found.train) < FEWEST:
+        raise ArtifactError(
+            f"{shards.directory}: expected at least two reference images, found {len(found.train)} in training tars."
+        )
+    return found
+
+
+def _folder(directory: Path) -> Reference:
+    """Every image below it, in the order of their paths; the classes are its folders, if no image lies outside them."""
+    paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    if len(paths) < FEWEST:
+        raise ArtifactError(
+            f"{directory}: expected a shard set, or a folder with at least two JPEG, PNG or WebP images; "
+            f"found {len(paths)}."
+        )
+    places = [path.relative_to(directory).parts for path in paths]
+    classes = sorted({parts[0] for parts in places}) if all(len(parts) > 1 for parts in places) else None
+    with ThreadPoolExecutor(READERS) as readers:
+        looked = list(readers.map(_look, paths))
+    refs = [
+        ImageRef(path, 0, size, sha256, path.stem, 0 if classes is None else classes.index(parts[0]))
+        for path, parts, (size, sha256) in zip(paths, places, looked, strict=True)
+    ]
+    content = digest([["/".join(parts), ref.sha256] for parts, ref in zip(places, refs, strict=True)])
+    ref = InputRef(kind="image-folder", fingerprint=content, path=str(directory), config={"images": len(refs)})
+    return Reference("folder", str(directory), ref, refs, class_names=classes)
+
+
+def _look(path: Path) -> tuple[int, str]:
+    """Size and sha256 of a file whose header is an image's. Raises ArtifactError for any other."""
+    data = path.read_bytes()
+    try:
+        check_header(data)
+    except RejectedImageError as error:
+        raise ArtifactError(f"{path}: cannot be a reference image: {error}. Remove it or repair it.") from error
+    return len(data), hashlib.sha256(data).hexdigest()
+
+
+def _statistics(path: Path) -> Reference:
+    if not path.is_file():
+        raise ArtifactError(f"{path}: expected an .npz with {MEAN} and {COVARIANCE}, found no such file.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            held = list(archive.files)
+            arrays = [np.asarray(archive[name], np.float64) for name in (MEAN, COVARIANCE) if name in held]
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ArtifactError(f"{path}: not a readable .npz file: {error}") from error
+    if len(arrays) != 2:
+        raise ArtifactError(f"{path}: expected arrays {MEAN} and {COVARIANCE}, found {', '.join(held) or 'none'}.")
+    mean, covariance = arrays
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not np.isfinite(covariance).all():
+        raise ArtifactError(
+            f"{path}: expected {MEAN} (D,) and a finite {COVARIANCE} (D,D), found {mean.shape} and {covariance.shape}."
+        )
+    ref = InputRef(kind="statistics", fingerprint=file_sha256(path), path=str(path), config={"dimensions": len(mean)})
+    statistics = Statistics(torch.from_numpy(mean), torch.from_numpy(covariance))
+    return Reference("statistics", str(path), ref, statistics=statistics)
+
+
+def require_dimensions(reference: Reference, dimensions: int, extractor: str) -> None:
+    """Raise UsageError where statistics are of other features than the extractor's."""
+    if reference.statistics is not None and (found := len(reference.statistics.mean)) != dimensions:
+        raise UsageError(
+            f"{reference.path}: holds statistics of {found} dimensions, but {extractor} gives {dimensions}. ADM's are "
+            "of Inception: --set evaluation.extractor.kind=inception."
+        )
+
+
+@dataclass(frozen=True)
+class RealSets:
+    """Real images of a reference: what is measured against, the floor, and what is reconstructed; each may be empty."""
+
+    reference: list[ImageRef]
+    heldout: list[ImageRef]
+    reconstructed: list[ImageRef]
+    size: int
+    class_names: list[str] | None
+
+    @classmethod
+    def of(cls, found: Reference, config: EvaluationSection, size: int) -> RealSets:
+        """Choose them."""
+        train, heldout = found.train, found.heldout
+        reference = [train[i] for i in evenly_spread(len(train), config.reference_images)]
+        floor = [heldout[i] for i in evenly_spread(len(heldout), config.num_samples)]
+        pool = heldout if len(heldout) >= FEWEST else train
+        reconstructed = [pool[i] for i in evenly_spread(len(pool), config.num_samples)]
+        return cls(
+            reference, floor, reconstructed, size, None if found.class_names is None else list(found.class_names)
+        )

@@ -1,0 +1,110 @@
+"""What samples are measured against: shard sets, image folders, and statistics in an .npz."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.evaluation import Report
+from svgpipe.stages.reference import open_reference
+
+from .conftest import Finished, Outcome
+
+ONE = ["--steps", "2", "--guidance", "1.0"]
+
+
+def eval_args(finished: Finished, reference: Path, out: Path, *more: object) -> list[object]:
+    """A setting that the finished sweep has drawn already."""
+    return [
+        "sample-and-eval",
+        *("--diffusion", finished.root / "diffusion"),
+        *("--autoencoder", finished.root / "autoencoder"),
+        *("--reference", reference),
+        *("--out", out),
+        *("--pool", finished.root),
+        *("--recipe", finished.recipe_file),
+        *ONE,
+        *more,
+    ]
+
+
+@pytest.mark.slow
+def test_statistics_of_the_same_images_give_the_same_distance(
+    finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    (file,) = (finished.root / "features").glob("reference-*.safetensors")
+    pooled = load_file(file)["pooled"].double().numpy()
+    np.savez(tmp_path / "stats.npz", mu=pooled.mean(0), sigma=np.cov(pooled, rowvar=False), mu_s=np.zeros(3))
+    out = tmp_path / "out"
+    done = svgpipe(*eval_args(finished, tmp_path / "stats.npz", out))
+    assert done.code == 0, done.err
+    expected = {r.name: r for r in Report.read(finished.root / "evaluation").results}
+    report = Report.read(out)
+    assert [r.role for r in report.results] == ["samples", "decoded-noise"]
+    for found in report.results:
+        one, other = found.frechet_distance, expected[found.name].frechet_distance
+        assert one.value == pytest.approx(other.value, rel=1e-6)
+        assert one.low == pytest.approx(other.low, rel=1e-4)
+        assert found.kernel_distance is None and found.precision is None
+    assert report.reference["kind"] == "statistics" and any("statistics" in why for why in report.not_measured)
+    page = (out / "report.html").read_text()
+    assert "the statistics in" in page and "Not measured: kernel distance" in page
+    assert svgpipe("verify", out, "--deep").code == 0
+
+
+@pytest.mark.slow
+def test_a_folder_of_images_is_a_reference(
+    finished: Finished, photographs: Path, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    done = svgpipe(*eval_args(finished, photographs, tmp_path / "out"))
+    assert done.code == 0, done.err
+    report = Report.read(tmp_path / "out")
+    assert report.reference["num_images"] == 36 and report.reference["kind"] == "folder"
+    roles = {r.role: r for r in report.results}
+    assert set(roles) == {"samples", "reconstructions", "decoded-noise"}
+    assert roles["samples"].class_accuracy is not None  # its class folders are the model's classes
+    assert (tmp_path / "out" / "report.html").read_text().count("<h2") >= 5
+
+
+def test_a_folder_is_known_by_its_content(photographs: Path, tmp_path: Path) -> None:
+    found = open_reference(str(photographs))
+    assert found.class_names == ["astronaut", "cat", "coffee"] and len(found.train) == 36
+    assert {ref.label for ref in found.train} == {0, 1, 2}
+    assert found.train[0].read()[:2] in (b"\xff\xd8", b"\x89P")
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(photographs, copy)
+    assert open_reference(str(copy)).ref.fingerprint == found.ref.fingerprint
+    first = sorted((copy / "cat").iterdir())[0]
+    shutil.copy(first, copy / "loose.png")
+    loose = open_reference(str(copy))
+    assert loose.class_names is None and loose.ref.fingerprint != found.ref.fingerprint
+    first.write_bytes(b"no image")
+    with pytest.raises(ArtifactError, match=f"{first.name}: cannot be a reference image"):
+        open_reference(str(copy))
+
+
+def test_what_is_no_reference_is_refused(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
+    def refused(reference: Path, *more: object) -> Outcome:
+        return svgpipe(*eval_args(finished, reference, tmp_path / "out", *more))
+
+    (tmp_path / "empty").mkdir()
+    assert "found 0" in refused(tmp_path / "empty").err
+    gone = refused(tmp_path / "gone.npz")
+    assert gone.code == 1 and "no such file" in gone.err
+    np.savez(tmp_path / "half.npz", mu=np.zeros(4), arr_0=np.zeros(1))
+    assert "found mu, arr_0" in refused(tmp_path / "half.npz").err
+    np.savez(tmp_path / "odd.npz", mu=np.zeros(4), sigma=np.zeros((4, 3)))
+    assert "(4,) and (4, 3)" in refused(tmp_path / "odd.npz").err
+    (tmp_path / "text.npz").write_text("nothing of the kind")
+    assert "not a readable .npz" in refused(tmp_path / "text.npz").err
+    np.savez(tmp_path / "pickled.npz", mu=np.array([{}], object), sigma=np.zeros((1, 1)))
+    assert "not a readable .npz" in refused(tmp_path / "pickled.npz").err
+    np.savez(tmp_path / "four.npz", mu=np.zeros(4), sigma=np.eye(4))
+    other = refused(tmp_path / "four.npz")
+    assert other.code == 2 and "4 dimensions" in other.err and "gives 1280" in other.err
