@@ -235,8 +235,20 @@ class DiffusionSection(Section):
 class ExtractorSection(Section):
     """What distances are measured with."""
 
-    kind: Literal["inception", "backbone"] = "inception"
-    weights: str = Field("hub", description="inception: torch-fidelity's file, or hub to download it.")
+    kind: Literal["inception", "backbone", "timm"] = Field(
+        "inception", description="torch-fidelity's Inception, the autoencoder's own backbone, or any timm model."
+    )
+    weights: str = Field(
+        "hub",
+        description="inception: torch-fidelity's file, or hub to download it; timm: as backbone.weights.",
+    )
+    name: str | None = Field(None, description="timm: name of the model.")
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if (self.kind == "timm") != (self.name is not None):
+            raise ValueError("name is the timm model's, and belongs to kind timm alone")
+        return self
 
 
 class EvaluationSection(Section):

@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,13 +31,19 @@ def _say_once_no_cuda() -> None:
     log.info("no CUDA device: attention by PyTorch's scaled_dot_product_attention")
 
 
+# torch.compile would look into the cache's wrapper, and warn of it; this it calls as it is, once.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _say_no_cuda() -> None:
+    _say_once_no_cuda()
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v: three (B,heads,T,D) → (B,heads,T,D).
 
     xformers on CUDA where it is installed, else PyTorch SDPA; one log line says which.
     """
     if not q.is_cuda:
-        _say_once_no_cuda()
+        _say_no_cuda()
     elif (kernel := _xformers()) is not None:
         out = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return out.transpose(1, 2)

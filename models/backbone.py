@@ -211,6 +211,21 @@ class Backbone(nn.Module):
         rope.periods.copy_(periods.to(rope.periods))
 
 
+def own_input(name: str) -> tuple[int, int | None]:
+    """Pixels per side that a timm model was made for, and the feature level that `Backbone` wants of it: its last.
+
+    Raises:
+        ValueError: timm does not know the name.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f"expected a timm model name, found {name!r}")
+    with torch.device("meta"):
+        model = timm.create_model(name.split(".")[0], pretrained=False, num_classes=0)
+    cfg = timm.get_pretrained_cfg(name) or model.pretrained_cfg
+    size = cfg["input_size"] if isinstance(cfg, dict) else cfg.input_size
+    return int(size[-1]), None if hasattr(model, "num_prefix_tokens") else -1
+
+
 def _is_dynamic(model: nn.Module) -> bool:
     return bool(getattr(model, "dynamic_img_size", False))
 

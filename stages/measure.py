@@ -22,13 +22,13 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
-from svgpipe.manifests.errors import ArtifactError, first_line
+from svgpipe.manifests.errors import ArtifactError, UsageError, first_line
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.manifest import digest
-from svgpipe.manifests.recipe import ExtractorSection
+from svgpipe.manifests.recipe import BackboneSection, ExtractorSection
 from svgpipe.manifests.storage import file_sha256
-from svgpipe.models.backbone import Backbone
-from svgpipe.stages.encoder import read_weight_file, state_digest
+from svgpipe.models.backbone import Backbone, own_input
+from svgpipe.stages.encoder import build_backbone, read_weight_file, state_digest
 from svgpipe.stages.images import RGBArray, centre_crop, decode_image, to_array
 from svgpipe.stages.training import pick_device
 
@@ -105,20 +105,25 @@ class Extractor:
         return {name: torch.as_tensor(found[layer]).float() for name, layer in self.layers.items()}
 
 
-def load_extractor(config: ExtractorSection, backbone: Backbone) -> Extractor:
+def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "evaluation.extractor") -> Extractor:
     """The extractor that the recipe names.
 
+    Args:
+        backbone: of the autoencoder, for kind `backbone`.
+        where: dotted name of the section in the recipe, for messages.
     Raises:
-        ArtifactError: Inception weights that are neither given nor to be downloaded; which file, from where,
-            and which option.
+        ArtifactError: weights that are neither given nor to be downloaded; which file, from where, and which option.
+        UsageError: an unknown timm model.
     """
-    if config.kind == "backbone":
+    if config.kind == "timm":
+        backbone = _timm(config, where)
+    if config.kind != "inception":
         name = backbone.name
         return Extractor(
             BackboneExtractor(backbone).eval(),
             {POOLED: POOLED},
             f"Fréchet distance in {name} space (not FID)",
-            {"kind": "backbone", "name": name, "weights": state_digest(backbone.state_dict())},
+            {"kind": config.kind, "name": name, "weights": state_digest(backbone.state_dict())},
             int(backbone.model.head_hidden_size),
         )
     path = None if config.weights == "hub" else Path(config.weights)
@@ -134,9 +139,9 @@ def load_extractor(config: ExtractorSection, backbone: Backbone) -> Extractor:
             )
     except Exception as error:  # urllib's kinds and torch's for a damaged file
         raise ArtifactError(
-            f"evaluation.extractor: Inception weights could not be loaded ({first_line(error)}). "
-            f"Download {INCEPTION_URL} and give it with --set evaluation.extractor.weights=FILE, or measure in the "
-            "backbone's space with --set evaluation.extractor.kind=backbone."
+            f"{where}: Inception weights could not be loaded ({first_line(error)}). "
+            f"Download {INCEPTION_URL} and give it with --set {where}.weights=FILE, or measure in the "
+            f"backbone's space with --set {where}.kind=backbone."
         ) from error
     weights = file_sha256(path) if path is not None else state_digest(module.state_dict())
     return Extractor(
@@ -146,3 +151,14 @@ def load_extractor(config: ExtractorSection, backbone: Backbone) -> Extractor:
         {"kind": "inception", "name": "inception-v3-compat", "weights": weights},
         int(INCEPTION_LAYERS[POOLED]),
     )
+
+
+def _timm(config: ExtractorSection, where: str) -> Backbone:
+    """Any timm model, at its own input size, pooled as its classifier would see it."""
+    assert config.name is not None, "the section is validated"
+    try:
+        size, level = own_input(config.name)
+    except ValueError as error:
+        raise UsageError(f"{where}.name: {error}") from error
+    section = BackboneSection(name=config.name, weights=config.weights, input_size=size, feature_level=level)
+    return build_backbone(section, size, where=where, pooled=True)

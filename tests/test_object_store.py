@@ -124,6 +124,22 @@ def test_extraction_is_killed_resumes_and_reads_and_is_repaired(
     assert svgpipe("verify", uploaded / "model", "--deep").code == 0
     assert "feature-cache" in svgpipe("inspect", remote).out
 
+    sampled = run_elsewhere(
+        [
+            "sample-and-eval",
+            *("--diffusion", uploaded / "model"),
+            *("--autoencoder", uploaded / "autoencoder"),
+            *("--reference", uploaded / "shards"),
+            *("--out", uploaded / "evaluation"),
+            *("--recipe", finished.recipe_file),
+        ]
+    )
+    assert sampled.returncode == 0, sampled.stderr
+    report = (uploaded / "evaluation" / "report.json").read_bytes()
+    assert report == (finished.root / "evaluation" / "report.json").read_bytes()
+    assert (uploaded / "evaluation" / "report.html").exists()
+    assert svgpipe("verify", uploaded / "evaluation", "--deep").code == 0
+
 
 def test_shards_are_written_and_read_there(
     bucket: Location, photographs: Path, finished: Finished, svgpipe: Callable[..., Outcome]

@@ -15,12 +15,15 @@ import webdataset as wds
 from torch_fidelity import feature_extractor_inceptionv3
 
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
+from svgpipe.manifests.recipe import ExtractorSection
 from svgpipe.manifests.storage import file_sha256
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.models.sampler import time_grid
 from svgpipe.stages.decoded_images import decoded_images
 from svgpipe.stages.decoding import latent_decoder
+from svgpipe.stages.encoder import build_backbone
 from svgpipe.stages.images import decode_image, to_array
+from svgpipe.stages.measure import load_extractor
 from svgpipe.stages.sampling import SamplerSettings, draw_latents, initial_noise, labels_of
 from svgpipe.stages.trained_diffusion import open_diffusion
 
@@ -330,12 +333,30 @@ def test_inception_from_a_file_is_called_fid(
     assert "inception.pth: not a readable weight file" in found.err
 
 
+@pytest.mark.parametrize(("name", "dimensions"), [("vit_tiny_patch16_224", 192), ("resnet10t", 512)])
+def test_any_timm_model_is_an_extractor(finished: Finished, name: str, dimensions: int) -> None:
+    own = build_backbone(finished.recipe.autoencoder.backbone, 32)
+    extractor = load_extractor(ExtractorSection(kind="timm", name=name, weights="random"), own)
+    images = decoded_images(finished.root / "evaluation", "reconstructions")
+    found = extractor.features(images, 4)
+    assert set(found) == {"pooled"} and found["pooled"].shape == (6, dimensions) == (6, extractor.dimensions)
+    assert extractor.metric == f"Fréchet distance in {name} space (not FID)"
+    assert extractor.description["kind"] == "timm" and extractor.description["weights"]
+
+
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
         ("evaluation.extractor.kind=inception", 1, ["Inception weights", "weights=FILE", "kind=backbone", "https://"]),
         ("evaluation.guidance_mode=interval", 2, ["guidance_mode", "interval-LO-HI", "'interval'"]),
         ("evaluation.steps=[]", 2, ["at least one value"]),
+        ("evaluation.extractor={kind: timm, name: resnetty}", 2, ["extractor.name", "timm model name", "resnetty"]),
+        ("evaluation.extractor={kind: timm}", 2, ["extractor", "kind timm"]),
+        (
+            "evaluation.extractor={kind: timm, name: resnet10t, weights: gone.pth}",
+            1,
+            ["gone.pth: expected a weight file"],
+        ),
     ],
 )
 def test_what_cannot_be_evaluated(
