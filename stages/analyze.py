@@ -15,7 +15,7 @@ from pydantic import Field
 
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import EMA
-from svgpipe.manifests.errors import ArtifactError, MismatchError
+from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.figure import Record
 from svgpipe.manifests.storage import Location
 from svgpipe.stages.class_geometry import Distances, class_distances, tsne
@@ -28,6 +28,7 @@ from svgpipe.stages.training import pick_device
 from svgpipe.stages.velocity_agreement import Agreement, mean_parted, velocity_agreement
 
 CLASSES, PER_CLASS = 10, 64
+MOST_IMAGES = 4096  # every pair of them is looked at
 RESAMPLINGS = 100
 
 
@@ -83,9 +84,15 @@ def analyze(
         seed: of the halves and noises, the t-SNE and the bootstrap.
     Raises:
         MismatchError: a model that was trained on none of the caches, or two on the same one.
-        ArtifactError: a cache in which fewer than two classes have two valid images. UsageError: no such weights.
+        ArtifactError: a cache in which fewer than two classes have two valid images. UsageError: no such weights, or
+            more than 4096 images.
     """
     progress = progress or Silent()
+    if classes * per_class > MOST_IMAGES:
+        raise UsageError(
+            f"--classes {classes} times --per-class {per_class}: expected at most {MOST_IMAGES} images, found "
+            f"{classes * per_class}. Every pair of them is compared; fewer say as much."
+        )
     trained = _assign(caches, models)
     found = []
     for cache in caches:

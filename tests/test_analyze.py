@@ -122,3 +122,5 @@ def test_a_model_of_another_cache_is_refused(
     assert svgpipe("requantize", finished.root / "cache", small).code == 0
     done = svgpipe("analyze", small, "--diffusion", finished.root / "diffusion")
     assert done.code == 1 and "none of those given" in done.err
+    many = svgpipe("analyze", small, "--classes", 1000, "--per-class", 50)
+    assert many.code == 2 and "at most 4096 images" in many.err
