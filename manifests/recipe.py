@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Precision = Literal["float32", "bfloat16"]
+from svgpipe.manifests.precision import Precision
+
 Labels = Literal["equal", "drawn"]
 WEIGHTS = r"^(raw|ema|(ema-)?0(\.\d+)?)$"
 Positive = Annotated[int, Field(gt=0)]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.recipe import Precision
+from svgpipe.manifests.precision import Precision
 from svgpipe.manifests.storage import Location
 from svgpipe.stages.encoder import load_autoencoder
 from svgpipe.stages.images import RGBArray

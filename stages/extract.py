@@ -43,6 +43,7 @@ from svgpipe.stages.extract_tasks import ReadImages, WriteUnit
 from svgpipe.stages.progress import Progress, Recorded
 from svgpipe.stages.rejects import RejectTally
 from svgpipe.stages.timings import Timings
+from svgpipe.stages.training import warn_if_imitated
 from svgpipe.stages.units import Resources, run_units
 
 MAX_REJECTS = 0.001
@@ -117,6 +118,8 @@ class _Job:
 
     def run(self, work: WorkDir[CacheManifest]) -> CacheManifest:
         spec, out = self.spec, work.path
+        if not self.resources.gpus_per_worker:
+            warn_if_imitated(self.config.precision)  # here, since nobody reads what a worker logs
         # What indexing has rejected is known before anything is encoded.
         known = int(self.shards.rows.rejected.sum())
         RejectTally(spec.num_samples, self.max_rejects).add(

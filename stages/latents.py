@@ -30,7 +30,7 @@ from svgpipe.stages.eval_tasks import WriteLatents, pass_on
 from svgpipe.stages.progress import Progress
 from svgpipe.stages.sampling import SamplerSettings, draw_latents, labels_of
 from svgpipe.stages.trained_diffusion import TrainedDiffusion
-from svgpipe.stages.training import is_compiled
+from svgpipe.stages.training import is_compiled, warn_if_imitated
 from svgpipe.stages.units import Resources, Row, run_units, start_worker
 
 
@@ -116,6 +116,8 @@ def draw(
     Raises:
         BusyError: another process draws the same latents now. ArtifactError: latents that are not finite.
     """
+    if not resources.gpus_per_worker:
+        warn_if_imitated(config.precision)  # here, since nobody reads what a worker logs
     unit_rows = config.unit_rows
     units = -(-config.num_samples // unit_rows)
     with ExitStack() as locks:

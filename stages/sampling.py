@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svgpipe.manifests.checkpoint import (
-    EMA,
-)
-from svgpipe.manifests.recipe import DiffusionSection, DiTSection, Labels, Precision
+from svgpipe.manifests.checkpoint import EMA
+from svgpipe.manifests.precision import Precision
+from svgpipe.manifests.recipe import DiffusionSection, DiTSection, Labels
 from svgpipe.models.dit import DiT
 from svgpipe.models.sampler import Guidance, Solver, sample
 from svgpipe.stages.team import Team

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import math
 import signal
 import threading
@@ -14,7 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from svgpipe.manifests.recipe import Precision, ScheduleSection
+from svgpipe.manifests.precision import Precision, computes_bfloat16
+from svgpipe.manifests.recipe import ScheduleSection
+
+log = logging.getLogger(__name__)
 
 
 def seed_of(*parts: int | str) -> int:
@@ -39,10 +44,22 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """bfloat16 autocast, or nothing for float32."""
+    """bfloat16 autocast, or nothing for float32; warns once where a CPU has to imitate bfloat16."""
     if precision == "float32":
         return nullcontext()
+    if device.type == "cpu":
+        warn_if_imitated(precision)
     return torch.autocast(device.type, torch.bfloat16)
+
+
+@functools.cache
+def warn_if_imitated(precision: Precision) -> None:
+    """Say, once, that this machine computes `precision` in software."""
+    if precision == "bfloat16" and not computes_bfloat16():
+        log.warning(
+            "this CPU has no bfloat16 instructions: bfloat16 will take several times as long as float32 "
+            "(--set SECTION.precision=float32, or auto)"
+        )
 
 
 def is_compiled(setting: Literal["auto"] | bool, device: torch.device) -> bool:

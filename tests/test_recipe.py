@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.precision import computes_bfloat16
 from svgpipe.manifests.recipe_files import builtin_names, load_recipe
+from svgpipe.stages.training import autocast, warn_if_imitated
 
 
 def test_builtins_are_the_documented_ones() -> None:
@@ -99,3 +104,32 @@ def test_a_number_in_quotes_stays_text() -> None:
     recipe = load_recipe(None, ['evaluation.weights="0.9999"', "diffusion.learning_rate=3e-4"])
     assert recipe.evaluation.weights == "0.9999"
     assert recipe.diffusion.learning_rate == 3e-4
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What was found out about this processor, and said of it, is found out and said anew, then and afterwards."""
+    for cached in (computes_bfloat16, warn_if_imitated):
+        cached.cache_clear()
+    yield
+    for cached in (computes_bfloat16, warn_if_imitated):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("forgotten")
+@pytest.mark.parametrize(("instructions", "dtype"), [({"amx_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")])
+def test_precision_auto_is_what_the_processor_has(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, instructions: dict[str, bool], dtype: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    monkeypatch.setattr(logging.getLogger("svgpipe"), "propagate", True)  # the command line turns it off
+    demo = load_recipe("demo")
+    stages = (demo.autoencoder, demo.diffusion, demo.evaluation)
+    assert [stage.model_dump(mode="json")["precision"] for stage in stages] == [dtype] * 3
+    assert load_recipe("demo", ["diffusion.precision=bfloat16"]).diffusion.precision == "bfloat16"
+
+    with caplog.at_level("WARNING", logger="svgpipe"):
+        autocast(torch.device("cpu"), "bfloat16")
+        autocast(torch.device("cpu"), "bfloat16")
+    assert caplog.text.count("no bfloat16 instructions") == (dtype == "float32")

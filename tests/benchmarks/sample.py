@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svgpipe.manifests.recipe import DiTSection, Precision
+from svgpipe.manifests.precision import Precision
+from svgpipe.manifests.recipe import DiTSection
 from svgpipe.models.sampler import Guidance, sample, time_grid
 from svgpipe.stages.sampling import build_dit, initial_noise
 from svgpipe.stages.training import autocast, pick_device
