@@ -27,14 +27,8 @@ def _xformers() -> Callable[..., Tensor] | None:
 
 
 @functools.cache
-def _say_once_no_cuda() -> None:
-    log.info("no CUDA device: attention by PyTorch's scaled_dot_product_attention")
-
-
-# torch.compile would look into the cache's wrapper, and warn of it; this it calls as it is, once.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _say_no_cuda() -> None:
-    _say_once_no_cuda()
+    log.info("no CUDA device: attention by PyTorch's scaled_dot_product_attention")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -43,7 +37,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     xformers on CUDA where it is installed, else PyTorch SDPA; one log line says which.
     """
     if not q.is_cuda:
-        _say_no_cuda()
+        if not torch.compiler.is_compiling():  # which would look into the cache's wrapper, and warn of it
+            _say_no_cuda()
     elif (kernel := _xformers()) is not None:
         out = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return out.transpose(1, 2)
