@@ -17,6 +17,7 @@ from svgpipe.pipeline.options import (
     SetOption,
     ShardsOption,
     WorkersOption,
+    page_at,
     resources_of,
 )
 
@@ -44,18 +45,18 @@ def probe(
     from svgpipe.pipeline.probe_page import render_probe, show_probe
     from svgpipe.stages.probe import probe as run_stage
 
+    page = page_at(html)
     opened = FeatureCache(cache)
     tested = None if validation is None else FeatureCache(validation)
     with ConsoleProgress() as progress:
         found = run_stage(opened, tested, rows=rows, progress=progress)
-    if html is not None:
-        render_probe(found, location(html))
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
     else:
         show_probe(found)
-        if html is not None:
-            typer.echo(f"page: {html}")
+    if page is not None:
+        render_probe(found, page)
+        typer.echo(f"page: {html}", err=as_json)
 
 
 @app.command()
@@ -78,6 +79,7 @@ def analyze(
     from svgpipe.pipeline.console import ConsoleProgress
     from svgpipe.stages.analyze import analyze as run_stage
 
+    page = page_at(html)
     opened = [FeatureCache(cache) for cache in caches]
     with ConsoleProgress() as progress:
         found = run_stage(
@@ -89,14 +91,13 @@ def analyze(
             seed=seed,
             progress=progress,
         )
-    if html is not None:
-        render_analysis(found, location(html))
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
     else:
         show_analysis(found)
-        if html is not None:
-            typer.echo(f"page: {html}")
+    if page is not None:
+        render_analysis(found, page)
+        typer.echo(f"page: {html}", err=as_json)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from svgpipe.pipeline.options import (
     SetOption,
     ShardsOption,
     WorkersOption,
+    page_at,
     resources_of,
 )
 
@@ -34,11 +35,12 @@ def inspect(
     """What an artifact holds, what it was made from, and whether it is finished."""
     from svgpipe.pipeline.inspect import describe, show
 
-    if html is not None:
+    page = page_at(html)
+    if page is not None:
         from svgpipe.manifests import FeatureCache
         from svgpipe.pipeline.cache_page import render_cache
 
-        render_cache(FeatureCache(path), location(html))
+        render_cache(FeatureCache(path), page)
         typer.echo(f"page: {html}")
         return
     found = describe(location(path))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.storage import Location, location, make_directory
 
 if TYPE_CHECKING:
     from svgpipe.stages.units import Resources
@@ -73,3 +74,21 @@ def resources_of(num_workers: int, cpus: float | None, gpus: float | None) -> Re
     from svgpipe.stages.units import Resources
 
     return Resources(num_workers, cpus, gpus if gpus is not None else float(torch.cuda.is_available()))
+
+
+def page_at(html: str | None) -> Location | None:
+    """Where a page is to be written, its folder made: hours of measuring must not end in a folder that is missing.
+
+    Raises:
+        UsageError: a directory, or below something that is none. OSError: the folder cannot be made.
+    """
+    if html is None:
+        return None
+    page = location(html)
+    if page.is_dir():
+        raise UsageError(f"--html {html}: expected a file to write, found a directory.")
+    try:
+        make_directory(page.parent)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"--html {html}: {error.filename} is no folder.") from error
+    return page

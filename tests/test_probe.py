@@ -75,7 +75,11 @@ def test_a_share_without_a_miss_still_has_an_interval() -> None:
 
 
 def test_probe_of_a_real_cache(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
-    page = tmp_path / "probe.html"
+    page = tmp_path / "made on demand" / "probe.html"
+    refused = svgpipe("probe", finished.root / "cache", "--html", tmp_path)
+    assert refused.code == 2 and "found a directory" in refused.err and not refused.out
+    refused = svgpipe("probe", finished.root / "cache", "--html", finished.recipe_file / "probe.html")
+    assert refused.code == 2 and "is no folder" in refused.err
     done = svgpipe("probe", finished.root / "cache", "--html", page, "--json")
     assert done.code == 0
     found = json.loads(done.out)
