@@ -7,7 +7,7 @@ converter has no rule for is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ def dit_from_official(state: State) -> dict[str, Tensor]:
 
 def decoder_from_official(state: State) -> dict[str, Tensor]:
     """Official Decoder keys (prefix decoder. removed) → Decoder's: the same, in float32."""
-    return {key: value.float() for key, value in state.items()}
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
 def discriminator_from_official(state: State) -> dict[str, Tensor]:
@@ -72,14 +72,27 @@ def in_order(state: State, own: State) -> dict[str, Tensor]:
 
 
 def misfits(own: State, theirs: State) -> list[str]:
-    """What keeps `theirs` from being loaded as `own`, a line each: missing and left over keys, other shapes."""
+    """What keeps `theirs` from being loaded as `own`, a line each.
+
+    Missing and left over keys, other shapes, other kinds of numbers, and numbers that are not finite.
+    """
     problems = [f"missing {k}" for k in own if k not in theirs]
     problems += [f"left over {k}" for k in theirs if k not in own]
     return problems + [
-        f"{k}: expected {tuple(own[k].shape)}, found {tuple(v.shape)}"
+        f"{k}: expected {expected}, found {found}"
         for k, v in theirs.items()
-        if k in own and own[k].shape != v.shape
+        if k in own
+        for expected, found in _differences(own[k], v)
     ]
+
+
+def _differences(own: Tensor, theirs: Tensor) -> Iterator[tuple[str, str]]:
+    if own.shape != theirs.shape:
+        yield str(tuple(own.shape)), str(tuple(theirs.shape))
+    elif own.is_floating_point() != theirs.is_floating_point():
+        yield str(own.dtype), str(theirs.dtype)
+    elif own.is_floating_point() and not theirs.float().isfinite().all():
+        yield "finite numbers", f"{int((~theirs.float().isfinite()).sum())} others"
 
 
 def require_fit(name: str, own: State, theirs: State) -> None:

@@ -83,7 +83,7 @@ def backbone_name(state: State) -> str:
     """
     if "storage_tokens" not in state or "cls_token" not in state:
         raise ValueError("encoder: expected a DINOv3 ViT in Meta's keys (cls_token, storage_tokens, …)")
-    width, depth = state["cls_token"].shape[-1], _count(state, r"blocks\.(\d+)\.")
+    width, depth = _need(state, "cls_token", 3).shape[-1], _count(state, r"blocks\.(\d+)\.")
     swiglu = "blocks.0.mlp.w1.weight" in state
     if (width, depth, swiglu) not in DINOV3:
         raise ValueError(
@@ -100,15 +100,15 @@ def residual_sizes(state: State) -> dict[str, int | float]:
     Raises:
         ValueError: a tensor that they are read off is missing, or positions of no square grid.
     """
-    patches, positions = _need(state, "conv_proj.weight"), _need(state, "encoder.pos_embedding")
+    patches, positions = _need(state, "conv_proj.weight", 4), _need(state, "encoder.pos_embedding", 3)
     width, patch, side = patches.shape[0], patches.shape[-1], math.isqrt(positions.shape[1] - 1)
     if side**2 != positions.shape[1] - 1:
         raise ValueError(f"extra_vit: expected positions of a square grid and a class, found {positions.shape[1]}")
-    hidden = _need(state, "encoder.layers.encoder_layer_0.mlp.0.weight").shape[0]
+    hidden = _need(state, "encoder.layers.encoder_layer_0.mlp.0.weight", 2).shape[0]
     return {
         "image_size": side * patch,
         "patch_size": patch,
-        "channels": _need(state, "heads.2.weight").shape[0],
+        "channels": _need(state, "heads.2.weight", 2).shape[0],
         "depth": _count(state, r"encoder\.layers\.encoder_layer_(\d+)\."),
         "width": width,
         "heads": RESIDUAL_HEADS,
@@ -130,12 +130,12 @@ class DecoderSizes:
 def decoder_sizes(state: State) -> DecoderSizes:
     """Raises ValueError if a tensor is missing, or the widths are no multiples of the narrowest level's."""
     levels = _count(state, r"up\.(\d+)\.")
-    widths = [_need(state, f"up.{level}.block.0.conv2.weight").shape[0] for level in range(levels)]
+    widths = [_need(state, f"up.{level}.block.0.conv2.weight", 4).shape[0] for level in range(levels)]
     ch = widths[0]
     if any(width % ch for width in widths):
         raise ValueError(f"decoder: expected widths that are multiples of {ch}, found {widths}")
     return DecoderSizes(
-        z_channels=_need(state, "conv_in.weight").shape[1],
+        z_channels=_need(state, "conv_in.weight", 4).shape[1],
         ch=ch,
         ch_mult=tuple(width // ch for width in widths),
         num_res_blocks=_count(state, r"up\.0\.block\.(\d+)\.") - 1,
@@ -169,8 +169,8 @@ def dit_sizes(state: State) -> DiTSizes:
     Raises:
         ValueError: a tensor is missing, no square grid, or a width whose number of heads is not known.
     """
-    into, table = _need(state, "ln1.weight"), _need(state, "y_embedder.embedding_table.weight")
-    positions, out = _need(state, "pos_embed"), _need(state, "final_layer.linear.weight").shape[0]
+    into, table = _need(state, "ln1.weight", 2), _need(state, "y_embedder.embedding_table.weight", 2)
+    positions, out = _need(state, "pos_embed", 3), _need(state, "final_layer.linear.weight", 2).shape[0]
     width, channels = into.shape
     side = math.isqrt(positions.shape[1])
     if side**2 != positions.shape[1]:
@@ -179,7 +179,7 @@ def dit_sizes(state: State) -> DiTSizes:
         raise ValueError(f"final_layer: expected {channels} or {2 * channels} outputs, found {out}")
     qk_norm = "blocks.0.attn.q_norm.weight" in state
     if qk_norm:
-        heads = width // state["blocks.0.attn.q_norm.weight"].shape[0]
+        heads = width // _need(state, "blocks.0.attn.q_norm.weight", 1).shape[0]
     elif width in DIT_HEADS:
         heads = DIT_HEADS[width]
     else:
@@ -191,15 +191,17 @@ def dit_sizes(state: State) -> DiTSizes:
         width=width,
         depth=_count(state, r"blocks\.(\d+)\."),
         heads=heads,
-        mlp_ratio=_need(state, "blocks.0.mlp.fc1.weight").shape[0] / width,
+        mlp_ratio=_need(state, "blocks.0.mlp.fc1.weight", 2).shape[0] / width,
         qk_norm=qk_norm,
         learn_sigma=out == 2 * channels,
     )
 
 
-def _need(state: Mapping[str, Tensor], key: str) -> Tensor:
+def _need(state: Mapping[str, Tensor], key: str, dimensions: int) -> Tensor:
     if key not in state:
         raise ValueError(f"missing {key}")
+    if state[key].ndim != dimensions or not state[key].numel():
+        raise ValueError(f"{key}: expected {dimensions} dimensions of something, found {tuple(state[key].shape)}")
     return state[key]
 
 

@@ -102,23 +102,20 @@ def _import_autoencoder(path: Path, out: Location) -> Imported:
         parts = split_autoencoder(state)
         residual, decoder = residual_sizes(parts.extra_vit), decoder_sizes(parts.decoder)
         name = backbone_name(parts.encoder)
-    except ValueError as error:
-        raise ArtifactError(f"{path}: {error}") from error
-    config = AutoencoderSection(
-        image_size=int(residual["image_size"]),
-        backbone=BackboneSection(name=name, weights="beside"),
-        residual=ResidualSection.model_validate(
-            {key: residual[key] for key in ("channels", "depth", "width", "heads", "mlp_ratio")}
-        ),
-        decoder=DecoderSection(
-            ch=decoder.ch,
-            ch_mult=decoder.ch_mult,
-            num_res_blocks=decoder.num_res_blocks,
-            attention=decoder.attention,
-        ),
-        steps=0,
-    )
-    try:
+        config = AutoencoderSection(
+            image_size=int(residual["image_size"]),
+            backbone=BackboneSection(name=name, weights="beside"),
+            residual=ResidualSection.model_validate(
+                {key: residual[key] for key in ("channels", "depth", "width", "heads", "mlp_ratio")}
+            ),
+            decoder=DecoderSection(
+                ch=decoder.ch,
+                ch_mult=decoder.ch_mult,
+                num_res_blocks=decoder.num_res_blocks,
+                attention=decoder.attention,
+            ),
+            steps=0,
+        )
         model = build_autoencoder(config.model_copy(update={"backbone": BackboneSection(name=name, weights="random")}))
         model.backbone.load(parts.encoder)
         own = model.trained_state()
@@ -175,20 +172,23 @@ def _import_diffusion(
             "the model cannot be guided, and is not imported.)"
         )
     statistics = _statistics(stats, sizes.in_channels)
-    config = DiffusionSection(
-        model=DiTSection(
-            width=sizes.width,
-            depth=sizes.depth,
-            heads=sizes.heads,
-            mlp_ratio=sizes.mlp_ratio,
-            qk_norm=sizes.qk_norm,
-            learn_sigma=sizes.learn_sigma,
-        ),
-        ema_decays=(OFFICIAL_EMA,),
-    )
-    model = build_dit(
-        config.model, grid=(sizes.grid, sizes.grid), channels=sizes.in_channels, num_classes=sizes.num_classes
-    )
+    try:
+        config = DiffusionSection(
+            model=DiTSection(
+                width=sizes.width,
+                depth=sizes.depth,
+                heads=sizes.heads,
+                mlp_ratio=sizes.mlp_ratio,
+                qk_norm=sizes.qk_norm,
+                learn_sigma=sizes.learn_sigma,
+            ),
+            ema_decays=(OFFICIAL_EMA,),
+        )
+        model = build_dit(
+            config.model, grid=(sizes.grid, sizes.grid), channels=sizes.in_channels, num_classes=sizes.num_classes
+        )
+    except ValueError as error:
+        raise ArtifactError(f"{path}: sizes that cannot be: {error}") from error
     files = {}
     for name, state in states.items():
         converted = dit_from_official(state)
@@ -240,6 +240,8 @@ def _statistics(path: Path, channels: int) -> dict[str, Tensor]:
     mean, std = (found[keys[name][0]].flatten() for name in STATISTICS)
     if len(mean) != channels or len(std) != channels:
         raise ArtifactError(f"{path}: expected statistics of {channels} channels, found {len(mean)} and {len(std)}.")
+    if not (mean.is_floating_point() and std.is_floating_point()):
+        raise ArtifactError(f"{path}: expected statistics in floating point, found {mean.dtype} and {std.dtype}.")
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
         raise ArtifactError(f"{path}: a statistic is not finite, or a standard deviation not positive.")
     return {"channel_mean": mean.contiguous(), "channel_std": std.contiguous()}

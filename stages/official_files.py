@@ -91,7 +91,7 @@ def tensors_of(path: Path, found: Any, *names: str) -> dict[str, Tensor]:
     """The state dict in what was read: under the first of `names` that is there, or the whole; floats in float32.
 
     `module.`, which DistributedDataParallel puts before every key, is dropped.
-    Raises ArtifactError if it is no dict of tensors.
+    Raises ArtifactError if it is no dict of dense tensors.
     """
     for name in names:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
@@ -102,6 +102,10 @@ def tensors_of(path: Path, found: Any, *names: str) -> dict[str, Tensor]:
             f"a dict of {', '.join(map(str, list(found)[:6]))}" if isinstance(found, Mapping) else type(found).__name__
         )
         raise ArtifactError(f"{path}: expected a state dict of tensors, found {held}.")
+    for key, value in found.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+            kind = "no data" if value.is_meta else f"{value.layout} of {value.dtype}"
+            raise ArtifactError(f"{path}: {key}: expected a dense tensor of real numbers, found {kind}.")
     wrapped = all(str(key).startswith("module.") for key in found)
     return {
         str(key).removeprefix("module.") if wrapped else str(key): v.float() if v.is_floating_point() else v

@@ -137,10 +137,14 @@ def _statistics(path: Path) -> Reference:
     if len(arrays) != 2:
         raise ArtifactError(f"{path}: expected arrays {MEAN} and {COVARIANCE}, found {', '.join(held) or 'none'}.")
     mean, covariance = arrays
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not np.isfinite(covariance).all():
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not len(mean):
         raise ArtifactError(
-            f"{path}: expected {MEAN} (D,) and a finite {COVARIANCE} (D,D), found {mean.shape} and {covariance.shape}."
+            f"{path}: expected {MEAN} (D,) and {COVARIANCE} (D,D), found {mean.shape} and {covariance.shape}."
         )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ArtifactError(f"{path}: expected finite numbers, found others in {MEAN} or {COVARIANCE}.")
+    if not np.allclose(covariance, covariance.T, atol=1e-6 * np.abs(covariance).max()):
+        raise ArtifactError(f"{path}: expected a covariance in {COVARIANCE}, found a matrix that is not symmetric.")
     ref = InputRef(kind="statistics", fingerprint=file_sha256(path), path=str(path), config={"dimensions": len(mean)})
     statistics = Statistics(torch.from_numpy(mean), torch.from_numpy(covariance))
     return Reference("statistics", str(path), ref, statistics=statistics)

@@ -260,6 +260,18 @@ class _Hostile:
         (lambda s: s.pop("encoder.storage_tokens"), "Meta's keys"),
         (lambda s: s.update({"extra_vit.heads.5.bias": torch.zeros(1)}), "heads.5.bias"),
         (lambda s: s.update({"extra_vit.encoder.ln.bias": torch.zeros(7)}), "expected (32,), found (7,)"),
+        (
+            lambda s: s.update({"extra_vit.conv_proj.weight": torch.zeros(())}),
+            "conv_proj.weight: expected 4",
+        ),
+        (lambda s: s.update({"encoder.cls_token": torch.zeros(0)}), "cls_token: expected 3 dimensions"),
+        (lambda s: s["encoder.norm.bias"].fill_(torch.nan), "norm.bias: expected finite numbers, found 192 others"),
+        (lambda s: s.update({"decoder.conv_out.bias": torch.zeros(3, dtype=torch.int64)}), "found torch.int64"),
+        (
+            lambda s: s.update({"decoder.conv_out.bias": torch.zeros(3, device="meta")}),
+            "conv_out.bias: expected a dense",
+        ),
+        (lambda s: s.update({"mask_token": torch.zeros(1, RESIDUAL, 1).to_sparse()}), "mask_token: expected a dense"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(
@@ -295,6 +307,15 @@ def test_files_that_are_none_or_do_not_belong_together(
     torch.save({"dinov3_sp_mean": torch.zeros(5), "dinov3_sp_std": torch.ones(5)}, tmp_path / "stats.pt")
     other = svgpipe(*base, "--diffusion", diffusion, "--stats", tmp_path / "stats.pt")
     assert other.code == 1 and "statistics of 196 channels, found 5" in other.err
+    broken = torch.load(diffusion, weights_only=True)["ema"]
+    for key, value, expected in (
+        ("pos_embed", torch.zeros(0), "pos_embed: expected 3 dimensions"),
+        ("blocks.0.attn.q_norm.weight", torch.ones(64), "sizes that cannot be"),
+        ("blocks.1.mlp.fc1.bias", torch.full((128,), torch.inf), "fc1.bias: expected finite numbers, found 128 others"),
+    ):
+        torch.save({**broken, key: value}, tmp_path / "broken.pt")
+        refused = svgpipe(*base, "--diffusion", tmp_path / "broken.pt", "--stats", official.folder / "stats.pt")
+        assert refused.code == 1 and expected in refused.err
     (tmp_path / "short.ckpt").write_bytes(autoencoder.read_bytes()[:10_000])
     short = svgpipe("import-official", "--autoencoder", tmp_path / "short.ckpt", "--out", tmp_path / "o")
     assert short.code == 1 and "not a readable checkpoint" in short.err
