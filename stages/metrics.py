@@ -18,6 +18,7 @@ from svgpipe.stages.figures import figure, mean_figure, picks
 KERNEL_SUBSETS = 50
 KERNEL_SUBSET_SIZE = 1000
 INCEPTION_SPLITS = 10
+FEWEST_TO_SPLIT = 100
 NEIGHBOURS = 3
 
 
@@ -104,6 +105,9 @@ def kernel_distances(first: Tensor, second: Tensor) -> Tensor:
 
 
 def inception_score(logits: Tensor) -> float:
-    """exp(mean KL(p(y|x) ‖ p(y))), mean over ten splits, by torch-fidelity; fewer splits of fewer than ten images."""
-    splits = min(INCEPTION_SPLITS, len(logits))
+    """exp(mean KL(p(y|x) ‖ p(y))), mean over ten splits, by torch-fidelity; one split of fewer than a hundred images.
+
+    A split of a single image scores 1, whatever the image.
+    """
+    splits = INCEPTION_SPLITS if len(logits) >= FEWEST_TO_SPLIT else 1
     return float(isc_features_to_metric(logits, splits=splits)[KEY_METRIC_ISC_MEAN])

@@ -105,6 +105,10 @@ def test_what_is_no_reference_is_refused(finished: Finished, svgpipe: Callable[.
     assert "not a readable .npz" in refused(tmp_path / "text.npz").err
     np.savez(tmp_path / "pickled.npz", mu=np.array([{}], object), sigma=np.zeros((1, 1)))
     assert "not a readable .npz" in refused(tmp_path / "pickled.npz").err
+    np.savez(tmp_path / "nan.npz", mu=np.full(4, np.nan), sigma=np.eye(4))
+    assert "expected finite numbers" in refused(tmp_path / "nan.npz").err
+    np.savez(tmp_path / "skew.npz", mu=np.zeros(4), sigma=np.triu(np.ones((4, 4))))
+    assert "not symmetric" in refused(tmp_path / "skew.npz").err
     np.savez(tmp_path / "four.npz", mu=np.zeros(4), sigma=np.eye(4))
     other = refused(tmp_path / "four.npz")
     assert other.code == 2 and "4 dimensions" in other.err and "gives 1280" in other.err
