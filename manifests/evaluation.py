@@ -48,7 +48,9 @@ class Report(WrittenReport):
 
     schema_version: int = Field(2, description="Of this layout; raised when a field changes its meaning.")
     metric: str = Field(description="What frechet_distance is: FID, or a Fréchet distance in a named space.")
-    extractor: Json = Field(description="What made the features, and the hash of its weights.")
+    extractor: Json = Field(
+        description="What made the features: kind, name, hash of the weights, and input size in pixels a side."
+    )
     reference: Json = Field(description="What distances are measured against: how many images, and their digest.")
     image_size: int
     class_names: list[str]

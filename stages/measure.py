@@ -34,6 +34,7 @@ from svgpipe.stages.training import pick_device
 
 POOLED, LOGITS = "pooled", "logits"
 INCEPTION_LAYERS = {POOLED: "2048", LOGITS: "logits_unbiased"}
+INCEPTION_SIZE = 299
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
@@ -92,7 +93,7 @@ class Extractor:
     module: nn.Module
     layers: dict[str, str]  # POOLED, and LOGITS where it has them, by what the module calls them
     metric: str
-    description: dict[str, Any]
+    description: dict[str, Any]  # all that decides the features of an image
     dimensions: int  # of POOLED
 
     @torch.no_grad()
@@ -123,7 +124,12 @@ def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "e
             BackboneExtractor(backbone).eval(),
             {POOLED: POOLED},
             f"Fréchet distance in {name} space (not FID)",
-            {"kind": config.kind, "name": name, "weights": state_digest(backbone.state_dict())},
+            {
+                "kind": config.kind,
+                "name": name,
+                "weights": state_digest(backbone.state_dict()),
+                "input_size": backbone.input_size,
+            },
             int(backbone.model.head_hidden_size),
         )
     path = None if config.weights == "hub" else Path(config.weights)
@@ -148,7 +154,7 @@ def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "e
         module.eval(),
         INCEPTION_LAYERS,
         "FID",
-        {"kind": "inception", "name": "inception-v3-compat", "weights": weights},
+        {"kind": "inception", "name": "inception-v3-compat", "weights": weights, "input_size": INCEPTION_SIZE},
         int(INCEPTION_LAYERS[POOLED]),
     )
 
