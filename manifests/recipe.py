@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from svgpipe.manifests.precision import Precision
 
 Labels = Literal["equal", "drawn"]
 WEIGHTS = r"^(raw|ema|(ema-)?0(\.\d+)?)$"
+FEWEST_RESAMPLINGS = 20  # below, a 95 % interval has no quantiles to lie between
+
+
+def _enough(resamplings: int) -> int:
+    if resamplings != 0 and resamplings < FEWEST_RESAMPLINGS:
+        raise ValueError(f"expected 0, for no intervals, or at least {FEWEST_RESAMPLINGS}")
+    return resamplings
+
+
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
+Resamplings = Annotated[int, AfterValidator(_enough)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -278,7 +288,7 @@ class EvaluationSection(Section):
     compile: Literal["auto"] | bool = Field("auto", description="torch.compile the model; auto: on CUDA.")
     extractor: ExtractorSection = ExtractorSection()
     reference_images: int | None = Field(None, ge=2, description="At most this many, evenly spread; null: all.")
-    bootstrap: Natural = Field(100, description="Times that images are resampled for the intervals; 0: none.")
+    bootstrap: Resamplings = Field(100, description="Times that images are resampled for the intervals; 0: none.")
     seed: Natural = 0
 
     @model_validator(mode="after")
@@ -300,7 +310,7 @@ class ReconstructionSection(Section):
     extractor: ExtractorSection = ExtractorSection()
     vgg_weights: str = Field("hub", description="Of LPIPS: torchvision's VGG16 file (.pth), or hub to download it.")
     lpips_weights: str = Field("hub", description="LPIPS v0.1 vgg.pth, or hub to download it.")
-    bootstrap: Natural = Field(100, description="Times that images are resampled for the intervals; 0: none.")
+    bootstrap: Resamplings = Field(100, description="Times that images are resampled for the intervals; 0: none.")
     seed: Natural = 0
 
 

@@ -179,7 +179,8 @@ class Backbone(nn.Module):
             with redirect_stdout(StringIO()):  # it prints the exception that it expects
                 converted = checkpoint_filter_fn(converted, self.model)
         else:
-            converted = {k: v for k, v in converted.items() if not _is_head(k)}
+            own = self.model.state_dict()  # some keep a norm below `head.` without a classifier too
+            converted = {k: v for k, v in converted.items() if k in own or not _is_head(k)}
         native = self._size_of_positions(converted)
         if native is not None:
             # Learned position tables come at the size of their training; timm resamples them afterwards.
@@ -215,13 +216,16 @@ def own_input(name: str) -> tuple[int, int | None]:
     """Pixels per side that a timm model was made for, and the feature level that `Backbone` wants of it: its last.
 
     Raises:
-        ValueError: timm does not know the name.
+        ValueError: timm does not know the name, or its tag.
     """
     if not timm.is_model(name):
         raise ValueError(f"expected a timm model name, found {name!r}")
     with torch.device("meta"):
         model = timm.create_model(name.split(".")[0], pretrained=False, num_classes=0)
-    cfg = timm.get_pretrained_cfg(name) or model.pretrained_cfg
+    try:
+        cfg = timm.get_pretrained_cfg(name) or model.pretrained_cfg
+    except RuntimeError as error:
+        raise ValueError(f"{name}: {error}") from error
     size = cfg["input_size"] if isinstance(cfg, dict) else cfg.input_size
     return int(size[-1]), None if hasattr(model, "num_prefix_tokens") else -1
 

@@ -69,7 +69,7 @@ def analyze(
     weights: Annotated[str, typer.Option("--ema", help="Of the models: ema-DECAY, ema or raw.")] = "ema",
     classes: Annotated[int, typer.Option("--classes", min=2, help="At most so many, evenly spread.")] = 10,
     per_class: Annotated[int, typer.Option("--per-class", min=2, help="At most so many images of each.")] = 64,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of halves, noises, t-SNE and bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of halves, noise, t-SNE, bootstrap.")] = 0,
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from svgpipe.manifests.figure import Figure
@@ -40,7 +41,7 @@ def show_analysis(found: Analysis) -> None:
     table = Table(title="analysis, 95 % intervals", title_justify="left", box=None, pad_edge=False)
     table.add_column("")
     for one in found.caches:
-        table.add_column(one.cache, justify="right", overflow="fold")
+        table.add_column(escape(one.cache), justify="right", overflow="fold")
     for row in summary_rows(found.caches):
         table.add_row(row.name, *row.values)
     console.print(table)

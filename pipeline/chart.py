@@ -102,8 +102,9 @@ def chart(
     """
     drawn = [v for values in series.values() for v in values]
     ends = [end for v in drawn for end in (v.low, v.value, v.high) if end is not None]
-    top = 1.05 * max([*ends, *levels.values()]) or 1.0
+    top = 1.05 * max([0.0, *ends, *levels.values()])
     bottom = min([0.0, *(1.05 * end for end in ends)])
+    top = top if top > bottom else 1.0
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     apart = 0 if joined else width / len(xs) / (len(series) + 1)
 

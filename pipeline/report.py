@@ -62,6 +62,8 @@ def _grids(
     def by_class(images: ImageSet, rows: int) -> list[int]:
         labels = images.labels
         found = np.unique(labels)
+        if len(found) == 1:  # as of a folder without class folders
+            return list(evenly_spread(len(labels), rows * MAX_COLUMNS))
         members = [np.flatnonzero(labels == found[c])[:rows].tolist() for c in evenly_spread(len(found), MAX_COLUMNS)]
         full_rows = min((len(column) for column in members), default=0)
         return [column[row] for row in range(full_rows) for column in members]
@@ -69,7 +71,8 @@ def _grids(
     def grid(title: str, note: str, images: ImageSet, rows: int, of: Sequence[str] | None) -> Grid:
         chosen = by_class(images, rows)
         pictures = [picture(images.pixels(i), _caption(images, i, of)) for i in chosen]
-        return Grid(title, note, len({int(images.labels[i]) for i in chosen}) or 1, pictures)
+        kinds = len({int(images.labels[i]) for i in chosen})
+        return Grid(title, note, kinds if kinds > 1 else max(1, min(MAX_COLUMNS, len(chosen))), pictures)
 
     grids = []
     if reference.train:

@@ -19,7 +19,7 @@ from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.figure import Record
 from svgpipe.manifests.storage import Location
 from svgpipe.stages.class_geometry import Distances, class_distances, tsne
-from svgpipe.stages.pooled import BACKBONE, BOTH, channel_groups, pooled
+from svgpipe.stages.pooled import BACKBONE, BOTH, channel_groups, pooled, spread
 from svgpipe.stages.progress import Progress, Silent
 from svgpipe.stages.selection import evenly_spread
 from svgpipe.stages.straightness import Straightness, straightness
@@ -94,10 +94,12 @@ def analyze(
             f"{classes * per_class}. Every pair of them is compared; fewer say as much."
         )
     trained = _assign(caches, models)
+    for model in trained.values():
+        model.weights_name(weights)
+    chosen = [_choose(cache, classes, per_class) for cache in caches]
     found = []
-    for cache in caches:
-        model = trained.get(cache.manifest.fingerprint)
-        found.append(_analyze_one(cache, model, classes, per_class, weights, seed, progress))
+    for cache, rows in zip(caches, chosen, strict=True):
+        found.append(_analyze_one(cache, trained.get(cache.manifest.fingerprint), rows, weights, seed, progress))
     return Analysis(seed=seed, caches=found)
 
 
@@ -121,27 +123,28 @@ def _assign(caches: Sequence[FeatureCache], models: Sequence[Location]) -> dict[
 def _analyze_one(
     cache: FeatureCache,
     trained: TrainedDiffusion | None,
-    classes: int,
-    per_class: int,
+    rows: NDArray[np.int64],
     weights: str,
     seed: int,
     progress: Progress,
 ) -> CacheAnalysis:
-    rows = _choose(cache, classes, per_class)
     labels = torch.from_numpy(cache.labels[rows].astype(np.int64))
     features = torch.from_numpy(pooled(cache, rows.tolist(), progress))
-    features = (features - features.mean(0)) / features.std(0).clamp_min(1e-12)
+    features = (features - features.mean(0)) / spread(features)
     groups = channel_groups(cache)
     missing: list[str] = []
     progress.begin("analyze", len(groups) + 2 + (trained is not None))
     distances = []
     for name, channels in groups.items():
-        distances.append(class_distances(name, features[:, channels], labels, RESAMPLINGS, seed))
+        try:
+            distances.append(class_distances(name, features[:, channels], labels, RESAMPLINGS, seed))
+        except ValueError as error:
+            missing.append(str(error))
         progress.advance(1, f"distances, {name}")
     everything = groups[BOTH if BOTH in groups else BACKBONE]
     places = tsne(features[:, everything], seed)
     if places is None:
-        missing.append("t-SNE: there are fewer than five images")
+        missing.append("t-SNE: there are fewer than five images, or one channel only")
     progress.advance(1, "t-SNE")
     device = pick_device()
     try:

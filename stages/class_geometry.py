@@ -27,14 +27,16 @@ def class_distances(group: str, features_nD: Tensor, labels_n: Tensor, replicate
     """Of (n,D) rows with (n,) labels; intervals by resampling images, a pair of one image with itself left out.
 
     Raises:
-        ValueError: no two rows of one class, or fewer than two classes.
+        ValueError: no two rows of one class, or fewer than two classes; or all rows of a class are the same.
     """
     apart, n = torch.cdist(features_nD.double(), features_nD.double()), len(features_nD)
     within, between = _means(apart, labels_n, torch.arange(n))
     if not (np.isfinite(within) and np.isfinite(between)):
-        raise ValueError("class distances: expected two classes and a class of two rows")
+        raise ValueError(f"distances of {group}: expected two classes and a class of two rows")
+    if within == 0:
+        raise ValueError(f"distances of {group}: the images of a class do not differ in it")
     found = [_means(apart, labels_n, pick) for pick in picks(n, replicates, seed)]
-    resampled = [pair for pair in found if np.isfinite(pair).all()]
+    resampled = [pair for pair in found if np.isfinite(pair).all() and pair[0] > 0]
     return Distances(
         group=group,
         within=figure(within, [w for w, _ in resampled], n),
@@ -52,11 +54,11 @@ def _means(apart: Tensor, labels: Tensor, pick: Tensor) -> tuple[float, float]:
 
 
 def tsne(features_nD: Tensor, seed: int) -> NDArray[np.float64] | None:
-    """(n,2) t-SNE of (n,D) rows, by scikit-learn, from their principal components; None of fewer than five rows."""
+    """(n,2) t-SNE of (n,D) rows by scikit-learn, from principal components; None below 5 rows or 2 columns."""
     from sklearn.manifold import TSNE
 
     n = len(features_nD)
-    if n < SMALLEST_MAP:
+    if n < SMALLEST_MAP or features_nD.shape[1] < 2:
         return None
     perplexity = min(30.0, (n - 1) / 3)
     found = TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=-1).fit_transform(features_nD.numpy())

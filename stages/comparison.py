@@ -85,8 +85,9 @@ def compare(
     comparison = Comparison(features.get("reference"), config.bootstrap, config.seed, _target(reference))
     roles: dict[str, Any] = {"heldout": "heldout", RECONSTRUCTIONS: "reconstructions", NOISE: "decoded-noise"}
     results = []
-    progress.begin("compare", len(features) - 1)
-    for name in [*(s.name for s in settings), *(role for role in roles if role in features)]:
+    compared = [*(s.name for s in settings), *(role for role in roles if role in features)]
+    progress.begin("compare", len(compared))
+    for name in compared:
         more: dict[str, Any] = {}
         if name == RECONSTRUCTIONS:
             more["psnr"] = _psnr(ImageSet(sets.reconstructed, size), everything[name], config)

@@ -15,8 +15,8 @@ from torch import Tensor
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.index import ImageRef, read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.shards import ShardFile
-from svgpipe.manifests.storage import Location, absolute, children, make_directory
+from svgpipe.manifests.shards import ShardFile, shard_name
+from svgpipe.manifests.storage import Location, absolute, children, make_directory, remove_partials
 from svgpipe.stages.encoder import load_autoencoder, reconstruct
 from svgpipe.stages.eval_tasks import ReadForDecoding, WriteImages
 from svgpipe.stages.images import decode_image
@@ -50,7 +50,7 @@ class ImageJob:
                 "store": None if self.store is None else str(absolute(self.store)),
                 "indices": list(range(first, min(first + rows, self.count))),
                 "refs": [
-                    [str(absolute(r.tar)), r.offset, r.size, r.sha256, r.label]
+                    [str(absolute(r.tar)), r.offset, r.size, r.sha256, r.key, r.label]
                     for r in self.originals[first : first + rows]
                 ],
             }
@@ -81,10 +81,12 @@ def decode(
     """
     units = [unit for job in jobs for unit in job.units(unit_rows)]
     journal = Journal(out / "journal" / "decode")
-    missing = journal.missing(len(units))
+    remove_partials(journal.directory)
+    missing = missing_units(journal, units)
     progress.begin("decode", len(units), len(units) - len(missing))
     for job in jobs:
         make_directory(out / "images" / job.name)
+        remove_partials(out / "images" / job.name)
     items = [{"unit": number, "job": json.dumps(units[number])} for number in missing]
     args = {
         "autoencoder": absolute(autoencoder),
@@ -101,6 +103,20 @@ def decode(
     for number, unit in enumerate(units):
         found[unit["set"]].append(ShardFile.model_validate(journal.read(number)["shard"]))
     return found
+
+
+def missing_units(journal: Journal, units: Sequence[dict[str, Any]]) -> list[int]:
+    """Units without a record of their own.
+
+    The sets may have changed since the records were written: an alignment that there is now allows another.
+    """
+    finished = journal.finished()
+    return [n for n, unit in enumerate(units) if n not in finished or not _is_of(journal, n, unit)]
+
+
+def _is_of(journal: Journal, number: int, unit: dict[str, Any]) -> bool:
+    record = journal.read(number)
+    return record["set"] == unit["set"] and record["shard"]["name"] == shard_name(unit["number"])
 
 
 def decoded_images(evaluation: Location, name: str) -> ImageSet:

@@ -27,10 +27,10 @@ from svgpipe.manifests.storage import Location, file_sha256
 from svgpipe.stages.align import needs_alignment
 from svgpipe.stages.comparison import RECONSTRUCTIONS, extracted
 from svgpipe.stages.decoded_images import ImageJob, decode
-from svgpipe.stages.encoder import build_backbone
+from svgpipe.stages.encoder import build_backbone, read_weight_file
 from svgpipe.stages.figures import mean_figure
 from svgpipe.stages.images import RGBArray, psnr
-from svgpipe.stages.measure import POOLED, Extractor, ImageSet, load_extractor
+from svgpipe.stages.measure import POOLED, Extractor, ImageSet, load_extractor, weight_inputs
 from svgpipe.stages.metrics import Comparison, Features
 from svgpipe.stages.perceptual import load_lpips
 from svgpipe.stages.pixels import as_unit_range
@@ -78,7 +78,11 @@ def eval_reconstruction(
             f"{autoencoder}: was imported, and its alignment was never measured. Run svgpipe extract with it first."
         )
     chosen = [heldout[i] for i in evenly_spread(len(heldout), config.num_images)]
-    inputs = {"autoencoder": encoder.as_input(autoencoder), "shards": shards.as_input()}
+    inputs = {
+        "autoencoder": encoder.as_input(autoencoder),
+        "shards": shards.as_input(),
+        **weight_inputs(extractor=config.extractor.weights, vgg=config.vgg_weights, lpips=config.lpips_weights),
+    }
     with WorkDir(out, ReconstructionManifest, config.model_dump(mode="json"), inputs) as work:
         if work.finished is not None:
             return work.finished
@@ -138,14 +142,16 @@ def eval_reconstruction(
 def _lpips(config: ReconstructionSection, missing: list[str]) -> Distance | None:
     """LPIPS of two 8-bit images; None, and a line in `missing`, where weights from the hub cannot be had.
 
-    Raises ArtifactError for a file that was named and is not there.
+    Raises ArtifactError for a file that was named and is not there, or damaged.
     """
+    named = [Path(name) for name in (config.vgg_weights, config.lpips_weights) if name != "hub"]
+    for path in named:
+        read_weight_file(path)
     weights = PerceptualSection(vgg_weights=config.vgg_weights, lpips_weights=config.lpips_weights)
     try:
         model = load_lpips(weights, "reconstruction").to(device := pick_device())
     except ArtifactError as error:
-        named = [Path(name) for name in (config.vgg_weights, config.lpips_weights) if name != "hub"]
-        if len(named) == 2 or not all(path.is_file() for path in named):
+        if len(named) == 2:
             raise
         missing.append(f"LPIPS: {error}")
         return None

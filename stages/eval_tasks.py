@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from svgpipe.manifests.index import read_member
+from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import TarImage, shard_name, write_tar
 from svgpipe.manifests.storage import Location, file_sha256, location
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
-from svgpipe.stages.images import centre_crop, decode_image, encode_png, to_array
+from svgpipe.stages.images import centre_crop, decode_member, encode_png, to_array
 
 Row = dict[str, Any]
 
@@ -55,7 +55,7 @@ class ReadForDecoding:
         if job["store"] is not None:
             latents = FeatureStore.open(location(job["store"])).read(job["indices"]).astype(np.float32)
         if job["refs"]:
-            images = (decode_image(read_member(location(tar), *where)) for tar, *where, _ in job["refs"])
+            images = (decode_member(ImageRef(location(tar), *where)) for tar, *where in job["refs"])
             pixels = np.stack([to_array(centre_crop(image, self.size)) for image in images])
         return {**row, "latents": latents, "pixels": pixels}
 
@@ -70,7 +70,7 @@ class WriteImages:
     def __call__(self, row: Row) -> Row:
         job = json.loads(row["job"])
         folder = self.out / "images" / job["set"]
-        labels = [ref[4] for ref in job["refs"]]
+        labels = [ref[-1] for ref in job["refs"]]
         if job["store"] is not None:
             labels = FeatureStore.open(location(job["store"])).array("label")[job["indices"]].tolist()
         members = [

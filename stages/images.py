@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.index import ImageRef
 
 RGBArray = NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow opens MPO, two pictures in one JPEG, as JPEG
@@ -60,6 +61,16 @@ def _upright(image: Image.Image) -> Image.Image:
     except Exception:  # a damaged block raises whatever its parser happens to trip over
         return image
     return image if turn is None else image.transpose(turn)
+
+
+def decode_member(ref: ImageRef) -> Image.Image:
+    """Decode an image that an evaluation chose. Raises ArtifactError, naming it, where that cannot be done."""
+    try:
+        return decode_image(ref.read())
+    except RejectedImageError as error:
+        raise ArtifactError(
+            f"{ref.tar}: {ref.key}: cannot be evaluated: {error}. Index with --decode, or remove the image."
+        ) from error
 
 
 def check_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,12 @@ from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from svgpipe.manifests.errors import ArtifactError, UsageError, first_line
 from svgpipe.manifests.index import ImageRef
-from svgpipe.manifests.manifest import digest
+from svgpipe.manifests.manifest import InputRef, digest
 from svgpipe.manifests.recipe import BackboneSection, ExtractorSection
 from svgpipe.manifests.storage import file_sha256
 from svgpipe.models.backbone import Backbone, own_input
 from svgpipe.stages.encoder import build_backbone, read_weight_file, state_digest
-from svgpipe.stages.images import RGBArray, centre_crop, decode_image, to_array
+from svgpipe.stages.images import RGBArray, centre_crop, decode_member, to_array
 from svgpipe.stages.training import pick_device
 
 POOLED, LOGITS = "pooled", "logits"
@@ -52,7 +53,7 @@ class ImageSet(Dataset[Tensor]):
     def pixels(self, i: int) -> RGBArray:
         """(S,S,3) uint8."""
         ref = self.refs[i]
-        image = decode_image(ref.read())
+        image = decode_member(ref)
         return to_array(image if image.size == (self.size, self.size) else centre_crop(image, self.size))
 
     def __getitem__(self, i: int) -> Tensor:
@@ -106,6 +107,16 @@ class Extractor:
         return {name: torch.as_tensor(found[layer]).float() for name, layer in self.layers.items()}
 
 
+def weight_inputs(**sources: str) -> dict[str, InputRef]:
+    """Weight files by name, as inputs by which what was measured with them is known; hub and the like are none."""
+    files = {name: Path(source) for name, source in sources.items()}
+    return {
+        name: InputRef(kind="weights", fingerprint=file_sha256(path), path=str(path), config={})
+        for name, path in files.items()
+        if path.is_file()
+    }
+
+
 def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "evaluation.extractor") -> Extractor:
     """The extractor that the recipe names.
 
@@ -133,15 +144,15 @@ def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "e
             int(backbone.model.head_hidden_size),
         )
     path = None if config.weights == "hub" else Path(config.weights)
-    if path is not None:
-        # torch-fidelity unpickles whatever it is given; a file that passes here holds tensors and nothing else.
-        read_weight_file(path)
+    state = None if path is None else read_weight_file(path)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+            # torch-fidelity unpickles whatever file it is given, so it is given one of tensors and nothing else.
+            safe = None if state is None else str(Path(folder) / "inception.pth")
+            if safe is not None:
+                torch.save(state, safe)
             module = FeatureExtractorInceptionV3(
-                "inception-v3-compat",
-                list(INCEPTION_LAYERS.values()),
-                feature_extractor_weights_path=None if path is None else str(path),
+                "inception-v3-compat", list(INCEPTION_LAYERS.values()), feature_extractor_weights_path=safe
             )
     except Exception as error:  # urllib's kinds and torch's for a damaged file
         raise ArtifactError(

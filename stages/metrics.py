@@ -72,7 +72,8 @@ class Comparison:
         if self.reference is None:
             return None
         values = kernel_distances(pooled, self.reference.pooled)
-        differ = max(len(pooled), len(self.reference.pooled)) > KERNEL_SUBSET_SIZE
+        sizes = len(pooled), len(self.reference.pooled)
+        differ = max(sizes) > min(KERNEL_SUBSET_SIZE, *sizes)
         return mean_figure(values, self.replicates if differ else 0, self.seed, len(pooled))
 
     def _inception_score(self, logits: Tensor) -> Figure:

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.stages.progress import Progress, Silent
 
 BLOCK_ROWS = 128
 READ_AHEAD = 3
+# A channel that does not vary is left as it is: divided by next to nothing, it would be all that other rows show.
+SMALLEST_SPREAD = 1e-6
 BACKBONE, RESIDUAL, BOTH = "backbone", "residual", "both"
 
 
@@ -41,3 +44,9 @@ def pooled(cache: FeatureCache, rows: Sequence[int], progress: Progress | None =
         found.append(features.mean(axis=(1, 2), dtype=np.float32))
         progress.advance(len(block))
     return cache.denormalize(np.concatenate(found)) if found else np.zeros((0, cache.shape[-1]), np.float32)
+
+
+def spread(features_nD: Tensor) -> Tensor:
+    """(D,) standard deviations to divide (n,D) rows by; 1 for what does not vary."""
+    std = features_nD.std(0)
+    return std.where(std > SMALLEST_SPREAD, 1.0)

@@ -18,7 +18,7 @@ from svgpipe.manifests.figure import Figure, Record
 from svgpipe.manifests.manifest import require_same
 from svgpipe.models.probes import fit_linear, knn_votes
 from svgpipe.stages.figures import share_figure
-from svgpipe.stages.pooled import channel_groups, pooled
+from svgpipe.stages.pooled import channel_groups, pooled, spread
 from svgpipe.stages.progress import Progress, Silent
 from svgpipe.stages.selection import evenly_spread
 from svgpipe.stages.training import generator, pick_device
@@ -100,7 +100,7 @@ def probe(
         torch.from_numpy(pooled(source, chosen.tolist(), progress)).to(device)
         for source, chosen in ((cache, training), (tested, test))
     )
-    mean, std = x.mean(0), x.std(0).clamp_min(1e-12)
+    mean, std = x.mean(0), spread(x)
     x, x_test = (x - mean) / std, (x_test - mean) / std
     groups = channel_groups(cache)
     progress.begin("probe", len(groups))

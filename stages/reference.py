@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, diges
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import file_sha256, location
-from svgpipe.stages.images import EXTENSIONS, RejectedImageError, check_header
+from svgpipe.stages.images import EXTENSIONS, RejectedImageError, decode_image
 from svgpipe.stages.selection import evenly_spread
 
 MEAN, COVARIANCE = "mu", "sigma"
@@ -116,10 +117,10 @@ def _folder(directory: Path) -> Reference:
 
 
 def _look(path: Path) -> tuple[int, str]:
-    """Size and sha256 of a file whose header is an image's. Raises ArtifactError for any other."""
+    """Size and sha256 of an image file. Raises ArtifactError for what cannot be decoded."""
     data = path.read_bytes()
     try:
-        check_header(data)
+        decode_image(data)
     except RejectedImageError as error:
         raise ArtifactError(f"{path}: cannot be a reference image: {error}. Remove it or repair it.") from error
     return len(data), hashlib.sha256(data).hexdigest()
@@ -132,7 +133,7 @@ def _statistics(path: Path) -> Reference:
         with np.load(path, allow_pickle=False) as archive:
             held = list(archive.files)
             arrays = [np.asarray(archive[name], np.float64) for name in (MEAN, COVARIANCE) if name in held]
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ArtifactError(f"{path}: not a readable .npz file: {error}") from error
     if len(arrays) != 2:
         raise ArtifactError(f"{path}: expected arrays {MEAN} and {COVARIANCE}, found {', '.join(held) or 'none'}.")

@@ -26,7 +26,7 @@ from svgpipe.stages.comparison import NOISE, RECONSTRUCTIONS, compare
 from svgpipe.stages.decoded_images import ImageJob, decode
 from svgpipe.stages.encoder import build_backbone
 from svgpipe.stages.latents import Sampler, draw
-from svgpipe.stages.measure import load_extractor
+from svgpipe.stages.measure import load_extractor, weight_inputs
 from svgpipe.stages.progress import Progress, Recorded
 from svgpipe.stages.reference import RealSets, Reference, require_dimensions
 from svgpipe.stages.trained_diffusion import open_diffusion
@@ -76,6 +76,7 @@ def sample_and_eval(
         "autoencoder": encoder.as_input(autoencoder),
         "reference": reference.ref,
         **sampler.guide_input(config),
+        **weight_inputs(extractor=config.extractor.weights),
     }
     with WorkDir(out, EvaluationManifest, config.model_dump(mode="json"), inputs) as work:
         if work.finished is not None:

@@ -49,16 +49,20 @@ def velocity_agreement(latents_nD: Tensor, labels_n: Tensor, replicates: int, se
     if len(groups) < 2:
         raise ValueError("velocity agreement: expected at least two classes of three images")
     found = []
+    rows = torch.cat([points for points, _, _ in groups.values()])
+    classes = labels_n[rows]
     for t in TIMES:
-        within, between = [], []
-        for c, (points, one, two) in groups.items():
-            z = _points(latents_nD, points, t, seed)
-            own = empirical_velocity(z, t, latents_nD[one])
-            within.append(F.cosine_similarity(own, empirical_velocity(z, t, latents_nD[two]), dim=1))
-            others = [half for other, (_, half, _) in groups.items() if other != c]
-            cosines = [F.cosine_similarity(own, empirical_velocity(z, t, latents_nD[o]), dim=1) for o in others]
-            between.append(torch.stack(cosines).mean(0))
-        w, b = (mean_figure(torch.cat(parts), replicates, seed) for parts in (within, between))
+        z = _points(latents_nD, rows, t, seed)
+        own, twin = torch.empty_like(z), torch.empty_like(z)
+        for c, (_, one, two) in groups.items():
+            here = classes == c
+            own[here] = empirical_velocity(z[here], t, latents_nD[one])
+            twin[here] = empirical_velocity(z[here], t, latents_nD[two])
+        within, between = F.cosine_similarity(own, twin, dim=1).cpu(), torch.zeros(len(z))
+        for c, (_, one, _) in groups.items():  # at all points at once: there are as many fields as classes
+            cosine = F.cosine_similarity(own, empirical_velocity(z, t, latents_nD[one]), dim=1).cpu()
+            between += torch.where(classes == c, 0.0, cosine) / (len(groups) - 1)
+        w, b = (mean_figure(cosines, replicates, seed) for cosines in (within, between))
         found.append(Agreement(time=t, within=w, between=b, parted=(1 - b.value) / max(1 - w.value, 1e-9)))
     return found
 

@@ -15,7 +15,7 @@ from svgpipe.models.dit import DiT
 from svgpipe.models.empirical_flow import empirical_velocity
 from svgpipe.stages.class_geometry import class_distances
 from svgpipe.stages.straightness import straightness
-from svgpipe.stages.velocity_agreement import mean_parted, velocity_agreement
+from svgpipe.stages.velocity_agreement import _groups, _points, mean_parted, velocity_agreement
 
 from .conftest import Finished, Outcome
 
@@ -124,3 +124,28 @@ def test_a_model_of_another_cache_is_refused(
     assert done.code == 1 and "none of those given" in done.err
     many = svgpipe("analyze", small, "--classes", 1000, "--per-class", 50)
     assert many.code == 2 and "at most 4096 images" in many.err
+
+
+def test_images_that_do_not_differ_have_no_ratio_and_duplicates_do_no_harm() -> None:
+    labels = torch.tensor([0, 0, 1, 1])
+    with pytest.raises(ValueError, match="do not differ"):
+        class_distances("residual", torch.eye(2)[labels], labels, 20, 0)
+    rows = torch.tensor([[0.0, 0.0], [0.0, 0.0], [5.0, 1.0], [5.0, 2.0], [9.0, 0.0], [9.0, 3.0]])
+    found = class_distances("residual", rows, torch.tensor([0, 0, 1, 1, 2, 2]), 100, 0)  # many replicates have only 0s
+    assert found.ratio.low is not None and found.ratio.low <= found.ratio.value
+
+
+def test_velocity_agreement_is_that_of_every_pair_of_classes() -> None:
+    latents = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(24) % 3
+    groups = _groups(labels, 0)
+    for found in velocity_agreement(latents, labels, 20, 0)[::5]:
+        cosines = []
+        for c, (points, one, _) in groups.items():
+            z = _points(latents, points, found.time, 0)
+            own = empirical_velocity(z, found.time, latents[one])
+            for other, (_, half, _) in groups.items():
+                if other != c:
+                    theirs = empirical_velocity(z, found.time, latents[half])
+                    cosines.append(torch.nn.functional.cosine_similarity(own, theirs, dim=1))
+        assert found.between.value == pytest.approx(float(torch.cat(cosines).mean()), abs=1e-5)

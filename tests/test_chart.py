@@ -46,3 +46,10 @@ def test_axes_have_a_few_round_ticks(largest: float) -> None:
 def test_a_chart_of_zeros_is_drawn() -> None:
     found = chart("title", "steps", "distance", [5], {"a": [Value(0.0)]}, {})
     assert found.lines[0].points[0].y == found.y_ticks[0].place
+
+
+@pytest.mark.parametrize("values", [(-2.0, -2.0), (-3.0, -1.0)])
+def test_a_chart_of_negative_values_reaches_to_zero(values: tuple[float, float]) -> None:
+    drawn = chart("t", "x", "y", [1, 2], {"a": [Value(v) for v in values]}, {})
+    heights = [point.y for point in drawn.lines[0].points]
+    assert heights[0] >= heights[1] and len({tick.text for tick in drawn.y_ticks}) >= 2

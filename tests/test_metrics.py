@@ -119,3 +119,9 @@ def test_what_cannot_be_measured_is_none() -> None:
     assert found["recall"] is None  # three rows have no third neighbour
     assert found["precision"] is not None
     assert found["class_accuracy"] is None
+
+
+def test_the_kernel_distance_has_an_interval_wherever_its_subsets_differ() -> None:
+    few, many = torch.randn(30, 4), torch.randn(50, 4)
+    assert Comparison(Features(many), 20, 0).kernel(few).low is not None  # type: ignore[union-attr]
+    assert Comparison(Features(few), 20, 0).kernel(few + 1).low is None  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ from PIL import Image
 from svgpipe.manifests.recipe import BackboneSection
 from svgpipe.models.attention import attend
 from svgpipe.models.autoencoder import Autoencoder, map_from_tokens, tokens_from_map
-from svgpipe.models.backbone import Backbone
+from svgpipe.models.backbone import Backbone, own_input
 from svgpipe.models.convert import in_order, residual_from_official
 from svgpipe.models.decoder import Decoder
 from svgpipe.models.dit import DiT
@@ -277,3 +277,22 @@ def test_lpips_is_the_written_formula() -> None:
             expected = expected + ((unit[0] - unit[1]) ** 2 * lpips.lins[tap]).sum(1).mean()
             tap += 1
     torch.testing.assert_close(lpips(x, r).squeeze(), expected)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "resnet10t", "vit_tiny_patch16_224"])
+def test_weights_with_a_classifier_fit_a_backbone_without(name: str, tmp_path: Path) -> None:
+    """Some models keep a norm below `head.` without a classifier too."""
+    whole = timm.create_model(name, pretrained=False)
+    torch.save(whole.state_dict(), tmp_path / "whole.pth")
+    size, level = own_input(name)
+    section = BackboneSection(name=name, weights=str(tmp_path / "whole.pth"), input_size=size, feature_level=level)
+    backbone = build_backbone(section, size, pooled=True)
+    images = torch.rand(2, 3, size, size)
+    expected = whole.eval().forward_head(whole.forward_features(images), pre_logits=True)
+    found = backbone.model.forward_head(backbone.model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_tag_that_timm_does_not_know_is_a_mistake_in_the_name() -> None:
+    with pytest.raises(ValueError, match=r"resnet18\.nonsense"):
+        own_input("resnet18.nonsense")

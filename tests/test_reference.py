@@ -84,6 +84,10 @@ def test_a_folder_is_known_by_its_content(photographs: Path, tmp_path: Path) -> 
     shutil.copy(first, copy / "loose.png")
     loose = open_reference(str(copy))
     assert loose.class_names is None and loose.ref.fingerprint != found.ref.fingerprint
+    whole = first.read_bytes()
+    first.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ArtifactError, match=f"{first.name}: cannot be a reference image"):
+        open_reference(str(copy))
     first.write_bytes(b"no image")
     with pytest.raises(ArtifactError, match=f"{first.name}: cannot be a reference image"):
         open_reference(str(copy))
@@ -103,6 +107,11 @@ def test_what_is_no_reference_is_refused(finished: Finished, svgpipe: Callable[.
     assert "(4,) and (4, 3)" in refused(tmp_path / "odd.npz").err
     (tmp_path / "text.npz").write_text("nothing of the kind")
     assert "not a readable .npz" in refused(tmp_path / "text.npz").err
+    (tmp_path / "nothing.npz").write_bytes(b"")
+    assert "not a readable .npz" in refused(tmp_path / "nothing.npz").err
+    with (tmp_path / "single.npz").open("wb") as file:
+        np.save(file, np.zeros(4))
+    assert "not a readable .npz" in refused(tmp_path / "single.npz").err
     np.savez(tmp_path / "pickled.npz", mu=np.array([{}], object), sigma=np.zeros((1, 1)))
     assert "not a readable .npz" in refused(tmp_path / "pickled.npz").err
     np.savez(tmp_path / "nan.npz", mu=np.full(4, np.nan), sigma=np.eye(4))

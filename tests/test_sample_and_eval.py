@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +16,20 @@ import torch
 import webdataset as wds
 from torch_fidelity import feature_extractor_inceptionv3
 
+from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
+from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.recipe import ExtractorSection
+from svgpipe.manifests.shards import shard_name
 from svgpipe.manifests.storage import file_sha256
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.models.sampler import time_grid
 from svgpipe.stages.comparison import extracted
-from svgpipe.stages.decoded_images import decoded_images
+from svgpipe.stages.decoded_images import ImageJob, decoded_images, missing_units
 from svgpipe.stages.decoding import latent_decoder
 from svgpipe.stages.encoder import build_backbone
 from svgpipe.stages.images import decode_image, to_array
-from svgpipe.stages.measure import load_extractor
+from svgpipe.stages.measure import ImageSet, load_extractor
 from svgpipe.stages.sampling import SamplerSettings, draw_latents, initial_noise, labels_of
 from svgpipe.stages.trained_diffusion import open_diffusion
 
@@ -328,6 +333,9 @@ def test_inception_from_a_file_is_called_fid(
     scores = [r.inception_score for r in report.results]
     assert all(score is not None and 1 - 1e-6 < score.value < 2 for score in scores)
     assert report.extractor["weights"] == file_sha256(tmp_path / "inception.pth")
+    torch.save({**network.state_dict(), "more": torch.zeros(1)}, tmp_path / "inception.pth")
+    replaced = svgpipe(*eval_args(finished, tmp_path / "out", *change, *weights))
+    assert replaced.code == 1 and "extractor" in replaced.err  # finished, but measured with other weights
     (tmp_path / "inception.pth").write_bytes(b"cut short")
     found = svgpipe(*eval_args(finished, tmp_path / "again", *change, *weights))
     assert found.code == 1
@@ -365,6 +373,8 @@ def test_features_are_not_shared_between_input_sizes(finished: Finished, tmp_pat
         ("evaluation.guidance_mode=interval", 2, ["guidance_mode", "interval-LO-HI", "'interval'"]),
         ("evaluation.steps=[]", 2, ["at least one value"]),
         ("evaluation.extractor={kind: timm, name: resnetty}", 2, ["extractor.name", "timm model name", "resnetty"]),
+        ("evaluation.extractor={kind: timm, name: resnet18.nonsense}", 2, ["extractor.name", "resnet18.nonsense"]),
+        ("evaluation.bootstrap=1", 2, ["bootstrap", "at least 20"]),
         ("evaluation.extractor={kind: timm}", 2, ["extractor", "kind timm"]),
         (
             "evaluation.extractor={kind: timm, name: resnet10t, weights: gone.pth}",
@@ -380,3 +390,21 @@ def test_what_cannot_be_evaluated(
     assert found.code == code
     for word in words:
         assert word in found.err
+
+
+def test_units_of_another_list_of_sets_are_made_anew(tmp_path: Path) -> None:
+    """An alignment that there is now puts reconstructions where the noise was."""
+    journal = Journal(tmp_path / "journal")
+    noise, rebuilt = ImageJob("decoded-noise", 6), ImageJob("reconstructions", 6)
+    for number, unit in enumerate(noise.units(4)):
+        journal.record(number, {"set": unit["set"], "shard": {"name": shard_name(unit["number"])}})
+    assert missing_units(journal, noise.units(4)) == []
+    assert missing_units(journal, [*rebuilt.units(4), *noise.units(4)]) == [0, 1, 2, 3]
+
+
+def test_an_image_that_cannot_be_evaluated_is_named(finished: Finished, tmp_path: Path) -> None:
+    ref = finished.shards.usable("train")[0]
+    (tmp_path / "cut.jpg").write_bytes(cut := ref.read()[:200])
+    damaged = replace(ref, tar=tmp_path / "cut.jpg", offset=0, size=len(cut), sha256=sha256(cut).hexdigest())
+    with pytest.raises(ArtifactError, match=f"cut.jpg: {ref.key}: cannot be evaluated"):
+        ImageSet([damaged], 32).pixels(0)
