@@ -1,15 +1,15 @@
 """alignment.json: the four scalars of an imported autoencoder, which came without them.
 
-Official checkpoints hold none, as the official code aligns every batch by itself. The first extraction measures them
-and puts them beside the weights; whatever encodes with that autoencoder from then on uses the same ones. Once there,
-they never change.
+Official checkpoints hold none, as the official code aligns every batch by itself. The first extraction or evaluation
+measures them and puts them beside the weights; whatever encodes with that autoencoder from then on uses the same ones.
+Once there, they never change. A cache made with them keeps a copy: imported anew, the same weights may be given others.
 """
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.manifest import read_json, summarise, write_json
 from svgpipe.manifests.storage import Location
 
@@ -26,9 +26,12 @@ class MeasuredAlignment(BaseModel):
     shards: str = Field(description="Fingerprint of the shard set that the images are from.")
 
     @classmethod
-    def read(cls, autoencoder: Location) -> MeasuredAlignment | None:
-        """Of an autoencoder's directory; None where nothing was measured. Raises ArtifactError for a damaged file."""
-        path = autoencoder / ALIGNMENT_NAME
+    def read(cls, directory: Location) -> MeasuredAlignment | None:
+        """Of an autoencoder, or of a cache made with it; None where nothing was measured.
+
+        Raises ArtifactError for a damaged file.
+        """
+        path = directory / ALIGNMENT_NAME
         if not path.exists():
             return None
         try:
@@ -36,6 +39,17 @@ class MeasuredAlignment(BaseModel):
         except ValidationError as error:
             raise ArtifactError(f"{path}: not an alignment: {summarise(error)}") from error
 
-    def write(self, autoencoder: Location) -> None:
+    def write(self, directory: Location) -> None:
         """Write it atomically."""
-        write_json(autoencoder / ALIGNMENT_NAME, self.model_dump(mode="json"))
+        write_json(directory / ALIGNMENT_NAME, self.model_dump(mode="json"))
+
+
+def require_same_alignment(directory: Location, expected: Location) -> None:
+    """Raise MismatchError where both hold an alignment, and `directory` another than `expected`."""
+    ours, theirs = MeasuredAlignment.read(expected), MeasuredAlignment.read(directory)
+    if ours is not None and theirs is not None and ours.scalars != theirs.scalars:
+        raise MismatchError(
+            f"{directory}: expected the alignment {ours.scalars} of {expected}, found {theirs.scalars}: the "
+            "autoencoder was imported more than once, and measured anew. "
+            f"Put the first {ALIGNMENT_NAME} back, or make both anew."
+        )

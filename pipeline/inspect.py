@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from svgpipe.manifests.alignment import MeasuredAlignment
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
@@ -108,14 +109,14 @@ def _shard_facts(path: Location, manifest: Any) -> Json:
 
 def _autoencoder_facts(path: Location, manifest: Any) -> Json:
     assert isinstance(manifest, AutoencoderManifest)
-    backbone = manifest.config["backbone"]
+    backbone, measured = manifest.config["backbone"], MeasuredAlignment.read(path)
     return {
         "backbone": f"{backbone['name']}, weights {backbone['weights']} ({manifest.backbone_weights[:12]})",
         "latent": f"{manifest.grid[0]}x{manifest.grid[1]} x ({manifest.frozen_channels} frozen + "
         f"{manifest.residual_channels} residual) from {manifest.image_size} px",
         "steps": manifest.steps,
         "held-out PSNR (dB)": None if manifest.heldout_psnr is None else round(manifest.heldout_psnr, 2),
-        "alignment scalars": manifest.alignment,
+        "alignment scalars": manifest.alignment or (None if measured is None else list(measured.scalars)),
         "reconstructions": manifest.reconstruction_grid and str(path / manifest.reconstruction_grid),
     }
 

@@ -26,7 +26,7 @@ from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, absolute, remove_partials, write_atomic
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
-from svgpipe.stages.align import measure_alignment, needs_alignment
+from svgpipe.stages.align import keep_alignment, measure_alignment, needs_alignment
 from svgpipe.stages.cache_output import (
     REJECTS_NAME,
     all_records,
@@ -131,6 +131,7 @@ class _Job:
             measure_alignment(
                 self.shards, self.autoencoder, self.encoder, self.worker_args, self.resources, self.progress
             )
+        keep_alignment(self.autoencoder, out)
         calibration = self._calibration(work, size)
         journal = Journal(out / "journal")
         remove_partials(journal.directory)

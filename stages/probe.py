@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from svgpipe.manifests.alignment import require_same_alignment
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.figure import Figure, Record
@@ -70,7 +71,7 @@ def probe(
         seed: of the split that chooses the weight decay.
     Raises:
         UsageError: nothing to test on, or a validation cache that holds the training images.
-        MismatchError: a validation cache of another autoencoder or other classes.
+        MismatchError: a validation cache of another autoencoder or alignment, or of other classes.
         ArtifactError: fewer than two classes, or damage.
     """
     progress = progress or Silent()
@@ -156,6 +157,7 @@ def _require_comparable(cache: FeatureCache, validation: FeatureCache) -> None:
         ours["autoencoder"],
         what_to_do="Extract both caches with the same autoencoder.",
     )
+    require_same_alignment(validation.path, cache.path)
     if ours["shards"].fingerprint == theirs["shards"].fingerprint:
         raise UsageError(
             f"{validation.path}: holds the images of {cache.path} itself. Leave --validation out to test on its "

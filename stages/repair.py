@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from svgpipe.manifests.alignment import require_same_alignment
 from svgpipe.manifests.cache import CacheManifest
 from svgpipe.manifests.calibration import CALIBRATION_NAME, Calibration
 from svgpipe.manifests.checkpoint import AutoencoderManifest
@@ -165,6 +166,7 @@ def _maker(
         raise ArtifactError(f"{error} If it lies elsewhere now, give --shards or --autoencoder.") from error
     require("shards", opened.as_input())
     require("autoencoder", trained.as_input(encoder))
+    require_same_alignment(encoder, path)
     config = ExtractSection.model_validate(manifest.config)
     _require_images(path, manifest, damaged, opened)
     # Rejects that the finished cache already had were accepted when it was made.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -223,6 +224,28 @@ def test_the_round_trip_trains_and_samples(
     assert svgpipe("verify", imported / "autoencoder", "--deep").code == 0
     assert svgpipe("verify", imported / "diffusion", "--deep").code == 0
     assert (imported / "autoencoder" / "alignment.json").read_bytes() == before
+
+
+def test_an_alignment_that_was_measured_anew_is_not_mixed_with_the_first(
+    imported: Path, extracted: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """The weights are the same, so only the alignment tells the two imports apart."""
+    kept, other, cache = imported / "autoencoder", tmp_path / "autoencoder", tmp_path / "cache"
+    shutil.copytree(kept, other)
+    shutil.copytree(extracted, cache)
+    measured = json.loads((kept / "alignment.json").read_text())
+    assert json.loads((cache / "alignment.json").read_text()) == measured
+    assert str(round(measured["scalars"][0], 4)) in svgpipe("inspect", kept, "--json").out
+    (other / "alignment.json").write_text(json.dumps({**measured, "scalars": [9.0, 9.0, 9.0, 9.0]}))
+    (cache / "manifest.json").unlink()  # as if it had been stopped
+    shards = finished.root / "shards"
+    arguments = ("extract", "--shards", shards, "--out", cache, "--recipe", finished.recipe_file)
+    refused = svgpipe(*arguments, "--autoencoder", other)
+    assert refused.code == 1 and "alignment" in refused.err and "9.0" in refused.err
+    assert svgpipe(*arguments, "--autoencoder", kept).code == 0
+    (cache / "alignment.json").write_text((other / "alignment.json").read_text())
+    probed = svgpipe("probe", extracted, "--validation", cache)
+    assert probed.code == 1 and "alignment" in probed.err
 
 
 def test_importing_again_finds_it_and_other_files_are_refused(
