@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 4096
+CELLS = 2**27  # of a table of distances that is held at a time: half a gigabyte
 
 
 class FrechetTarget:
@@ -66,18 +67,31 @@ def _root_trace(values: Tensor) -> Tensor:
     return (torch.linalg.eigvalsh(gram).clamp_min(0) / (len(values) - 1)).sqrt().sum()
 
 
-def covered(features: Tensor, by: Tensor, neighbours: int = 3) -> Tensor:
+def ball_radii(rows: Tensor, neighbours: int = 3) -> Tensor:
+    """(m,) distance of each of (m,D) rows to its k-th neighbour among the others.
+
+    Raises ValueError unless m > neighbours.
+    """
+    if len(rows) <= neighbours:
+        raise ValueError(f"precision and recall: expected more than {neighbours} rows, found {len(rows)}")
+    found = [torch.cdist(block, rows).kthvalue(neighbours + 1).values for block in rows.split(_block(rows))]
+    return torch.cat(found)
+
+
+def covered(features: Tensor, by: Tensor, radii: Tensor) -> Tensor:
     """(n,) bool: which of the (n,D) rows lie within a ball around one of the (m,D) rows of `by`.
 
-    A ball reaches to its own row's k-th neighbour within `by`. Samples covered by real images give precision, real
-    images covered by samples give recall.
-    Raises ValueError unless m > neighbours.
+    Samples covered by real images give precision, real images covered by samples give recall.
+
+    Args:
+        radii: (m,) of the balls, as `ball_radii` gives them.
     Source: arXiv 1904.06991, eq. 1 and 2.
     """
-    if len(by) <= neighbours:
-        raise ValueError(f"precision and recall: expected more than {neighbours} rows, found {len(by)}")
-    radii = torch.cat([torch.cdist(block, by).kthvalue(neighbours + 1).values for block in by.split(BLOCK)])
-    return torch.cat([(torch.cdist(block, by) <= radii).any(1) for block in features.split(BLOCK)])
+    return torch.cat([(torch.cdist(block, by) <= radii).any(1) for block in features.split(_block(by))])
+
+
+def _block(by: Tensor) -> int:
+    return max(1, min(BLOCK, CELLS // len(by)))
 
 
 def nearest_class_hits(reference: Tensor, reference_labels: Tensor, features: Tensor, labels: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
 from svgpipe.manifests.figure import Figure
-from svgpipe.models.distances import FrechetTarget, covered, nearest_class_hits
+from svgpipe.models.distances import FrechetTarget, ball_radii, covered, nearest_class_hits
 from svgpipe.stages.figures import figure, mean_figure, picks
 
 KERNEL_SUBSETS = 50
@@ -56,8 +56,8 @@ class Comparison:
             "frechet_distance": self.frechet(found.pooled),
             "kernel_distance": self.kernel(found.pooled),
             "inception_score": None if found.logits is None else self._inception_score(found.logits),
-            "precision": self._coverage(found, self.reference),
-            "recall": self._coverage(self.reference, found),
+            "precision": self._precision(found.pooled),
+            "recall": self._recall(found.pooled),
             "class_accuracy": self._class_accuracy(found),
         }
 
@@ -80,10 +80,23 @@ class Comparison:
         resampled = [inception_score(logits[pick]) for pick in picks(len(logits), self.replicates, self.seed)]
         return figure(inception_score(logits), resampled, len(logits))
 
-    def _coverage(self, first: Features | None, by: Features | None) -> Figure | None:
-        if first is None or by is None or len(by.pooled) <= NEIGHBOURS:
+    @cached_property
+    def _reference_radii(self) -> Tensor | None:
+        if self.reference is None or len(self.reference.pooled) <= NEIGHBOURS:
             return None
-        return mean_figure(covered(first.pooled, by.pooled, NEIGHBOURS), self.replicates, self.seed)
+        return ball_radii(self.reference.pooled, NEIGHBOURS)
+
+    def _precision(self, pooled: Tensor) -> Figure | None:
+        if self.reference is None or self._reference_radii is None:
+            return None
+        inside = covered(pooled, self.reference.pooled, self._reference_radii)
+        return mean_figure(inside, self.replicates, self.seed)
+
+    def _recall(self, pooled: Tensor) -> Figure | None:
+        if self.reference is None or len(pooled) <= NEIGHBOURS:
+            return None
+        inside = covered(self.reference.pooled, pooled, ball_radii(pooled, NEIGHBOURS))
+        return mean_figure(inside, self.replicates, self.seed)
 
     def _class_accuracy(self, found: Features) -> Figure | None:
         if found.labels is None or self.reference is None or self.reference.labels is None:
@@ -95,13 +108,13 @@ class Comparison:
 def kernel_distances(first: Tensor, second: Tensor) -> Tensor:
     """(subsets,) polynomial MMD² of random subsets of (n,D) and (m,D), by torch-fidelity; their mean is the KID."""
     size = min(KERNEL_SUBSET_SIZE, len(first), len(second))
-    first, second = first.double(), second.double()
-    values = [
-        kid_features_to_metric(first, second, kid_subsets=1, kid_subset_size=size, rng_seed=subset, verbose=False)[
-            KEY_METRIC_KID_MEAN
-        ]
-        for subset in range(KERNEL_SUBSETS)
-    ]
+    values = []
+    for subset in range(KERNEL_SUBSETS):
+        # As torch-fidelity draws them; here, so that only these are in float64: a reference may be all of ImageNet.
+        rng = np.random.RandomState(subset)
+        one, two = (rows[rng.choice(len(rows), size, replace=False)].double() for rows in (first, second))
+        found = kid_features_to_metric(one, two, kid_subsets=1, kid_subset_size=size, rng_seed=0, verbose=False)
+        values.append(found[KEY_METRIC_KID_MEAN])
     return torch.from_numpy(np.asarray(values, np.float64))
 
 

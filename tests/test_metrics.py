@@ -10,7 +10,8 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from svgpipe.models.distances import FrechetTarget, covered, frechet_distance, nearest_class_accuracy
+from svgpipe.models import distances
+from svgpipe.models.distances import FrechetTarget, ball_radii, covered, frechet_distance, nearest_class_accuracy
 from svgpipe.stages.figures import figure, mean_figure, picks
 from svgpipe.stages.metrics import Comparison, Features, inception_score, kernel_distances
 
@@ -43,6 +44,11 @@ def test_kernel_distance_and_class_accuracy() -> None:
         a.double(), b.double(), kid_subsets=1, kid_subset_size=300, rng_seed=0, verbose=False
     )
     assert kernel_distances(a, b)[0] == pytest.approx(expected[KEY_METRIC_KID_MEAN], rel=1e-9)
+    many, more = torch.randn(2, 1100, 8, generator=generator)
+    drawn = kid_features_to_metric(
+        many.double(), more.double(), kid_subsets=1, kid_subset_size=1000, rng_seed=7, verbose=False
+    )
+    assert kernel_distances(many, more)[7] == pytest.approx(drawn[KEY_METRIC_KID_MEAN], rel=1e-9)
     labels = torch.arange(300) % 3
     centres = torch.eye(8)[labels] * 20
     assert nearest_class_accuracy(a + centres, labels, b + centres, labels) == 1.0
@@ -69,12 +75,25 @@ def test_precision_and_recall_are_torch_fidelitys() -> None:
     expected = prc_features_to_metric(
         samples * 0.5, reference, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False
     )
-    precision, recall = covered(samples * 0.5, reference), covered(reference, samples * 0.5)
+    narrow = samples * 0.5
+    precision = covered(narrow, reference, ball_radii(reference))
+    recall = covered(reference, narrow, ball_radii(narrow))
     assert float(precision.double().mean()) == pytest.approx(expected[KEY_METRIC_PRECISION], abs=1e-6)
     assert float(recall.double().mean()) == pytest.approx(expected[KEY_METRIC_RECALL], abs=1e-6)
     assert precision.double().mean() > recall.double().mean()  # narrow samples lie within, and leave much out
     with pytest.raises(ValueError, match="more than 3 rows, found 3"):
-        covered(samples, reference[:3])
+        ball_radii(reference[:3])
+    both = Comparison(Features(reference), 0, 0).measure(Features(narrow))
+    for name, inside in (("precision", precision), ("recall", recall)):
+        figure_of = both[name]
+        assert figure_of is not None and figure_of.value == pytest.approx(float(inside.double().mean()))
+
+
+def test_large_tables_of_distances_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, reference = gaussians(60, 90)
+    whole = covered(samples, reference, ball_radii(reference))
+    monkeypatch.setattr(distances, "CELLS", 7 * 90)
+    assert torch.equal(covered(samples, reference, ball_radii(reference)), whole)
 
 
 def test_inception_score_is_torch_fidelitys() -> None:
