@@ -49,12 +49,17 @@ def autoencoder_args(finished: Finished, out: Path, *more: object) -> list[objec
 
 
 def require_same_course(found: Path, expected: Path, names: tuple[str, ...]) -> None:
-    """Every step logged once, and its values equal to 1e-5."""
+    """Every step logged once, and its values equal to 1e-5.
+
+    The adaptive weight to 1e-3: it divides by the discriminator's gradient, which is small here, so that the order
+    of two workers' sums shows in it. Without the discriminator's own state it would differ in the first digit.
+    """
     ours, theirs = ([e for e in read_metrics(f / "metrics.jsonl") if names[0] in e] for f in (found, expected))
     assert [e["step"] for e in ours] == [e["step"] for e in theirs] == list(range(1, len(theirs) + 1))
     for name in names:
+        rtol = 1e-3 if name == "adaptive_weight" else 1e-5
         np.testing.assert_allclose(
-            [e[name] for e in ours], [e[name] for e in theirs], rtol=1e-5, atol=1e-9, err_msg=name
+            [e[name] for e in ours], [e[name] for e in theirs], rtol=rtol, atol=1e-9, err_msg=name
         )
 
 
