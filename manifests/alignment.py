@@ -2,7 +2,8 @@
 
 Official checkpoints hold none, as the official code aligns every batch by itself. The first extraction or evaluation
 measures them and puts them beside the weights; whatever encodes with that autoencoder from then on uses the same ones.
-Once there, they never change. A cache made with them keeps a copy: imported anew, the same weights may be given others.
+Once there, they never change. What is encoded with them keeps a copy, be it a cache or the reconstructions of an
+evaluation: imported anew, the same weights may be given others.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class MeasuredAlignment(BaseModel):
 
     @classmethod
     def read(cls, directory: Location) -> MeasuredAlignment | None:
-        """Of an autoencoder, or of a cache made with it; None where nothing was measured.
+        """Of an autoencoder, or of what was encoded with it; None where nothing was measured.
 
         Raises ArtifactError for a damaged file.
         """
@@ -53,3 +54,15 @@ def require_same_alignment(directory: Location, expected: Location) -> None:
             "autoencoder was imported more than once, and measured anew. "
             f"Put the first {ALIGNMENT_NAME} back, or make both anew."
         )
+
+
+def keep_alignment(source: Location, directory: Location) -> None:
+    """Put a copy of an autoencoder's (or a cache's) measured alignment beside what was encoded with it, if it has one.
+
+    Raises:
+        MismatchError: `directory` was begun with another one.
+    """
+    require_same_alignment(source, directory)
+    measured = MeasuredAlignment.read(source)
+    if measured is not None and MeasuredAlignment.read(directory) is None:
+        measured.write(directory)

@@ -32,8 +32,12 @@ class Measured(Record):
         "where there are more images than one holds."
     )
     inception_score: Figure | None = Field(description="Inception only.")
-    precision: Figure | None = Field(description="Share of the images that lie within the reference.")
-    recall: Figure | None = Field(description="Share of the reference that lies within the images; over the former.")
+    precision: Figure | None = Field(
+        description="Share of the images that lie within the reference, of which 50,000 count, evenly spread."
+    )
+    recall: Figure | None = Field(
+        description="Share of the reference that lies within the images, over at most 50,000 of either."
+    )
     class_accuracy: Figure | None = Field(
         description="Share whose nearest class mean of the reference, in this feature space, is their own class."
     )

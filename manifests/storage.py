@@ -12,6 +12,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -136,12 +137,17 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def remove_partials(path: Location) -> None:
-    """Delete what killed writers left in this folder; only for whoever holds its lock."""
+def remove_partials(path: Location, idle_s: float = 0) -> None:
+    """Delete what killed writers left in this folder.
+
+    Args:
+        idle_s: seconds since it was last written to. Only whoever holds the folder's lock may leave it at 0.
+    """
     if isinstance(path, Path):
         for partial in path.glob(".*.partial"):
             with suppress(OSError):
-                partial.unlink()
+                if not idle_s or time.time() - partial.stat().st_mtime > idle_s:
+                    partial.unlink()
 
 
 def file_sha256(path: Location) -> str:

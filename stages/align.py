@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from svgpipe.manifests.alignment import ALIGNMENT_NAME, MeasuredAlignment, require_same_alignment
+from svgpipe.manifests.alignment import ALIGNMENT_NAME, MeasuredAlignment
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.lock import locked
 from svgpipe.manifests.recipe import AutoencoderSection
@@ -57,15 +57,3 @@ def measure_alignment(
         f"{autoencoder}: was imported without an alignment; measured on {len(chosen)} images of {shards.directory} and "
         f"kept in {ALIGNMENT_NAME} for all that encodes with it from now on"
     )
-
-
-def keep_alignment(autoencoder: Location, cache: Location) -> None:
-    """Put a copy of a measured alignment beside what is encoded with it. Nothing where there is none.
-
-    Raises:
-        MismatchError: the cache was begun with another one.
-    """
-    require_same_alignment(autoencoder, cache)
-    measured = MeasuredAlignment.read(autoencoder)
-    if measured is not None and MeasuredAlignment.read(cache) is None:
-        measured.write(cache)

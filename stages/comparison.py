@@ -16,7 +16,7 @@ from svgpipe.manifests.figure import Figure
 from svgpipe.manifests.manifest import digest
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardFile, refs_of
-from svgpipe.manifests.storage import Location, make_directory
+from svgpipe.manifests.storage import Location, make_directory, remove_partials
 from svgpipe.models.distances import FrechetTarget
 from svgpipe.stages.figures import mean_figure
 from svgpipe.stages.images import psnr
@@ -27,6 +27,7 @@ from svgpipe.stages.reference import RealSets, Reference
 from svgpipe.stages.sampling import SamplerSettings
 
 RECONSTRUCTIONS, NOISE = "reconstructions", "decoded-noise"
+ABANDONED_S = 24 * 3600.0  # other evaluations may be writing to the same pool
 
 
 def compare(
@@ -125,6 +126,7 @@ def extracted(pool: Location, name: str, images: ImageSet, extractor: Extractor,
     if path.exists():
         return load_tensors(path)
     found = extractor.features(images, batch_size)
+    remove_partials(pool, idle_s=ABANDONED_S)
     save_tensors(path, found)
     return found
 

@@ -199,7 +199,7 @@ def _assemble(config: AutoencoderSection, backbone: Backbone) -> Autoencoder:
 def load_autoencoder(directory: Location) -> tuple[Autoencoder, AutoencoderManifest]:
     """Open a finished autoencoder, in eval mode, every weight checked against its manifest.
 
-    One that was imported has its alignment as the first extraction measured it; before that it cannot encode.
+    One that was imported has its alignment as it was measured at its first use; before that it cannot encode.
 
     Raises:
         ArtifactError: unfinished, damaged or missing weights.

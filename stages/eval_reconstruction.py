@@ -16,6 +16,7 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+from svgpipe.manifests.alignment import keep_alignment
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.manifest import WorkDir, digest
@@ -84,6 +85,7 @@ def eval_reconstruction(
         **weight_inputs(extractor=config.extractor.weights, vgg=config.vgg_weights, lpips=config.lpips_weights),
     }
     with WorkDir(out, ReconstructionManifest, config.model_dump(mode="json"), inputs) as work:
+        keep_alignment(autoencoder, out)
         if work.finished is not None:
             return work.finished
         section = AutoencoderSection.model_validate(encoder.config)

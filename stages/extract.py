@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
 from svgpipe.manifests.cache import CacheManifest
 from svgpipe.manifests.calibration import CALIBRATION_NAME, Calibration
 from svgpipe.manifests.checkpoint import AutoencoderManifest
@@ -26,7 +27,7 @@ from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, absolute, remove_partials, write_atomic
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
-from svgpipe.stages.align import keep_alignment, measure_alignment, needs_alignment
+from svgpipe.stages.align import measure_alignment, needs_alignment
 from svgpipe.stages.cache_output import (
     REJECTS_NAME,
     all_records,
@@ -67,7 +68,7 @@ def extract(
     Args:
         max_rejects: share of the images that may be unusable; outside the cache's identity.
     Raises:
-        MismatchError: `out` was begun with another encoder, other shards or another config.
+        MismatchError: `out` was begun with another encoder or alignment, other shards or another config.
         BusyError: another process works in `out`.
         TooManyRejectsError: more than `max_rejects`, or a start that is much worse than that.
         ArtifactError: a damaged input, or a feature that is not finite.
@@ -75,6 +76,7 @@ def extract(
     encoder = AutoencoderManifest.read(autoencoder)
     inputs = {"shards": shards.as_input(), "autoencoder": encoder.as_input(autoencoder)}
     with WorkDir(out, CacheManifest, config.model_dump(mode="json"), inputs) as work:
+        require_same_alignment(autoencoder, out)
         if work.finished is not None:
             return work.finished
         if not len(shards):

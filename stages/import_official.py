@@ -1,7 +1,7 @@
 """`svgpipe import-official`: released SVG checkpoints → an autoencoder and a diffusion model of ours.
 
 OUT/autoencoder    residual encoder, decoder, mask token; the backbone beside them. No alignment yet: the official code
-                   aligns every batch by itself, so the first extraction measures the four scalars (see alignment.py)
+                   aligns every batch by itself, so the first extraction or evaluation measures the four scalars
 OUT/diffusion      the transformer, with the official statistics, sampling from official latents
 OUT/import.json    which keys were used and which left aside, and why
 

@@ -14,12 +14,15 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metri
 from svgpipe.manifests.figure import Figure
 from svgpipe.models.distances import FrechetTarget, ball_radii, covered, nearest_class_hits
 from svgpipe.stages.figures import figure, mean_figure, picks
+from svgpipe.stages.selection import evenly_spread
 
 KERNEL_SUBSETS = 50
 KERNEL_SUBSET_SIZE = 1000
 INCEPTION_SPLITS = 10
 FEWEST_TO_SPLIT = 100
 NEIGHBOURS = 3
+# Every image of a set is compared with every other for its ball: of all of ImageNet, days of work. As in the paper.
+MOST_BALLS = 50_000
 
 
 @dataclass(frozen=True)
@@ -81,28 +84,35 @@ class Comparison:
         return figure(inception_score(logits), resampled, len(logits))
 
     @cached_property
-    def _reference_radii(self) -> Tensor | None:
-        if self.reference is None or len(self.reference.pooled) <= NEIGHBOURS:
-            return None
-        return ball_radii(self.reference.pooled, NEIGHBOURS)
+    def _reference_balls(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.reference is None else balls(self.reference.pooled)
 
     def _precision(self, pooled: Tensor) -> Figure | None:
-        if self.reference is None or self._reference_radii is None:
+        if self._reference_balls is None:
             return None
-        inside = covered(pooled, self.reference.pooled, self._reference_radii)
-        return mean_figure(inside, self.replicates, self.seed)
+        return mean_figure(covered(pooled, *self._reference_balls), self.replicates, self.seed)
 
     def _recall(self, pooled: Tensor) -> Figure | None:
-        if self.reference is None or len(pooled) <= NEIGHBOURS:
+        found = balls(pooled)
+        if self.reference is None or found is None:
             return None
-        inside = covered(self.reference.pooled, pooled, ball_radii(pooled, NEIGHBOURS))
-        return mean_figure(inside, self.replicates, self.seed)
+        return mean_figure(covered(_at_most(self.reference.pooled), *found), self.replicates, self.seed)
 
     def _class_accuracy(self, found: Features) -> Figure | None:
         if found.labels is None or self.reference is None or self.reference.labels is None:
             return None
         hits = nearest_class_hits(self.reference.pooled, self.reference.labels, found.pooled, found.labels)
         return None if hits is None else mean_figure(hits, self.replicates, self.seed)
+
+
+def balls(pooled: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Centres (m,D) and radii (m,) that a set of (n,D) features covers, m ≤ MOST_BALLS; None of too few for any."""
+    centres = _at_most(pooled)
+    return None if len(centres) <= NEIGHBOURS else (centres, ball_radii(centres, NEIGHBOURS))
+
+
+def _at_most(rows: Tensor) -> Tensor:
+    return rows if len(rows) <= MOST_BALLS else rows[evenly_spread(len(rows), MOST_BALLS)]
 
 
 def kernel_distances(first: Tensor, second: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from svgpipe.manifests.alignment import keep_alignment
 from svgpipe.manifests.cache import CacheManifest, FeatureCache
 from svgpipe.manifests.calibration import CALIBRATION_NAME, Calibration
 from svgpipe.manifests.errors import ArtifactError, UsageError
@@ -66,6 +67,7 @@ def requantize(
         if work.finished is not None:
             return work.finished
         progress = Recorded(progress, out)
+        keep_alignment(source, out)
         calibration = _calibration(cache, dtype, out / CALIBRATION_NAME, progress)
         spec = before.model_copy(update={"store_dtype": dtype}).spec
         store = FeatureStore.create(out, spec, calibration.mean, calibration.std, calibration.scale)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.evaluation import EvaluationManifest, LatentsRef
 from svgpipe.manifests.manifest import WorkDir, digest, require_same
@@ -79,6 +80,7 @@ def sample_and_eval(
         **weight_inputs(extractor=config.extractor.weights),
     }
     with WorkDir(out, EvaluationManifest, config.model_dump(mode="json"), inputs) as work:
+        require_same_alignment(autoencoder, out)
         if work.finished is not None:
             return work.finished
         # Weights that are missing should stop a sweep before it has sampled for hours.
@@ -100,6 +102,7 @@ def sample_and_eval(
             }
             measure_alignment(reference.shards, autoencoder, encoder, arguments, resources, progress)
             can_encode = True
+        keep_alignment(autoencoder, out)
         pool = pool or out.parent
         drawn = draw(sampler, settings, config, pool / "latents", resources=resources, progress=progress)
         rebuilt = ImageJob(RECONSTRUCTIONS, len(sets.reconstructed), originals=sets.reconstructed)

@@ -226,6 +226,26 @@ def test_the_round_trip_trains_and_samples(
     assert (imported / "autoencoder" / "alignment.json").read_bytes() == before
 
 
+@pytest.mark.slow
+def test_reconstructions_by_another_alignment_are_others(
+    extracted: Path, imported: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """A finished evaluation of those by the first one is not taken for one of these."""
+    other, shards = tmp_path / "autoencoder", finished.root / "shards"
+    shutil.copytree(imported / "autoencoder", other)
+    measured = json.loads((other / "alignment.json").read_text())
+    (other / "alignment.json").write_text(json.dumps({**measured, "scalars": [9.0, 9.0, 9.0, 9.0]}))
+    backbone = "extractor.kind=backbone"
+    reconstruct = ("eval-reconstruction", "--shards", shards, "--set", f"reconstruction.{backbone}")
+    sample = ("sample-and-eval", "--diffusion", imported / "diffusion", "--reference", shards, "--steps", 1)
+    recipe = ("--recipe", finished.recipe_file)
+    for number, command in enumerate((reconstruct, (*sample, *recipe))):
+        arguments = (*command, "--out", tmp_path / str(number), "--autoencoder")
+        assert svgpipe(*arguments, imported / "autoencoder").code == 0
+        refused = svgpipe(*arguments, other)
+        assert refused.code == 1 and "alignment" in refused.err and "9.0" in refused.err
+
+
 def test_an_alignment_that_was_measured_anew_is_not_mixed_with_the_first(
     imported: Path, extracted: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
@@ -236,12 +256,16 @@ def test_an_alignment_that_was_measured_anew_is_not_mixed_with_the_first(
     measured = json.loads((kept / "alignment.json").read_text())
     assert json.loads((cache / "alignment.json").read_text()) == measured
     assert str(round(measured["scalars"][0], 4)) in svgpipe("inspect", kept, "--json").out
+    assert svgpipe("requantize", cache, tmp_path / "small").code == 0
+    assert json.loads((tmp_path / "small" / "alignment.json").read_text()) == measured
     (other / "alignment.json").write_text(json.dumps({**measured, "scalars": [9.0, 9.0, 9.0, 9.0]}))
-    (cache / "manifest.json").unlink()  # as if it had been stopped
     shards = finished.root / "shards"
     arguments = ("extract", "--shards", shards, "--out", cache, "--recipe", finished.recipe_file)
-    refused = svgpipe(*arguments, "--autoencoder", other)
-    assert refused.code == 1 and "alignment" in refused.err and "9.0" in refused.err
+    for stopped in (False, True):
+        if stopped:
+            (cache / "manifest.json").unlink()
+        refused = svgpipe(*arguments, "--autoencoder", other)
+        assert refused.code == 1 and "alignment" in refused.err and "9.0" in refused.err
     assert svgpipe(*arguments, "--autoencoder", kept).code == 0
     (cache / "alignment.json").write_text((other / "alignment.json").read_text())
     probed = svgpipe("probe", extracted, "--validation", cache)

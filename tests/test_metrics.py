@@ -12,8 +12,10 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, p
 
 from svgpipe.models import distances
 from svgpipe.models.distances import FrechetTarget, ball_radii, covered, frechet_distance, nearest_class_accuracy
+from svgpipe.stages import metrics
 from svgpipe.stages.figures import figure, mean_figure, picks
 from svgpipe.stages.metrics import Comparison, Features, inception_score, kernel_distances
+from svgpipe.stages.selection import evenly_spread
 
 
 def test_frechet_distance_against_the_closed_form() -> None:
@@ -94,6 +96,23 @@ def test_large_tables_of_distances_are_made_in_parts(monkeypatch: pytest.MonkeyP
     whole = covered(samples, reference, ball_radii(reference))
     monkeypatch.setattr(distances, "CELLS", 7 * 90)
     assert torch.equal(covered(samples, reference, ball_radii(reference)), whole)
+
+
+def test_precision_and_recall_of_very_many_images_are_those_of_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every image is compared with every other; the figures say how many they are over."""
+    samples, reference = gaussians(60, 90)
+    monkeypatch.setattr(metrics, "MOST_BALLS", 30)
+    found = Comparison(Features(reference), 0, 0).measure(Features(samples))
+    some, less = reference[evenly_spread(90, 30)], samples[evenly_spread(60, 30)]
+    for name, inside in (
+        ("precision", covered(samples, some, ball_radii(some))),
+        ("recall", covered(some, less, ball_radii(less))),
+    ):
+        measured = found[name]
+        assert measured is not None
+        assert measured.num_images == len(inside)
+        assert measured.value == pytest.approx(float(inside.double().mean()))
+    assert len(inside) == 30
 
 
 def test_inception_score_is_torch_fidelitys() -> None:

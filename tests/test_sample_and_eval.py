@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
@@ -364,6 +366,21 @@ def test_features_are_not_shared_between_input_sizes(finished: Finished, tmp_pat
         kept[size] = extracted(tmp_path / "features", "images", images, extractor, 4)["pooled"]
         torch.testing.assert_close(kept[size], extractor.features(images, 4)["pooled"])
     assert not torch.allclose(kept[64], kept[96], rtol=0.1)
+
+
+def test_features_that_killed_evaluations_left_half_written_go(finished: Finished, tmp_path: Path) -> None:
+    """Those that another evaluation may be writing stay."""
+    images = decoded_images(finished.root / "evaluation", "reconstructions")
+    extractor = load_extractor(
+        ExtractorSection(kind="backbone"), build_backbone(finished.recipe.autoencoder.backbone, 32)
+    )
+    left, fresh = (tmp_path / f".{name}.safetensors.0.partial" for name in ("left", "fresh"))
+    for partial in (left, fresh):
+        partial.write_bytes(b"half")
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(left, (two_days_ago, two_days_ago))
+    extracted(tmp_path, "images", images, extractor, 4)
+    assert not left.exists() and fresh.exists()
 
 
 @pytest.mark.parametrize(
