@@ -42,12 +42,21 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda c: c[1])
-def test_commands_parse_and_stop_at_the_missing_data(command: list[str], tmp_path: Path) -> None:
+def test_commands_parse_and_stop_at_the_missing_data(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, svgpipe: Callable[..., Outcome]
+) -> None:
     """Options and recipe are understood: what is refused is that the data is not there."""
+    monkeypatch.chdir(tmp_path)
+    found = svgpipe(*command[1:])
+    assert found.code in (1, 2)
+    assert re.search(r"error: (imagenet|work)\b", found.err), found.err
+
+
+def test_the_script_that_these_commands_name_is_installed(tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("svgpipe")
-    found = subprocess.run([script, *command[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    found = subprocess.run([script, *commands()[0][1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert found.returncode in (1, 2)
-    assert re.search(r"error: (imagenet|work)\b", found.stderr), found.stderr
+    assert found.stderr.startswith("error: "), found.stderr
 
 
 def test_the_commands_about_a_cache_run_as_written(
