@@ -98,6 +98,7 @@ def test_frozen_scalars_are_those_of_the_training_images(finished: Finished) -> 
     np.testing.assert_allclose(manifest.alignment, expected.numpy(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:

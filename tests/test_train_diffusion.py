@@ -171,6 +171,7 @@ def same_weights_of_average_and_raw(folder: Path) -> bool:
     return all(torch.equal(ema[key], raw[key]) for key in ema)
 
 
+@pytest.mark.slow
 def test_killed_runs_end_bit_for_bit_the_same(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:

@@ -37,6 +37,7 @@ def test_a_deadly_unit_is_not_tried_for_ever(ray_session: None, monkeypatch: pyt
         list(run_units(items, read, worker, {}, write, Resources()))
 
 
+@pytest.mark.slow
 def test_without_it_all_units_come_through(ray_session: None) -> None:
     read, worker, write = _steps("nobody")
     found = run_units([{"unit": unit} for unit in range(3)], read, worker, {}, write, Resources())

@@ -180,6 +180,7 @@ def test_an_autoencoder_begun_by_two_is_finished_by_one(
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_workers_start_needs_no_step_to_finish(finished: Finished, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     process = start(diffusion_args(finished, out, *TWO), log)
