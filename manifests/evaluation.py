@@ -23,9 +23,12 @@ from svgpipe.manifests.report_file import WrittenReport
 class Measured(Record):
     """One set of images, measured against the reference."""
 
-    name: str
-    role: Literal["samples", "heldout", "reconstructions", "decoded-noise"]
-    num_images: int
+    name: str = Field(description="Folder of the images; of real ones, heldout.")
+    role: Literal["samples", "heldout", "reconstructions", "decoded-noise"] = Field(
+        description="samples; or a line to read them by: held-out real images (the floor), reconstructions, or decoded "
+        "noise (the ceiling)."
+    )
+    num_images: int = Field(description="In the set.")
     frechet_distance: Figure = Field(description="Against the reference; FID only where the metric is named so.")
     kernel_distance: Figure | None = Field(
         description="Polynomial MMD², mean over subsets (KID for Inception); the interval is over the subsets, "
@@ -56,8 +59,8 @@ class Report(WrittenReport):
         description="What made the features: kind, name, hash of the weights, and input size in pixels a side."
     )
     reference: Json = Field(description="What distances are measured against: how many images, and their digest.")
-    image_size: int
-    class_names: list[str]
+    image_size: int = Field(description="Pixels a side of all images.")
+    class_names: list[str] = Field(description="Of the diffusion model, in the order of its labels.")
     results: list[Measured] = Field(description="The sweep's settings in order, then the lines to read them by.")
     not_measured: list[str] = Field(default_factory=list, description="What is missing, and why.")
 

@@ -14,7 +14,7 @@ class Record(BaseModel):
 class Figure(Record):
     """A number, how many images it was found on, and the 95 % interval over them (bootstrap, unless said otherwise)."""
 
-    value: float
+    value: float = Field(description="The number itself.")
     low: float | None = Field(None, description="Without it, nothing was resampled.")
-    high: float | None = None
-    num_images: int
+    high: float | None = Field(None, description="The upper end; low is the lower one.")
+    num_images: int = Field(description="That it was found on.")

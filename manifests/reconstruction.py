@@ -33,13 +33,13 @@ class ReconstructionReport(WrittenReport):
 
     NOUN: ClassVar[str] = "a report of reconstructions"
 
-    schema_version: int = 1
+    schema_version: int = Field(1, description="Of this layout; raised when a field changes its meaning.")
     metric: str = Field(description="What frechet_distance is: FID, or a Fréchet distance in a named space.")
-    extractor: Json
-    image_size: int
+    extractor: Json = Field(description="What made the features, as in the report of samples.")
+    image_size: int = Field(description="Pixels a side of all images.")
     num_images: int = Field(description="Held-out images, centre-cropped.")
     images: str = Field(description="Digest of those images and how they are cropped.")
-    results: list[Reconstructed]
+    results: list[Reconstructed] = Field(description="With the residual branch, then without.")
     not_measured: list[str] = Field(default_factory=list, description="What is missing, and why.")
 
 

@@ -27,6 +27,7 @@ Location: TypeAlias = Path | UPath
 
 # Python package and pip extra that each scheme needs.
 SCHEMES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
+ABANDONED_S = 3600.0  # a partial that nobody has written to for so long is of a writer that was killed
 # What object stores' client libraries raise beside OSError (no credentials, no connection).
 _CLIENT_LIBRARIES = {"botocore", "aiobotocore", "s3fs", "gcsfs", "google", "aiohttp"}
 
@@ -141,7 +142,8 @@ def remove_partials(path: Location, idle_s: float = 0) -> None:
     """Delete what killed writers left in this folder.
 
     Args:
-        idle_s: seconds since it was last written to. Only whoever holds the folder's lock may leave it at 0.
+        idle_s: seconds since it was last written to. Only whoever holds the folder's lock may leave it at 0; where
+            others may be writing, ABANDONED_S.
     """
     if isinstance(path, Path):
         for partial in path.glob(".*.partial"):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svgpipe.models.distances import CELLS
+
 BLOCK = 8192
 STEPS = 200
 KNN_TEMPERATURE = 0.07
@@ -55,7 +57,7 @@ def knn_votes(
     """
     normed = F.normalize(reference_mD, dim=1)
     votes = []
-    for block in F.normalize(features_nD, dim=1).split(1024):
+    for block in F.normalize(features_nD, dim=1).split(max(1, min(1024, CELLS // len(normed)))):
         near = (block @ normed.T).topk(min(neighbours, len(normed)), dim=1)
         weights = ((near.values - near.values[:, :1]) / KNN_TEMPERATURE).exp()  # the largest is 1, whatever the scale
         count = torch.zeros(len(block), num_classes, device=block.device)

@@ -20,6 +20,7 @@ from svgpipe.pipeline.options import (
     ShardsOption,
     WorkersOption,
     page_at,
+    read_class_names,
     resources_of,
 )
 
@@ -186,12 +187,9 @@ def import_official(
     ] = None,
 ) -> None:
     """Released SVG checkpoints → an autoencoder and a diffusion model that all other commands take."""
-    from svgpipe.manifests.errors import UsageError
     from svgpipe.stages.import_official import import_official as run_stage
 
-    if class_names is not None and not class_names.is_file():
-        raise UsageError(f"{class_names}: expected a file with one class name per line, found none.")
-    names = None if class_names is None else class_names.read_text().splitlines()
+    names = read_class_names(class_names)
     for found in run_stage(autoencoder, location(out), diffusion=diffusion, stats=stats, class_names=names):
         typer.echo(f"{found.directory}: {found.what} ({found.fingerprint[:12]}); {found.used} tensors used")
         for reason, keys in found.ignored.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,6 +50,33 @@ MaxRejectsOption = Annotated[
     float, typer.Option("--max-rejects", min=0, max=1, help="Share of images that may be unusable before it stops.")
 ]
 AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster; without it, this machine.")]
+
+
+def read_class_names(path: Path | None) -> list[str] | None:
+    """Lines of a file of class names, in the order of the labels; None without a file.
+
+    Raises:
+        UsageError: no such file, no text, nothing in it, an empty line, or a name that stands there twice.
+    """
+    if path is None:
+        return None
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: expected a file with one class name per line, in UTF-8, found none.") from error
+    if not names:
+        raise UsageError(f"{path}: expected one class name per line, found an empty file.")
+    first: dict[str, int] = {}
+    for number, name in enumerate(names, 1):
+        if not name.strip():
+            raise UsageError(f"{path}: expected a class name in every line, found none in line {number}.")
+        if name in first:
+            raise UsageError(
+                f"{path}: lines {first[name]} and {number} are both {name!r}; expected names that differ, "
+                "as a label may be given by its name. (Lists of ImageNet's classes have two cranes and two maillots.)"
+            )
+        first[name] = number
+    return names
 
 
 def trainers_of(num_workers: int | None, **others: object) -> Resources | None:

@@ -24,7 +24,7 @@ MEASURES = (
     ("lpips", "LPIPS", "%.4f", "", "lower is better"),
     ("colour_difference", "colour difference", "%.2f", "", "CIEDE2000, lower is better"),
     ("frechet_distance", "Fréchet distance", "%.2f", "", "lower is better"),
-    ("kernel_distance", "kernel distance", "%.4f", "", "lower is better"),
+    ("kernel_distance", "kernel distance", "%.3g", "", "lower is better"),
 )
 
 

@@ -23,6 +23,7 @@ from svgpipe.stages.selection import evenly_spread
 REPORT_PAGE = "report.html"
 MAX_COLUMNS = 10
 ROWS = 4
+SIDE_BY_SIDE = 160  # pictures of all settings together, where they leave a row at least: the page stays below 10 MB
 
 
 def render_report(evaluation: Location, autoencoder: Location, diffusion: Location, reference: Reference) -> Location:
@@ -88,8 +89,10 @@ def _grids(
         kind = "held-out" if pool is reference.heldout else "reference"
         note = f"{kind} images above, encoded and decoded below"
         grids.append(Grid("Reconstructions", note, len(chosen) or 1, pairs))
+    rows = max(1, min(MAX_COLUMNS, SIDE_BY_SIDE // len(samples)))
     for guidance in dict.fromkeys(_sampler(r)["guidance"] for r in samples):
-        grids.append(_side_by_side(evaluation, names, [r for r in samples if _sampler(r)["guidance"] == guidance]))
+        of_one = [r for r in samples if _sampler(r)["guidance"] == guidance]
+        grids.append(_side_by_side(evaluation, names, of_one, rows))
     settings = _sampler(best)
     title = f"Samples, {settings['steps']} step{'s' if settings['steps'] > 1 else ''}"
     note = f"guidance {settings['guidance']:g}, {settings['solver']}; the setting of least distance"
@@ -102,16 +105,17 @@ def _caption(images: ImageSet, i: int, names: Sequence[str] | None) -> str:
     return "image" if names is None else names[int(images.labels[i])]
 
 
-def _side_by_side(evaluation: Location, names: Sequence[str], samples: Sequence[Measured]) -> Grid:
-    """The first sample of up to ten classes in a row each, a column for each number of steps."""
+def _side_by_side(evaluation: Location, names: Sequence[str], samples: Sequence[Measured], count: int) -> Grid:
+    """The first sample of up to `count` classes in a row each, a column for each number of steps."""
     sets = [decoded_images(evaluation, r.name) for r in samples]
     labels = sets[0].labels
-    rows = [int(found[0]) for c in evenly_spread(len(names), MAX_COLUMNS) if len(found := np.flatnonzero(labels == c))]
+    drawn, first = np.unique(labels, return_index=True)
+    rows = [int(first[c]) for c in evenly_spread(len(drawn), count)]
     steps = [_sampler(r)["steps"] for r in samples]
     pictures = [
-        picture(images.pixels(row), f"{names[int(labels[row])]}, {count}")
+        picture(images.pixels(row), f"{names[int(labels[row])]}, {number}")
         for row in rows
-        for count, images in zip(steps, sets, strict=True)
+        for number, images in zip(steps, sets, strict=True)
     ]
     guidance = _sampler(samples[0])["guidance"]
     return Grid(
@@ -129,11 +133,11 @@ def _sampler(result: Measured) -> Json:
 
 def _steps_chart(samples: Sequence[Measured], lines: dict[str, Measured]) -> Chart | None:
     """Distance against steps, a line for each guidance; None where there is one number of steps only."""
-    steps = list(dict.fromkeys(_sampler(r)["steps"] for r in samples))
+    steps = sorted({_sampler(r)["steps"] for r in samples})
     if len(steps) < 2:
         return None
     series: dict[str, list[Value]] = {}
-    for r in samples:
+    for r in sorted(samples, key=lambda r: int(_sampler(r)["steps"])):
         found = r.frechet_distance
         name = f"guidance {_sampler(r)['guidance']:g}"
         series.setdefault(name, []).append(Value(found.value, found.low, found.high))

@@ -26,6 +26,7 @@ from svgpipe.pipeline.options import (
     TrainersOption,
     WandbOption,
     WorkersOption,
+    read_class_names,
     resources_of,
     trainers_of,
 )
@@ -71,15 +72,12 @@ def index(
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one per core.")] = 0,
 ) -> None:
     """Tars made by others → a shard set that refers to them. Run again to resume."""
-    from svgpipe.manifests.errors import UsageError
     from svgpipe.manifests.shards import expand
     from svgpipe.pipeline.console import ConsoleProgress
     from svgpipe.stages.index_tars import IndexConfig, index_tars
 
-    if class_names is not None and not class_names.is_file():
-        raise UsageError(f"{class_names}: expected a file with one class name per line, found none.")
-    names = None if class_names is None else tuple(class_names.read_text().splitlines())
-    config = IndexConfig(label_field, names, decode)
+    names = read_class_names(class_names)
+    config = IndexConfig(label_field, None if names is None else tuple(names), decode)
     with ConsoleProgress() as progress:
         manifest = index_tars(
             expand(tars),

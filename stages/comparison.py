@@ -16,7 +16,7 @@ from svgpipe.manifests.figure import Figure
 from svgpipe.manifests.manifest import digest
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardFile, refs_of
-from svgpipe.manifests.storage import Location, make_directory, remove_partials
+from svgpipe.manifests.storage import ABANDONED_S, Location, children, make_directory, remove_partials
 from svgpipe.models.distances import FrechetTarget
 from svgpipe.stages.figures import mean_figure
 from svgpipe.stages.images import psnr
@@ -27,7 +27,7 @@ from svgpipe.stages.reference import RealSets, Reference
 from svgpipe.stages.sampling import SamplerSettings
 
 RECONSTRUCTIONS, NOISE = "reconstructions", "decoded-noise"
-ABANDONED_S = 24 * 3600.0  # other evaluations may be writing to the same pool
+PART = 5000  # images: the unit of resume of extracted features
 
 
 def compare(
@@ -76,17 +76,22 @@ def compare(
         not_measured.append(f"precision and recall of sets of {NEIGHBOURS} images or fewer")
     drawn = {setting.name for setting in settings}
     progress.begin("measure", len(everything))
-    features = {}
     for name, image_set in everything.items():
-        found = extracted(pool, name, image_set, extractor, config.batch_size)
-        labelled = name != NOISE and (same_classes or name not in drawn)
-        labels = torch.from_numpy(image_set.labels) if labelled else None
-        features[name] = Features(found[POOLED], found.get(LOGITS), labels)
+        extracted(pool, name, image_set, extractor, config.batch_size)
         progress.advance(1, name)
-    comparison = Comparison(features.get("reference"), config.bootstrap, config.seed, _target(reference))
+
+    def features(name: str) -> Features:
+        """As they were kept just now: those of all sets at a time may be more than memory holds."""
+        found = extracted(pool, name, everything[name], extractor, config.batch_size)
+        labelled = name != NOISE and (same_classes or name not in drawn)
+        labels = torch.from_numpy(everything[name].labels) if labelled else None
+        return Features(found[POOLED], found.get(LOGITS) if name != "reference" else None, labels)
+
+    against = features("reference") if real else None
+    comparison = Comparison(against, config.bootstrap, config.seed, _target(reference))
     roles: dict[str, Any] = {"heldout": "heldout", RECONSTRUCTIONS: "reconstructions", NOISE: "decoded-noise"}
     results = []
-    compared = [*(s.name for s in settings), *(role for role in roles if role in features)]
+    compared = [*(s.name for s in settings), *(role for role in roles if role in everything)]
     progress.begin("compare", len(compared))
     for name in compared:
         more: dict[str, Any] = {}
@@ -95,7 +100,7 @@ def compare(
         if name in drawn:
             more["sampler"] = next(asdict(s) for s in settings if s.name == name)
         role, count = roles.get(name, "samples"), len(everything[name])
-        results.append(Measured(name=name, role=role, num_images=count, **comparison.measure(features[name]), **more))
+        results.append(Measured(name=name, role=role, num_images=count, **comparison.measure(features(name)), **more))
         progress.advance(1, name)
     return Report(
         metric=extractor.metric,
@@ -125,9 +130,19 @@ def extracted(pool: Location, name: str, images: ImageSet, extractor: Extractor,
     path = pool / f"{name}-{key}.safetensors"
     if path.exists():
         return load_tensors(path)
-    found = extractor.features(images, batch_size)
     remove_partials(pool, idle_s=ABANDONED_S)
+    if len(images) <= PART:
+        found = extractor.features(images, batch_size)
+        save_tensors(path, found)
+        return found
+    # Kept part by part, so that a kill does not cost the hours that a large set takes.
+    parts = [ImageSet(images.refs[start : start + PART], images.size) for start in range(0, len(images), PART)]
+    pieces = [extracted(pool / "parts", f"{name}-{key}", part, extractor, batch_size) for part in parts]
+    found = {layer: torch.cat([piece[layer] for piece in pieces]) for layer in extractor.layers}
     save_tensors(path, found)
+    for part_file in children(pool / "parts"):
+        if part_file.name.startswith(f"{name}-{key}-"):
+            part_file.unlink(missing_ok=True)
     return found
 
 

@@ -16,7 +16,7 @@ from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.index import ImageRef, read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import ShardFile, shard_name
-from svgpipe.manifests.storage import Location, absolute, children, make_directory, remove_partials
+from svgpipe.manifests.storage import Location, absolute, children, file_size, make_directory, remove_partials
 from svgpipe.stages.encoder import load_autoencoder, reconstruct
 from svgpipe.stages.eval_tasks import ReadForDecoding, WriteImages
 from svgpipe.stages.images import decode_image
@@ -82,7 +82,7 @@ def decode(
     units = [unit for job in jobs for unit in job.units(unit_rows)]
     journal = Journal(out / "journal" / "decode")
     remove_partials(journal.directory)
-    missing = missing_units(journal, units)
+    missing = missing_units(journal, units, out / "images")
     progress.begin("decode", len(units), len(units) - len(missing))
     for job in jobs:
         make_directory(out / "images" / job.name)
@@ -105,13 +105,19 @@ def decode(
     return found
 
 
-def missing_units(journal: Journal, units: Sequence[dict[str, Any]]) -> list[int]:
-    """Units without a record of their own.
+def missing_units(journal: Journal, units: Sequence[dict[str, Any]], images: Location) -> list[int]:
+    """Units without a record of their own, or whose tar or index is gone.
 
     The sets may have changed since the records were written: an alignment that there is now allows another.
     """
     finished = journal.finished()
-    return [n for n, unit in enumerate(units) if n not in finished or not _is_of(journal, n, unit)]
+
+    def is_there(number: int, unit: dict[str, Any]) -> bool:
+        tar = images / unit["set"] / shard_name(unit["number"])
+        files = (tar, tar.with_suffix(".parquet"))
+        return _is_of(journal, number, unit) and all(file_size(path) is not None for path in files)
+
+    return [n for n, unit in enumerate(units) if n not in finished or not is_there(n, unit)]
 
 
 def _is_of(journal: Journal, number: int, unit: dict[str, Any]) -> bool:

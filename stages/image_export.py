@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from svgpipe.manifests.evaluation import EvaluationManifest
-from svgpipe.manifests.storage import Location, make_directory, staged, write_atomic
+from svgpipe.manifests.storage import ABANDONED_S, Location, make_directory, remove_partials, staged, write_atomic
 from svgpipe.stages.decoded_images import decoded_images
 from svgpipe.stages.images import RGBArray
 from svgpipe.stages.measure import ImageSet
@@ -32,6 +32,7 @@ def export_png(evaluation: Location, progress: Progress) -> list[Location]:
     for name, images in _samples_of(evaluation):
         folder = evaluation / "png" / name
         make_directory(folder)
+        remove_partials(folder, idle_s=ABANDONED_S)
         progress.begin(f"png {name}", len(images))
         for number, ref in enumerate(images.refs):
             path = folder / f"{number:08d}.png"
@@ -54,6 +55,7 @@ def _write_npz(path: Location, images: ImageSet, progress: Progress) -> Location
         progress.advance(len(images))
         return path
     make_directory(path.parent)
+    remove_partials(path.parent, idle_s=ABANDONED_S)
     shape = (len(images), images.size, images.size, 3)
     with staged(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:

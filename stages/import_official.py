@@ -28,7 +28,7 @@ from svgpipe.manifests.checkpoint import (
     weights_file,
 )
 from svgpipe.manifests.errors import ArtifactError, UsageError
-from svgpipe.manifests.manifest import InputRef, WorkDir, digest, write_json
+from svgpipe.manifests.manifest import InputRef, WorkDir, digest, read_json, write_json
 from svgpipe.manifests.recipe import (
     AutoencoderSection,
     BackboneSection,
@@ -52,6 +52,9 @@ from svgpipe.stages.sampling import build_dit
 
 IMPORT_NAME = "import.json"
 OFFICIAL_EMA = 0.9999
+# The official average takes in the fixed table of positions too, and rounding moves it: 1.7e-4 after 5,000 steps, where
+# it stays. What was averaged is kept, as the official sampler uses it.
+POSITION_DRIFT = 1e-3
 STATISTICS = ("mean", "std")
 
 
@@ -85,6 +88,8 @@ def import_official(
         ArtifactError: files that are missing, unsafe, or hold what has no place.
         MismatchError: `out` holds another import.
     """
+    if diffusion is None and class_names is not None:
+        raise UsageError("--class-names are of the transformer's labels: give --diffusion as well.")
     if (diffusion is None) != (stats is None):
         raise UsageError("--diffusion and --stats belong together: the statistics are what its latents are made with.")
     found = [_import_autoencoder(autoencoder, out / "autoencoder")]
@@ -92,7 +97,9 @@ def import_official(
         made = AutoencoderManifest.read(out / "autoencoder").as_input(out / "autoencoder")
         found.append(_import_diffusion(diffusion, stats, made, out / "diffusion", class_names))
     listing = [{"directory": one.directory.name, "used": one.used, "ignored": one.ignored} for one in found]
-    write_json(out / IMPORT_NAME, {"imported": listing})
+    now = {entry["directory"] for entry in listing}
+    earlier = read_json(out / IMPORT_NAME)["imported"] if (out / IMPORT_NAME).exists() else []
+    write_json(out / IMPORT_NAME, {"imported": listing + [one for one in earlier if one["directory"] not in now]})
     return found
 
 
@@ -164,7 +171,7 @@ def _import_diffusion(
         sizes = dit_sizes(first)
     except ValueError as error:
         raise ArtifactError(f"{path}: not a diffusion transformer of SVG's: {error}") from error
-    classes = class_names or [str(label) for label in range(sizes.num_classes)]
+    classes = class_names if class_names is not None else [str(label) for label in range(sizes.num_classes)]
     if len(classes) != sizes.num_classes:
         raise ArtifactError(
             f"{path}: its label table has {sizes.num_classes + 1} rows, the last of them for no label; expected "
@@ -196,7 +203,7 @@ def _import_diffusion(
             require_fit(name, model.state_dict(), converted)
         except ValueError as error:
             raise ArtifactError(f"{path}: {error}") from error
-        if not torch.allclose(model.pos_embed, converted["pos_embed"], atol=1e-5):
+        if not torch.allclose(model.pos_embed, converted["pos_embed"], atol=POSITION_DRIFT):
             raise ArtifactError(f"{path}: {name}: pos_embed is not an official DiT's sine-cosine table.")
         files[weights_file(average_name(OFFICIAL_EMA) if name == "ema" else RAW)] = converted
     files[STATISTICS_FILE] = statistics

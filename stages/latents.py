@@ -33,6 +33,8 @@ from svgpipe.stages.trained_diffusion import TrainedDiffusion
 from svgpipe.stages.training import is_compiled, warn_if_imitated
 from svgpipe.stages.units import Resources, Row, run_units, start_worker
 
+DESCRIPTION = "sampler"
+
 
 @dataclass(frozen=True)
 class DrawnLatents:
@@ -157,18 +159,29 @@ def _key(sampler: Sampler, setting: SamplerSettings, config: EvaluationSection) 
 def _prepare(
     path: Location, model: TrainedDiffusion, setting: SamplerSettings, rows: int, unit_rows: int
 ) -> FeatureStore:
-    """The store with room for at least `rows`; what it holds stays."""
-    if (path / "zarr.json").exists():
-        store = FeatureStore.open(path)
-        if store.spec.num_samples >= rows:
-            return store
+    """The store with room for at least `rows`; what it holds stays.
+
+    Its description is written last, so a store that has one is whole; another was left by a kill and is made anew
+    around the shards that lie there.
+    """
+    store = _whole_store(path)
+    if store is not None and store.spec.num_samples >= rows:
+        return store
     spec = StoreSpec(rows, ("original",), model.grid, model.channels, unit_rows, tuple(model.class_names))
     store = FeatureStore.create(path, spec, *model.statistics())
     labels = labels_of(range(rows), len(model.class_names), setting)
     store.put("label", labels.numpy().astype(np.int32), "sample")
     store.put("valid", np.ones(rows, bool), "sample")
-    store.describe({"sampler": asdict(setting), "model": model.made_from})
+    store.describe({DESCRIPTION: asdict(setting), "model": model.made_from})
     return store
+
+
+def _whole_store(path: Location) -> FeatureStore | None:
+    try:
+        store = FeatureStore.open(path)
+    except ArtifactError:
+        return None
+    return store if DESCRIPTION in store.group.attrs else None
 
 
 def _missing(store: FeatureStore, journal: Journal, units: int) -> list[int]:

@@ -35,6 +35,7 @@ from svgpipe.stages.training import pick_device
 
 POOLED, LOGITS = "pooled", "logits"
 INCEPTION_LAYERS = {POOLED: "2048", LOGITS: "logits_unbiased"}
+INCEPTION = "inception-v3-compat"
 INCEPTION_SIZE = 299
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -152,7 +153,7 @@ def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "e
             if safe is not None:
                 torch.save(state, safe)
             module = FeatureExtractorInceptionV3(
-                "inception-v3-compat", list(INCEPTION_LAYERS.values()), feature_extractor_weights_path=safe
+                INCEPTION, list(INCEPTION_LAYERS.values()), feature_extractor_weights_path=safe
             )
     except Exception as error:  # urllib's kinds and torch's for a damaged file
         raise ArtifactError(
@@ -165,7 +166,7 @@ def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "e
         module.eval(),
         INCEPTION_LAYERS,
         "FID",
-        {"kind": "inception", "name": "inception-v3-compat", "weights": weights, "input_size": INCEPTION_SIZE},
+        {"kind": "inception", "name": INCEPTION, "weights": weights, "input_size": INCEPTION_SIZE},
         int(INCEPTION_LAYERS[POOLED]),
     )
 

@@ -93,7 +93,7 @@ class Comparison:
         return mean_figure(covered(pooled, *self._reference_balls), self.replicates, self.seed)
 
     def _recall(self, pooled: Tensor) -> Figure | None:
-        found = balls(pooled)
+        found = None if self.reference is None else balls(pooled)
         if self.reference is None or found is None:
             return None
         return mean_figure(covered(_at_most(self.reference.pooled), *found), self.replicates, self.seed)

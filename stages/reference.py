@@ -22,19 +22,25 @@ from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import file_sha256, location
 from svgpipe.stages.images import EXTENSIONS, RejectedImageError, decode_image
+from svgpipe.stages.measure import INCEPTION
 from svgpipe.stages.selection import evenly_spread
 
-MEAN, COVARIANCE = "mu", "sigma"
+MEAN, COVARIANCE, EXTRACTOR = "mu", "sigma", "extractor"
 READERS = 16
+LOOKED_AT_ONCE = 4096
 FEWEST = 2
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean (D,) and covariance (D,D) of features that somebody else has computed, float64."""
+    """Mean (D,) and covariance (D,D) of features that somebody else has computed, float64; whose, is written there.
+
+    Published ones name nobody, and are of Inception.
+    """
 
     mean: Tensor
     covariance: Tensor
+    extractor: str = INCEPTION
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ def open_reference(spec: str) -> Reference:
     """Open a shard set (its directory or tars), an image folder, or an .npz with `mu` and `sigma`.
 
     Raises:
-        ArtifactError: nothing there, or what is there cannot be read; each image is looked at.
+        ArtifactError: nothing there, or what is there cannot be read. Images are not decoded, see `require_decodable`.
         UsageError: as `ShardSet.open`.
     """
     if spec.endswith(".npz"):
@@ -105,10 +111,11 @@ def _folder(directory: Path) -> Reference:
         )
     places = [path.relative_to(directory).parts for path in paths]
     classes = sorted({parts[0] for parts in places}) if all(len(parts) > 1 for parts in places) else None
+    numbers = {name: number for number, name in enumerate(classes or [])}
     with ThreadPoolExecutor(READERS) as readers:
-        looked = list(readers.map(_look, paths))
+        looked = list(readers.map(_size_and_hash, paths))
     refs = [
-        ImageRef(path, 0, size, sha256, path.stem, 0 if classes is None else classes.index(parts[0]))
+        ImageRef(path, 0, size, sha256, path.stem, 0 if classes is None else numbers[parts[0]])
         for path, parts, (size, sha256) in zip(paths, places, looked, strict=True)
     ]
     content = digest([["/".join(parts), ref.sha256] for parts, ref in zip(places, refs, strict=True)])
@@ -116,14 +123,30 @@ def _folder(directory: Path) -> Reference:
     return Reference("folder", str(directory), ref, refs, class_names=classes)
 
 
-def _look(path: Path) -> tuple[int, str]:
-    """Size and sha256 of an image file. Raises ArtifactError for what cannot be decoded."""
+def _size_and_hash(path: Path) -> tuple[int, str]:
     data = path.read_bytes()
-    try:
-        decode_image(data)
-    except RejectedImageError as error:
-        raise ArtifactError(f"{path}: cannot be a reference image: {error}. Remove it or repair it.") from error
     return len(data), hashlib.sha256(data).hexdigest()
+
+
+def require_decodable(reference: Reference, refs: Sequence[ImageRef]) -> None:
+    """Decode those of a folder's images that are asked for: a bad one should stop a sweep before hours of sampling.
+
+    Raises:
+        ArtifactError: one that cannot be decoded. (Images of shards were looked at when these were made.)
+    """
+    if reference.kind != "folder":
+        return
+
+    def look(ref: ImageRef) -> None:
+        try:
+            decode_image(ref.read())
+        except RejectedImageError as error:
+            raise ArtifactError(f"{ref.tar}: cannot be a reference image: {error}. Remove it or repair it.") from error
+
+    with ThreadPoolExecutor(READERS) as readers:
+        for start in range(0, len(refs), LOOKED_AT_ONCE):
+            for _ in readers.map(look, refs[start : start + LOOKED_AT_ONCE]):
+                pass
 
 
 def _statistics(path: Path) -> Reference:
@@ -133,6 +156,7 @@ def _statistics(path: Path) -> Reference:
         with np.load(path, allow_pickle=False) as archive:
             held = list(archive.files)
             arrays = [np.asarray(archive[name], np.float64) for name in (MEAN, COVARIANCE) if name in held]
+            extractor = str(archive[EXTRACTOR]) if EXTRACTOR in held else INCEPTION
     except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ArtifactError(f"{path}: not a readable .npz file: {error}") from error
     if len(arrays) != 2:
@@ -147,16 +171,23 @@ def _statistics(path: Path) -> Reference:
     if not np.allclose(covariance, covariance.T, atol=1e-6 * np.abs(covariance).max()):
         raise ArtifactError(f"{path}: expected a covariance in {COVARIANCE}, found a matrix that is not symmetric.")
     ref = InputRef(kind="statistics", fingerprint=file_sha256(path), path=str(path), config={"dimensions": len(mean)})
-    statistics = Statistics(torch.from_numpy(mean), torch.from_numpy(covariance))
+    statistics = Statistics(torch.from_numpy(mean), torch.from_numpy(covariance), extractor)
     return Reference("statistics", str(path), ref, statistics=statistics)
 
 
-def require_dimensions(reference: Reference, dimensions: int, extractor: str) -> None:
+def require_extractor(reference: Reference, dimensions: int, extractor: str) -> None:
     """Raise UsageError where statistics are of other features than the extractor's."""
-    if reference.statistics is not None and (found := len(reference.statistics.mean)) != dimensions:
+    held = reference.statistics
+    if held is None:
+        return
+    if held.extractor != extractor:
         raise UsageError(
-            f"{reference.path}: holds statistics of {found} dimensions, but {extractor} gives {dimensions}. ADM's are "
-            "of Inception: --set evaluation.extractor.kind=inception."
+            f"{reference.path}: holds statistics of {held.extractor}, but the extractor is {extractor}. With ADM's, "
+            f"--set evaluation.extractor.kind=inception; others may name theirs in an array {EXTRACTOR}."
+        )
+    if len(held.mean) != dimensions:
+        raise UsageError(
+            f"{reference.path}: holds statistics of {len(held.mean)} dimensions, but {extractor} gives {dimensions}."
         )
 
 

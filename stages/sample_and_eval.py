@@ -29,7 +29,7 @@ from svgpipe.stages.encoder import build_backbone
 from svgpipe.stages.latents import Sampler, draw
 from svgpipe.stages.measure import load_extractor, weight_inputs
 from svgpipe.stages.progress import Progress, Recorded
-from svgpipe.stages.reference import RealSets, Reference, require_dimensions
+from svgpipe.stages.reference import RealSets, Reference, require_decodable, require_extractor
 from svgpipe.stages.trained_diffusion import open_diffusion
 from svgpipe.stages.units import Resources
 
@@ -88,9 +88,10 @@ def sample_and_eval(
             config.extractor,
             build_backbone(AutoencoderSection.model_validate(encoder.config).backbone, encoder.image_size, autoencoder),
         )
-        require_dimensions(reference, extractor.dimensions, extractor.description["name"])
+        require_extractor(reference, extractor.dimensions, extractor.description["name"])
         progress = Recorded(progress, out)
         sets = RealSets.of(reference, config, encoder.image_size)
+        require_decodable(reference, [*sets.reference, *sets.reconstructed])
         can_encode = not needs_alignment(autoencoder, encoder)
         if not can_encode and reference.shards is not None:
             arguments = {

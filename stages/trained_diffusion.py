@@ -67,7 +67,8 @@ class TrainedDiffusion:
 
     def described(self, weights: str) -> str:
         """For a report: which weights of which step, and their hash."""
-        return f"{self.weights_name(weights)} of step {self.step}, {self.weights_sha256(weights)[:12]}"
+        where = f"step {self.step}" if self.step else "an imported file"
+        return f"{self.weights_name(weights)} of {where}, {self.weights_sha256(weights)[:12]}"
 
     def absolute(self) -> TrainedDiffusion:
         """The same for a process with another current directory."""

@@ -13,6 +13,7 @@ from torch.distributions import Normal
 
 from svgpipe.models.dit import DiT
 from svgpipe.models.empirical_flow import empirical_velocity
+from svgpipe.stages import velocity_agreement as stage
 from svgpipe.stages.class_geometry import class_distances
 from svgpipe.stages.straightness import straightness
 from svgpipe.stages.velocity_agreement import _groups, _points, mean_parted, velocity_agreement
@@ -57,6 +58,25 @@ def test_velocity_fields_part_where_classes_do() -> None:
     for found in separate:
         assert found.within.low is not None and found.within.low <= found.within.value
         assert found.within.value > found.between.value
+
+
+def test_of_many_classes_some_fields_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.arange(240) % 8
+    latents = _blobs(1.0, labels)
+    whole = velocity_agreement(latents, labels, 20, 0)
+    looked: list[int] = []
+
+    def counted(z: Tensor, t: float, data: Tensor) -> Tensor:
+        looked.append(len(z))
+        return empirical_velocity(z, t, data)
+
+    monkeypatch.setattr(stage, "empirical_velocity", counted)
+    monkeypatch.setattr(stage, "MOST_FIELDS", 3)
+    some = velocity_agreement(latents, labels, 20, 0)
+    assert looked.count(max(looked)) == 3 * len(some)  # at all points, at each time
+    for a, b in zip(some, whole, strict=True):
+        assert a.within == b.within
+        assert a.between.value == pytest.approx(b.between.value, abs=0.15) and a.between != b.between
 
 
 def test_class_distances_where_classes_do_not_matter_and_where_they_do() -> None:

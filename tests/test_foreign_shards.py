@@ -303,3 +303,23 @@ def test_names_never_split_into_something_else(name: str) -> None:
     if unsafe(name) is None:
         assert not name.startswith("/")
         assert ".." not in name.split("/")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"tench\ncrane\ngoldfish\ncrane\n", "lines 2 and 4 are both 'crane'"),
+        ("café\n".encode("latin-1"), "in UTF-8"),
+        (b"", "an empty file"),
+        (b"tench\n\ngoldfish\n", "line 2"),
+        (None, "found none"),
+    ],
+)
+def test_class_names_that_cannot_be_meant(
+    content: bytes | None, words: str, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """Names that stand there twice would give two classes one number."""
+    if content is not None:
+        (tmp_path / "names").write_bytes(content)
+    found = svgpipe("index", tmp_path / "a.tar", tmp_path / "out", "--class-names", tmp_path / "names")
+    assert found.code == 2 and words in found.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -119,6 +120,10 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Official:
     dit = DiT(grid=(4, 4), in_channels=channels, num_classes=CLASSES, width=32, depth=2, heads=2, learn_sigma=True)
     for parameter in dit.parameters():
         nn.init.normal_(parameter, std=0.05)
+    table = dit.pos_embed.clone()
+    for _ in range(5000):  # the official average takes in this table as well, so rounding moves it
+        dit.pos_embed.mul_(0.9999).add_(table, alpha=1 - 0.9999)
+    assert (dit.pos_embed - table).abs().max() > 5e-5
     averaged = {key: value.clone() for key, value in dit.state_dict().items()}
     raw = {key: value + 0.01 if key != "pos_embed" else value for key, value in averaged.items()}
     torch.save({"ema": averaged, "model": _prefixed("module", raw)}, folder / "diffusion.pt")
@@ -219,7 +224,9 @@ def test_the_round_trip_trains_and_samples(
         assert done.code == 0, done.err
         report = json.loads((out / "report.json").read_text())
         assert all(np.isfinite(r["frechet_distance"]["value"]) for r in report["results"])
-        assert (out / "report.html").read_text().count("official-autoencoder") >= 1
+        page = (out / "report.html").read_text()
+        assert page.count("official-autoencoder") >= 1 and "imported from autoencoder.ckpt" in page
+        assert ("imported from diffusion.pt" in page) == (name == "theirs") and not re.search(r"\b0 steps", page)
     before = (imported / "autoencoder" / "alignment.json").read_bytes()
     assert svgpipe("verify", imported / "autoencoder", "--deep").code == 0
     assert svgpipe("verify", imported / "diffusion", "--deep").code == 0
@@ -286,6 +293,12 @@ def test_importing_again_finds_it_and_other_files_are_refused(
     fresh = svgpipe("import-official", *other, "--out", tmp_path / "fresh")
     assert fresh.code == 0 and "DiT of width 32 and depth 2 with the unused sigma half, 3 classes" in fresh.out
     assert open_diffusion(tmp_path / "fresh" / "diffusion").class_names == ["0", "1", "2"]
+    autoencoder = official.arguments[:2]
+    assert svgpipe("import-official", *autoencoder, "--out", tmp_path / "fresh").code == 0
+    listed = json.loads((tmp_path / "fresh" / "import.json").read_text())["imported"]
+    assert {entry["directory"] for entry in listed} == {"autoencoder", "diffusion"}
+    useless = svgpipe("import-official", *autoencoder, "--out", tmp_path / "fresh", "--class-names", names)
+    assert useless.code == 2 and "--diffusion" in useless.err
     missing = svgpipe("export", tmp_path / "fresh" / "diffusion", tmp_path / "exported", "--ema", "raw")
     assert missing.code == 2 and "it holds ema-0.9999" in missing.err
 

@@ -28,9 +28,10 @@ def test_frechet_distance_against_the_closed_form() -> None:
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("rows", [20, 400])
-def test_frechet_distance_is_torch_fidelitys(rows: int) -> None:
-    """Also with fewer rows than dimensions, where the covariances have no inverse."""
+@pytest.mark.parametrize(("rows", "block"), [(20, 4096), (400, 4096), (400, 7)])
+def test_frechet_distance_is_torch_fidelitys(rows: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with fewer rows than dimensions, where the covariances have no inverse; also in parts."""
+    monkeypatch.setattr(distances, "BLOCK", block)
     torch.manual_seed(1)
     a, b = torch.randn(rows, 64) @ torch.randn(64, 64), torch.randn(rows + 5, 64) @ torch.randn(64, 64) + 1
     expected = fid_statistics_to_metric(*map(fid_features_to_statistics, (a.double(), b.double())), verbose=False)

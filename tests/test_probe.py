@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
+from svgpipe.models import probes
 from svgpipe.models.probes import KNN_TEMPERATURE, fit_linear, knn_votes
 from svgpipe.stages.figures import share_figure
 
@@ -62,6 +63,15 @@ def test_neighbours_vote_as_scikit_learns(digits: tuple[Tensor, ...]) -> None:
     found = knn_votes(x, y, x_test, 10, 20)
     expected = theirs.predict_proba(x_test.numpy())
     np.testing.assert_allclose((found / found.sum(1, keepdim=True)).numpy(), expected, atol=1e-3)
+
+
+def test_neighbours_of_many_rows_are_found_in_parts(
+    digits: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y, x_test, _ = digits
+    whole = knn_votes(x, y, x_test, 10, 20)
+    monkeypatch.setattr(probes, "CELLS", 7 * len(x))
+    torch.testing.assert_close(knn_votes(x, y, x_test, 10, 20), whole)
 
 
 def test_more_neighbours_than_rows_are_all_rows() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.evaluation import Report
-from svgpipe.stages.reference import open_reference
+from svgpipe.stages.reference import open_reference, require_decodable
 
 from .conftest import Finished, Outcome
 
@@ -40,7 +40,9 @@ def test_statistics_of_the_same_images_give_the_same_distance(
 ) -> None:
     (file,) = (finished.root / "features").glob("reference-*.safetensors")
     pooled = load_file(file)["pooled"].double().numpy()
-    np.savez(tmp_path / "stats.npz", mu=pooled.mean(0), sigma=np.cov(pooled, rowvar=False), mu_s=np.zeros(3))
+    name = Report.read(finished.root / "evaluation").extractor["name"]
+    moments = {"mu": pooled.mean(0), "sigma": np.cov(pooled, rowvar=False), "mu_s": np.zeros(3)}
+    np.savez(tmp_path / "stats.npz", extractor=name, **moments)
     out = tmp_path / "out"
     done = svgpipe(*eval_args(finished, tmp_path / "stats.npz", out))
     assert done.code == 0, done.err
@@ -85,12 +87,11 @@ def test_a_folder_is_known_by_its_content(photographs: Path, tmp_path: Path) -> 
     loose = open_reference(str(copy))
     assert loose.class_names is None and loose.ref.fingerprint != found.ref.fingerprint
     whole = first.read_bytes()
-    first.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ArtifactError, match=f"{first.name}: cannot be a reference image"):
-        open_reference(str(copy))
-    first.write_bytes(b"no image")
-    with pytest.raises(ArtifactError, match=f"{first.name}: cannot be a reference image"):
-        open_reference(str(copy))
+    for content in (whole[: len(whole) // 2], b"no image"):
+        first.write_bytes(content)
+        damaged = open_reference(str(copy))
+        with pytest.raises(ArtifactError, match=f"{first.name}: cannot be a reference image"):
+            require_decodable(damaged, damaged.train)
 
 
 def test_what_is_no_reference_is_refused(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -118,6 +119,10 @@ def test_what_is_no_reference_is_refused(finished: Finished, svgpipe: Callable[.
     assert "expected finite numbers" in refused(tmp_path / "nan.npz").err
     np.savez(tmp_path / "skew.npz", mu=np.zeros(4), sigma=np.triu(np.ones((4, 4))))
     assert "not symmetric" in refused(tmp_path / "skew.npz").err
-    np.savez(tmp_path / "four.npz", mu=np.zeros(4), sigma=np.eye(4))
+    name = Report.read(finished.root / "evaluation").extractor["name"]
+    np.savez(tmp_path / "four.npz", mu=np.zeros(4), sigma=np.eye(4), extractor=name)
     other = refused(tmp_path / "four.npz")
     assert other.code == 2 and "4 dimensions" in other.err and "gives 1280" in other.err
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(1280), sigma=np.eye(1280))  # as wide as this extractor's by chance
+    other = refused(tmp_path / "adm.npz")
+    assert other.code == 2 and "of inception-v3-compat" in other.err and name in other.err

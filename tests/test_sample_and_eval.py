@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -16,22 +18,30 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from PIL import Image
 from torch_fidelity import feature_extractor_inceptionv3
 
+from svgpipe.manifests import store as store_module
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.recipe import ExtractorSection
+from svgpipe.manifests.reconstruction import ReconstructionReport
 from svgpipe.manifests.shards import shard_name
-from svgpipe.manifests.storage import file_sha256
+from svgpipe.manifests.storage import file_sha256, write_atomic
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.models.sampler import time_grid
+from svgpipe.pipeline import report as report_page
+from svgpipe.pipeline.page import picture
+from svgpipe.stages import comparison
+from svgpipe.stages import latents as latents_stage
 from svgpipe.stages.comparison import extracted
 from svgpipe.stages.decoded_images import ImageJob, decoded_images, missing_units
 from svgpipe.stages.decoding import latent_decoder
 from svgpipe.stages.encoder import build_backbone
 from svgpipe.stages.images import decode_image, to_array
-from svgpipe.stages.measure import ImageSet, load_extractor
+from svgpipe.stages.measure import Extractor, ImageSet, load_extractor
+from svgpipe.stages.reference import open_reference
 from svgpipe.stages.sampling import SamplerSettings, draw_latents, initial_noise, labels_of
 from svgpipe.stages.trained_diffusion import open_diffusion
 
@@ -103,7 +113,13 @@ def test_images_for_other_evaluators(finished: Finished, tmp_path: Path, svgpipe
     """Of a finished evaluation, without doing anything again."""
     out = tmp_path / "evaluation"
     shutil.copytree(finished.root / "evaluation", out)
+    left = [out / "npz" / ".a.npz.0.partial", out / "png" / SETTINGS[0] / ".0.png.0.partial"]
+    for partial in left:
+        partial.parent.mkdir(parents=True)
+        partial.write_bytes(b"of a killed export")
+        os.utime(partial, (time.time() - 7200, time.time() - 7200))
     found = svgpipe(*eval_args(finished, out, "--npz", "--png"))
+    assert not any(partial.exists() for partial in left)
     assert found.code == 0, found.err
     assert f"images: {out / 'npz' / SETTINGS[0]}.npz" in found.out
     for name in SETTINGS:
@@ -150,10 +166,10 @@ def test_every_field_of_the_report_is_documented_beside_it(finished: Finished) -
     schema = json.loads((finished.root / "evaluation" / "report.schema.json").read_text())
     report = json.loads((finished.root / "evaluation" / "report.json").read_text())
     assert set(schema["properties"]) == set(report)
-    measured = schema["$defs"]["Measured"]["properties"]
-    assert set(measured) == set(report["results"][0])
-    for name in ("frechet_distance", "precision", "recall", "class_accuracy", "sampler"):
-        assert measured[name]["description"]
+    assert set(schema["$defs"]["Measured"]["properties"]) == set(report["results"][0])
+    for found in (schema, ReconstructionReport.model_json_schema()):
+        for record in (found, *found["$defs"].values()):
+            assert not [name for name, field in record["properties"].items() if not field.get("description")]
 
 
 def test_the_page_is_self_contained_and_shows_everything(finished: Finished) -> None:
@@ -173,6 +189,34 @@ def test_the_page_is_self_contained_and_shows_everything(finished: Finished) -> 
         manifest = json.loads((finished.root / artifact / "manifest.json").read_text())
         assert manifest["fingerprint"][:12] in page
     assert page.count("<polyline") >= 4
+
+
+def test_a_page_of_a_large_sweep_stays_small(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer rows of each setting, of the classes that were drawn; no picture larger than a thumbnail."""
+    out = tmp_path / "evaluation"
+    shutil.copytree(finished.root / "evaluation", out)
+    monkeypatch.setattr(report_page, "SIDE_BY_SIDE", 8)
+    places = (finished.root / "autoencoder", finished.root / "diffusion", open_reference(str(finished.root / "shards")))
+    page = report_page.render_report(out, *places).read_text()
+    assert page.count("<figure ") == 6 + 6 + 2 * (2 * 2) + 6
+    large = picture(np.zeros((300, 600, 3), np.uint8), "")
+    with Image.open(io.BytesIO(base64.b64decode(large.data.partition(",")[2]))) as image:
+        assert image.size == (256, 128)
+
+
+def test_few_samples_of_many_classes_are_shown(finished: Finished, tmp_path: Path) -> None:
+    """The classes that were drawn need not be evenly spread over those that there are."""
+    report = Report.read(finished.root / "evaluation")
+    samples = [r for r in report.results if r.role == "samples"][:2]
+    names = [*report.class_names, *(f"class {i}" for i in range(97))]
+    assert len(report_page._side_by_side(finished.root / "evaluation", names, samples, 10).pictures) == 2 * 3
+
+
+def test_the_chart_runs_from_few_steps_to_many(finished: Finished) -> None:
+    samples = [r for r in Report.read(finished.root / "evaluation").results if r.role == "samples"][:2]
+    assert report_page._steps_chart(samples[::-1], {}) == report_page._steps_chart(samples, {})
 
 
 @pytest.mark.slow
@@ -207,6 +251,7 @@ def test_an_interrupted_sweep_resumes(finished: Finished, tmp_path: Path, svgpip
     (pool / first / "journal" / "unit-000001.json").unlink()
     (pool / second / "features" / "c" / "1" / "0" / "0" / "0" / "0").unlink()
     (out / "journal" / "decode" / "unit-000003.json").unlink()
+    (out / "images" / SETTINGS[0] / shard_name(0)).unlink()
     kept = (pool / first / "journal" / "unit-000000.json").stat().st_mtime_ns
     found = svgpipe(*eval_args(finished, out))
     assert found.code == 0, found.err
@@ -214,6 +259,45 @@ def test_an_interrupted_sweep_resumes(finished: Finished, tmp_path: Path, svgpip
     assert (pool / first / "journal" / "unit-000000.json").stat().st_mtime_ns == kept
     patterns = ("evaluation/images/**/*", "evaluation/report.json", "latents/**/features/c/**/*")
     assert tree_bytes(tmp_path, *patterns) == tree_bytes(finished.root, *patterns)
+
+
+@pytest.mark.parametrize("held", [0, 6])
+def test_a_kill_while_a_store_is_described_costs_nothing(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    """Whichever file was the last to be written, of a new store and of one that grows."""
+    model = open_diffusion(finished.root / "diffusion")
+    setting = SamplerSettings(2, 1.0, "euler", "constant", 0.15, 0, "float32", "ema", "drawn")
+    expected = labels_of(range(12), 3, setting).tolist()
+    written, kills = 0, 0
+    for last in range(100):
+        path = tmp_path / str(last)
+        path.mkdir()
+        if held:
+            latents_stage._prepare(path, model, setting, held, 2)
+        with monkeypatch.context() as patch:
+            written = 0
+
+            def write(target: Path, content: bytes, last: int = last) -> None:
+                nonlocal written
+                if written == last:
+                    raise KeyboardInterrupt
+                written += 1
+                write_atomic(target, content)
+
+            patch.setattr(store_module, "write_atomic", write)
+            patch.setattr(store_module, "write_json", lambda target, value: write(target, json.dumps(value).encode()))
+            try:
+                latents_stage._prepare(path, model, setting, 12, 2)
+            except KeyboardInterrupt:
+                kills += 1
+        store = latents_stage._prepare(path, model, setting, 12, 2)
+        assert store.spec.num_samples == 12
+        assert store.array("label").tolist() == expected and store.array("valid").all()
+        assert store.group.attrs["sampler"]["steps"] == setting.steps  # type: ignore[index,call-overload]
+        if written < last:
+            break
+    assert kills >= 8
 
 
 @pytest.mark.slow
@@ -368,6 +452,32 @@ def test_features_are_not_shared_between_input_sizes(finished: Finished, tmp_pat
     assert not torch.allclose(kept[64], kept[96], rtol=0.1)
 
 
+def test_features_of_a_large_set_are_kept_part_by_part(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = decoded_images(finished.root / "evaluation", "reconstructions")
+    backbone = build_backbone(finished.recipe.autoencoder.backbone, 32)
+    extractor = load_extractor(ExtractorSection(kind="backbone"), backbone)
+    expected = extractor.features(images, 2)["pooled"]
+    monkeypatch.setattr(comparison, "PART", 2)
+    looked: list[int] = []
+
+    def until_killed(self: Extractor, part: ImageSet, batch_size: int) -> dict[str, torch.Tensor]:
+        looked.append(len(part))
+        if len(looked) == 3:
+            raise KeyboardInterrupt
+        return original(self, part, batch_size)
+
+    original = Extractor.features
+    monkeypatch.setattr(Extractor, "features", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        extracted(tmp_path, "images", images, extractor, 2)
+    found = extracted(tmp_path, "images", images, extractor, 2)["pooled"]
+    assert looked == [2, 2, 2, 2]  # three parts, and the third once more
+    torch.testing.assert_close(found, expected)
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+
+
 def test_features_that_killed_evaluations_left_half_written_go(finished: Finished, tmp_path: Path) -> None:
     """Those that another evaluation may be writing stay."""
     images = decoded_images(finished.root / "evaluation", "reconstructions")
@@ -415,8 +525,14 @@ def test_units_of_another_list_of_sets_are_made_anew(tmp_path: Path) -> None:
     noise, rebuilt = ImageJob("decoded-noise", 6), ImageJob("reconstructions", 6)
     for number, unit in enumerate(noise.units(4)):
         journal.record(number, {"set": unit["set"], "shard": {"name": shard_name(unit["number"])}})
-    assert missing_units(journal, noise.units(4)) == []
-    assert missing_units(journal, [*rebuilt.units(4), *noise.units(4)]) == [0, 1, 2, 3]
+        tar = tmp_path / unit["set"] / shard_name(unit["number"])
+        tar.parent.mkdir(exist_ok=True)
+        for path in (tar, tar.with_suffix(".parquet")):
+            path.touch()
+    assert missing_units(journal, noise.units(4), tmp_path) == []
+    assert missing_units(journal, [*rebuilt.units(4), *noise.units(4)], tmp_path) == [0, 1, 2, 3]
+    path.unlink()  # the index of the last tar
+    assert missing_units(journal, noise.units(4), tmp_path) == [1]
 
 
 def test_an_image_that_cannot_be_evaluated_is_named(finished: Finished, tmp_path: Path) -> None:
