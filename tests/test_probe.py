@@ -71,7 +71,7 @@ def test_neighbours_of_many_rows_are_found_in_parts(
     x, y, x_test, _ = digits
     whole = knn_votes(x, y, x_test, 10, 20)
     monkeypatch.setattr(probes, "CELLS", 7 * len(x))
-    torch.testing.assert_close(knn_votes(x, y, x_test, 10, 20), whole)
+    torch.testing.assert_close(knn_votes(x, y, x_test, 10, 20), whole, rtol=1e-4, atol=1e-3)  # as products round
 
 
 def test_more_neighbours_than_rows_are_all_rows() -> None:
