@@ -31,8 +31,8 @@ class Measured(Record):
     num_images: int = Field(description="In the set.")
     frechet_distance: Figure = Field(description="Against the reference; FID only where the metric is named so.")
     kernel_distance: Figure | None = Field(
-        description="Polynomial MMD², mean over subsets (KID for Inception); the interval is over the subsets, "
-        "where there are more images than one holds."
+        description="Polynomial MMD², mean over 50 subsets of at most 1000 (KID for Inception); the interval is over "
+        "the images, to first order."
     )
     inception_score: Figure | None = Field(description="Inception only.")
     precision: Figure | None = Field(
@@ -45,7 +45,9 @@ class Measured(Record):
         description="Share whose nearest class mean of the reference, in this feature space, is their own class."
     )
     psnr: Figure | None = Field(None, description="dB against the originals; reconstructions only.")
-    sampler: Json | None = Field(None, description="Everything that decides a sample; samples only.")
+    sampler: Json | None = Field(None, description="Everything that decides a sample; samples only: steps, guidance and guidance_mode, solver, "
+        "time_shift, seed (of noise and drawn labels), precision (dtype of the products), weights (which average), "
+        "labels (equal per class, or drawn), guide (the worse model of autoguidance, or null).",)
 
 
 class Report(WrittenReport):

@@ -75,6 +75,30 @@ def _root_trace(values: Tensor) -> Tensor:
     return (torch.linalg.eigvalsh(gram).clamp_min(0) / (len(values) - 1)).sqrt().sum()
 
 
+def kernel_influences(rows: Tensor, places: Tensor, reference: Tensor) -> Tensor:
+    """(n,) float64: what each of (n,D) rows adds to the kernel distance to a reference, but for a constant.
+
+    To first order a set's distance moves by the mean of these over its rows: 2 (E k(x,x') − E k(x,y)), with
+    k(a,b) = (a·b/D + 1)³ as of KID, arXiv 1801.01401.
+
+    Args:
+        places: (m,) which rows stand for all as x', m > 1; no row counts for itself.
+        reference: (l,D) y.
+    """
+    others, reference = rows[places].double(), reference.double()
+    found = []
+    for start in range(0, len(rows), BLOCK):
+        part = rows[start : start + BLOCK].double()
+        own = places == torch.arange(start, start + len(part))[:, None]
+        among = _cubic_kernel(part, others).masked_fill(own, 0).sum(1) / (~own).sum(1)
+        found.append(2 * (among - _cubic_kernel(part, reference).mean(1)))
+    return torch.cat(found)
+
+
+def _cubic_kernel(first: Tensor, second: Tensor) -> Tensor:
+    return (first @ second.T / first.shape[1] + 1) ** 3
+
+
 def ball_radii(rows: Tensor, neighbours: int = 3) -> Tensor:
     """(m,) distance of each of (m,D) rows to its k-th neighbour among the others.
 

@@ -19,6 +19,7 @@ from svgpipe.models.convert import State
 # follow from the published width.
 RESIDUAL_HEADS = 8
 DIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+QKV_BIAS = "_qkvb"  # ends timm's name of a variant with these biases
 DIT_NAMES = {(384, 12): "S", (768, 12): "B", (1024, 24): "L", (1152, 28): "XL"}
 # (width, depth, SwiGLU) of Meta's DINOv3 ViTs → timm's architecture.
 DINOV3 = {
@@ -35,6 +36,13 @@ IGNORED = {
     "loss.": "LPIPS and discriminator, which only training needs",
 }
 PARTS = ("encoder.", "extra_vit.", "decoder.")
+PERIODS = "rope_embed.periods"
+NO_BIAS = "a bias that is zero everywhere: distilled ViTs have none"
+ENCODER_IGNORED = {
+    r"mask_token": "DINOv3's mask token, which only its pretraining needs",
+    r"blocks\.\d+\.attn\.qkv\.bias_mask": "which biases are fixed at zero: so they are here",
+    r"local_cls_norm\..+": "a LayerNorm of local crops, which only DINOv3's pretraining needs",
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,23 @@ def split_autoencoder(state: State) -> OfficialAutoencoder:
     missing += [] if "mask_token" in state else ["mask_token"]
     if missing:
         raise ValueError(f"not an SVG autoencoder: it has no {', '.join(missing)}")
-    return OfficialAutoencoder(parts["encoder."], parts["extra_vit."], parts["decoder."], state["mask_token"], ignored)
+    encoder = parts["encoder."]
+    for key in list(encoder):
+        if (why := _encoder_reason(key)) is not None:
+            ignored.setdefault(why, []).append(f"encoder.{key}")
+            del encoder[key]
+    if not backbone_name(encoder).endswith(QKV_BIAS):
+        for key in [key for key in encoder if key.endswith("qkv.bias")]:
+            ignored.setdefault(NO_BIAS, []).append(f"encoder.{key}")
+            del encoder[key]
+    return OfficialAutoencoder(encoder, parts["extra_vit."], parts["decoder."], state["mask_token"], ignored)
+
+
+def _encoder_reason(key: str) -> str | None:
+    """Why a key of DINOv3 is left aside. Raises ValueError for one that timm's converter would drop without a word."""
+    if key.startswith("projectors.") or ("rope" in key and key != PERIODS):
+        raise ValueError(f"encoder.{key} has no place in a DINOv3 ViT")
+    return next((why for pattern, why in ENCODER_IGNORED.items() if re.fullmatch(pattern, key)), None)
 
 
 def backbone_name(state: State) -> str:
@@ -91,7 +115,7 @@ def backbone_name(state: State) -> str:
         )
     biased = any(key.endswith("qkv.bias") and bool(value.any()) for key, value in state.items())
     name = DINOV3[width, depth, swiglu]
-    return f"{name}_qkvb" if biased or width == 192 else name  # of the smallest there is only this variant
+    return f"{name}{QKV_BIAS}" if biased or width == 192 else name  # of the smallest there is only this variant
 
 
 def residual_sizes(state: State) -> dict[str, int | float]:

@@ -104,7 +104,8 @@ def import_official(
 
 
 def _import_autoencoder(path: Path, out: Location) -> Imported:
-    state = tensors_of(path, read_official(path), "state_dict")
+    found = read_official(path)
+    state = tensors_of(path, found, "state_dict")
     try:
         parts = split_autoencoder(state)
         residual, decoder = residual_sizes(parts.extra_vit), decoder_sizes(parts.decoder)
@@ -157,7 +158,7 @@ def _import_autoencoder(path: Path, out: Location) -> Imported:
             ).publish(out)
     count = sum(map(len, (parts.encoder, parts.extra_vit, parts.decoder))) + 1
     what = f"autoencoder for {manifest.image_size} pixels, {name}, {manifest.residual_channels} residual channels"
-    return Imported(out, manifest.fingerprint, what, count, parts.ignored)
+    return Imported(out, manifest.fingerprint, what, count, {**parts.ignored, **_beside(found, ["state_dict"])})
 
 
 def _import_diffusion(
@@ -235,7 +236,15 @@ def _import_diffusion(
             ).publish(out)
     sigma = " with the unused sigma half" if sizes.learn_sigma else ""
     what = f"DiT {sizes.name}{sigma}, {sizes.num_classes} classes, weights {' and '.join(states)}"
-    return Imported(out, manifest.fingerprint, what, sum(map(len, states.values())), {})
+    return Imported(out, manifest.fingerprint, what, sum(map(len, states.values())), _beside(found, names))
+
+
+def _beside(found: object, used: list[str]) -> dict[str, list[str]]:
+    """What a checkpoint holds beside the weights that were taken, with the reason why it was left."""
+    if not (isinstance(found, dict) and any(name in found for name in used)):
+        return {}  # nothing but weights
+    others = [str(name) for name in found if name not in used]
+    return {"state of the training, from which none goes on here": others} if others else {}
 
 
 def _statistics(path: Path, channels: int) -> dict[str, Tensor]:

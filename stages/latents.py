@@ -28,7 +28,7 @@ from svgpipe.manifests.store_spec import StoreSpec
 from svgpipe.models.sampler import Guidance
 from svgpipe.stages.eval_tasks import WriteLatents, pass_on
 from svgpipe.stages.progress import Progress
-from svgpipe.stages.sampling import SamplerSettings, draw_latents, labels_of
+from svgpipe.stages.sampling import SamplerSettings, draw_latents, keep_as_computed, labels_of
 from svgpipe.stages.trained_diffusion import TrainedDiffusion
 from svgpipe.stages.training import is_compiled, warn_if_imitated
 from svgpipe.stages.units import Resources, Row, run_units, start_worker
@@ -211,6 +211,8 @@ class _Draw:
         if sampler.guide is not None:
             models.append(sampler.guide.load(config.guide_weights))
         self.models = [model.to(self.device) for model in models]
+        for model in self.models:
+            keep_as_computed(model, config.precision)
         if is_compiled(config.compile, self.device):
             for model in self.models:
                 model.compile()

@@ -12,12 +12,15 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
 from svgpipe.manifests.figure import Figure
-from svgpipe.models.distances import FrechetTarget, ball_radii, covered, nearest_class_hits
+from svgpipe.models.distances import FrechetTarget, ball_radii, covered, kernel_influences, nearest_class_hits
 from svgpipe.stages.figures import figure, mean_figure, picks
 from svgpipe.stages.selection import evenly_spread
 
 KERNEL_SUBSETS = 50
 KERNEL_SUBSET_SIZE = 1000
+# Subsets overlap, or are the whole set, so their spread says little. What single images add does, and to know that,
+# as many others of either set are enough.
+KERNEL_ROWS = 10_000
 INCEPTION_SPLITS = 10
 FEWEST_TO_SPLIT = 100
 NEIGHBOURS = 3
@@ -71,13 +74,16 @@ class Comparison:
         return figure(value, replicates, len(pooled))
 
     def kernel(self, pooled: Tensor) -> Figure | None:
-        """Kernel distance of (n,D) features to the reference; its interval is over the subsets, where they differ."""
+        """Kernel distance of (n,D) features to the reference; its interval is to first order, see KERNEL_ROWS."""
         if self.reference is None:
             return None
-        values = kernel_distances(pooled, self.reference.pooled)
-        sizes = len(pooled), len(self.reference.pooled)
-        differ = max(sizes) > min(KERNEL_SUBSET_SIZE, *sizes)
-        return mean_figure(values, self.replicates if differ else 0, self.seed, len(pooled))
+        value = float(kernel_distances(pooled, self.reference.pooled).mean())
+        if not self.replicates:
+            return figure(value, [], len(pooled))
+        places = torch.tensor(evenly_spread(len(pooled), KERNEL_ROWS))
+        influences = kernel_influences(pooled, places, _at_most(self.reference.pooled, KERNEL_ROWS))
+        moved = [float(influences[pick].mean()) for pick in picks(len(pooled), self.replicates, self.seed)]
+        return figure(value, moved, len(pooled))
 
     def _inception_score(self, logits: Tensor) -> Figure:
         resampled = [inception_score(logits[pick]) for pick in picks(len(logits), self.replicates, self.seed)]
@@ -96,7 +102,7 @@ class Comparison:
         found = None if self.reference is None else balls(pooled)
         if self.reference is None or found is None:
             return None
-        return mean_figure(covered(_at_most(self.reference.pooled), *found), self.replicates, self.seed)
+        return mean_figure(covered(_at_most(self.reference.pooled, MOST_BALLS), *found), self.replicates, self.seed)
 
     def _class_accuracy(self, found: Features) -> Figure | None:
         if found.labels is None or self.reference is None or self.reference.labels is None:
@@ -107,12 +113,12 @@ class Comparison:
 
 def balls(pooled: Tensor) -> tuple[Tensor, Tensor] | None:
     """Centres (m,D) and radii (m,) that a set of (n,D) features covers, m ≤ MOST_BALLS; None of too few for any."""
-    centres = _at_most(pooled)
+    centres = _at_most(pooled, MOST_BALLS)
     return None if len(centres) <= NEIGHBOURS else (centres, ball_radii(centres, NEIGHBOURS))
 
 
-def _at_most(rows: Tensor) -> Tensor:
-    return rows if len(rows) <= MOST_BALLS else rows[evenly_spread(len(rows), MOST_BALLS)]
+def _at_most(rows: Tensor, count: int) -> Tensor:
+    return rows if len(rows) <= count else rows[evenly_spread(len(rows), count)]
 
 
 def kernel_distances(first: Tensor, second: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svgpipe.manifests.checkpoint import EMA
 from svgpipe.manifests.precision import Precision
@@ -50,6 +50,17 @@ def build_dit(config: DiTSection, *, grid: tuple[int, int], channels: int, num_c
 def dit_arguments(config: DiTSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> dict[str, Any]:
     """What `DiT` is constructed with: the recipe's sizes and what the latents ask for."""
     return {"grid": grid, "in_channels": channels, "num_classes": num_classes, **config.model_dump()}
+
+
+def keep_as_computed(model: nn.Module, precision: Precision) -> None:
+    """Keep what autocast would convert before every use, the linear layers, in the dtype that they compute in.
+
+    The same numbers at half the memory. In place; no such model can be trained, or loaded from, any more.
+    """
+    if precision == "bfloat16":
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.to(torch.bfloat16)
 
 
 def initial_noise(seed: int, indices: Sequence[int], tokens: int, channels: int) -> Tensor:

@@ -160,7 +160,32 @@ def test_what_cannot_be_measured_is_none() -> None:
     assert found["class_accuracy"] is None
 
 
-def test_the_kernel_distance_has_an_interval_wherever_its_subsets_differ() -> None:
-    few, many = torch.randn(30, 4), torch.randn(50, 4)
-    assert Comparison(Features(many), 20, 0).kernel(few).low is not None  # type: ignore[union-attr]
-    assert Comparison(Features(few), 20, 0).kernel(few + 1).low is None  # type: ignore[union-attr]
+def test_the_kernel_distances_interval_is_as_wide_as_other_samples_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where one subset holds all images, or a few of them stand for all."""
+    reference, *samples = gaussians(80, *[80] * 200)
+    monkeypatch.setattr(metrics, "KERNEL_SUBSETS", 1)
+    for rows in (10_000, 50):
+        monkeypatch.setattr(metrics, "KERNEL_ROWS", rows)
+        found = [Comparison(Features(reference), 100, 0).kernel(sample * 1.3 + 0.3) for sample in samples]
+        spread = np.std([f.value for f in found if f is not None])
+        widths = [f.high - f.low for f in found if f is not None and f.high is not None and f.low is not None]
+        assert len(widths) == 200 and np.mean(widths) / (2 * 1.96 * spread) == pytest.approx(1, abs=0.2)
+    without = Comparison(Features(reference), 0, 0).kernel(samples[0])
+    assert without is not None and without.low is None
+
+
+def test_what_an_image_adds_to_the_kernel_distance_is_its_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaving row i out moves the unbiased distance of n rows by about -(influence - mean) / (n - 1)."""
+    monkeypatch.setattr(distances, "BLOCK", 7)
+    rows, reference = (x.double() for x in gaussians(20, 30))
+    found = distances.kernel_influences(rows, torch.arange(20), reference)
+
+    def distance(x: torch.Tensor) -> float:
+        inner, outer = (x @ x.T / 6 + 1) ** 3, (x @ reference.T / 6 + 1) ** 3
+        return float((inner.sum() - inner.trace()) / (len(x) * (len(x) - 1)) - 2 * outer.mean())
+
+    whole = distance(rows)
+    moved = [distance(torch.cat([rows[:i], rows[i + 1 :]])) - whole for i in range(20)]
+    first_order = -(found - found.mean()) / 19
+    assert np.corrcoef(moved, first_order)[0, 1] > 0.99
+    assert np.linalg.norm(moved) == pytest.approx(float(first_order.norm()), rel=0.2)
