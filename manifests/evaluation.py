@@ -45,9 +45,12 @@ class Measured(Record):
         description="Share whose nearest class mean of the reference, in this feature space, is their own class."
     )
     psnr: Figure | None = Field(None, description="dB against the originals; reconstructions only.")
-    sampler: Json | None = Field(None, description="Everything that decides a sample; samples only: steps, guidance and guidance_mode, solver, "
+    sampler: Json | None = Field(
+        None,
+        description="Everything that decides a sample; samples only: steps, guidance and guidance_mode, solver, "
         "time_shift, seed (of noise and drawn labels), precision (dtype of the products), weights (which average), "
-        "labels (equal per class, or drawn), guide (the worse model of autoguidance, or null).",)
+        "labels (equal per class, or drawn), guide (the worse model of autoguidance, or null).",
+    )
 
 
 class Report(WrittenReport):
@@ -80,6 +83,7 @@ class EvaluationManifest(Manifest):
     KIND: ClassVar[str] = "evaluation"
     NOUN: ClassVar[str] = "an evaluation"
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"latents"})
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"batch_size", "compile"})
 
     kind: Literal["evaluation"] = "evaluation"
     num_samples: int

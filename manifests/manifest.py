@@ -120,7 +120,8 @@ class Manifest(BaseModel):
     """Fields that all manifests share; subclasses add what they produced.
 
     Subclasses set `kind` and list in `OUTSIDE_IDENTITY` the fields that two equal artifacts may
-    differ in (times, long per-file lists that a content digest already covers).
+    differ in (times, long per-file lists that a content digest already covers); in `MAY_CHANGE` keys of the
+    config that another run of the same work may set otherwise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -128,6 +129,7 @@ class Manifest(BaseModel):
     KIND: ClassVar[str]
     NOUN: ClassVar[str]  # with its article, for messages: "a shard set"
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset()
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()  # of the config, when work goes on: how, not what
     _SHARED_OUTSIDE: ClassVar[frozenset[str]] = frozenset(
         {"svgpipe_version", "finished_at", "seconds", "inputs", "fingerprint"}
     )
@@ -278,7 +280,8 @@ class WorkDir(Generic[M]):
                 write_json(path / PLAN_NAME, plan)
             else:
                 what = "Use the recipe and options that it was begun with, or give another --out."
-                self._require_equal(read_json(path / PLAN_NAME), plan, f"{kind.NOUN}, half made, that was begun", what)
+                noun = f"{kind.NOUN}, half made, that was begun"
+                self._require_equal(read_json(path / PLAN_NAME), plan, noun, what, kind.MAY_CHANGE)
             remove_partials(path)
         except BaseException:
             self.close()
@@ -313,12 +316,13 @@ class WorkDir(Generic[M]):
         found["inputs"] = {name: ref.fingerprint for name, ref in done.inputs.items()}
         what = "Use the recipe and options that it was made with (did you forget --recipe?), or give another --out."
         noun = f"a finished {kind.NOUN.split(' ', 1)[1]} (fingerprint {done.fingerprint[:12]}) that was made"
-        self._require_equal(found, plan, noun, what)
+        self._require_equal(found, plan, noun, what, kind.MAY_CHANGE)
         self.finished = done
         return True
 
-    def _require_equal(self, found: Json, plan: Json, noun: str, what_to_do: str) -> None:
-        lines = differing_fields(found, plan)
+    def _require_equal(self, found: Json, plan: Json, noun: str, what_to_do: str, may_change: frozenset[str]) -> None:
+        free = {key: plan["config"][key] for key in may_change & plan["config"].keys()}
+        lines = differing_fields({**found, "config": {**found["config"], **free}}, plan)
         if lines:
             raise MismatchError(
                 f"{self.path}: holds {noun} otherwise (there {digest(found)[:12]}, here {digest(plan)[:12]}).\n  "

@@ -48,6 +48,7 @@ class ReconstructionManifest(Manifest):
 
     KIND: ClassVar[str] = "reconstruction"
     NOUN: ClassVar[str] = "an evaluation of reconstructions"
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
     kind: Literal["reconstruction"] = "reconstruction"
     num_images: int

@@ -39,7 +39,7 @@ def render_report(evaluation: Location, autoencoder: Location, diffusion: Locati
         samples=samples,
         best=best,
         lines=lines,
-        chart=_steps_chart(samples, lines),
+        chart=_distance_chart(samples, lines),
         paper=PAPER_ROWS,
         largest=max(r.frechet_distance.value for r in report.results),
         grids=_grids(evaluation, report, samples, best, reference),
@@ -131,19 +131,25 @@ def _sampler(result: Measured) -> Json:
     return result.sampler
 
 
-def _steps_chart(samples: Sequence[Measured], lines: dict[str, Measured]) -> Chart | None:
-    """Distance against steps, a line for each guidance; None where there is one number of steps only."""
-    steps = sorted({_sampler(r)["steps"] for r in samples})
-    if len(steps) < 2:
+def _distance_chart(samples: Sequence[Measured], lines: dict[str, Measured]) -> Chart | None:
+    """Distance against steps, a line for each guidance; against guidance, where there is one number of steps.
+
+    None for a single setting.
+    """
+    if len(samples) < 2:
         return None
+    across = "steps" if len({_sampler(r)["steps"] for r in samples}) > 1 else "guidance"
+    xs = sorted({_sampler(r)[across] for r in samples})
     series: dict[str, list[Value]] = {}
-    for r in sorted(samples, key=lambda r: int(_sampler(r)["steps"])):
-        found = r.frechet_distance
-        name = f"guidance {_sampler(r)['guidance']:g}"
+    for r in sorted(samples, key=lambda r: float(_sampler(r)[across])):
+        found, at = r.frechet_distance, _sampler(r)
+        several = "s" if at["steps"] > 1 else ""
+        name = f"guidance {at['guidance']:g}" if across == "steps" else f"{at['steps']} step{several}"
         series.setdefault(name, []).append(Value(found.value, found.low, found.high))
     words = {"heldout": "held-out real", "reconstructions": "reconstructions", "decoded-noise": "decoded noise"}
     levels = {words[role]: r.frechet_distance.value for role, r in lines.items()}
-    return chart("Distance against the number of steps", "steps", "Fréchet distance", steps, series, levels)
+    title = f"Distance against {'the number of steps' if across == 'steps' else across}"
+    return chart(title, across, "Fréchet distance", xs, series, levels)
 
 
 def _curves(path: Location, names: Sequence[str], stage: str) -> list[Curve]:

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from skimage.metrics import peak_signal_noise_ratio
 
 from svgpipe.manifests.reconstruction import ReconstructionReport
 from svgpipe.manifests.shards import ShardSet
+from svgpipe.models.losses import LPIPS
 from svgpipe.stages.decoded_images import decoded_images
 from svgpipe.stages.encoder import load_autoencoder, reconstruct
 from svgpipe.stages.images import RGBArray
@@ -90,6 +92,37 @@ def test_the_figures_are_scikit_images_and_name_their_number(evaluated: Path, fi
         assert result.lpips is None
     assert any("LPIPS" in reason and "vgg_weights=FILE" in reason for reason in report.not_measured)
     assert "not FID" in report.metric
+
+
+@pytest.mark.slow
+def test_lpips_of_given_weights_is_measured(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """The published files cannot be had here: two of the same layout with random weights take their way."""
+    torch.manual_seed(0)
+    vgg = torchvision.models.vgg16(weights=None).features
+    torch.save({f"features.{key}": value for key, value in vgg.state_dict().items()}, tmp_path / "vgg.pth")
+    lins = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate((64, 128, 256, 512, 512))}
+    torch.save(lins, tmp_path / "lpips.pth")
+    files = {"vgg_weights": tmp_path / "vgg.pth", "lpips_weights": tmp_path / "lpips.pth"}
+    options = [text for key, file in files.items() for text in ("--set", f"reconstruction.{key}={file}")]
+    out = tmp_path / "out"
+    found = svgpipe(*arguments(finished, out, *options, "--pool", finished.root))
+    assert found.code == 0, found.err
+    report = ReconstructionReport.read(out)
+    assert not [reason for reason in report.not_measured if "LPIPS" in reason]
+    pixels, model = heldout_pixels(finished), LPIPS()
+    model.load(torch.load(files["vgg_weights"]), lins)
+    for result in report.results:
+        images = decoded_images(out, result.name)
+        pairs = ((p, images.pixels(i)) for i, p in enumerate(pixels))
+        expected = [
+            float(model(*(torch.from_numpy(x.copy()).permute(2, 0, 1)[None] / 127.5 - 1 for x in pair)))
+            for pair in pairs
+        ]
+        assert result.lpips is not None and result.lpips.value == pytest.approx(np.mean(expected), rel=1e-4)
+        assert result.lpips.low is not None and result.lpips.num_images == len(pixels)
+    assert "LPIPS" in (out / "report.html").read_text()
 
 
 @pytest.mark.slow

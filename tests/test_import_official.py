@@ -23,7 +23,7 @@ from torchvision.models import VisionTransformer
 from svgpipe.manifests import FeatureCache
 from svgpipe.models.decoder import Decoder
 from svgpipe.models.dit import DiT
-from svgpipe.models.official import dit_sizes
+from svgpipe.models.official import NO_BIAS, dit_sizes, split_autoencoder
 from svgpipe.models.residual import IMAGENET_MEAN, IMAGENET_STD
 from svgpipe.stages.streaming import load_images
 from svgpipe.stages.trained_diffusion import open_diffusion
@@ -65,7 +65,8 @@ def _meta_keys(model: Any) -> dict[str, Tensor]:
     for i, block in enumerate(model.blocks):
         q, v = block.attn.q_bias, block.attn.v_bias
         state[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q, torch.zeros_like(q), v]).detach()
-        state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.cat([torch.ones_like(q), torch.zeros_like(q), torch.ones_like(v)])
+        ones = torch.ones_like(q)
+        state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.cat([ones, 0 * ones, ones])
     state["mask_token"] = torch.zeros(1, state["cls_token"].shape[-1])
     state["rope_embed.periods"] = model.rope.periods.to(torch.bfloat16)
     return state
@@ -163,7 +164,7 @@ def test_every_key_is_used_or_left_aside_with_its_reason(imported: Path, officia
     autoencoder, diffusion = listing
     state = torch.load(official.folder / "diffusion.pt", weights_only=True)
     assert diffusion["used"] == len(state["ema"]) + len(state["model"])
-    assert [keys for keys in diffusion["ignored"].values()] == [["opt", "epoch"]]
+    assert list(diffusion["ignored"].values()) == [["opt", "epoch"]]
     lightning = torch.load(official.folder / "autoencoder.ckpt", weights_only=False)
     beside = sorted(set(lightning) - {"state_dict"})
     assert beside in [sorted(keys) for keys in autoencoder["ignored"].values()]
@@ -409,3 +410,16 @@ def test_published_sizes_are_recognised(name: str, width: int, depth: int, heads
         )
     sizes = dit_sizes(model.state_dict())
     assert (sizes.name, sizes.heads, sizes.grid, sizes.num_classes, sizes.learn_sigma) == (name, heads, 16, 1000, False)
+
+
+def test_keys_that_timm_would_drop_without_a_word_are_told(official: Official) -> None:
+    state = torch.load(official.folder / "autoencoder.ckpt", weights_only=False)["state_dict"]
+    for stray in ("encoder.projectors.0.weight", "encoder.blocks.0.rope_scale"):
+        with pytest.raises(ValueError, match="no place in a DINOv3 ViT"):
+            split_autoencoder({**state, stray: torch.zeros(1)})
+    # The smallest as a distilled one: of another width, whose biases are zero everywhere.
+    wide = {"encoder.cls_token": torch.zeros(1, 1, 384)}
+    biases = {key: torch.zeros_like(value) for key, value in state.items() if key.endswith("qkv.bias")}
+    found = split_autoencoder({**state, **biases, **wide})
+    assert sorted(found.ignored[NO_BIAS]) == sorted(biases)
+    assert not [key for key in found.encoder if key.endswith("qkv.bias")]

@@ -42,7 +42,7 @@ from svgpipe.stages.encoder import build_backbone
 from svgpipe.stages.images import decode_image, to_array
 from svgpipe.stages.measure import Extractor, ImageSet, load_extractor
 from svgpipe.stages.reference import open_reference
-from svgpipe.stages.sampling import SamplerSettings, draw_latents, initial_noise, labels_of
+from svgpipe.stages.sampling import SamplerSettings, draw_latents, initial_noise, keep_as_computed, labels_of
 from svgpipe.stages.trained_diffusion import open_diffusion
 
 from .conftest import Finished, Outcome, run_and_kill, tree_bytes
@@ -216,7 +216,90 @@ def test_few_samples_of_many_classes_are_shown(finished: Finished, tmp_path: Pat
 
 def test_the_chart_runs_from_few_steps_to_many(finished: Finished) -> None:
     samples = [r for r in Report.read(finished.root / "evaluation").results if r.role == "samples"][:2]
-    assert report_page._steps_chart(samples[::-1], {}) == report_page._steps_chart(samples, {})
+    assert report_page._distance_chart(samples[::-1], {}) == report_page._distance_chart(samples, {})
+
+
+def test_of_one_number_of_steps_the_chart_runs_over_guidance(finished: Finished) -> None:
+    samples = [r for r in Report.read(finished.root / "evaluation").results if r.role == "samples"][::2]
+    found = report_page._distance_chart(samples[::-1], {})
+    assert found is not None and [tick.text for tick in found.x_ticks] == ["1.0", "1.5"]
+    assert [line.name for line in found.lines] == ["1 step"]
+    assert report_page._distance_chart(samples[:1], {}) is None
+
+
+def test_the_papers_figures_stand_in_the_page_as_the_papers(finished: Finished) -> None:
+    page = (finished.root / "evaluation" / "report.html").read_text()
+    table = page[page.index("What the paper reports") :]
+    words = " ".join(re.sub(r"<[^>]+>", " ", table[: table.index("</table>")]).split())
+    assert "Its numbers, not ours" in words
+    for row in (
+        "5 steps without 12.26 69.38 74.46",
+        "5 steps with 9.03 29.48 35.94",
+        "10 steps without 9.39 32.81 –",
+        "10 steps with 6.49 10.26 –",
+        "25 steps, 80 epochs without 6.57 22.58 7.29",
+        "25 steps, 80 epochs with 3.54 6.06 4.13",
+        "500 epochs without 3.94",
+        "500 epochs with 2.10",
+        "1400 epochs without 3.36",
+        "1400 epochs with 1.92",
+    ):
+        assert row in words
+
+
+def test_the_page_names_the_sampler_beside_the_numbers(finished: Finished) -> None:
+    page = (finished.root / "evaluation" / "report.html").read_text()
+    between = page[page.index("Distances to the reference") : page.index("<h2>Few steps")]
+    words = " ".join(re.sub(r"<[^>]+>", " ", between).split())
+    for setting in ("solver euler", "time shift 0.15", "seed 0", "precision float32", "guidance mode constant"):
+        assert setting in words
+    assert "weights ema" in words and "labels equal" in words
+
+
+def test_a_finished_evaluation_is_found_with_another_batch_size(
+    finished: Finished, svgpipe: Callable[..., Outcome]
+) -> None:
+    """No number depends on it, so after an out-of-memory it may be made smaller."""
+    before = (finished.root / "evaluation" / "report.json").read_bytes()
+    found = svgpipe(*eval_args(finished, finished.root / "evaluation", "--set", "evaluation.batch_size=1"))
+    assert found.code == 0, found.err
+    assert (finished.root / "evaluation" / "report.json").read_bytes() == before
+    other = svgpipe(*eval_args(finished, finished.root / "evaluation", "--set", "evaluation.unit_rows=3"))
+    assert other.code == 1 and "unit_rows" in other.err
+
+
+def drawn_by_a_worker(finished: Finished, *, guided: bool = False, **changes: object) -> np.ndarray:
+    """The first unit of the last setting, in this process."""
+    config = finished.recipe.evaluation.model_copy(update=changes)
+    model = open_diffusion(finished.root / "diffusion")
+    sampler = latents_stage.Sampler(model, model if guided else None)
+    settings = sampler.settings(config)
+    spec = FeatureStore.open(latents_of(finished.root / "evaluation", SETTINGS[-1])).spec
+    worker = latents_stage._Draw(sampler, settings, config, spec, torch.get_num_threads())
+    latents: np.ndarray = worker({"unit": 0, "setting": len(settings) - 1, "number": 0})["latents"]
+    return latents.astype(np.float32)
+
+
+def test_bfloat16_weights_change_nothing_that_autocast_does_not(finished: Finished) -> None:
+    model = open_diffusion(finished.root / "diffusion").load()
+    settings = SamplerSettings(2, 1.5, "euler", "constant", 0.15, 0, "bfloat16", "ema")
+    expected = draw_latents(model, range(4), settings, torch.device("cpu"))
+    keep_as_computed(model, "bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+    torch.testing.assert_close(draw_latents(model, range(4), settings, torch.device("cpu")), expected, rtol=0, atol=0)
+    exact = drawn_by_a_worker(finished, precision="float32")
+    difference = np.abs(drawn_by_a_worker(finished, precision="bfloat16") - exact).max()
+    assert 0 < difference < 0.05 * np.abs(exact).max()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 2e-3), ("bfloat16", 0.05)])
+def test_compiled_models_draw_the_same(finished: Finished, precision: str, tolerance: float) -> None:
+    for guided in (False, True):
+        eager = drawn_by_a_worker(finished, guided=guided, precision=precision)
+        found = drawn_by_a_worker(finished, guided=guided, precision=precision, compile=True)
+        np.testing.assert_allclose(found, eager, atol=tolerance * np.abs(eager).max())
 
 
 @pytest.mark.slow
