@@ -22,7 +22,8 @@ from PIL import Image
 from torch_fidelity import feature_extractor_inceptionv3
 
 from svgpipe.manifests import store as store_module
-from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.checkpoint import STATISTICS_FILE, save_tensors
+from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.recipe import ExtractorSection
@@ -448,6 +449,22 @@ def test_autoguidance_by_a_checkpoint(finished: Finished, tmp_path: Path, svgpip
         z = z + dt * (v if before is None else v + ahead * (v - before[0]))
         before = v, dt
     np.testing.assert_allclose(store.read(range(6)), z.reshape(6, 4, 4, 116).numpy(), rtol=5e-3, atol=5e-3)
+
+
+def test_a_guide_that_does_not_belong_is_refused(finished: Finished, tmp_path: Path) -> None:
+    model = open_diffusion(finished.root / "diffusion")
+    latents_stage.Sampler(model, model).require_match()
+    with pytest.raises(MismatchError, match="another shape or other classes"):
+        latents_stage.Sampler(model, replace(model, class_names=model.class_names[::-1])).require_match()
+    other = replace(model, directory=tmp_path, content={**model.content})
+    mean, std = model.statistics()
+    statistics = {"channel_mean": torch.from_numpy(mean) + 1, "channel_std": torch.from_numpy(std)}
+    other.content[STATISTICS_FILE] = save_tensors(tmp_path / STATISTICS_FILE, statistics)
+    with pytest.raises(MismatchError, match="another cache"):
+        latents_stage.Sampler(model, other).require_match()
+    config = finished.recipe.evaluation.model_copy(update={"guidance_mode": "cfg_star-1-2"})
+    with pytest.raises(UsageError, match="a guide has none"):
+        latents_stage.Sampler(model, model).settings(config)
 
 
 def test_labels_are_equal_per_class_or_drawn() -> None:
