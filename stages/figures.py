@@ -33,15 +33,14 @@ def figure(value: float, replicates: Sequence[float], num_images: int) -> Figure
     return Figure(value=value, low=value + float(low), high=value + float(high), num_images=num_images)
 
 
-def mean_figure(values: Tensor, replicates: int, seed: int, num_images: int | None = None) -> Figure:
-    """The mean of (n,) values, which may be hits and misses.
-
-    Args:
-        num_images: that they were computed from, if it is not one each.
-    """
+def mean_figure(values: Tensor, replicates: int, seed: int) -> Figure:
+    """The mean of (n,) values; of hits and misses (bool) it is a share, whose interval ends at 0 and 1."""
     numbers = values.double()
-    found = [float(numbers[pick].mean()) for pick in picks(len(numbers), replicates, seed)]
-    return figure(float(numbers.mean()), found, len(numbers) if num_images is None else num_images)
+    resampled = [float(numbers[pick].mean()) for pick in picks(len(numbers), replicates, seed)]
+    found = figure(float(numbers.mean()), resampled, len(numbers))
+    if values.dtype != torch.bool or found.low is None or found.high is None:
+        return found
+    return found.model_copy(update={"low": max(0.0, found.low), "high": min(1.0, found.high)})
 
 
 def share_figure(hits: Tensor) -> Figure:
