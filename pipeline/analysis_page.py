@@ -69,7 +69,7 @@ def summary_rows(caches: Sequence[CacheAnalysis]) -> list[AnalysisRow]:
         AnalysisRow(
             "velocity fields of two classes / of two halves of one",
             "(1 - cosine between) / (1 - cosine within), mean over times; 1 where classes do not matter",
-            ["–" if c.mean_parted is None else f"{c.mean_parted:.2f}" for c in caches],
+            [_text(c.mean_parted) for c in caches],
         )
     )
     straight = [c.straightness for c in caches]

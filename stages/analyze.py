@@ -16,7 +16,7 @@ from pydantic import Field
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import EMA
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
-from svgpipe.manifests.figure import Record
+from svgpipe.manifests.figure import Figure, Record
 from svgpipe.manifests.storage import Location
 from svgpipe.stages.class_geometry import Distances, class_distances, tsne
 from svgpipe.stages.pooled import BACKBONE, BOTH, channel_groups, pooled, spread
@@ -25,7 +25,7 @@ from svgpipe.stages.selection import evenly_spread
 from svgpipe.stages.straightness import Straightness, straightness
 from svgpipe.stages.trained_diffusion import TrainedDiffusion, open_diffusion
 from svgpipe.stages.training import pick_device
-from svgpipe.stages.velocity_agreement import Agreement, mean_parted, velocity_agreement
+from svgpipe.stages.velocity_agreement import Agreement, velocity_agreement
 
 CLASSES, PER_CLASS = 10, 64
 MOST_IMAGES = 4096  # every pair of them is looked at
@@ -52,7 +52,7 @@ class CacheAnalysis(Record):
     num_images: int
     distances: list[Distances]
     agreement: list[Agreement] = Field(description="At a row of times from noise (0) to data (1); whole latents.")
-    mean_parted: float | None = Field(description="Mean of `parted` over the times.")
+    mean_parted: Figure | None = Field(description="Mean of `parted` over the times.")
     map: list[MappedImage] = Field(description="t-SNE of pooled, standardised features.")
     straightness: Straightness | None
     not_measured: list[str]
@@ -61,7 +61,7 @@ class CacheAnalysis(Record):
 class Analysis(Record):
     """What `svgpipe analyze` found, caches in the order they were given."""
 
-    schema_version: int = 1
+    schema_version: int = Field(2, description="Of this layout; 2: parted has an interval.")
     seed: int
     caches: list[CacheAnalysis]
 
@@ -149,9 +149,9 @@ def _analyze_one(
     device = pick_device()
     try:
         latents = torch.from_numpy(cache.read(rows).astype(np.float32)).flatten(1).to(device)
-        agreement = velocity_agreement(latents, labels, RESAMPLINGS, seed)
+        agreement, parted = velocity_agreement(latents, labels, RESAMPLINGS, seed)
     except ValueError as error:
-        agreement = []
+        agreement, parted = [], None
         missing.append(str(error))
     progress.advance(1, "velocity agreement")
     straight = None
@@ -170,7 +170,7 @@ def _analyze_one(
         num_images=len(rows),
         distances=distances,
         agreement=agreement,
-        mean_parted=mean_parted(agreement) if agreement else None,
+        mean_parted=parted,
         map=[]
         if places is None
         else [

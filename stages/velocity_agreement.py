@@ -10,7 +10,7 @@ Legend: P points, D dimensions of a whole latent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from svgpipe.manifests.figure import Figure, Record
 from svgpipe.models.empirical_flow import empirical_velocity
-from svgpipe.stages.figures import mean_figure
+from svgpipe.stages.figures import figure, mean_figure, picks
 from svgpipe.stages.selection import evenly_spread
 from svgpipe.stages.training import generator
 
@@ -37,13 +37,20 @@ class Agreement(Record):
     between: Figure = Field(
         description="Mean cosine between the fields of half a class and of half another, over at most 32 others."
     )
-    parted: float = Field(
+    parted: Figure = Field(
         description="(1 - between) / (1 - within): how much further apart fields of two classes are; 1 where "
         "classes do not matter."
     )
 
 
-def velocity_agreement(latents_nD: Tensor, labels_n: Tensor, replicates: int, seed: int) -> list[Agreement]:
+class VelocityAgreement(NamedTuple):
+    """At all times, and over them."""
+
+    at_times: list[Agreement]
+    mean_parted: Figure
+
+
+def velocity_agreement(latents_nD: Tensor, labels_n: Tensor, replicates: int, seed: int) -> VelocityAgreement:
     """Of (n,D) normalised latents, at every one of TIMES; intervals are over the points.
 
     Raises:
@@ -52,7 +59,7 @@ def velocity_agreement(latents_nD: Tensor, labels_n: Tensor, replicates: int, se
     groups = _groups(labels_n, seed)
     if len(groups) < 2:
         raise ValueError("velocity agreement: expected at least two classes of three images")
-    found = []
+    cosines = []
     rows = torch.cat([points for points, _, _ in groups.values()])
     classes = labels_n[rows].cpu()
     fields = [list(groups)[i] for i in evenly_spread(len(groups), MOST_FIELDS)]
@@ -70,9 +77,30 @@ def velocity_agreement(latents_nD: Tensor, labels_n: Tensor, replicates: int, se
             between += torch.where(classes == c, 0.0, cosine)
             others += classes != c
         between /= others
-        w, b = (mean_figure(cosines, replicates, seed) for cosines in (within, between))
-        found.append(Agreement(time=t, within=w, between=b, parted=(1 - b.value) / max(1 - w.value, 1e-9)))
-    return found
+        cosines.append(torch.stack([within, between]))
+    return _summarised(torch.stack(cosines).double(), replicates, seed)
+
+
+def _summarised(cosines_T2P: Tensor, replicates: int, seed: int) -> VelocityAgreement:
+    """Figures of the cosines within and between, of every time; points are resampled at all times alike."""
+    count = cosines_T2P.shape[2]
+
+    def parted(pick: Tensor) -> Tensor:
+        within, between = cosines_T2P[:, :, pick].mean(2).T
+        return (1 - between) / (1 - within).clamp_min(1e-9)
+
+    value = parted(torch.arange(count))
+    resampled = [parted(pick) for pick in picks(count, replicates, seed)]
+    at_times = [
+        Agreement(
+            time=t,
+            within=mean_figure(within, replicates, seed),
+            between=mean_figure(between, replicates, seed),
+            parted=figure(float(value[i]), [float(r[i]) for r in resampled], count),
+        )
+        for i, (t, (within, between)) in enumerate(zip(TIMES, cosines_T2P, strict=True))
+    ]
+    return VelocityAgreement(at_times, figure(float(value.mean()), [float(r.mean()) for r in resampled], count))
 
 
 def _groups(labels: Tensor, seed: int) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
@@ -97,8 +125,3 @@ def _points(latents: Tensor, rows: Tensor, t: float, seed: int) -> Tensor:
         [torch.randn(latents.shape[1], generator=generator(seed, "agreement", int(row))) for row in rows]
     )
     return (1 - t) * noise.to(latents.device) + t * latents[rows]
-
-
-def mean_parted(agreements: Sequence[Agreement]) -> float:
-    """Mean of `parted` over the times."""
-    return sum(a.parted for a in agreements) / len(agreements)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from svgpipe.models.empirical_flow import empirical_velocity
 from svgpipe.stages import velocity_agreement as stage
 from svgpipe.stages.class_geometry import class_distances
 from svgpipe.stages.straightness import straightness
-from svgpipe.stages.velocity_agreement import _groups, _points, mean_parted, velocity_agreement
+from svgpipe.stages.velocity_agreement import _groups, _points, velocity_agreement
 
 from .conftest import Finished, Outcome
 
@@ -53,11 +54,26 @@ def _blobs(apart: float, labels: Tensor, dims: int = 32) -> Tensor:
 def test_velocity_fields_part_where_classes_do() -> None:
     labels = torch.arange(90) % 3
     mixed, separate = (velocity_agreement(_blobs(apart, labels), labels, 20, 0) for apart in (0.0, 2.0))
-    assert 0.85 < mean_parted(mixed) < 1.15
-    assert mean_parted(separate) > 2
-    for found in separate:
+    assert 0.85 < mixed.mean_parted.value < 1.15 and separate.mean_parted.value > 2
+    for found in separate.at_times:
         assert found.within.low is not None and found.within.low <= found.within.value
         assert found.within.value > found.between.value
+
+
+def test_how_far_fields_part_has_an_interval_over_the_points() -> None:
+    """The ratio of two means is resampled whole, at all times alike."""
+    labels = torch.arange(90) % 3
+    found = velocity_agreement(_blobs(0.7, labels), labels, 200, 0)
+    for at in found.at_times:
+        assert at.parted.value == pytest.approx((1 - at.between.value) / (1 - at.within.value))
+        assert at.parted.low is not None and at.parted.high is not None
+        assert at.parted.low < at.parted.value < at.parted.high
+    mean, widths = found.mean_parted, [at.parted.high - at.parted.low for at in found.at_times]  # type: ignore[operator]
+    assert mean.value == pytest.approx(np.mean([at.parted.value for at in found.at_times]))
+    assert mean.high is not None and mean.low is not None and 0 < mean.high - mean.low < max(widths)
+    assert mean.num_images == found.at_times[0].within.num_images
+    without = velocity_agreement(_blobs(0.7, labels), labels, 0, 0).mean_parted
+    assert without.low is None and without.value == pytest.approx(mean.value)
 
 
 def test_of_many_classes_some_fields_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,8 +89,8 @@ def test_of_many_classes_some_fields_are_enough(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(stage, "empirical_velocity", counted)
     monkeypatch.setattr(stage, "MOST_FIELDS", 3)
     some = velocity_agreement(latents, labels, 20, 0)
-    assert looked.count(max(looked)) == 3 * len(some)  # at all points, at each time
-    for a, b in zip(some, whole, strict=True):
+    assert looked.count(max(looked)) == 3 * len(some.at_times)  # at all points, at each time
+    for a, b in zip(some.at_times, whole.at_times, strict=True):
         assert a.within == b.within
         assert a.between.value == pytest.approx(b.between.value, abs=0.15) and a.between != b.between
 
@@ -125,10 +141,12 @@ def test_analyze_real_caches_side_by_side(finished: Finished, svgpipe: Callable[
     one, two = json.loads(done.out)["caches"]
     assert one["num_images"] == 36 and [d["group"] for d in one["distances"]] == ["backbone", "residual", "both"]
     assert one["distances"][0]["ratio"]["low"] > 1  # three photographs lie apart
-    assert one["mean_parted"] > 1 and len(one["map"]) == 36
+    assert one["mean_parted"]["low"] > 1 and len(one["map"]) == 36
     assert one["straightness"]["weights"].startswith("ema-0.9") and len(one["straightness"]["times"]) == 51
     assert two["straightness"] is None and "curvature" in two["not_measured"][0]
-    assert two["mean_parted"] == pytest.approx(one["mean_parted"], rel=0.05)  # int8 changes next to nothing
+    assert two["mean_parted"]["value"] == pytest.approx(
+        one["mean_parted"]["value"], rel=0.05
+    )  # int8 changes next to nothing
     html = page.read_text()
     assert "<script" not in html and html.count("<svg") >= 5 and "curvature" in html
     shown = svgpipe("analyze", cache, "--classes", "2", "--per-class", "4")
@@ -159,7 +177,7 @@ def test_velocity_agreement_is_that_of_every_pair_of_classes() -> None:
     latents = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(24) % 3
     groups = _groups(labels, 0)
-    for found in velocity_agreement(latents, labels, 20, 0)[::5]:
+    for found in velocity_agreement(latents, labels, 20, 0).at_times[::5]:
         cosines = []
         for c, (points, one, _) in groups.items():
             z = _points(latents, points, found.time, 0)

@@ -244,6 +244,28 @@ def test_the_round_trip_trains_and_samples(
 
 
 @pytest.mark.slow
+def test_an_evaluation_measures_the_alignment_where_no_extraction_did(
+    imported: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """And says so; reconstructions alone do not, as they have no images to calibrate on."""
+    autoencoder, shards = tmp_path / "autoencoder", finished.root / "shards"
+    shutil.copytree(imported / "autoencoder", autoencoder)
+    measured = autoencoder / "alignment.json"
+    measured.unlink(missing_ok=True)
+    given = ("--autoencoder", autoencoder)
+    backbone = ("--set", "reconstruction.extractor.kind=backbone")
+    refused = svgpipe("eval-reconstruction", *given, "--shards", shards, "--out", tmp_path / "no", *backbone)
+    assert refused.code == 2 and "Run svgpipe extract" in refused.err and not measured.exists()
+    diffusion = ("--diffusion", imported / "diffusion", "--reference", shards, "--recipe", finished.recipe_file)
+    done = svgpipe("sample-and-eval", *given, *diffusion, "--steps", 1, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "was imported without an alignment; measured on" in done.out + done.err
+    assert json.loads(measured.read_text())["shards"] == finished.shards.manifest.fingerprint
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "reconstructions" in [r["name"] for r in report["results"]]
+
+
+@pytest.mark.slow
 def test_reconstructions_by_another_alignment_are_others(
     extracted: Path, imported: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
