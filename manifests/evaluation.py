@@ -58,7 +58,7 @@ class Report(WrittenReport):
 
     NOUN: ClassVar[str] = "a report of samples"
 
-    schema_version: int = Field(2, description="Of this layout; raised when a field changes its meaning.")
+    schema_version: int = Field(3, description="Of this layout; raised when a field changes its meaning.")
     metric: str = Field(description="What frechet_distance is: FID, or a Fréchet distance in a named space.")
     extractor: Json = Field(
         description="What made the features: kind, name, hash of the weights, and input size in pixels a side."

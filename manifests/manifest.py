@@ -261,6 +261,7 @@ class WorkDir(Generic[M]):
             "config": self.config,
             "inputs": {name: ref.fingerprint for name, ref in self.inputs.items()},
         }
+        self._may_change = {key: value for key, value in self.config.items() if key in kind.MAY_CHANGE}
         if path.exists() and not path.is_dir():
             raise ArtifactError(f"{path}: expected a directory for {kind.NOUN}, found a file.")
         if self._is_finished(kind, plan):
@@ -280,8 +281,7 @@ class WorkDir(Generic[M]):
                 write_json(path / PLAN_NAME, plan)
             else:
                 what = "Use the recipe and options that it was begun with, or give another --out."
-                noun = f"{kind.NOUN}, half made, that was begun"
-                self._require_equal(read_json(path / PLAN_NAME), plan, noun, what, kind.MAY_CHANGE)
+                self._require_equal(read_json(path / PLAN_NAME), plan, f"{kind.NOUN}, half made, that was begun", what)
             remove_partials(path)
         except BaseException:
             self.close()
@@ -316,13 +316,12 @@ class WorkDir(Generic[M]):
         found["inputs"] = {name: ref.fingerprint for name, ref in done.inputs.items()}
         what = "Use the recipe and options that it was made with (did you forget --recipe?), or give another --out."
         noun = f"a finished {kind.NOUN.split(' ', 1)[1]} (fingerprint {done.fingerprint[:12]}) that was made"
-        self._require_equal(found, plan, noun, what, kind.MAY_CHANGE)
+        self._require_equal(found, plan, noun, what)
         self.finished = done
         return True
 
-    def _require_equal(self, found: Json, plan: Json, noun: str, what_to_do: str, may_change: frozenset[str]) -> None:
-        free = {key: plan["config"][key] for key in may_change & plan["config"].keys()}
-        lines = differing_fields({**found, "config": {**found["config"], **free}}, plan)
+    def _require_equal(self, found: Json, plan: Json, noun: str, what_to_do: str) -> None:
+        lines = differing_fields({**found, "config": {**found["config"], **self._may_change}}, plan)
         if lines:
             raise MismatchError(
                 f"{self.path}: holds {noun} otherwise (there {digest(found)[:12]}, here {digest(plan)[:12]}).\n  "

@@ -32,17 +32,16 @@ DINOV3 = {
     (4096, 40, True): "vit_7b_patch16_dinov3",
 }
 IGNORED = {
-    "norm_vit.": "a LayerNorm that the official forward pass never calls",
-    "loss.": "LPIPS and discriminator, which only training needs",
+    r"norm_vit\..+": "a LayerNorm that the official forward pass never calls",
+    r"loss\..+": "LPIPS and discriminator, which only training needs",
+    r"encoder\.mask_token": "DINOv3's mask token, which only its pretraining needs",
+    r"encoder\.local_cls_norm\..+": "a LayerNorm of local crops, which only DINOv3's pretraining needs",
+    r"encoder\.blocks\.\d+\.attn\.qkv\.bias_mask": "it keeps biases of keys at zero, as timm's model does by itself",
 }
+NO_BIAS = "zero everywhere: distilled ViTs have no such bias"
+# What timm's converter would drop without a word.
+NO_PLACE = re.compile(r"encoder\.(projectors\.|(?!rope_embed\.periods$).*rope)")
 PARTS = ("encoder.", "extra_vit.", "decoder.")
-PERIODS = "rope_embed.periods"
-NO_BIAS = "a bias that is zero everywhere: distilled ViTs have none"
-ENCODER_IGNORED = {
-    r"mask_token": "DINOv3's mask token, which only its pretraining needs",
-    r"blocks\.\d+\.attn\.qkv\.bias_mask": "which biases are fixed at zero: so they are here",
-    r"local_cls_norm\..+": "a LayerNorm of local crops, which only DINOv3's pretraining needs",
-}
 
 
 @dataclass(frozen=True)
@@ -60,18 +59,18 @@ def split_autoencoder(state: State) -> OfficialAutoencoder:
     """Sort the keys of an official autoencoder.
 
     Raises:
-        ValueError: a key that has no place, or a part that is missing.
+        ValueError: a key that has no place, a part that is missing, or an encoder of no known size.
     """
     parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in PARTS}
     ignored: dict[str, list[str]] = {}
     unknown = []
     for key, value in state.items():
         part = next((p for p in PARTS if key.startswith(p)), None)
-        reason = next((why for prefix, why in IGNORED.items() if key.startswith(prefix)), None)
-        if part is not None:
-            parts[part][key.removeprefix(part)] = value
-        elif reason is not None:
+        reason = next((why for pattern, why in IGNORED.items() if re.fullmatch(pattern, key)), None)
+        if reason is not None:
             ignored.setdefault(reason, []).append(key)
+        elif part is not None and not NO_PLACE.match(key):
+            parts[part][key.removeprefix(part)] = value
         elif key != "mask_token":
             unknown.append(key)
     if unknown:
@@ -81,22 +80,11 @@ def split_autoencoder(state: State) -> OfficialAutoencoder:
     if missing:
         raise ValueError(f"not an SVG autoencoder: it has no {', '.join(missing)}")
     encoder = parts["encoder."]
-    for key in list(encoder):
-        if (why := _encoder_reason(key)) is not None:
-            ignored.setdefault(why, []).append(f"encoder.{key}")
-            del encoder[key]
     if not backbone_name(encoder).endswith(QKV_BIAS):
-        for key in [key for key in encoder if key.endswith("qkv.bias")]:
-            ignored.setdefault(NO_BIAS, []).append(f"encoder.{key}")
-            del encoder[key]
+        zero = [key for key in encoder if key.endswith("qkv.bias")]
+        ignored.update({NO_BIAS: [f"encoder.{key}" for key in zero]} if zero else {})
+        encoder = {key: value for key, value in encoder.items() if key not in zero}
     return OfficialAutoencoder(encoder, parts["extra_vit."], parts["decoder."], state["mask_token"], ignored)
-
-
-def _encoder_reason(key: str) -> str | None:
-    """Why a key of DINOv3 is left aside. Raises ValueError for one that timm's converter would drop without a word."""
-    if key.startswith("projectors.") or ("rope" in key and key != PERIODS):
-        raise ValueError(f"encoder.{key} has no place in a DINOv3 ViT")
-    return next((why for pattern, why in ENCODER_IGNORED.items() if re.fullmatch(pattern, key)), None)
 
 
 def backbone_name(state: State) -> str:

@@ -148,8 +148,7 @@ def _distance_chart(samples: Sequence[Measured], lines: dict[str, Measured]) -> 
         series.setdefault(name, []).append(Value(found.value, found.low, found.high))
     words = {"heldout": "held-out real", "reconstructions": "reconstructions", "decoded-noise": "decoded noise"}
     levels = {words[role]: r.frechet_distance.value for role, r in lines.items()}
-    title = f"Distance against {'the number of steps' if across == 'steps' else across}"
-    return chart(title, across, "Fréchet distance", xs, series, levels)
+    return chart(f"Distance against {across}", across, "Fréchet distance", xs, series, levels)
 
 
 def _curves(path: Location, names: Sequence[str], stage: str) -> list[Curve]:

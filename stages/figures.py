@@ -2,7 +2,8 @@
 
 A resampled set holds some rows twice and so looks less varied than the set: what measures variety, as a Fréchet
 distance does, is moved by that. Hence an interval is laid around the figure itself: figure + (replicate - mean of the
-replicates), between the 2.5 % and the 97.5 % quantile.
+replicates), between the 2.5 % and the 97.5 % quantile. A mean is not moved: its interval is that of the replicates,
+which never leaves the range of the values, so no share passes 0 or 1.
 """
 
 from __future__ import annotations
@@ -26,21 +27,23 @@ def picks(count: int, replicates: int, seed: int) -> list[Tensor]:
 
 
 def figure(value: float, replicates: Sequence[float], num_images: int) -> Figure:
-    """A figure with its interval; without one where there are no replicates."""
-    if not replicates:
-        return Figure(value=value, num_images=num_images)
-    low, high = np.quantile(np.asarray(replicates) - np.mean(replicates), QUANTILES)
-    return Figure(value=value, low=value + float(low), high=value + float(high), num_images=num_images)
+    """A figure with the interval around it; without one where there are no replicates."""
+    shift = value - sum(replicates) / max(1, len(replicates))
+    return _between([replicate + shift for replicate in replicates], value, num_images)
 
 
 def mean_figure(values: Tensor, replicates: int, seed: int) -> Figure:
-    """The mean of (n,) values; of hits and misses (bool) it is a share, whose interval ends at 0 and 1."""
+    """The mean of (n,) values, which may be hits and misses."""
     numbers = values.double()
     resampled = [float(numbers[pick].mean()) for pick in picks(len(numbers), replicates, seed)]
-    found = figure(float(numbers.mean()), resampled, len(numbers))
-    if values.dtype != torch.bool or found.low is None or found.high is None:
-        return found
-    return found.model_copy(update={"low": max(0.0, found.low), "high": min(1.0, found.high)})
+    return _between(resampled, float(numbers.mean()), len(numbers))
+
+
+def _between(replicates: Sequence[float], value: float, num_images: int) -> Figure:
+    if not replicates:
+        return Figure(value=value, num_images=num_images)
+    low, high = np.quantile(replicates, QUANTILES)
+    return Figure(value=value, low=float(low), high=float(high), num_images=num_images)
 
 
 def share_figure(hits: Tensor) -> Figure:

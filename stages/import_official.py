@@ -236,13 +236,14 @@ def _import_diffusion(
             ).publish(out)
     sigma = " with the unused sigma half" if sizes.learn_sigma else ""
     what = f"DiT {sizes.name}{sigma}, {sizes.num_classes} classes, weights {' and '.join(states)}"
-    return Imported(out, manifest.fingerprint, what, sum(map(len, states.values())), _beside(found, names))
+    aside = _beside(found, names or ["state_dict"])
+    return Imported(out, manifest.fingerprint, what, sum(map(len, states.values())), aside)
 
 
 def _beside(found: object, used: list[str]) -> dict[str, list[str]]:
-    """What a checkpoint holds beside the weights that were taken, with the reason why it was left."""
+    """What a checkpoint holds beside the entries that were used, by the reason why it was left; no keys of weights."""
     if not (isinstance(found, dict) and any(name in found for name in used)):
-        return {}  # nothing but weights
+        return {}  # a bare state dict
     others = [str(name) for name in found if name not in used]
     return {"state of the training, from which none goes on here": others} if others else {}
 

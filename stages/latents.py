@@ -210,9 +210,9 @@ class _Draw:
         models = [sampler.model.load(config.weights)]
         if sampler.guide is not None:
             models.append(sampler.guide.load(config.guide_weights))
-        self.models = [model.to(self.device) for model in models]
-        for model in self.models:
+        for model in models:
             keep_as_computed(model, config.precision)
+        self.models = [model.to(self.device) for model in models]
         if is_compiled(config.compile, self.device):
             for model in self.models:
                 model.compile()

@@ -152,6 +152,7 @@ def test_again_it_is_found_and_verified_and_inspected(
     before = (evaluated / "report.json").read_bytes()
     again = svgpipe(*arguments(finished, evaluated))
     assert again.code == 0 and "residual off" in again.out and (evaluated / "report.json").read_bytes() == before
+    assert svgpipe(*arguments(finished, evaluated, "--set", "reconstruction.batch_size=1")).code == 0
     other = svgpipe(*arguments(finished, evaluated, "--set", "reconstruction.seed=1"))
     assert other.code == 1 and "seed" in other.err
     copy = tmp_path / "copy"

@@ -424,20 +424,34 @@ def test_files_that_are_none_or_do_not_belong_together(
     ("name", "width", "depth", "heads"),
     [("S", 384, 12, 6), ("B", 768, 12, 12), ("L", 1024, 24, 16), ("XL", 1152, 28, 16)],
 )
-@pytest.mark.parametrize("qk_norm", [True, False])
-def test_published_sizes_are_recognised(name: str, width: int, depth: int, heads: int, qk_norm: bool) -> None:
+@pytest.mark.parametrize(("qk_norm", "sigma"), [(True, False), (False, False), (True, True), (False, True)])
+def test_published_sizes_are_recognised(
+    name: str, width: int, depth: int, heads: int, qk_norm: bool, sigma: bool
+) -> None:
+    sizes: dict[str, Any] = {"grid": (16, 16), "in_channels": 392, "num_classes": 1000}
     with torch.device("meta"):
-        model = DiT(
-            grid=(16, 16), in_channels=392, num_classes=1000, width=width, depth=depth, heads=heads, qk_norm=qk_norm
-        )
-    sizes = dit_sizes(model.state_dict())
-    assert (sizes.name, sizes.heads, sizes.grid, sizes.num_classes, sizes.learn_sigma) == (name, heads, 16, 1000, False)
+        model = DiT(**sizes, width=width, depth=depth, heads=heads, qk_norm=qk_norm, learn_sigma=sigma)
+    found = dit_sizes(model.state_dict())
+    assert (found.name, found.heads, found.grid, found.num_classes, found.learn_sigma) == (name, heads, 16, 1000, sigma)
+    assert (found.in_channels, found.width, found.depth, found.qk_norm) == (392, width, depth, qk_norm)
+
+
+def test_what_lies_beside_a_single_state_dict_is_listed(
+    official: Official, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    state = torch.load(official.folder / "diffusion.pt", weights_only=True)["ema"]
+    torch.save({"state_dict": state, "args": {"lr": 1e-4}}, tmp_path / "diffusion.pt")
+    given = ["--autoencoder", official.folder / "autoencoder.ckpt", "--stats", official.folder / "stats.pt"]
+    done = svgpipe("import-official", *given, "--diffusion", tmp_path / "diffusion.pt", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    diffusion = json.loads((tmp_path / "out" / "import.json").read_text())["imported"][1]
+    assert diffusion["used"] == len(state) and list(diffusion["ignored"].values()) == [["args"]]
 
 
 def test_keys_that_timm_would_drop_without_a_word_are_told(official: Official) -> None:
     state = torch.load(official.folder / "autoencoder.ckpt", weights_only=False)["state_dict"]
     for stray in ("encoder.projectors.0.weight", "encoder.blocks.0.rope_scale"):
-        with pytest.raises(ValueError, match="no place in a DINOv3 ViT"):
+        with pytest.raises(ValueError, match=f"1 keys have no place in an SVG autoencoder: {stray}"):
             split_autoencoder({**state, stray: torch.zeros(1)})
     # The smallest as a distilled one: of another width, whose biases are zero everywhere.
     wide = {"encoder.cls_token": torch.zeros(1, 1, 384)}

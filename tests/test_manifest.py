@@ -106,6 +106,20 @@ def test_missing_unfinished_and_unparsable(tmp_path: Path) -> None:
         ShardSetManifest.read(tmp_path / "begun")
 
 
+def test_what_only_says_how_to_work_may_change_between_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ShardSetManifest, "MAY_CHANGE", frozenset({"batch_size"}))
+    WorkDir(tmp_path, ShardSetManifest, {"seed": 0, "batch_size": 8}, {}).close()
+    (tmp_path / "shard-000000.tar").write_text("hours of work")
+    with WorkDir(tmp_path, ShardSetManifest, {"seed": 0, "batch_size": 2}, {}) as work:
+        assert work.finished is None and work.config["batch_size"] == 2
+    for config in ({"seed": 1, "batch_size": 8}, {"seed": 0, "batch_size": 8, "more": 1}):
+        with pytest.raises(MismatchError) as refused:
+            WorkDir(tmp_path, ShardSetManifest, config, {})
+        assert "batch_size" not in str(refused.value)
+    done = example(config={"seed": 0, "batch_size": 2}).publish(tmp_path)
+    assert WorkDir(tmp_path, ShardSetManifest, {"seed": 0, "batch_size": 1}, {}).finished == done
+
+
 def test_a_work_directory_resumes_its_own_work_only(tmp_path: Path) -> None:
     out = tmp_path / "out"
     ref = InputRef(kind="image-folder", fingerprint="one", path="p", config={})

@@ -39,7 +39,7 @@ from svgpipe.stages import latents as latents_stage
 from svgpipe.stages.comparison import extracted
 from svgpipe.stages.decoded_images import ImageJob, decoded_images, missing_units
 from svgpipe.stages.decoding import latent_decoder
-from svgpipe.stages.encoder import build_backbone
+from svgpipe.stages.encoder import build_backbone, state_digest
 from svgpipe.stages.images import decode_image, to_array
 from svgpipe.stages.measure import Extractor, ImageSet, load_extractor
 from svgpipe.stages.reference import open_reference
@@ -189,7 +189,9 @@ def test_the_page_is_self_contained_and_shows_everything(finished: Finished) -> 
     for artifact in ("shards", "autoencoder", "cache", "diffusion"):
         manifest = json.loads((finished.root / artifact / "manifest.json").read_text())
         assert manifest["fingerprint"][:12] in page
-    assert page.count("<polyline") >= 4
+    assert page.count('aria-label="Distance against steps"') == 1
+    for curve in ("autoencoder: held-out psnr", "autoencoder: l1", "diffusion: loss", "diffusion: held-out loss"):
+        assert f"<strong>{curve}</strong>" in page
 
 
 def test_a_page_of_a_large_sweep_stays_small(
@@ -550,6 +552,26 @@ def test_features_are_not_shared_between_input_sizes(finished: Finished, tmp_pat
         kept[size] = extracted(tmp_path / "features", "images", images, extractor, 4)["pooled"]
         torch.testing.assert_close(kept[size], extractor.features(images, 4)["pooled"])
     assert not torch.allclose(kept[64], kept[96], rtol=0.1)
+
+
+def test_features_are_found_by_content_never_by_name(finished: Finished, tmp_path: Path) -> None:
+    """Other images or other weights under one name are measured; the same ones under another path are not again."""
+    images = decoded_images(finished.root / "evaluation", "reconstructions")
+    fewer = ImageSet(images.refs[:4], images.size)
+    section = ExtractorSection(kind="timm", name="resnet10t", weights="random")
+    own = build_backbone(finished.recipe.autoencoder.backbone, 32)
+    extractor, other = (load_extractor(section, own) for _ in range(2))
+    for parameter in other.module.parameters():
+        parameter.data.mul_(1.5)
+    other = replace(other, description={**other.description, "weights": state_digest(other.module.state_dict())})
+    kept = extracted(tmp_path, "images", images, extractor, 4)["pooled"]
+    assert extracted(tmp_path, "images", fewer, extractor, 4)["pooled"].shape == (4, 512)
+    assert not torch.allclose(extracted(tmp_path, "images", images, other, 4)["pooled"], kept, rtol=0.1)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    shutil.copytree(finished.root / "evaluation", tmp_path / "moved")
+    moved = decoded_images(tmp_path / "moved", "reconstructions")
+    broken = replace(extractor, module=torch.nn.Identity())  # cannot measure anything
+    torch.testing.assert_close(extracted(tmp_path, "images", moved, broken, 4)["pooled"], kept, rtol=0, atol=0)
 
 
 def test_features_of_a_large_set_are_kept_part_by_part(

@@ -86,6 +86,22 @@ def test_an_interval_costs_the_unconditional_half_only_within() -> None:
     assert out.item() == pytest.approx(0.25 * (1 + guided + guided + 1))
 
 
+@pytest.mark.parametrize(
+    ("mode", "guided"),
+    [
+        ("linear", [True, True, True, True]),
+        ("late", [False, False, True, True]),
+        ("early-0.3", [False, False, True, True]),
+    ],
+)
+def test_the_unconditional_half_is_skipped_wherever_guidance_is_one(mode: str, guided: list[bool]) -> None:
+    """Four steps at t = 0, 0.25, 0.5, 0.75."""
+    calls: list[list[int]] = []
+    z0, y = torch.zeros(1, 1, 1, dtype=torch.float64), torch.tensor([1])
+    sample(constant_velocities(calls), z0, y, null_label=5, steps=4, shift=1.0, guidance=Guidance(3.0, mode))
+    assert calls == [[1, 5] if both else [1] for both in guided]
+
+
 def test_autoguidance_asks_the_worse_model_at_the_same_label() -> None:
     calls: list[list[int]] = []
     good = constant_velocities([])
