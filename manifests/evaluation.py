@@ -17,6 +17,7 @@ from pydantic import Field
 
 from svgpipe.manifests.figure import Figure, Record
 from svgpipe.manifests.manifest import Json, Manifest
+from svgpipe.manifests.paper import PAPER_ROWS, PaperRow
 from svgpipe.manifests.report_file import WrittenReport
 
 
@@ -68,6 +69,10 @@ class Report(WrittenReport):
     class_names: list[str] = Field(description="Of the diffusion model, in the order of its labels.")
     results: list[Measured] = Field(description="The sweep's settings in order, then the lines to read them by.")
     not_measured: list[str] = Field(default_factory=list, description="What is missing, and why.")
+    paper: list[PaperRow] = Field(
+        default_factory=PAPER_ROWS.copy,
+        description="The paper's numbers, not ours: other data, extractors and numbers of images do not compare.",
+    )
 
 
 class LatentsRef(Record):

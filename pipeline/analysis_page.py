@@ -88,7 +88,7 @@ def render_analysis(found: Analysis, out: Location) -> None:
     deviation = None
     if straight:
         times = next(iter(straight.values())).times[::5]
-        series = {name: [Value(v) for v in s.deviation[::5]] for name, s in straight.items()}
+        series = {name: [_value(f) for f in s.deviation[::5]] for name, s in straight.items()}
         deviation = chart("Distance from the straight path", "t", "relative distance", times, series, {})
     page = render(
         "analysis_template.html",

@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from svgpipe.manifests.figure import Figure
+from svgpipe.manifests.paper import PAPER_PROBES
 from svgpipe.manifests.storage import Location, write_atomic
 from svgpipe.pipeline.chart import Value, chart
 from svgpipe.pipeline.page import render
-from svgpipe.pipeline.paper import PAPER_PROBES
 from svgpipe.stages.probe import Probe
 
 

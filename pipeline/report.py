@@ -13,7 +13,6 @@ from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.storage import Location, write_atomic
 from svgpipe.pipeline.chart import Chart, Value, chart
 from svgpipe.pipeline.page import Curve, Grid, curve, lineage, picture, render
-from svgpipe.pipeline.paper import PAPER_ROWS
 from svgpipe.stages.comparison import RECONSTRUCTIONS
 from svgpipe.stages.decoded_images import decoded_images
 from svgpipe.stages.measure import ImageSet
@@ -40,7 +39,6 @@ def render_report(evaluation: Location, autoencoder: Location, diffusion: Locati
         best=best,
         lines=lines,
         chart=_distance_chart(samples, lines),
-        paper=PAPER_ROWS,
         largest=max(r.frechet_distance.value for r in report.results),
         grids=_grids(evaluation, report, samples, best, reference),
         curves=_curves(autoencoder / "metrics.jsonl", ("heldout_psnr", "l1", "perceptual"), "autoencoder")

@@ -61,7 +61,7 @@ class CacheAnalysis(Record):
 class Analysis(Record):
     """What `svgpipe analyze` found, caches in the order they were given."""
 
-    schema_version: int = Field(2, description="Of this layout; 2: parted has an interval.")
+    schema_version: int = Field(3, description="Of this layout; 2: parted has an interval; 3: deviation, too.")
     seed: int
     caches: list[CacheAnalysis]
 

@@ -25,7 +25,7 @@ class Straightness(Record):
 
     weights: str
     times: list[float]
-    deviation: list[float] = Field(description="At each of `times`, mean distance from the straight line's point.")
+    deviation: list[Figure] = Field(description="At each of `times`, mean distance from the straight line's point.")
     largest_deviation: Figure = Field(description="Mean over samples of the largest one.")
     curvature: Figure = Field(
         description="Integral of |v - (end - start)|² over time, over |end - start|² (arXiv 2209.03003, eq. 7)."
@@ -52,7 +52,7 @@ def straightness(model: DiT, weights: str, replicates: int, seed: int) -> Straig
     return Straightness(
         weights=weights,
         times=[round(float(t), 6) for t in time_grid(STEPS, 1.0)],
-        deviation=deviation.mean(1).tolist(),
+        deviation=[mean_figure(at_one_time, replicates, seed) for at_one_time in deviation],
         largest_deviation=mean_figure(deviation.amax(0), replicates, seed),
         curvature=mean_figure(torch.cat(curvatures), replicates, seed),
         one_step=mean_figure(torch.cat(one_steps), replicates, seed),

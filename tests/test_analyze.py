@@ -131,6 +131,16 @@ def test_straight_paths_are_straight_and_a_circle_is_not() -> None:
     assert untrained.largest_deviation.value == 0
 
 
+def test_the_deviation_has_an_interval_over_the_samples() -> None:
+    """Rings that turn the faster the larger they are, so that samples differ."""
+    turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    found = straightness(_Field(lambda x, t: x.norm(dim=2, keepdim=True) * (x @ turn)), "w", 100, 0)
+    start, *between, end = found.deviation
+    assert start.value == 0 and end.value == pytest.approx(0, abs=1e-5)
+    for at in between:
+        assert at.low is not None and at.high is not None and at.low < at.value < at.high and at.num_images == 64
+
+
 def test_analyze_real_caches_side_by_side(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
     cache, small = finished.root / "cache", tmp_path / "int8"
     assert svgpipe("requantize", cache, small).code == 0

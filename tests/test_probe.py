@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,19 @@ def test_probe_of_a_real_cache(finished: Finished, svgpipe: Callable[..., Outcom
     assert "<script" not in html and "residual" in html and "86.4" in html
     shown = svgpipe("probe", finished.root / "cache")
     assert shown.code == 0 and "linear probe" in shown.out
+
+
+def test_the_cache_alone_is_probed(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Neither shards nor autoencoder are read: wherever the cache's lineage says they lie, there is nothing."""
+    whole = svgpipe("probe", finished.root / "cache", "--json")
+    alone = tmp_path / "alone"
+    shutil.copytree(finished.root / "cache", alone)
+    moved = finished.root.rename(finished.root.with_name("elsewhere"))
+    try:
+        done = svgpipe("probe", alone, "--json")
+    finally:
+        moved.rename(finished.root)
+    assert done.code == 0 and json.loads(done.out)["groups"] == json.loads(whole.out)["groups"]
 
 
 @pytest.mark.slow

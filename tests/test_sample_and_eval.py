@@ -248,6 +248,9 @@ def test_the_papers_figures_stand_in_the_page_as_the_papers(finished: Finished) 
         "1400 epochs with 1.92",
     ):
         assert row in words
+    report = json.loads((finished.root / "evaluation" / "report.json").read_text())
+    figures = [row[model] for row in report["paper"] for model in ("svg", "sd_vae", "va_vae")]
+    assert [f"{f:.2f}" for f in figures if f is not None] == re.findall(r"\b\d+\.\d\d\b", words)
 
 
 def test_the_page_names_the_sampler_beside_the_numbers(finished: Finished) -> None:

@@ -1,0 +1,47 @@
+"""What the paper reports, to stand beside one's own numbers (arXiv 2510.15301)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from svgpipe.manifests.figure import Record
+
+
+class PaperRow(Record):
+    """The paper's FID of three models under one setting, on ImageNet at 256 pixels with 50,000 samples."""
+
+    setting: str = Field(description="Steps, or epochs of training, as the paper names them.")
+    guided: bool = Field(description="With classifier-free guidance.")
+    svg: float = Field(description="SVG-XL.")
+    sd_vae: float | None = Field(None, description="SiT-XL on SD-VAE latents; null where the paper gives none.")
+    va_vae: float | None = Field(None, description="SiT-XL on VA-VAE latents; null where the paper gives none.")
+
+
+PAPER_ROWS = [
+    PaperRow(setting=setting, guided=guided, svg=svg, sd_vae=sd_vae, va_vae=va_vae)
+    for setting, guided, svg, sd_vae, va_vae in (
+        ("5 steps", False, 12.26, 69.38, 74.46),
+        ("5 steps", True, 9.03, 29.48, 35.94),
+        ("10 steps", False, 9.39, 32.81, None),
+        ("10 steps", True, 6.49, 10.26, None),
+        ("25 steps, 80 epochs", False, 6.57, 22.58, 7.29),
+        ("25 steps, 80 epochs", True, 3.54, 6.06, 4.13),
+        ("500 epochs", False, 3.94, None, None),
+        ("500 epochs", True, 2.10, None, None),
+        ("1400 epochs", False, 3.36, None, None),
+        ("1400 epochs", True, 1.92, None, None),
+    )
+]
+
+
+@dataclass(frozen=True)
+class PaperProbe:
+    """Top-1 accuracy of a linear probe on ImageNet, %."""
+
+    features: str
+    top1: float
+
+
+PAPER_PROBES = (PaperProbe("raw DINOv3", 86.4), PaperProbe("SVG", 85.2))
