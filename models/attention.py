@@ -12,34 +12,31 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+Kernel = Callable[..., Tensor]
+"""Three (B,T,heads,D) → (B,T,heads,D), on CUDA."""
+
 
 @functools.cache
-def _xformers() -> Callable[..., Tensor] | None:
+def fastest_kernel() -> Kernel | None:
+    """xformers where there is CUDA and it is installed, else None, for PyTorch's own; one log line says which.
+
+    Asked for when a module is built: inside a compiled forward the import would break the graph at every block.
+    """
+    if not torch.cuda.is_available():
+        log.info("no CUDA device: attention by PyTorch's scaled_dot_product_attention")
+        return None
     try:
         from xformers.ops import memory_efficient_attention
-
-        log.info("attention by xformers")
     except ImportError:
         log.info("xformers is not installed: attention by PyTorch's scaled_dot_product_attention")
         return None
-    kernel: Callable[..., Tensor] = memory_efficient_attention
+    log.info("attention by xformers")
+    kernel: Kernel = memory_efficient_attention
     return kernel
 
 
-@functools.cache
-def _say_no_cuda() -> None:
-    log.info("no CUDA device: attention by PyTorch's scaled_dot_product_attention")
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / sqrt(D)) v: three (B,heads,T,D) → (B,heads,T,D).
-
-    xformers on CUDA where it is installed, else PyTorch SDPA; one log line says which.
-    """
-    if not q.is_cuda:
-        if not torch.compiler.is_compiling():  # which would look into the cache's wrapper, and warn of it
-            _say_no_cuda()
-    elif (kernel := _xformers()) is not None:
-        out = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return out.transpose(1, 2)
+def attend(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> Tensor:
+    """softmax(q kᵀ / sqrt(D)) v: three (B,heads,T,D) → (B,heads,T,D); by `kernel` where there is one, on CUDA."""
+    if kernel is not None and q.is_cuda:
+        return kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svgpipe.models.attention import attend
+from svgpipe.models.attention import attend, fastest_kernel
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -45,6 +45,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.kernel = fastest_kernel()
         self.norm = _norm(channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
@@ -55,7 +56,7 @@ class AttnBlock(nn.Module):
         b, c, h, w = x.shape
         normed = self.norm(x)
         q, k, v = (f(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for f in (self.q, self.k, self.v))
-        mixed = attend(q, k, v).squeeze(1).transpose(1, 2).reshape(b, c, h, w)
+        mixed = attend(q, k, v, self.kernel).squeeze(1).transpose(1, 2).reshape(b, c, h, w)
         return x + self.proj_out(mixed)
 
 

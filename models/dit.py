@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from svgpipe.models.attention import attend
+from svgpipe.models.attention import attend, fastest_kernel
 
 
 def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:
@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, *, qk_norm: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.kernel = heads, fastest_kernel()
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x_BTD).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         # Under autocast LayerNorm gives float32; attention wants one dtype.
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.proj(attend(q, k, v).transpose(1, 2).reshape(b, t, d))
+        return self.proj(attend(q, k, v, self.kernel).transpose(1, 2).reshape(b, t, d))
 
 
 class MLP(nn.Module):

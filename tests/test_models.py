@@ -9,6 +9,7 @@ import pytest
 import skimage
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from svgpipe.manifests.recipe import BackboneSection
@@ -208,6 +209,30 @@ def test_attention_is_softmax_attention() -> None:
     q, k, v = torch.randn(3, 2, 4, 7, 16)
     slow = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(16), dim=-1) @ v
     torch.testing.assert_close(attend(q, k, v), slow, rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_dit_is_one_graph() -> None:
+    """A break at every block would cost most of what compiling brings."""
+    model = DiT(grid=(2, 2), in_channels=4, num_classes=3, width=16, depth=2, heads=2).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    arguments = torch.randn(2, 4, 4), torch.tensor([0.1, 0.9]), torch.tensor([0, 3])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*arguments), model(*arguments))
+
+
+def test_an_attention_kernel_is_used_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for xformers: it is handed (B,T,heads,D), and what it gives is turned back."""
+    q, k, v = torch.randn(3, 2, 4, 7, 16)
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        assert q.shape == (2, 7, 4, 16)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2) + 1
+
+    expected = attend(q, k, v)
+    torch.testing.assert_close(attend(q, k, v, kernel), expected)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    torch.testing.assert_close(attend(q, k, v, kernel), expected + 1)
 
 
 def test_a_new_dit_outputs_zero_on_any_grid() -> None:
