@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 62, 130, 14, 40
+LINE_HEIGHT = 13
+MOST_TICKS = 9
 COLOURS = (
     *("#b3460e", "#1f5fa8", "#2e7d4f", "#7b3fa0", "#8a6d00"),
     *("#a8326b", "#00798c", "#5d5048", "#c0392b", "#47568f"),
@@ -44,10 +46,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Level:
-    """A horizontal line that the series are seen against."""
+    """A horizontal line that the series are seen against; its name stands at `text_y`, clear of the others'."""
 
     name: str
     y: float
+    text_y: float
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def chart(
     levels: Mapping[str, float],
     *,
     joined: bool = True,
+    logarithmic: bool = False,
 ) -> Chart:
     """One line per series over the same xs, which are placed at equal distances; y from 0, or the least value below it.
 
@@ -99,12 +103,12 @@ def chart(
         series: as many values as there are xs.
         levels: horizontal lines by name.
         joined: draw lines between the points; else the series stand beside each other at every x.
+        logarithmic: y by its logarithm, from the least value; all values and levels must be positive (ends of intervals
+            that are not end at the bottom).
     """
     drawn = [v for values in series.values() for v in values]
     ends = [end for v in drawn for end in (v.low, v.value, v.high) if end is not None]
-    top = 1.05 * max([0.0, *ends, *levels.values()])
-    bottom = min([0.0, *(1.05 * end for end in ends)])
-    top = top if top > bottom else 1.0
+    axis = _logarithmic([*(v.value for v in drawn), *ends, *levels.values()]) if logarithmic else _linear(ends, levels)
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     apart = 0 if joined else width / len(xs) / (len(series) + 1)
 
@@ -112,7 +116,7 @@ def chart(
         return LEFT + width * (i + 0.5) / len(xs) + apart * number
 
     def up(value: float) -> float:
-        return TOP + height * (1 - (min(max(value, bottom), top) - bottom) / (top - bottom))
+        return TOP + height * (1 - axis.place(value))
 
     def point(i: int, v: Value, name: str, number: int) -> Point:
         low, high = (None if end is None else up(end) for end in (v.low, v.high))
@@ -132,12 +136,54 @@ def chart(
     return Chart(
         title,
         x_name,
-        y_name,
+        f"{y_name}, logarithmic" if logarithmic else y_name,
         tuple(lines),
-        tuple(Level(name, up(value)) for name, value in levels.items()),
+        _named({name: up(value) for name, value in levels.items()}),
         tuple(Tick(at(i), str(x)) for i, x in enumerate(xs)),
-        tuple(Tick(up(value), f"{value:g}") for value in _round_values(bottom, top)),
+        tuple(Tick(up(value), f"{value:g}") for value in axis.ticks),
     )
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """From `bottom` to `top`; what lies outside is drawn at the end."""
+
+    bottom: float
+    top: float
+    ticks: tuple[float, ...]
+    scale: Callable[[float], float] = float
+
+    def place(self, value: float) -> float:
+        """0 at the bottom, 1 at the top."""
+        low, high = self.scale(self.bottom), self.scale(self.top)
+        return (self.scale(min(max(value, self.bottom), self.top)) - low) / (high - low)
+
+
+def _linear(ends: Sequence[float], levels: Mapping[str, float]) -> _Axis:
+    top = 1.05 * max([0.0, *ends, *levels.values()])
+    bottom = min([0.0, *(1.05 * end for end in ends)])
+    top = top if top > bottom else 1.0
+    return _Axis(bottom, top, tuple(_round_values(bottom, top)))
+
+
+def _logarithmic(values: Sequence[float]) -> _Axis:
+    """1, 2 and 5 times powers of ten, or powers of ten alone where there would be too many."""
+    positive = [value for value in values if value > 0]
+    bottom, top = min(positive) / 1.15, max(positive) * 1.15
+    powers = range(math.floor(math.log10(bottom)), math.ceil(math.log10(top)) + 1)
+    for factors in ((1, 2, 5), (1,)):
+        ticks = tuple(f * 10.0**p for p in powers for f in factors if bottom <= f * 10.0**p <= top)
+        if len(ticks) <= MOST_TICKS:
+            break
+    return _Axis(bottom, top, ticks, math.log)
+
+
+def _named(places: Mapping[str, float]) -> tuple[Level, ...]:
+    """Levels from the top down, their names pushed apart where they would lie on each other."""
+    found: list[Level] = []
+    for name, y in sorted(places.items(), key=lambda item: item[1]):
+        found.append(Level(name, y, max(y, found[-1].text_y + LINE_HEIGHT) if found else y))
+    return tuple(found)
 
 
 def _round_values(bottom: float, top: float) -> list[float]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,6 +44,34 @@ def test_axes_have_a_few_round_ticks(largest: float) -> None:
     assert values[0] == 0
     assert found.y_ticks[-1].place >= found.top - 1e-6
     assert f"{values[1]:e}"[0] in "125"
+
+
+@given(st.floats(1e-6, 1e6), st.floats(8.1, 1e7))
+def test_a_logarithmic_axis_places_by_ratio(least: float, ratio: float) -> None:
+    values = [least, least * ratio**0.5, least * ratio]
+    found = chart("t", "steps", "distance", [1, 2, 3], {"a": [Value(v) for v in values]}, {}, logarithmic=True)
+    first, middle, last = (point.y for point in found.lines[0].points)
+    assert first - middle == pytest.approx(middle - last)
+    assert found.top < last < first < found.bottom
+    assert 1 <= len(found.y_ticks) <= 9 and found.y_name == "distance, logarithmic"
+    for tick in found.y_ticks:
+        share = math.log(float(tick.text) / least) / math.log(ratio)
+        assert tick.place == pytest.approx(first + share * (last - first), abs=0.01)
+
+
+def test_the_papers_distances_can_be_told_apart_below_decoded_noise() -> None:
+    """Of a model like the paper's, with the ceiling far above and two lines close to each other below."""
+    values = {"guidance 1": (69.38, 12.26, 9.39, 6.57), "guidance 1.5": (29.48, 9.03, 6.49, 3.54)}
+    series = {name: [Value(v) for v in row] for name, row in values.items()}
+    levels = {"decoded noise": 400.0, "held-out real": 1.75, "reconstructions": 1.9}
+    found = chart("t", "steps", "FID", [2, 5, 10, 25], series, levels, logarithmic=True)
+    for one, two in zip(*(line.points for line in found.lines), strict=True):
+        assert two.y - one.y > 10
+    texts = sorted(level.text_y for level in found.levels)
+    assert all(below - above >= 12 for above, below in itertools.pairwise(texts))
+    assert [level.name for level in found.levels] == ["decoded noise", "reconstructions", "held-out real"]
+    below = chart("t", "x", "y", [1], {"a": [Value(1.0, -2.0, 3.0)]}, {}, logarithmic=True).lines[0].points[0]
+    assert below.low == pytest.approx(found.bottom)
 
 
 def test_a_chart_of_zeros_is_drawn() -> None:
