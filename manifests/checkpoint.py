@@ -32,6 +32,7 @@ BACKBONE_FILE = "backbone.safetensors"
 STATISTICS_FILE = "statistics.safetensors"
 # Weights as trained, and what stands for the recipe's first average.
 RAW, EMA = "raw", "ema"
+OFFICIAL_LATENTS = "official-latents"  # kind of what stands among an imported model's inputs where a cache would
 
 
 def average_name(decay: float) -> str:

@@ -12,13 +12,19 @@ from torch import Tensor
 def empirical_velocity(z_BD: Tensor, t: float, data_ND: Tensor) -> Tensor:
     """(B,D) E[x1 - z0 | z_t = z] where x1 is one of the data rows, each as likely, and z0 standard normal.
 
-    Given x1, z is normal about t x1 with deviation 1-t; so (E[x1 | z] - z) / (1-t), the expectation being a softmax
-    over the rows. This is the minimiser of the flow-matching loss on these rows (arXiv 2209.03003, section 2).
+    (E[x1 | z] - z) / (1-t), the expectation being over the rows by `posterior`. This is the minimiser of the
+    flow-matching loss on these rows (arXiv 2209.03003, section 2). Raises ValueError unless 0 <= t < 1.
+    """
+    return (posterior(z_BD, t, data_ND).to(data_ND.dtype) @ data_ND - z_BD) / (1 - t)
+
+
+def posterior(z_BD: Tensor, t: float, data_ND: Tensor) -> Tensor:
+    """(B,N) float64, how likely each data row is x1: a softmax, as z is normal about t x1 with deviation 1-t.
+
     Raises ValueError unless 0 <= t < 1.
     """
     if not 0 <= t < 1:
         raise ValueError(f"time: expected 0 <= t < 1, found {t}")
     # float64: of a latent of 100,000 numbers the rows' distances are large, and what counts is their difference.
     distance = torch.cdist(z_BD.double(), t * data_ND.double()).square()
-    weights = (-distance / (2 * (1 - t) ** 2)).softmax(dim=1)
-    return (weights.to(data_ND.dtype) @ data_ND - z_BD) / (1 - t)
+    return (-distance / (2 * (1 - t) ** 2)).softmax(dim=1)

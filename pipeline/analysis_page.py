@@ -28,11 +28,12 @@ class AnalysisRow:
 
 @dataclass(frozen=True)
 class CachePlots:
-    """The pictures of one cache."""
+    """The pictures of one cache; rows: over how many images the fields reach, at each time."""
 
     found: CacheAnalysis
     map: Scatter | None
     agreement: Chart | None
+    rows: str
 
 
 def show_analysis(found: Analysis) -> None:
@@ -115,7 +116,8 @@ def _plots(one: CacheAnalysis) -> CachePlots:
         }
         times = [a.time for a in one.agreement]
         agreement = chart("Agreement of velocity fields", "t", "cosine", times, series, {})
-    return CachePlots(one, points, agreement)
+    rows = ", ".join(f"{a.rows.value:.3g} at {a.time:g}" for a in one.agreement)
+    return CachePlots(one, points, agreement, rows)
 
 
 def _value(f: Figure) -> Value:

@@ -61,7 +61,7 @@ class CacheAnalysis(Record):
 class Analysis(Record):
     """What `svgpipe analyze` found, caches in the order they were given."""
 
-    schema_version: int = Field(3, description="Of this layout; 2: parted has an interval; 3: deviation, too.")
+    schema_version: int = Field(4, description="Of this layout; raised when a field changes its meaning.")
     seed: int
     caches: list[CacheAnalysis]
 
@@ -79,11 +79,12 @@ def analyze(
     """Measure every cache, over at most `per_class` valid images of at most `classes` classes, evenly spread.
 
     Args:
-        models: finished diffusion models, or checkpoints; each belongs to the cache that it was trained on.
+        models: finished diffusion models, or checkpoints; each belongs to the cache that it was trained on, an imported
+            one to the first cache of its autoencoder.
         weights: of them: ema, ema-DECAY or raw.
         seed: of the halves and noises, the t-SNE and the bootstrap.
     Raises:
-        MismatchError: a model that was trained on none of the caches, or two on the same one.
+        MismatchError: a model that belongs to none of the caches, or two to the same one.
         ArtifactError: a cache in which fewer than two classes have two valid images. UsageError: no such weights, or
             more than 4096 images.
     """
@@ -104,20 +105,27 @@ def analyze(
 
 
 def _assign(caches: Sequence[FeatureCache], models: Sequence[Location]) -> dict[str, TrainedDiffusion]:
-    """Models by the fingerprint of the cache that they were trained on."""
-    known = {cache.manifest.fingerprint: cache for cache in caches}
+    """Models by the fingerprint of the cache that they belong to."""
     found: dict[str, TrainedDiffusion] = {}
     for place in models:
         model = open_diffusion(place)
-        if model.cache not in known:
+        belongs = [cache.manifest.fingerprint for cache in caches if _is_of(model, cache)]
+        if not belongs:
+            what = "was trained on the cache" if model.autoencoder is None else "is imported and draws latents"
             raise MismatchError(
-                f"{place}: was trained on the cache {model.cache[:12]}, which is none of those given: "
-                + ", ".join(f"{cache.path} ({fingerprint[:12]})" for fingerprint, cache in known.items())
+                f"{place}: {what} {model.cache[:12]}, which is none of those given: "
+                + ", ".join(f"{cache.path} ({cache.manifest.fingerprint[:12]})" for cache in caches)
             )
-        if model.cache in found:
-            raise MismatchError(f"{place}: {found[model.cache].directory} was trained on the same cache; give one.")
-        found[model.cache] = model
+        if belongs[0] in found:
+            raise MismatchError(f"{place}: {found[belongs[0]].directory} belongs to the same cache; give one.")
+        found[belongs[0]] = model
     return found
+
+
+def _is_of(model: TrainedDiffusion, cache: FeatureCache) -> bool:
+    if model.autoencoder is not None:
+        return model.autoencoder == cache.manifest.inputs["autoencoder"].fingerprint
+    return model.cache == cache.manifest.fingerprint
 
 
 def _analyze_one(

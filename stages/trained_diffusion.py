@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from svgpipe.manifests.checkpoint import (
     EMA,
+    OFFICIAL_LATENTS,
     STATISTICS_FILE,
     CheckpointStore,
     DiffusionManifest,
@@ -37,6 +38,7 @@ class TrainedDiffusion:
     content: dict[str, str]
     cache: str  # fingerprint of the one it was trained on
     made_from: str
+    autoencoder: str | None = None  # of an imported model, which knows no cache: fingerprint of whose latents it draws
 
     def weights_name(self, weights: str = EMA) -> str:
         """Which weights `ema`, `ema-DECAY` or `raw` means here. Raises UsageError where there are no such."""
@@ -88,6 +90,7 @@ def open_diffusion(source: Location) -> TrainedDiffusion:
     """
     if (source / MANIFEST_NAME).exists():
         manifest = DiffusionManifest.read(source)
+        latents = manifest.inputs["cache"]
         return TrainedDiffusion(
             source,
             manifest.config,
@@ -96,8 +99,9 @@ def open_diffusion(source: Location) -> TrainedDiffusion:
             manifest.channels,
             manifest.class_names,
             manifest.content,
-            manifest.inputs["cache"].fingerprint,
+            latents.fingerprint,
             f"diffusion {manifest.fingerprint}",
+            latents.inputs["autoencoder"].fingerprint if latents.kind == OFFICIAL_LATENTS else None,
         )
     run, wanted = (source.parent.parent, source.name) if source.parent.name == "checkpoints" else (source, None)
     entry = CheckpointStore(run / "checkpoints").entry(wanted)

@@ -60,6 +60,18 @@ def test_velocity_fields_part_where_classes_do() -> None:
         assert found.within.value > found.between.value
 
 
+def test_how_many_images_make_up_a_field() -> None:
+    """All of half a class near the noise, a single one near the data; the more dimensions, the sooner."""
+    labels = torch.arange(90) % 3
+    few, many = (velocity_agreement(_blobs(0.5, labels, dims), labels, 20, 0).at_times for dims in (8, 4096))
+    half = len(_groups(labels, 0)[0][1])
+    for found in (few, many):
+        rows = [at.rows.value for at in found]
+        assert rows[0] > 0.9 * half and rows[-1] < 1.2 and rows == sorted(rows, reverse=True)
+    middle = [at.time for at in few].index(0.1)
+    assert few[middle].rows.value > 0.9 * half and many[middle].rows.value < 2
+
+
 def test_how_far_fields_part_has_an_interval_over_the_points() -> None:
     """The ratio of two means is resampled whole, at all times alike."""
     labels = torch.arange(90) % 3
