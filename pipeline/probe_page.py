@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.table import Table
 
 from svgpipe.manifests.figure import Figure
-from svgpipe.manifests.paper import PAPER_PROBES
 from svgpipe.manifests.storage import Location, write_atomic
 from svgpipe.pipeline.chart import Value, chart
 from svgpipe.pipeline.page import render
@@ -22,11 +21,18 @@ def show_probe(found: Probe) -> None:
         markup=False,
         soft_wrap=True,
     )
-    table = Table(title="top-1 accuracy, 95 % Wilson intervals", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title="top-1 accuracy, 95 % Wilson intervals; the paper's are of ImageNet",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
     for name in ("channels", "number", "linear probe", f"{found.neighbours}-NN"):
         table.add_column(name, justify="left" if name == "channels" else "right")
     for group in found.groups:
         table.add_row(group.group, str(group.channels), _percent(group.linear), _percent(group.knn))
+    for row in found.paper:
+        table.add_row(f"paper: {row.features}", "", f"{row.top1:.1f} %", "")
     console.print(table)
 
 
@@ -39,7 +45,7 @@ def render_probe(found: Probe, out: Location) -> None:
     levels = {"most frequent class": 100 * found.most_frequent.value}
     names = [g.group for g in found.groups]
     drawn = chart("Top-1 accuracy by channels", "channels", "accuracy, %", names, series, levels, joined=False)
-    write_atomic(out, render("probe_template.html", probe=found, chart=drawn, paper=PAPER_PROBES))
+    write_atomic(out, render("probe_template.html", probe=found, chart=drawn))
 
 
 def _value(f: Figure) -> Value:

@@ -16,7 +16,8 @@ from svgpipe.manifests.alignment import require_same_alignment
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.figure import Figure, Record
-from svgpipe.manifests.manifest import require_same
+from svgpipe.manifests.manifest import InputRef, require_same
+from svgpipe.manifests.paper import PAPER_PROBES, PaperProbe
 from svgpipe.models.probes import fit_linear, knn_votes
 from svgpipe.stages.figures import share_figure
 from svgpipe.stages.pooled import channel_groups, pooled, spread
@@ -51,6 +52,10 @@ class Probe(Record):
     neighbours: int
     most_frequent: Figure = Field(description="Accuracy of always naming the training rows' most frequent class.")
     groups: list[GroupProbe]
+    paper: list[PaperProbe] = Field(
+        default_factory=PAPER_PROBES.copy,
+        description="The paper's, not ours: of ImageNet only, and its protocol may differ from this one.",
+    )
 
 
 def probe(
@@ -158,9 +163,12 @@ def _require_comparable(cache: FeatureCache, validation: FeatureCache) -> None:
         what_to_do="Extract both caches with the same autoencoder.",
     )
     require_same_alignment(validation.path, cache.path)
-    if ours["shards"].fingerprint == theirs["shards"].fingerprint:
+    not_heldout = bool((validation.valid & ~validation.heldout).any())  # held-out rows are never fitted on
+    if ours["shards"].fingerprint == theirs["shards"].fingerprint or (
+        not_heldout and _share_tars(ours["shards"], theirs["shards"])
+    ):
         raise UsageError(
-            f"{validation.path}: holds the images of {cache.path} itself. Leave --validation out to test on its "
+            f"{validation.path}: holds images of {cache.path} itself. Leave --validation out to test on its "
             "held-out rows, or give a cache of other images."
         )
     if (names := _first_difference(cache.classes, validation.classes)) is not None:
@@ -168,6 +176,14 @@ def _require_comparable(cache: FeatureCache, validation: FeatureCache) -> None:
             f"{validation.path}: expected the {len(cache.classes)} classes of {cache.path} in their order, found "
             f"{len(validation.classes)}; the first that differs: {names[0]!r} there, {names[1]!r} here."
         )
+
+
+def _share_tars(one: InputRef, other: InputRef) -> bool:
+    """Whether two inputs, of which either may be a part of a shard set, hold a tar of one set in common."""
+    if one.path != other.path:
+        return False
+    parts = [set(ref.config["only"]) for ref in (one, other) if "only" in ref.config]
+    return len(parts) < 2 or bool(parts[0] & parts[1])
 
 
 def _first_difference(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str | None, str | None] | None:

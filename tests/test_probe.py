@@ -104,7 +104,8 @@ def test_probe_of_a_real_cache(finished: Finished, svgpipe: Callable[..., Outcom
     html = page.read_text()
     assert "<script" not in html and "residual" in html and "86.4" in html
     shown = svgpipe("probe", finished.root / "cache")
-    assert shown.code == 0 and "linear probe" in shown.out
+    assert shown.code == 0 and "linear probe" in shown.out and "paper: raw DINOv3" in shown.out
+    assert [row["top1"] for row in found["paper"]] == [86.4, 85.2]
 
 
 def test_the_cache_alone_is_probed(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -135,9 +136,22 @@ def test_probe_with_a_validation_cache(finished: Finished, svgpipe: Callable[...
     assert found["groups"][0]["linear"]["value"] > 0.8
 
 
+@pytest.mark.slow
 def test_what_cannot_be_probed_is_refused(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
     cache = finished.root / "cache"
     same = svgpipe("probe", cache, "--validation", cache)
-    assert same.code == 2 and "holds the images of" in same.err
+    assert same.code == 2 and "holds images of" in same.err
+    tars = finished.shards.tars("train")
+    parts = []
+    for name, chosen in (("first", tars[:2]), ("second", tars[1:3])):
+        arguments = [str(a) for a in extract_args(finished, tmp_path / name)]
+        numbers = ",".join(tar.stem.removeprefix("shard-") for tar in chosen)
+        pattern = f"{finished.root}/shards/shard-{{{numbers}}}.tar"
+        arguments[arguments.index("--shards") + 1] = pattern
+        assert svgpipe(*arguments).code == 0
+        parts.append(tmp_path / name)
+    for training, validation in ((cache, parts[0]), (parts[0], parts[1])):  # another fingerprint, the same images
+        overlap = svgpipe("probe", training, "--validation", validation)
+        assert overlap.code == 2 and "holds images of" in overlap.err
     missing = svgpipe("probe", tmp_path / "nothing")
     assert missing.code == 1 and "expected a feature cache" in missing.err
