@@ -52,6 +52,19 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def memory_error(error: BaseException) -> SvgpipeError | None:
+    """What to raise for a GPU or CPU that ran out of memory, in torch's words; None for any other error.
+
+    By the error's name, as its class lies in torch, which not every command loads.
+    """
+    if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator: can't allocate" not in str(error):
+        return None
+    return SvgpipeError(
+        f"out of memory ({first_line(error)}). What was finished is kept. Run the command again with a smaller "
+        "--set SECTION.batch_size=N; to train on the same batches in parts, with --set diffusion.accumulate=N."
+    )
+
+
 def storage_error(path: object, error: Exception) -> Exception:
     """What to raise for a failed write that a storage library reports in words of its own.
 

@@ -148,7 +148,8 @@ def sample(
 
     Euler evaluates once a step; Heun twice, at the last step too (at t = 1), as the official sampler does. Multistep
     evaluates once: Adams-Bashforth of second order for unequal steps, which takes an Euler step where it has no
-    velocity of before, or one under another guidance, and extrapolates by `MAX_AHEAD` of the last step at most.
+    velocity of before, or guidance was switched on or off since (linear, which grows smoothly, goes on), and
+    extrapolates by `MAX_AHEAD` of the last step at most.
 
     Args:
         velocity: the model. weak: a worse one, for autoguidance; see `GuidedVelocity`.

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from svgpipe.manifests.errors import SvgpipeError
+from svgpipe.manifests.errors import SvgpipeError, memory_error
 from svgpipe.manifests.manifest import svgpipe_version
 from svgpipe.manifests.storage import client_error
 from svgpipe.pipeline import analysis_commands, artifact_commands, stage_commands
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if _interrupted(error):
             return _stopped()
-        if (refused := client_error(error)) is not None:
+        if (refused := memory_error(error) or client_error(error)) is not None:
             typer.echo(f"error: {refused}", err=True)
             return 1
         # Usage errors: click's own class, which newer typer versions carry inside and do not export.

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from svgpipe.manifests.errors import SvgpipeError, UsageError, first_line
+from svgpipe.manifests.errors import SvgpipeError, UsageError, first_line, memory_error
+from svgpipe.stages.heap import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +149,11 @@ def _from_json(text: str) -> SvgpipeError | OSError:
     return next((kind for kind in kinds if kind.__name__ == entry["kind"]), SvgpipeError)(entry["message"])
 
 
+def _for_a_person(error: Exception) -> SvgpipeError | OSError | None:
+    """The error, if its message is one; None for a bug."""
+    return error if isinstance(error, SvgpipeError | OSError) else memory_error(error)
+
+
 class _Guarded:
     """A step whose errors, if they are meant for a person, travel with the unit: Ray's own wrapping loses them."""
 
@@ -159,8 +165,10 @@ class _Guarded:
             return row
         try:
             return self.step(row)
-        except (SvgpipeError, OSError) as error:
-            return {"unit": row["unit"], "error": _to_json(error)}
+        except Exception as error:
+            if (told := _for_a_person(error)) is None:
+                raise
+            return {"unit": row["unit"], "error": _to_json(told)}
 
 
 class _GuardedWorker:
@@ -170,8 +178,10 @@ class _GuardedWorker:
         self.failure: str | None = None
         try:
             self.run = _Guarded(worker(**args))
-        except (SvgpipeError, OSError) as error:
-            self.failure = _to_json(error)
+        except Exception as error:
+            if (told := _for_a_person(error)) is None:
+                raise
+            self.failure = _to_json(told)
 
     def __call__(self, row: Row) -> Row:
         return self.run(row) if self.failure is None else {"unit": row["unit"], "error": self.failure}
@@ -184,4 +194,5 @@ def start_worker(threads: int) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     torch.set_num_threads(threads)
+    keep_freed_memory()
     return torch.device("cpu")

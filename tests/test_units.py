@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from typing import Any
 
 import pytest
+import torch
 
 from svgpipe.manifests.errors import SvgpipeError
 from svgpipe.stages import units
@@ -35,6 +38,33 @@ def test_a_deadly_unit_is_not_tried_for_ever(ray_session: None, monkeypatch: pyt
     items = [{"unit": unit} for unit in range(2)]
     with pytest.raises(SvgpipeError, match=r"a Ray worker died .* What was finished is kept"):
         list(run_units(items, read, worker, {}, write, Resources()))
+
+
+def test_a_worker_out_of_memory_is_told_without_a_traceback(ray_session: None) -> None:
+    class Worker:
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    step = _steps("nobody")[0]
+    with pytest.raises(SvgpipeError, match=r"out of memory .*2.00 GiB.* smaller --set SECTION.batch_size"):
+        list(run_units([{"unit": 0}], step, Worker, {}, step, Resources()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is tried is glibc's")
+def test_a_worker_keeps_the_memory_of_tensors_that_are_gone() -> None:
+    """Rounds of twelve tensors of 24 MB, after which the heap's end is free: without it, 70,000 page faults each."""
+    code = """
+import resource, torch
+from svgpipe.stages.units import start_worker
+start_worker(1)
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(6_000_000) for _ in range(12)]
+    tensors.clear()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000
 
 
 @pytest.mark.slow

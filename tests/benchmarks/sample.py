@@ -2,104 +2,144 @@
 
     .venv/bin/python -m tests.benchmarks.sample [--turns 4]
 
-DiT-S on 16x16x392, batch 8, Euler with 12 steps, time shift 0.15, guidance 1.5, CPU or whatever GPU is there. In turns,
-within one run:
+DiT-S on 16x16x392, batch 8, Euler with 12 steps, time shift 0.15, guidance 1.5, CPU or whatever GPU is there. Each way
+has a process of its own, ours set up as workers are; they take turns, one at a time:
 
 - official: float32, conditional and unconditional velocity in two calls, at every step, as the official sampler does;
 - float32: ours, both halves in one call;
-- constant: ours, in bfloat16 as well, its linear layers kept so;
+- constant: ours, in the precision that `auto` means on this machine (bfloat16 where it has the instructions);
 - compiled: the same through torch.compile, as `evaluation.compile=true` samples (compiling is not timed);
-- interval: the same, guided only where 0.2 <= t <= 0.5 (three of the twelve steps);
-- none: the same at guidance 1, where there is nothing to compute but the conditional half.
+- interval: `constant`, guided only where 0.2 <= t <= 0.5 (three of the twelve steps);
+- both: `compiled`, guided in that interval;
+- none: `constant` at guidance 1, where there is nothing to compute but the conditional half.
 
-Medians. The last line is JSON.
+Medians. The last line is JSON: `over_official` compares samples under the same guidance, `over_official_interval` those
+that are guided in the interval with the official ones, which are guided everywhere.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from svgpipe.manifests.precision import Precision
+from svgpipe.manifests.precision import Precision, computes_bfloat16
 from svgpipe.manifests.recipe import DiTSection
+from svgpipe.models.dit import DiT
 from svgpipe.models.sampler import Guidance, sample, time_grid
 from svgpipe.stages.sampling import build_dit, initial_noise, keep_as_computed
 from svgpipe.stages.training import autocast, pick_device
+from svgpipe.stages.units import start_worker
 
 BATCH, STEPS, SHIFT, SCALE = 8, 12, 0.15, 1.5
 INTERVAL = "interval-0.2-0.5"
+WAYS = ("official", "float32", "constant", "compiled", "interval", "both", "none")
 
 
-def official(model: torch.nn.Module, z: Tensor, labels: Tensor, null_label: int) -> Tensor:
-    """RectifiedFlow.sample with a null label: v_u + w (v_c - v_u) from two calls, at every step."""
-    grid = time_grid(STEPS, SHIFT)
-    for t, dt in zip(grid.tolist(), grid.diff().tolist(), strict=False):
-        at = torch.full((len(z),), t, device=z.device)
-        conditional = model(z, at, labels)
-        unconditional = model(z, at, torch.full_like(labels, null_label))
-        z = z + dt * (unconditional + SCALE * (conditional - unconditional))
-    return z
+def auto() -> Precision:
+    """What the recipes' `auto` means here."""
+    return "bfloat16" if computes_bfloat16() else "float32"
 
 
-def ways() -> dict[str, Callable[[], Tensor]]:
-    """Each draws the same batch."""
+def build() -> tuple[DiT, Tensor, Tensor]:
+    """The same model, noise and labels in every process."""
     device = pick_device()
     torch.manual_seed(0)
     model = build_dit(DiTSection(), grid=(16, 16), channels=392, num_classes=1000).to(device).eval()
     for parameter in model.parameters():  # zeros of the initialisation would make all of them agree
         torch.nn.init.normal_(parameter, std=0.02)
-    half = copy.deepcopy(model)
-    keep_as_computed(half, "bfloat16")
-    compiled = copy.deepcopy(half)
-    compiled.compile()
-    noise = initial_noise(0, range(BATCH), 256, 392).to(device)
-    labels = torch.arange(BATCH, device=device)
+    return model, initial_noise(0, range(BATCH), 256, 392).to(device), torch.arange(BATCH, device=device)
 
-    def ours(precision: Precision, guidance: Guidance, velocity: torch.nn.Module = model) -> Callable[[], Tensor]:
-        def draw() -> Tensor:
-            with autocast(device, precision):
-                return sample(
-                    velocity,
-                    noise,
-                    labels,
-                    null_label=model.null_label,
-                    steps=STEPS,
-                    shift=SHIFT,
-                    guidance=guidance,
-                )
 
-        return draw
+def official() -> Callable[[], Tensor]:
+    """RectifiedFlow.sample with a null label: v_u + w (v_c - v_u) from two calls, at every step."""
+    model, noise, labels = build()
+    grid = time_grid(STEPS, SHIFT)
 
-    return {
-        "official": torch.no_grad()(lambda: official(model, noise, labels, model.null_label)),
-        "float32": ours("float32", Guidance(SCALE)),
-        "constant": ours("bfloat16", Guidance(SCALE), half),
-        "compiled": ours("bfloat16", Guidance(SCALE), compiled),
-        "interval": ours("bfloat16", Guidance(SCALE, INTERVAL), half),
-        "none": ours("bfloat16", Guidance(), half),
+    @torch.no_grad()
+    def draw() -> Tensor:
+        z = noise
+        for t, dt in zip(grid.tolist(), grid.diff().tolist(), strict=False):
+            at = torch.full((len(z),), t, device=z.device)
+            conditional = model(z, at, labels)
+            unconditional = model(z, at, torch.full_like(labels, model.null_label))
+            z = z + dt * (unconditional + SCALE * (conditional - unconditional))
+        return z
+
+    return draw
+
+
+def ours(precision: Precision, guidance: Guidance, *, compiled: bool = False) -> Callable[[], Tensor]:
+    """As a worker of an evaluation draws."""
+    start_worker(os.cpu_count() or 1)
+    model, noise, labels = build()
+    keep_as_computed(model, precision)
+    if compiled:
+        model.compile()
+
+    def draw() -> Tensor:
+        with autocast(noise.device, precision):
+            return sample(
+                model, noise, labels, null_label=model.null_label, steps=STEPS, shift=SHIFT, guidance=guidance
+            )
+
+    return draw
+
+
+def way(name: str) -> Callable[[], Tensor]:
+    """What one process does at its turns."""
+    constant, interval = Guidance(SCALE), Guidance(SCALE, INTERVAL)
+    makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
+        "official": official,
+        "float32": lambda: ours("float32", constant),
+        "constant": lambda: ours(auto(), constant),
+        "compiled": lambda: ours(auto(), constant, compiled=True),
+        "interval": lambda: ours(auto(), interval),
+        "both": lambda: ours(auto(), interval, compiled=True),
+        "none": lambda: ours(auto(), Guidance()),
     }
+    return makers[name]()
+
+
+def serve(name: str, pipe: Connection) -> None:
+    """A process: says its samples once, then its seconds for as long as it is asked."""
+    draw = way(name)
+    pipe.send(draw().float().cpu().numpy())
+    while pipe.recv():
+        started = time.perf_counter()
+        draw().cpu()
+        pipe.send(time.perf_counter() - started)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=4)
     turns = parser.parse_args().turns
-    all_ways = ways()
-    torch.testing.assert_close(all_ways["float32"](), all_ways["official"](), rtol=1e-3, atol=1e-3)
-    seconds: dict[str, list[float]] = {name: [] for name in all_ways}
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    samples = {}
+    for name in WAYS:
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=serve, args=(name, theirs), daemon=True).start()
+        samples[name] = pipes[name].recv()  # one at a time
+    np.testing.assert_allclose(samples["float32"], samples["official"], rtol=1e-3, atol=1e-3)
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     for turn in range(turns + 1):
-        for name in list(all_ways) if turn % 2 else list(all_ways)[::-1]:
-            started = time.perf_counter()
-            all_ways[name]().cpu()
+        for name in WAYS if turn % 2 else WAYS[::-1]:
+            pipes[name].send(True)
+            taken = pipes[name].recv()
             if turn:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(taken)
+    for pipe in pipes.values():
+        pipe.send(False)
     medians = {name: float(np.median(values)) for name, values in seconds.items()}
     for name, value in medians.items():
         print(f"{name:10}{value:8.3f} s per batch of {BATCH}{BATCH / value:10.2f} samples/s")
@@ -108,11 +148,12 @@ def main() -> None:
         "over_official": medians["official"] / medians["compiled"],
         "over_official_eager": medians["official"] / medians["constant"],
         "over_official_float32": medians["official"] / medians["float32"],
+        "over_official_interval": medians["official"] / medians["both"],
         "interval_over_constant": medians["constant"] / medians["interval"],
         "interval_guided_share": guided / STEPS,
         "none_over_constant": medians["constant"] / medians["none"],
     }
-    print(json.dumps({name: round(value, 3) for name, value in ratios.items()}))
+    print(json.dumps({"precision": auto(), **{name: round(value, 3) for name, value in ratios.items()}}))
 
 
 if __name__ == "__main__":
