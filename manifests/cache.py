@@ -173,7 +173,8 @@ class FeatureCache(Sequence[CachedRow]):
         features = self.read([index])[0]
         i = int(index)
         label = int(self.labels[i])
-        return CachedRow(features, label, self.classes[label], bool(self.valid[i]), bool(self.heldout[i]))
+        name = self.classes[label] if label >= 0 else ""  # of a reject that has none
+        return CachedRow(features, label, name, bool(self.valid[i]), bool(self.heldout[i]))
 
     def read(self, indices: ArrayLike, view: str | ArrayLike = "original") -> Decoded:
         """Rows in any order with duplicates; see `FeatureStore.read`."""

@@ -95,7 +95,8 @@ def _lineage(ref: InputRef) -> Json:
 
 def _shard_facts(path: Location, manifest: Any) -> Json:
     assert isinstance(manifest, ShardSetManifest)
-    labels = np.bincount(ShardSet.open(path).rows.label, minlength=len(manifest.class_names))
+    rows = ShardSet.open(path).rows
+    labels = np.bincount(rows.label[~rows.rejected], minlength=len(manifest.class_names))  # rejects may have none
     rejects = [json.loads(line) for line in (path / "rejected.jsonl").read_text().splitlines()]
     return {
         "images": f"{manifest.num_images} in {len(manifest.shards)} tars, {manifest.num_heldout} held out",

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.errors import ArtifactError, MismatchError
+from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.errors import ArtifactError, SvgpipeError
 from svgpipe.manifests.manifest import require_same
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import location
@@ -138,15 +139,19 @@ def _sources(cache: FeatureCache, rows: Sequence[int], missing: list[str]) -> RG
         require_same(str(cache.path), recorded, shards.as_input(), what_to_do="")
         size = int(cache.manifest.inputs["autoencoder"].config["image_size"])
         return load_images(shards, rows, size)
-    except (ArtifactError, MismatchError, OSError) as error:
+    except (SvgpipeError, OSError) as error:
         missing.append(f"source images: {str(error).splitlines()[0]}")
         return None
 
 
 def _decoded(cache: FeatureCache, features: NDArray[np.float32], missing: list[str]) -> RGBArray | None:
     try:
-        decode = latent_decoder(location(cache.manifest.inputs["autoencoder"].path))
-    except (ArtifactError, MismatchError, OSError) as error:
+        recorded = cache.manifest.inputs["autoencoder"]
+        place = location(recorded.path)
+        # Another one may lie there by now: what it makes of these features would be taken for theirs.
+        require_same(str(cache.path), recorded, AutoencoderManifest.read(place).as_input(place), what_to_do="")
+        decode = latent_decoder(place)
+    except (SvgpipeError, OSError) as error:
         missing.append(f"reconstructions: {str(error).splitlines()[0]}")
         return None
     return decode(cache.denormalize(features))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.stages.cache_statistics import CacheStatistics
 from svgpipe.stages.contact_sheet import HISTOGRAM_RANGE, contact_sheet
@@ -172,6 +173,28 @@ def test_the_page_holds_everything_in_itself(
     assert svgpipe("inspect", moved, "--html", page).code == 0
     assert "Not shown: source images" in page.read_text()
     assert svgpipe("inspect", finished.root / "shards", "--html", page).code == 1
+
+
+def test_another_autoencoder_at_the_same_place_decodes_nothing(finished: Finished, tmp_path: Path) -> None:
+    """Its pictures would be taken for those of the cache's own."""
+    for other, words in (("diffusion", "expected an autoencoder"), ("elsewhere", "no such directory")):
+        moved = tmp_path / other
+        shutil.copytree(finished.root / "cache", moved)
+        manifest = (moved / "manifest.json").read_text()
+        (moved / "manifest.json").write_text(
+            manifest.replace(f"{finished.root}/autoencoder", f"{finished.root}/{other}")
+        )
+        missing = contact_sheet(FeatureCache(moved), 3).missing
+        assert len(missing) == 1 and words in missing[0]
+    retrained = tmp_path / "retrained"
+    shutil.copytree(finished.root / "autoencoder", retrained)
+    AutoencoderManifest.read(retrained).model_copy(update={"steps": 7}).publish(retrained)
+    cache = tmp_path / "cache"
+    shutil.copytree(finished.root / "cache", cache)
+    text = (cache / "manifest.json").read_text()
+    (cache / "manifest.json").write_text(text.replace(f"{finished.root}/autoencoder", str(retrained)))
+    sheet = contact_sheet(FeatureCache(cache), 3)
+    assert "was made with autoencoder" in sheet.missing[0]
 
 
 def test_distributions_are_of_more_than_what_is_shown(finished: Finished) -> None:

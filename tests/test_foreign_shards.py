@@ -139,6 +139,7 @@ def test_every_image_member_is_accounted_for(foreign: Path, tmp_path: Path, svgp
     assert len(rejected) == 9
     assert all({"tar", "offset", "reason"} <= set(reject) for reject in rejected)
     assert svgpipe("verify", out, "--deep").code == 0
+    assert "2 to 3" in svgpipe("inspect", out).out  # images per class: rejects have no label, or do not count
     deep = svgpipe("index", f"{foreign}/train-{{0..1}}.tar", tmp_path / "deep", "--decode")
     assert "16 inputs = 7 usable + 9 rejected" in deep.out  # 9.jpg is out, label 7 is a class where none are named
 
