@@ -50,10 +50,15 @@ class FrechetTarget:
         turned = values @ self.root  # the covariance of these is C1^½ C2 C1^½
         found = []
         for pick in picks:
-            chosen = values[pick]
-            apart = (chosen.mean(0) - self.mean).square().sum()
-            trace = chosen.var(0).sum()
-            found.append(max(0.0, float(apart + self.trace + trace - 2 * _root_trace(turned[pick]))))
+            # A third of the rows is in no resampled set: rows by their counts are less work than rows that repeat.
+            rows, counts = pick.unique(return_counts=True)
+            weights = (counts.double() / len(pick)).to(values.device)[:, None]
+            unbiased = len(pick) / (len(pick) - 1)
+            mean, centred = _centred(values[rows], weights)
+            apart = (mean - self.mean).square().sum()
+            trace = unbiased * centred.square().sum()
+            root_trace = unbiased**0.5 * _root_trace(_centred(turned[rows], weights)[1])
+            found.append(max(0.0, float(apart + self.trace + trace - 2 * root_trace)))
         return found
 
 
@@ -68,11 +73,16 @@ def _rows(features: Tensor) -> Tensor:
     return features.double()
 
 
-def _root_trace(values: Tensor) -> Tensor:
-    """() trace of the square root of the covariance of (n,D) rows, by whichever Gram matrix is smaller."""
-    centred = values - values.mean(0)
-    gram = centred.T @ centred if len(values) > values.shape[1] else centred @ centred.T
-    return (torch.linalg.eigvalsh(gram).clamp_min(0) / (len(values) - 1)).sqrt().sum()
+def _centred(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(D,) mean of (n,D) rows by (n,1) weights of sum 1, and the (n,D) factor of their biased covariance."""
+    mean = (weights * values).sum(0)
+    return mean, (values - mean) * weights.sqrt()
+
+
+def _root_trace(factor: Tensor) -> Tensor:
+    """() trace of (AᵀA)^½ of (n,D) A, by whichever Gram matrix is smaller."""
+    gram = factor.T @ factor if len(factor) > factor.shape[1] else factor @ factor.T
+    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().sum()
 
 
 def kernel_influences(rows: Tensor, places: Tensor, reference: Tensor) -> Tensor:

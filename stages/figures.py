@@ -8,6 +8,7 @@ which never leaves the range of the values, so no share passes 0 or 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,10 +27,13 @@ def picks(count: int, replicates: int, seed: int) -> list[Tensor]:
     return [torch.randint(count, (count,), generator=generator(seed, "bootstrap", count, i)) for i in range(replicates)]
 
 
-def figure(value: float, replicates: Sequence[float], num_images: int) -> Figure:
-    """A figure with the interval around it; without one where there are no replicates."""
+def figure(value: float, replicates: Sequence[float], num_images: int, least: float = -math.inf) -> Figure:
+    """A figure with the interval around it; without one where there are no replicates.
+
+    least: what the figure cannot fall below; nor can its interval.
+    """
     shift = value - sum(replicates) / max(1, len(replicates))
-    return _between([replicate + shift for replicate in replicates], value, num_images)
+    return _between([max(least, replicate + shift) for replicate in replicates], value, num_images)
 
 
 def mean_figure(values: Tensor, replicates: int, seed: int) -> Figure:

@@ -15,6 +15,7 @@ from svgpipe.manifests.figure import Figure
 from svgpipe.models.distances import FrechetTarget, ball_radii, covered, kernel_influences, nearest_class_hits
 from svgpipe.stages.figures import figure, mean_figure, picks
 from svgpipe.stages.selection import evenly_spread
+from svgpipe.stages.training import pick_device
 
 KERNEL_SUBSETS = 50
 KERNEL_SUBSET_SIZE = 1000
@@ -54,7 +55,7 @@ class Comparison:
         if self.target is not None:
             return self.target
         assert self.reference is not None, "either images or statistics are what is measured against"
-        return FrechetTarget.of(self.reference.pooled)
+        return FrechetTarget.of(self.reference.pooled.to(pick_device()))
 
     def measure(self, found: Features) -> dict[str, Figure | None]:
         """Fields of `Measured`; None for what cannot be measured on so few images, or without logits or labels."""
@@ -68,10 +69,10 @@ class Comparison:
         }
 
     def frechet(self, pooled: Tensor) -> Figure:
-        """Fréchet distance of (n,D) features to the reference."""
+        """Fréchet distance of (n,D) features to the reference; on a GPU where there is one, as it takes longest."""
         resampled = picks(len(pooled), self.replicates, self.seed)
-        value, *replicates = self._target.distances(pooled, [torch.arange(len(pooled)), *resampled])
-        return figure(value, replicates, len(pooled))
+        value, *replicates = self._target.distances(pooled.to(pick_device()), [torch.arange(len(pooled)), *resampled])
+        return figure(value, replicates, len(pooled), least=0.0)
 
     def kernel(self, pooled: Tensor) -> Figure | None:
         """Kernel distance of (n,D) features to the reference; its interval is to first order, see KERNEL_ROWS."""
@@ -87,7 +88,7 @@ class Comparison:
 
     def _inception_score(self, logits: Tensor) -> Figure:
         resampled = [inception_score(logits[pick]) for pick in picks(len(logits), self.replicates, self.seed)]
-        return figure(inception_score(logits), resampled, len(logits))
+        return figure(inception_score(logits), resampled, len(logits), least=1.0)
 
     @cached_property
     def _reference_balls(self) -> tuple[Tensor, Tensor] | None:

@@ -148,6 +148,8 @@ def test_the_interval_of_a_distance_covers_other_draws() -> None:
     others = np.array([frechet_distance(rows, reference) for rows in shifted[1:]])
     width = found.high - found.low
     assert 0.5 < width / (4 * others.std()) < 2
+    itself = comparison.measure(Features(reference))["frechet_distance"]
+    assert itself is not None and itself.low == 0 and itself.high is not None and itself.high > 0
     assert figure(2.0, [], 5).model_dump() == {"value": 2.0, "low": None, "high": None, "num_images": 5}
 
 
