@@ -16,9 +16,41 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from svgpipe.manifests.figure import Figure, Record
-from svgpipe.manifests.manifest import Json, Manifest
+from svgpipe.manifests.manifest import Manifest
 from svgpipe.manifests.paper import PAPER_ROWS, PaperRow
-from svgpipe.manifests.report_file import WrittenReport
+from svgpipe.manifests.report_file import ExtractorRecord, WrittenReport
+
+
+class SamplerRecord(Record):
+    """Everything that decides a sample, besides the model."""
+
+    steps: int = Field(description="Of the time grid.")
+    guidance: float = Field(description="Scale; 1 is none.")
+    solver: str = Field(description="euler, heun (two evaluations a step) or multistep.")
+    guidance_mode: str = Field(description="Where on the path guidance acts.")
+    time_shift: float = Field(description="Of the time grid; 1 is none, less dwells near the noise.")
+    seed: int = Field(description="Of the noise, and of labels that are drawn.")
+    precision: str = Field(description="dtype of products.")
+    weights: str = Field(description="Which average of the model's weights, or raw.")
+    labels: str = Field(description="equal (per class), or drawn.")
+    guide: str | None = Field(description="Weights, step and hash of the worse model of autoguidance, or null.")
+
+
+class ReferenceRecord(Record):
+    """Real images, or statistics of such."""
+
+    kind: str = Field(description="shards, folder or statistics.")
+    description: str = Field(description="In words.")
+    num_images: int | None = Field(description="Null of statistics, which do not say.")
+    content: str = Field(description="sha256 over the images and how they are cropped; of statistics, over the file.")
+
+
+class ModelRecord(Record):
+    """The diffusion model that was sampled from."""
+
+    steps: int = Field(description="Of its training; 0 of an imported one, whose file does not say.")
+    num_parameters: int = Field(description="All of them.")
+    weights_sha256: str = Field(description="Of the file of the weights that were used.")
 
 
 class Measured(Record):
@@ -46,12 +78,7 @@ class Measured(Record):
         description="Share whose nearest class mean of the reference, in this feature space, is their own class."
     )
     psnr: Figure | None = Field(None, description="dB against the originals; reconstructions only.")
-    sampler: Json | None = Field(
-        None,
-        description="Everything that decides a sample; samples only: steps, guidance and guidance_mode, solver, "
-        "time_shift, seed (of noise and drawn labels), precision (dtype of the products), weights (which average), "
-        "labels (equal per class, or drawn), guide (the worse model of autoguidance, or null).",
-    )
+    sampler: SamplerRecord | None = Field(None, description="Everything that decides a sample; samples only.")
 
 
 class Report(WrittenReport):
@@ -59,12 +86,12 @@ class Report(WrittenReport):
 
     NOUN: ClassVar[str] = "a report of samples"
 
-    schema_version: int = Field(3, description="Of this layout; raised when a field changes its meaning.")
+    schema_version: int = Field(4, description="Of this layout; raised when a field changes its meaning.")
     metric: str = Field(description="What frechet_distance is: FID, or a Fréchet distance in a named space.")
-    extractor: Json = Field(
-        description="What made the features: kind, name, hash of the weights, and input size in pixels a side."
-    )
-    reference: Json = Field(description="What distances are measured against: how many images, and their digest.")
+    extractor: ExtractorRecord = Field(description="What made the features.")
+    reference: ReferenceRecord = Field(description="What distances are measured against.")
+    diffusion: ModelRecord = Field(description="What was sampled from.")
+    num_samples: int = Field(description="Of every setting.")
     image_size: int = Field(description="Pixels a side of all images.")
     class_names: list[str] = Field(description="Of the diffusion model, in the order of its labels.")
     results: list[Measured] = Field(description="The sweep's settings in order, then the lines to read them by.")

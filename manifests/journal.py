@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.manifest import Json, read_json, write_json
@@ -30,6 +31,15 @@ class Journal:
             write_atomic(self._attachment(unit), attachment)
             entry = {**entry, "attachment": hashlib.sha256(attachment).hexdigest()}
         write_json(self._path(unit), entry)
+
+    def kept(self, unit: int, key: str, make: Callable[[], Json]) -> Json:
+        """What `make` gives, or gave in an earlier run under the same key."""
+        if self._path(unit).exists() and (record := self.read(unit)).get("key") == key:
+            found: Json = record["kept"]
+            return found
+        found = make()
+        self.record(unit, {"key": key, "kept": found})
+        return found
 
     def forget(self, unit: int) -> None:
         """Say that `unit` must be done again."""

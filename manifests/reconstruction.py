@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from svgpipe.manifests.figure import Figure, Record
-from svgpipe.manifests.manifest import Json, Manifest
-from svgpipe.manifests.report_file import WrittenReport
+from svgpipe.manifests.manifest import Manifest
+from svgpipe.manifests.report_file import ExtractorRecord, WrittenReport
 
 
 class Reconstructed(Record):
@@ -25,7 +25,7 @@ class Reconstructed(Record):
     lpips: Figure | None = Field(description="VGG16, lower is better.")
     colour_difference: Figure = Field(description="CIEDE2000, mean over pixels and images; 1 is just noticeable.")
     frechet_distance: Figure = Field(description="To the originals; FID only where the metric is named so.")
-    kernel_distance: Figure | None = Field(description="To the originals; the interval is over its subsets.")
+    kernel_distance: Figure | None = Field(description="To the originals, as in the report of samples.")
 
 
 class ReconstructionReport(WrittenReport):
@@ -33,9 +33,9 @@ class ReconstructionReport(WrittenReport):
 
     NOUN: ClassVar[str] = "a report of reconstructions"
 
-    schema_version: int = Field(1, description="Of this layout; raised when a field changes its meaning.")
+    schema_version: int = Field(2, description="Of this layout; raised when a field changes its meaning.")
     metric: str = Field(description="What frechet_distance is: FID, or a Fréchet distance in a named space.")
-    extractor: Json = Field(description="What made the features, as in the report of samples.")
+    extractor: ExtractorRecord = Field(description="What made the features.")
     image_size: int = Field(description="Pixels a side of all images.")
     num_images: int = Field(description="Held-out images, centre-cropped.")
     images: str = Field(description="Digest of those images and how they are cropped.")

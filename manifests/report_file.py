@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.figure import Record
@@ -15,10 +15,27 @@ REPORT_NAME = "report.json"
 SCHEMA_NAME = "report.schema.json"
 
 
+class ExtractorRecord(Record):
+    """What made the features: all that decides those of an image, so that features are kept by it."""
+
+    kind: str = Field(description="inception, backbone (the autoencoder's own) or timm.")
+    name: str = Field(description="Of the network.")
+    weights: str = Field(description="sha256 over its tensors, whatever file they came from.")
+    input_size: int = Field(description="Pixels a side that images are resized to.")
+    library: str = Field(description="Whose network and resizing it is, with its version.")
+
+
 class WrittenReport(Record):
     """Base of reports: read and written as JSON, with its own JSON schema beside it."""
 
     NOUN: ClassVar[str]
+
+    schema_version: int
+    inputs: dict[str, str] = Field(
+        description="Fingerprints of what the numbers were made from, and sha256 of weight files that were given; "
+        "manifest.json says where they lay, and has their own inputs too."
+    )
+    software: dict[str, str] = Field(description="Versions of what computed the numbers.")
 
     def write(self, directory: Location) -> None:
         """Write report.json and its schema atomically."""
@@ -27,9 +44,15 @@ class WrittenReport(Record):
 
     @classmethod
     def read(cls, directory: Location) -> Self:
-        """Parse report.json. Raises ArtifactError if it is missing or not such a report."""
+        """Parse report.json. Raises ArtifactError if it is missing, of another layout, or not such a report."""
         path = directory / REPORT_NAME
+        found, expected = read_json(path), cls.model_fields["schema_version"].default
+        if found.get("schema_version") != expected:
+            raise ArtifactError(
+                f"{path}: expected {cls.NOUN} of layout {expected}, found {found.get('schema_version')}. Open it with "
+                "the svgpipe that wrote it, or measure again into another --out: what was drawn is found there."
+            )
         try:
-            return cls.model_validate(read_json(path))
+            return cls.model_validate(found)
         except ValidationError as error:
             raise ArtifactError(f"{path}: not {cls.NOUN}: {summarise(error)}") from error

@@ -193,8 +193,8 @@ def import_official(
     for found in run_stage(autoencoder, location(out), diffusion=diffusion, stats=stats, class_names=names):
         typer.echo(f"{found.directory}: {found.what} ({found.fingerprint[:12]}); {found.used} tensors used")
         for reason, keys in found.ignored.items():
-            typer.echo(f"  left aside: {len(keys)} tensors, {keys[0]} …: {reason}")
-    typer.echo("The alignment of the residual is in no official file: the first `svgpipe extract` measures it.")
+            typer.echo(f"  left aside: {len(keys)} {'entry' if len(keys) == 1 else 'entries'}, {keys[0]} …: {reason}")
+    typer.echo("The alignment of the residual is in no official file: the first extraction or evaluation measures it.")
 
 
 @app.command()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -13,7 +16,7 @@ from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, write_atomic
 from svgpipe.pipeline.page import Grid, lineage, picture, render
 from svgpipe.stages.decoded_images import decoded_images
-from svgpipe.stages.measure import ImageSet
+from svgpipe.stages.image_set import ImageSet
 from svgpipe.stages.selection import evenly_spread
 
 PAGE = "report.html"
@@ -69,18 +72,25 @@ def render_reconstruction(evaluation: Location, autoencoder: Location, shards: S
 
 
 def _grid(evaluation: Location, report: ReconstructionReport, shards: ShardSet) -> Grid:
-    """Originals above, then a row for every set: images of up to eight classes, evenly spread."""
+    """Originals above, then a row for every set: eight images, of as many classes as there are."""
     heldout = shards.usable("heldout")
     originals = ImageSet([heldout[i] for i in evenly_spread(len(heldout), report.num_images)], report.image_size)
     labels, names = originals.labels, shards.manifest.class_names
-    classes = np.unique(labels)
-    chosen = [int(np.flatnonzero(labels == classes[c])[0]) for c in evenly_spread(len(classes), COLUMNS)]
+    chosen = _spread_over_classes(labels, COLUMNS)
     pictures = [picture(originals.pixels(i), names[int(labels[i])]) for i in chosen]
     for result in report.results:
         images = decoded_images(evaluation, result.name)
         pictures += [picture(images.pixels(i), _title(result)) for i in chosen]
     rows = ", ".join(["originals", *(_title(result) for result in report.results)])
     return Grid("Images", f"from top to bottom: {rows}", len(chosen), pictures)
+
+
+def _spread_over_classes(labels: NDArray[np.int64], count: int) -> list[int]:
+    """At most `count` places of (n,) labels, by class: of evenly spread classes, several of each if these are few."""
+    classes = np.unique(labels)
+    looked = [np.flatnonzero(labels == classes[c]).tolist() for c in evenly_spread(len(classes), count)]
+    in_turn = [place for row in zip_longest(*looked) for place in row if place is not None]
+    return sorted(in_turn[:count], key=lambda place: (labels[place], place))
 
 
 def _title(result: Reconstructed) -> str:

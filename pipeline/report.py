@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
-from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report
-from svgpipe.manifests.manifest import Json
+from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report, SamplerRecord
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.storage import Location, write_atomic
 from svgpipe.pipeline.chart import Chart, Value, chart
 from svgpipe.pipeline.page import Curve, Grid, curve, lineage, picture, render
 from svgpipe.stages.comparison import RECONSTRUCTIONS
 from svgpipe.stages.decoded_images import decoded_images
-from svgpipe.stages.measure import ImageSet
+from svgpipe.stages.image_set import ImageSet
 from svgpipe.stages.reference import Reference
 from svgpipe.stages.selection import evenly_spread
 
 REPORT_PAGE = "report.html"
 MAX_COLUMNS = 10
 ROWS = 4
+LINEAR_UP_TO = 8  # times the least distance: beyond, the chart is logarithmic
 SIDE_BY_SIDE = 160  # pictures of all settings together, where they leave a row at least: the page stays below 10 MB
 
 
@@ -88,12 +89,18 @@ def _grids(
         note = f"{kind} images above, encoded and decoded below"
         grids.append(Grid("Reconstructions", note, len(chosen) or 1, pairs))
     rows = max(1, min(MAX_COLUMNS, SIDE_BY_SIDE // len(samples)))
-    for guidance in dict.fromkeys(_sampler(r)["guidance"] for r in samples):
-        of_one = [r for r in samples if _sampler(r)["guidance"] == guidance]
-        grids.append(_side_by_side(evaluation, names, of_one, rows))
+    if len({_sampler(r).steps for r in samples}) > 1:
+        for guidance in dict.fromkeys(_sampler(r).guidance for r in samples):
+            of_one = [r for r in samples if _sampler(r).guidance == guidance]
+            title = f"Steps side by side, guidance {guidance:g}"
+            grids.append(_side_by_side(evaluation, names, title, "steps", of_one, rows))
+    elif len(samples) > 1:
+        steps = _sampler(best).steps
+        title = f"Guidance side by side, {steps} step{'s' if steps > 1 else ''}"
+        grids.append(_side_by_side(evaluation, names, title, "guidance", samples, rows))
     settings = _sampler(best)
-    title = f"Samples, {settings['steps']} step{'s' if settings['steps'] > 1 else ''}"
-    note = f"guidance {settings['guidance']:g}, {settings['solver']}; the setting of least distance"
+    title = f"Samples, {settings.steps} step{'s' if settings.steps > 1 else ''}"
+    note = f"guidance {settings.guidance:g}, {settings.solver}; the setting of least distance"
     grids.append(grid(title, note, decoded_images(evaluation, best.name), ROWS, names))
     return grids
 
@@ -103,28 +110,30 @@ def _caption(images: ImageSet, i: int, names: Sequence[str] | None) -> str:
     return "image" if names is None else names[int(images.labels[i])]
 
 
-def _side_by_side(evaluation: Location, names: Sequence[str], samples: Sequence[Measured], count: int) -> Grid:
-    """The first sample of up to `count` classes in a row each, a column for each number of steps."""
+def _side_by_side(
+    evaluation: Location,
+    names: Sequence[str],
+    title: str,
+    varied: Literal["steps", "guidance"],
+    samples: Sequence[Measured],
+    count: int,
+) -> Grid:
+    """The first sample of up to `count` classes in a row each, a column for each of the settings."""
     sets = [decoded_images(evaluation, r.name) for r in samples]
     labels = sets[0].labels
     drawn, first = np.unique(labels, return_index=True)
     rows = [int(first[c]) for c in evenly_spread(len(drawn), count)]
-    steps = [_sampler(r)["steps"] for r in samples]
+    values = [f"{getattr(_sampler(r), varied):g}" for r in samples]
     pictures = [
-        picture(images.pixels(row), f"{names[int(labels[row])]}, {number}")
+        picture(images.pixels(row), f"{names[int(labels[row])]}, {value}")
         for row in rows
-        for number, images in zip(steps, sets, strict=True)
+        for value, images in zip(values, sets, strict=True)
     ]
-    guidance = _sampler(samples[0])["guidance"]
-    return Grid(
-        f"Steps side by side, guidance {guidance:g}",
-        f"the same noise in every row; {', '.join(map(str, steps))} steps from left to right",
-        len(steps),
-        pictures,
-    )
+    note = f"the same noise in every row; {varied} {', '.join(values)} from left to right"
+    return Grid(title, note, len(values), pictures)
 
 
-def _sampler(result: Measured) -> Json:
+def _sampler(result: Measured) -> SamplerRecord:
     assert result.sampler is not None, "samples carry their settings"
     return result.sampler
 
@@ -136,17 +145,29 @@ def _distance_chart(samples: Sequence[Measured], lines: dict[str, Measured]) -> 
     """
     if len(samples) < 2:
         return None
-    across = "steps" if len({_sampler(r)["steps"] for r in samples}) > 1 else "guidance"
-    xs = sorted({_sampler(r)[across] for r in samples})
+    over_steps = len({_sampler(r).steps for r in samples}) > 1
+
+    def place(r: Measured) -> float:
+        return _sampler(r).steps if over_steps else _sampler(r).guidance
+
+    xs = sorted({place(r) for r in samples})
     series: dict[str, list[Value]] = {}
-    for r in sorted(samples, key=lambda r: float(_sampler(r)[across])):
+    for r in sorted(samples, key=place):
         found, at = r.frechet_distance, _sampler(r)
-        several = "s" if at["steps"] > 1 else ""
-        name = f"guidance {at['guidance']:g}" if across == "steps" else f"{at['steps']} step{several}"
+        several = "s" if at.steps > 1 else ""
+        name = f"guidance {at.guidance:g}" if over_steps else f"{at.steps} step{several}"
         series.setdefault(name, []).append(Value(found.value, found.low, found.high))
     words = {"heldout": "held-out real", "reconstructions": "reconstructions", "decoded-noise": "decoded noise"}
     levels = {words[role]: r.frechet_distance.value for role, r in lines.items()}
-    return chart(f"Distance against {across}", across, "Fréchet distance", xs, series, levels)
+    across = "steps" if over_steps else "guidance"
+    title = f"Distance against {across}"
+    return chart(title, across, "Fréchet distance", xs, series, levels, logarithmic=_far_apart(series, levels))
+
+
+def _far_apart(series: dict[str, list[Value]], levels: dict[str, float]) -> bool:
+    """Whether the ceiling would press what matters into the bottom of a linear axis."""
+    values = [v.value for found in series.values() for v in found] + list(levels.values())
+    return min(values) > 0 and max(values) > LINEAR_UP_TO * min(values)
 
 
 def _curves(path: Location, names: Sequence[str], stage: str) -> list[Curve]:

@@ -11,7 +11,7 @@ from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.lock import locked
 from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import Location
+from svgpipe.manifests.storage import Location, absolute
 from svgpipe.stages.calibrate import measure_features, training_rows
 from svgpipe.stages.progress import Progress
 from svgpipe.stages.units import Resources
@@ -57,3 +57,22 @@ def measure_alignment(
         f"{autoencoder}: was imported without an alignment; measured on {len(chosen)} images of {shards.directory} and "
         f"kept in {ALIGNMENT_NAME} for all that encodes with it from now on"
     )
+
+
+def align_for_evaluation(
+    shards: ShardSet,
+    autoencoder: Location,
+    manifest: AutoencoderManifest,
+    batch_size: int,
+    resources: Resources,
+    progress: Progress,
+) -> None:
+    """`measure_alignment` in float32, as evaluations reconstruct."""
+    arguments = {
+        "autoencoder": absolute(autoencoder),
+        "batch_size": batch_size,
+        "precision": "float32",
+        "compiled": False,
+        "threads": resources.threads,
+    }
+    measure_alignment(shards, autoencoder, manifest, arguments, resources, progress)

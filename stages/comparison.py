@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,23 +12,37 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import load_tensors, save_tensors
-from svgpipe.manifests.evaluation import Measured, Report
+from svgpipe.manifests.evaluation import Measured, ReferenceRecord, SamplerRecord
 from svgpipe.manifests.figure import Figure
-from svgpipe.manifests.manifest import digest
+from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.manifest import Json, digest, svgpipe_version
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardFile, refs_of
 from svgpipe.manifests.storage import ABANDONED_S, Location, children, make_directory, remove_partials
 from svgpipe.models.distances import FrechetTarget
 from svgpipe.stages.figures import mean_figure
+from svgpipe.stages.image_set import ImageSet
 from svgpipe.stages.images import psnr
-from svgpipe.stages.measure import LOGITS, POOLED, Extractor, ImageSet
+from svgpipe.stages.measure import LOGITS, POOLED, Extractor
 from svgpipe.stages.metrics import NEIGHBOURS, Comparison, Features
 from svgpipe.stages.progress import Progress
 from svgpipe.stages.reference import RealSets, Reference
 from svgpipe.stages.sampling import SamplerSettings
+from svgpipe.stages.training import pick_device
 
-RECONSTRUCTIONS, NOISE = "reconstructions", "decoded-noise"
+HELDOUT, RECONSTRUCTIONS, NOISE = "heldout", "reconstructions", "decoded-noise"
+LINES = (HELDOUT, RECONSTRUCTIONS, NOISE)  # to read the samples by, each a role of its own name
+REFERENCE = "reference"
 PART = 5000  # images: the unit of resume of extracted features
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a report says of the sets that were compared."""
+
+    reference: ReferenceRecord
+    results: list[Measured]
+    not_measured: list[str]
 
 
 def compare(
@@ -42,8 +57,8 @@ def compare(
     pool: Location,
     config: EvaluationSection,
     progress: Progress,
-) -> Report:
-    """Features of every set, then its figures against the reference.
+) -> Compared:
+    """Features of every set, then its figures against the reference; run again to resume.
 
     Args:
         out: evaluation directory; decoded images lie below it.
@@ -53,80 +68,91 @@ def compare(
         config: batch size of the extractor, on which no number depends but by rounding; seed and number of resamplings.
     """
     size = sets.size
-    generated = {name: ImageSet(refs_of(out / "images" / name, shards), size) for name, shards in images.items()}
-    real = {"reference": ImageSet(sets.reference, size)} if sets.reference else {}
-    everything = {**real, **generated}
-    not_measured = []
+    everything = {REFERENCE: ImageSet(sets.reference, size)} if sets.reference else {}
+    everything |= {name: ImageSet(refs_of(out / "images" / name, shards), size) for name, shards in images.items()}
     if len(sets.heldout) >= 2:
-        everything["heldout"] = ImageSet(sets.heldout, size)
-    else:
-        not_measured.append("held-out real images (the floor): the reference has fewer than two; shard with a holdout")
-    if not real:
-        not_measured.append(
-            "kernel distance, precision, recall and nearest classes: the reference is statistics, not images"
-        )
-    if RECONSTRUCTIONS not in generated:
-        not_measured.append("reconstructions: the reference has no images, or the autoencoder no alignment yet")
-    same_classes = sets.class_names == class_names
-    if real and not same_classes:
-        not_measured.append("share of samples nearest to their own class: the reference has other classes")
-    if LOGITS not in extractor.layers:
-        not_measured.append("Inception Score: it is defined by Inception's classes, and another extractor was chosen")
-    if min(map(len, everything.values())) <= NEIGHBOURS:
-        not_measured.append(f"precision and recall of sets of {NEIGHBOURS} images or fewer")
-    drawn = {setting.name for setting in settings}
+        everything[HELDOUT] = ImageSet(sets.heldout, size)
     progress.begin("measure", len(everything))
     for name, image_set in everything.items():
         extracted(pool, name, image_set, extractor, config.batch_size)
         progress.advance(1, name)
+    drawn = {setting.name: setting for setting in settings}
+    same_classes = sets.class_names == class_names
 
     def features(name: str) -> Features:
         """As they were kept just now: those of all sets at a time may be more than memory holds."""
         found = extracted(pool, name, everything[name], extractor, config.batch_size)
         labelled = name != NOISE and (same_classes or name not in drawn)
         labels = torch.from_numpy(everything[name].labels) if labelled else None
-        return Features(found[POOLED], found.get(LOGITS) if name != "reference" else None, labels)
+        return Features(found[POOLED], found.get(LOGITS) if name != REFERENCE else None, labels)
 
-    against = features("reference") if real else None
-    comparison = Comparison(against, config.bootstrap, config.seed, _target(reference))
-    roles: dict[str, Any] = {"heldout": "heldout", RECONSTRUCTIONS: "reconstructions", NOISE: "decoded-noise"}
-    results = []
-    compared = [*(s.name for s in settings), *(role for role in roles if role in everything)]
-    progress.begin("compare", len(compared))
-    for name in compared:
+    against = ReferenceRecord(
+        kind=reference.kind,
+        description=reference.description,
+        num_images=len(sets.reference) or None,
+        content=everything[REFERENCE].digest if sets.reference else reference.ref.fingerprint,
+    )
+
+    @functools.cache  # made when it is first asked for: where all is kept, the reference need not be loaded
+    def comparison() -> Comparison:
+        real = features(REFERENCE) if sets.reference else None
+        return Comparison(real, config.bootstrap, config.seed, _target(reference))
+
+    def measure(name: str) -> Json:
         more: dict[str, Any] = {}
         if name == RECONSTRUCTIONS:
             more["psnr"] = _psnr(ImageSet(sets.reconstructed, size), everything[name], config)
         if name in drawn:
-            more["sampler"] = next(asdict(s) for s in settings if s.name == name)
-        role, count = roles.get(name, "samples"), len(everything[name])
-        results.append(Measured(name=name, role=role, num_images=count, **comparison.measure(features(name)), **more))
+            more["sampler"] = SamplerRecord(**asdict(drawn[name]))
+        role = "samples" if name in drawn else name
+        figures = comparison().measure(features(name))
+        found = Measured(name=name, role=role, num_images=len(everything[name]), **figures, **more)
+        return found.model_dump(mode="json")
+
+    decides = [against.model_dump(), extractor.description.model_dump(), config.bootstrap, config.seed, same_classes]
+    names = [*drawn, *(line for line in LINES if line in everything)]
+    journal = Journal(out / "journal" / "compare")  # of 50,000 images, the intervals take minutes
+    progress.begin("compare", len(names))
+    results = []
+    for number, name in enumerate(names):
+        key = digest([svgpipe_version(), *decides, name, everything[name].digest])
+        results.append(Measured.model_validate(journal.kept(number, key, functools.partial(measure, name))))
         progress.advance(1, name)
-    return Report(
-        metric=extractor.metric,
-        extractor=extractor.description,
-        reference={
-            "kind": reference.kind,
-            "description": reference.description,
-            "num_images": len(sets.reference) if real else None,
-            "content": real["reference"].digest if real else reference.ref.fingerprint,
-        },
-        image_size=size,
-        class_names=class_names,
-        results=results,
-        not_measured=not_measured,
-    )
+    smallest = min(map(len, everything.values()))
+    return Compared(against, results, _not_measured(everything, extractor, smallest, same_classes=same_classes))
+
+
+def _not_measured(
+    everything: dict[str, ImageSet], extractor: Extractor, smallest: int, *, same_classes: bool
+) -> list[str]:
+    """What is missing, and why."""
+    reasons = []
+    if HELDOUT not in everything:
+        reasons.append("held-out real images (the floor): the reference has fewer than two; shard with a holdout")
+    if REFERENCE not in everything:
+        reasons.append(
+            "kernel distance, precision, recall and nearest classes: the reference is statistics, not images"
+        )
+    if RECONSTRUCTIONS not in everything:
+        reasons.append("reconstructions: the reference has no images, or the autoencoder no alignment yet")
+    if REFERENCE in everything and not same_classes:
+        reasons.append("share of samples nearest to their own class: the reference has other classes")
+    if LOGITS not in extractor.layers:
+        reasons.append("Inception Score: it is defined by Inception's classes, and another extractor was chosen")
+    if smallest <= NEIGHBOURS and REFERENCE in everything:
+        reasons.append(f"precision and recall of sets of {NEIGHBOURS} images or fewer")
+    return reasons
 
 
 def _target(reference: Reference) -> FrechetTarget | None:
-    statistics = reference.statistics
-    return None if statistics is None else FrechetTarget(statistics.mean, statistics.covariance)
+    statistics, device = reference.statistics, pick_device()
+    return None if statistics is None else FrechetTarget(statistics.mean.to(device), statistics.covariance.to(device))
 
 
 def extracted(pool: Location, name: str, images: ImageSet, extractor: Extractor, batch_size: int) -> dict[str, Tensor]:
     """Features of a set, kept by the content of images and extractor, never by name alone."""
     make_directory(pool)
-    key = digest([images.digest, extractor.description, extractor.layers])[:16]
+    key = digest([images.digest, extractor.description.model_dump(), extractor.layers])[:16]
     path = pool / f"{name}-{key}.safetensors"
     if path.exists():
         return load_tensors(path)

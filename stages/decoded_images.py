@@ -19,29 +19,34 @@ from svgpipe.manifests.shards import ShardFile, shard_name
 from svgpipe.manifests.storage import Location, absolute, children, file_size, make_directory, remove_partials
 from svgpipe.stages.encoder import load_autoencoder, reconstruct
 from svgpipe.stages.eval_tasks import ReadForDecoding, WriteImages
+from svgpipe.stages.image_set import ImageSet
 from svgpipe.stages.images import decode_image
-from svgpipe.stages.measure import ImageSet
 from svgpipe.stages.pixels import as_pixels
 from svgpipe.stages.progress import Progress
 from svgpipe.stages.sampling import initial_noise
 from svgpipe.stages.units import Resources, Row, run_units, start_worker
+
+DECODE_JOURNAL = "journal/decode"  # of an evaluation
 
 
 @dataclass(frozen=True)
 class ImageJob:
     """One set of images to be made: from a store of latents, from real images, or, without either, from noise.
 
+    labels: of the latents; real images bring theirs, noise has none and is given 0.
     residual: of real images, False encodes them without the residual branch.
     """
 
     name: str
     count: int
     store: Location | None = None
+    labels: Sequence[int] = ()
     originals: Sequence[ImageRef] = ()
     residual: bool = True
 
     def units(self, rows: int) -> list[dict[str, Any]]:
         """What each unit needs to know, as JSON values."""
+        labels = self.labels or [ref.label for ref in self.originals] or [0] * self.count
         return [
             {
                 "set": self.name,
@@ -49,6 +54,7 @@ class ImageJob:
                 "residual": self.residual,
                 "store": None if self.store is None else str(absolute(self.store)),
                 "indices": list(range(first, min(first + rows, self.count))),
+                "labels": [int(label) for label in labels[first : min(first + rows, self.count)]],
                 "refs": [
                     [str(absolute(r.tar)), r.offset, r.size, r.sha256, r.key, r.label]
                     for r in self.originals[first : first + rows]
@@ -80,7 +86,7 @@ def decode(
         unit_rows: images per tar, the unit of resume. batch_size: no image depends on it but by rounding.
     """
     units = [unit for job in jobs for unit in job.units(unit_rows)]
-    journal = Journal(out / "journal" / "decode")
+    journal = Journal(out / DECODE_JOURNAL)
     remove_partials(journal.directory)
     missing = missing_units(journal, units, out / "images")
     progress.begin("decode", len(units), len(units) - len(missing))

@@ -6,7 +6,8 @@ measure   image against image, and set against set, from the 8-bit images
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,26 +17,29 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from svgpipe.manifests.alignment import keep_alignment
+from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, UsageError
-from svgpipe.manifests.manifest import WorkDir, digest
+from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.manifest import WorkDir, digest, svgpipe_version
 from svgpipe.manifests.recipe import AutoencoderSection, PerceptualSection, ReconstructionSection
 from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.shards import ShardSet, refs_of
 from svgpipe.manifests.storage import Location, file_sha256
-from svgpipe.stages.align import needs_alignment
+from svgpipe.stages.align import align_for_evaluation, needs_alignment
 from svgpipe.stages.comparison import RECONSTRUCTIONS, extracted
-from svgpipe.stages.decoded_images import ImageJob, decode
+from svgpipe.stages.decoded_images import DECODE_JOURNAL, ImageJob, decode
 from svgpipe.stages.encoder import build_backbone, read_weight_file
 from svgpipe.stages.figures import mean_figure
-from svgpipe.stages.images import RGBArray, psnr
-from svgpipe.stages.measure import POOLED, Extractor, ImageSet, load_extractor, weight_inputs
+from svgpipe.stages.image_set import ImageSet
+from svgpipe.stages.images import CROP, RGBArray, psnr
+from svgpipe.stages.measure import POOLED, Extractor, load_extractor, software, weight_inputs
 from svgpipe.stages.metrics import Comparison, Features
 from svgpipe.stages.perceptual import load_lpips
 from svgpipe.stages.pixels import as_unit_range
 from svgpipe.stages.progress import Progress, Recorded
+from svgpipe.stages.reference import require_decodable, was_decoded
 from svgpipe.stages.selection import evenly_spread
 from svgpipe.stages.training import pick_device
 from svgpipe.stages.units import Resources
@@ -60,10 +64,12 @@ def eval_reconstruction(
     No number depends on `batch_size` but by the rounding of single pixels.
 
     Args:
-        autoencoder: finished one. shards: whose held-out images are taken.
+        autoencoder: finished one.
+        shards: whose held-out images are taken. By its training images the alignment of an imported autoencoder is
+            measured, if nobody has yet.
         pool: holds `features`, which other evaluations find there; without it, where `out` lies.
     Raises:
-        UsageError: no held-out images, or an imported autoencoder that was never calibrated.
+        UsageError: no held-out images.
         ArtifactError: missing weights or images. MismatchError: `out` holds another evaluation.
     """
     resources = resources or Resources()
@@ -74,10 +80,6 @@ def eval_reconstruction(
             f"{shards.directory}: expected at least {FEWEST} held-out images, found {len(heldout)}. Make the shards "
             "with --holdout, so that reconstructions are measured on images that no training has seen."
         )
-    if needs_alignment(autoencoder, encoder):
-        raise UsageError(
-            f"{autoencoder}: was imported, and its alignment was never measured. Run svgpipe extract with it first."
-        )
     chosen = [heldout[i] for i in evenly_spread(len(heldout), config.num_images)]
     inputs = {
         "autoencoder": encoder.as_input(autoencoder),
@@ -85,7 +87,7 @@ def eval_reconstruction(
         **weight_inputs(extractor=config.extractor.weights, vgg=config.vgg_weights, lpips=config.lpips_weights),
     }
     with WorkDir(out, ReconstructionManifest, config.model_dump(mode="json"), inputs) as work:
-        keep_alignment(autoencoder, out)
+        require_same_alignment(autoencoder, out)
         if work.finished is not None:
             return work.finished
         section = AutoencoderSection.model_validate(encoder.config)
@@ -94,6 +96,11 @@ def eval_reconstruction(
         missing: list[str] = []
         distance = _lpips(config, missing)
         progress = Recorded(progress, out)
+        if not was_decoded(shards) and not (out / DECODE_JOURNAL).exists():
+            require_decodable(chosen, progress)
+        if needs_alignment(autoencoder, encoder):
+            align_for_evaluation(shards, autoencoder, encoder, config.batch_size, resources, progress)
+        keep_alignment(autoencoder, out)
         jobs = [ImageJob(RECONSTRUCTIONS, len(chosen), originals=chosen)]
         if encoder.residual_channels:
             jobs.append(ImageJob(WITHOUT_RESIDUAL, len(chosen), originals=chosen, residual=False))
@@ -120,8 +127,12 @@ def eval_reconstruction(
             name: ImageSet(refs_of(out / "images" / name, shards_of), encoder.image_size)
             for name, shards_of in tars.items()
         }
-        results = _measure(originals, sets, extractor, distance, (pool or out.parent) / "features", config, progress)
+        measured = Journal(out / "journal" / "measure")
+        features = (pool or out.parent) / "features"
+        results = _measure(originals, sets, extractor, distance, measured, features, config, progress)
         report = ReconstructionReport(
+            inputs={name: ref.fingerprint for name, ref in work.inputs.items()},
+            software=software(),
             metric=extractor.metric,
             extractor=extractor.description,
             image_size=encoder.image_size,
@@ -144,7 +155,7 @@ def eval_reconstruction(
 def _lpips(config: ReconstructionSection, missing: list[str]) -> Distance | None:
     """LPIPS of two 8-bit images; None, and a line in `missing`, where weights from the hub cannot be had.
 
-    Raises ArtifactError for a file that was named and is not there, or damaged.
+    Raises ArtifactError where a file was named, but is not there, does not fit, or the other one cannot be had.
     """
     named = [Path(name) for name in (config.vgg_weights, config.lpips_weights) if name != "hub"]
     for path in named:
@@ -153,9 +164,9 @@ def _lpips(config: ReconstructionSection, missing: list[str]) -> Distance | None
     try:
         model = load_lpips(weights, "reconstruction").to(device := pick_device())
     except ArtifactError as error:
-        if len(named) == 2:
+        if named:
             raise
-        missing.append(f"LPIPS: {error}")
+        missing.append(f"LPIPS: {error} (In another --out: what is finished stays as it is.)")
         return None
 
     @torch.inference_mode()
@@ -171,20 +182,27 @@ def _measure(
     sets: dict[str, ImageSet],
     extractor: Extractor,
     distance: Distance | None,
+    journal: Journal,
     pool: Location,
     config: ReconstructionSection,
     progress: Progress,
 ) -> list[Reconstructed]:
+    """Figures of every set; what was compared image by image is kept in `journal`, unit by unit."""
     reference = extracted(pool, "heldout-originals", originals, extractor, config.batch_size)
     comparison = Comparison(Features(reference[POOLED]), config.bootstrap, config.seed)
     progress.begin("measure", len(sets) * len(originals))
     results = []
-    for name, images in sets.items():
-        measures: dict[str, list[float]] = {}
-        for i in range(len(originals)):
-            for key, value in _compare(originals.pixels(i), images.pixels(i), distance).items():
-                measures.setdefault(key, []).append(value)
-            progress.advance(1, name)
+    starts = range(0, len(originals), config.unit_rows)
+    for number, (name, images) in enumerate(sets.items()):
+        measures: dict[str, list[float | None]] = {}
+        for part, start in enumerate(starts):
+            rows = range(start, min(start + config.unit_rows, len(originals)))
+            shown = [ref.sha256 for source in (originals, images) for ref in source.refs[start : rows.stop]]
+            key = digest([svgpipe_version(), CROP, shown, distance is not None])
+            compare = partial(_compare_all, originals, images, rows, distance)
+            for measure, values in journal.kept(number * len(starts) + part, key, compare).items():
+                measures.setdefault(measure, []).extend(values)
+            progress.advance(len(rows), name)
         figures = {
             key: mean_figure(kept, config.bootstrap, config.seed) if len(kept := _finite(values)) else None
             for key, values in measures.items()
@@ -202,6 +220,17 @@ def _measure(
     return results
 
 
+def _compare_all(
+    originals: ImageSet, images: ImageSet, rows: Sequence[int], distance: Distance | None
+) -> dict[str, list[float | None]]:
+    """`_compare` of the images at `rows`; None for the infinite PSNR of one that is reproduced exactly."""
+    found: dict[str, list[float | None]] = {}
+    for row in rows:
+        for key, value in _compare(originals.pixels(row), images.pixels(row), distance).items():
+            found.setdefault(key, []).append(value if np.isfinite(value) else None)
+    return found
+
+
 def _compare(original: RGBArray, found: RGBArray, distance: Distance | None) -> dict[str, float]:
     """One image against its reconstruction, both (S,S,3) uint8; names as in `Reconstructed`."""
     similarity = structural_similarity(
@@ -216,6 +245,5 @@ def _compare(original: RGBArray, found: RGBArray, distance: Distance | None) -> 
     return values if distance is None else {**values, "lpips": distance(original, found)}
 
 
-def _finite(values: list[float]) -> Tensor:
-    """Without the infinite PSNR of images that are reproduced exactly."""
-    return torch.tensor([value for value in values if np.isfinite(value)], dtype=torch.float64)
+def _finite(values: list[float | None]) -> Tensor:
+    return torch.tensor([value for value in values if value is not None], dtype=torch.float64)

@@ -14,7 +14,7 @@ import numpy as np
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import TarImage, shard_name, write_tar
-from svgpipe.manifests.storage import Location, file_sha256, location
+from svgpipe.manifests.storage import Location, file_sha256, file_size, location
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
 from svgpipe.stages.images import centre_crop, decode_member, encode_png, to_array
@@ -38,7 +38,8 @@ class WriteLatents:
         setting, number = int(row["setting"]), int(row["number"])
         store = FeatureStore(self.paths[setting], self.specs[setting])
         store.write_unit(number, np.ascontiguousarray(row["latents"]))
-        Journal(store.path / "journal").record(number, {"sha256": file_sha256(store.unit_file(number))})
+        file = store.unit_file(number)
+        Journal(store.path / "journal").record(number, {"sha256": file_sha256(file), "num_bytes": file_size(file)})
         return {"unit": row["unit"]}
 
 
@@ -70,12 +71,9 @@ class WriteImages:
     def __call__(self, row: Row) -> Row:
         job = json.loads(row["job"])
         folder = self.out / "images" / job["set"]
-        labels = [ref[-1] for ref in job["refs"]]
-        if job["store"] is not None:
-            labels = FeatureStore.open(location(job["store"])).array("label")[job["indices"]].tolist()
         members = [
-            TarImage(f"{index:08d}", encode_png(pixels), "png", labels[i] if labels else 0)
-            for i, (index, pixels) in enumerate(zip(job["indices"], np.asarray(row["images"]), strict=True))
+            TarImage(f"{index:08d}", encode_png(pixels), "png", label)
+            for index, label, pixels in zip(job["indices"], job["labels"], np.asarray(row["images"]), strict=True)
         ]
         shard = write_tar(folder / shard_name(job["number"]), members, "train")
         Journal(self.journal).record(int(row["unit"]), {"set": job["set"], "shard": shard.model_dump()})

@@ -14,8 +14,8 @@ import numpy as np
 from svgpipe.manifests.evaluation import EvaluationManifest
 from svgpipe.manifests.storage import ABANDONED_S, Location, make_directory, remove_partials, staged, write_atomic
 from svgpipe.stages.decoded_images import decoded_images
+from svgpipe.stages.image_set import ImageSet
 from svgpipe.stages.images import RGBArray
-from svgpipe.stages.measure import ImageSet
 from svgpipe.stages.progress import Progress
 
 

@@ -133,6 +133,9 @@ def shrink_to(image: Image.Image, size: int) -> Image.Image:
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
+CROP = "adm-centre-crop-1"  # features are kept by it: to be renamed whenever other pixels come of a crop
+
+
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM centre crop: `shrink_to`, then the centre square (floor of half the surplus)."""
     image = shrink_to(image, size)

@@ -19,6 +19,7 @@ from torch import Tensor
 from svgpipe.manifests.checkpoint import (
     AUTOENCODER_FILE,
     BACKBONE_FILE,
+    OFFICIAL_LATENTS,
     RAW,
     STATISTICS_FILE,
     AutoencoderManifest,
@@ -211,7 +212,7 @@ def _import_diffusion(
     source, measured = _as_input(path, "official-diffusion"), _as_input(stats, "official-statistics")
     # What stands where a cache would: latents of that autoencoder, normalised by those statistics.
     latents = InputRef(
-        kind="official-latents",
+        kind=OFFICIAL_LATENTS,
         fingerprint=digest([autoencoder.fingerprint, measured.fingerprint]),
         path=str(stats),
         config={},
@@ -235,7 +236,8 @@ def _import_diffusion(
                 origin=f"{path.name}, sha256 {source.fingerprint}",
             ).publish(out)
     sigma = " with the unused sigma half" if sizes.learn_sigma else ""
-    what = f"DiT {sizes.name}{sigma}, {sizes.num_classes} classes, weights {' and '.join(states)}"
+    hint = "" if "ema" in states else "; no average: sample with --ema raw"
+    what = f"DiT {sizes.name}{sigma}, {sizes.num_classes} classes, weights {' and '.join(states)}{hint}"
     aside = _beside(found, names or ["state_dict"])
     return Imported(out, manifest.fingerprint, what, sum(map(len, states.values())), aside)
 

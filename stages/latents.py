@@ -120,7 +120,7 @@ def draw(
     """
     if not resources.gpus_per_worker:
         warn_if_imitated(config.precision)  # here, since nobody reads what a worker logs
-    unit_rows = config.unit_rows
+    unit_rows = _unit_rows(config)
     units = -(-config.num_samples // unit_rows)
     with ExitStack() as locks:
         stores = []
@@ -147,13 +147,18 @@ def draw(
         }
         writer = WriteLatents([absolute(store.path) for store in stores], [store.spec for store in stores])
         for _ in run_units(missing, pass_on, _Draw, args, writer, resources):
-            progress.advance(1, f"{config.num_samples * len(settings)} latents in all")
+            progress.advance(1, f"{total * unit_rows} latents in all")
         hashes = [[str(journal.read(unit)["sha256"]) for unit in range(units)] for journal in journals]
     return [DrawnLatents(*drawn) for drawn in zip(settings, stores, hashes, strict=True)]
 
 
 def _key(sampler: Sampler, setting: SamplerSettings, config: EvaluationSection) -> str:
-    return digest([sampler.model.weights_sha256(config.weights), asdict(setting), config.unit_rows])[:12]
+    return digest([sampler.model.weights_sha256(config.weights), asdict(setting.deciding), _unit_rows(config)])[:12]
+
+
+def _unit_rows(config: EvaluationSection) -> int:
+    """Rows of an outer shard, all of which are drawn."""
+    return min(config.unit_rows, config.num_samples)
 
 
 def _prepare(
@@ -172,7 +177,7 @@ def _prepare(
     labels = labels_of(range(rows), len(model.class_names), setting)
     store.put("label", labels.numpy().astype(np.int32), "sample")
     store.put("valid", np.ones(rows, bool), "sample")
-    store.describe({DESCRIPTION: asdict(setting), "model": model.made_from})
+    store.describe({DESCRIPTION: asdict(setting.deciding), "model": model.made_from})
     return store
 
 
@@ -185,9 +190,13 @@ def _whole_store(path: Location) -> FeatureStore | None:
 
 
 def _missing(store: FeatureStore, journal: Journal, units: int) -> list[int]:
-    """Units without a record, or whose file is gone."""
+    """Units without a record, or whose file is gone or not of the size that was recorded."""
     drawn = journal.finished()
-    return [unit for unit in range(units) if unit not in drawn or file_size(store.unit_file(unit)) is None]
+    return [
+        unit
+        for unit in range(units)
+        if unit not in drawn or file_size(store.unit_file(unit)) != journal.read(unit).get("num_bytes", -1)
+    ]
 
 
 def _absolute(sampler: Sampler) -> Sampler:

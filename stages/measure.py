@@ -9,28 +9,24 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from svgpipe.manifests.errors import ArtifactError, UsageError, first_line
-from svgpipe.manifests.index import ImageRef
-from svgpipe.manifests.manifest import InputRef, digest
+from svgpipe.manifests.manifest import InputRef, svgpipe_version
 from svgpipe.manifests.recipe import BackboneSection, ExtractorSection
+from svgpipe.manifests.report_file import ExtractorRecord
 from svgpipe.manifests.storage import file_sha256
 from svgpipe.models.backbone import Backbone, own_input
 from svgpipe.stages.encoder import build_backbone, read_weight_file, state_digest
-from svgpipe.stages.images import RGBArray, centre_crop, decode_member, to_array
+from svgpipe.stages.image_set import ImageSet
 from svgpipe.stages.training import pick_device
 
 POOLED, LOGITS = "pooled", "logits"
@@ -42,33 +38,12 @@ INCEPTION_URL = (
 )
 
 
-class ImageSet(Dataset[Tensor]):
-    """(3,S,S) uint8 images for torch-fidelity; ADM centre crops where they are larger."""
+SOFTWARE = ("torch", "torch-fidelity", "timm")
 
-    def __init__(self, refs: Sequence[ImageRef], size: int) -> None:
-        self.refs, self.size = refs, size
 
-    def __len__(self) -> int:
-        return len(self.refs)
-
-    def pixels(self, i: int) -> RGBArray:
-        """(S,S,3) uint8."""
-        ref = self.refs[i]
-        image = decode_member(ref)
-        return to_array(image if image.size == (self.size, self.size) else centre_crop(image, self.size))
-
-    def __getitem__(self, i: int) -> Tensor:
-        return torch.from_numpy(self.pixels(i)).permute(2, 0, 1).contiguous()
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """(n,)"""
-        return np.asarray([ref.label for ref in self.refs], np.int64)
-
-    @property
-    def digest(self) -> str:
-        """Of the images' bytes and how they are cropped: what features may be cached by."""
-        return digest([self.size, [ref.sha256 for ref in self.refs]])
+def software() -> dict[str, str]:
+    """Versions of what decides a number besides its inputs, for a report."""
+    return {"svgpipe": svgpipe_version(), **{name: metadata.version(name) for name in SOFTWARE}}
 
 
 class BackboneExtractor(FeatureExtractorBase):  # type: ignore[misc]
@@ -95,7 +70,7 @@ class Extractor:
     module: nn.Module
     layers: dict[str, str]  # POOLED, and LOGITS where it has them, by what the module calls them
     metric: str
-    description: dict[str, Any]  # all that decides the features of an image
+    description: ExtractorRecord
     dimensions: int  # of POOLED
 
     @torch.no_grad()
@@ -136,12 +111,7 @@ def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "e
             BackboneExtractor(backbone).eval(),
             {POOLED: POOLED},
             f"Fréchet distance in {name} space (not FID)",
-            {
-                "kind": config.kind,
-                "name": name,
-                "weights": state_digest(backbone.state_dict()),
-                "input_size": backbone.input_size,
-            },
+            _record(config.kind, name, backbone, backbone.input_size, "timm"),
             int(backbone.model.head_hidden_size),
         )
     path = None if config.weights == "hub" else Path(config.weights)
@@ -161,13 +131,22 @@ def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "e
             f"Download {INCEPTION_URL} and give it with --set {where}.weights=FILE, or measure in the "
             f"backbone's space with --set {where}.kind=backbone."
         ) from error
-    weights = file_sha256(path) if path is not None else state_digest(module.state_dict())
     return Extractor(
         module.eval(),
         INCEPTION_LAYERS,
         "FID",
-        {"kind": "inception", "name": INCEPTION, "weights": weights, "input_size": INCEPTION_SIZE},
+        _record("inception", INCEPTION, module, INCEPTION_SIZE, "torch-fidelity"),
         int(INCEPTION_LAYERS[POOLED]),
+    )
+
+
+def _record(kind: str, name: str, network: nn.Module, input_size: int, library: str) -> ExtractorRecord:
+    return ExtractorRecord(
+        kind=kind,
+        name=name,
+        weights=state_digest(network.state_dict()),
+        input_size=input_size,
+        library=f"{library} {metadata.version(library)}",
     )
 
 

@@ -23,6 +23,7 @@ from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import file_sha256, location
 from svgpipe.stages.images import EXTENSIONS, RejectedImageError, decode_image
 from svgpipe.stages.measure import INCEPTION
+from svgpipe.stages.progress import Progress
 from svgpipe.stages.selection import evenly_spread
 
 MEAN, COVARIANCE, EXTRACTOR = "mu", "sigma", "extractor"
@@ -128,25 +129,32 @@ def _size_and_hash(path: Path) -> tuple[int, str]:
     return len(data), hashlib.sha256(data).hexdigest()
 
 
-def require_decodable(reference: Reference, refs: Sequence[ImageRef]) -> None:
-    """Decode those of a folder's images that are asked for: a bad one should stop a sweep before hours of sampling.
+def was_decoded(shards: ShardSet | None) -> bool:
+    """Whether the images of a set were decoded when it was made; of tars that others made, only on request."""
+    return shards is not None and bool(shards.manifest.config.get("decode", True))
+
+
+def require_decodable(refs: Sequence[ImageRef], progress: Progress) -> None:
+    """Decode images that nobody has yet: a bad one should stop a sweep before hours of sampling.
 
     Raises:
-        ArtifactError: one that cannot be decoded. (Images of shards were looked at when these were made.)
+        ArtifactError: one that cannot be decoded.
     """
-    if reference.kind != "folder":
-        return
 
     def look(ref: ImageRef) -> None:
         try:
             decode_image(ref.read())
         except RejectedImageError as error:
-            raise ArtifactError(f"{ref.tar}: cannot be a reference image: {error}. Remove it or repair it.") from error
+            in_tar = ref.tar.suffix == ".tar"
+            what = "Index the tars anew with --decode, which rejects such images." if in_tar else "Remove or repair it."
+            where = f"{ref.tar}: {ref.key}" if in_tar else str(ref.tar)
+            raise ArtifactError(f"{where}: cannot be a reference image: {error}. {what}") from error
 
+    progress.begin("look at the images", len(refs))
     with ThreadPoolExecutor(READERS) as readers:
         for start in range(0, len(refs), LOOKED_AT_ONCE):
             for _ in readers.map(look, refs[start : start + LOOKED_AT_ONCE]):
-                pass
+                progress.advance()
 
 
 def _statistics(path: Path) -> Reference:
@@ -155,8 +163,11 @@ def _statistics(path: Path) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as archive:
             held = list(archive.files)
-            arrays = [np.asarray(archive[name], np.float64) for name in (MEAN, COVARIANCE) if name in held]
-            extractor = str(archive[EXTRACTOR]) if EXTRACTOR in held else INCEPTION
+            found = [archive[name] for name in (MEAN, COVARIANCE) if name in held]
+            if any(array.dtype.kind not in "fiu" for array in found):
+                raise TypeError(f"expected real numbers, found {', '.join(str(array.dtype) for array in found)}")
+            arrays = [array.astype(np.float64) for array in found]
+            extractor = str(archive[EXTRACTOR].item()) if EXTRACTOR in held else INCEPTION
     except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ArtifactError(f"{path}: not a readable .npz file: {error}") from error
     if len(arrays) != 2:
@@ -170,6 +181,11 @@ def _statistics(path: Path) -> Reference:
         raise ArtifactError(f"{path}: expected finite numbers, found others in {MEAN} or {COVARIANCE}.")
     if not np.allclose(covariance, covariance.T, atol=1e-6 * np.abs(covariance).max()):
         raise ArtifactError(f"{path}: expected a covariance in {COVARIANCE}, found a matrix that is not symmetric.")
+    eigenvalues = np.linalg.eigvalsh(covariance)
+    if eigenvalues[0] < -1e-3 * max(eigenvalues[-1], 0.0) or eigenvalues[-1] <= 0:
+        raise ArtifactError(
+            f"{path}: expected a covariance in {COVARIANCE}, found a matrix with the eigenvalue {eigenvalues[0]:g}."
+        )
     ref = InputRef(kind="statistics", fingerprint=file_sha256(path), path=str(path), config={"dimensions": len(mean)})
     statistics = Statistics(torch.from_numpy(mean), torch.from_numpy(covariance), extractor)
     return Reference("statistics", str(path), ref, statistics=statistics)

@@ -17,19 +17,20 @@ from pathlib import Path
 
 from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
-from svgpipe.manifests.evaluation import EvaluationManifest, LatentsRef
+from svgpipe.manifests.evaluation import EvaluationManifest, LatentsRef, ModelRecord, Report
 from svgpipe.manifests.manifest import WorkDir, digest, require_same
 from svgpipe.manifests.recipe import AutoencoderSection, EvaluationSection
 from svgpipe.manifests.report_file import REPORT_NAME
-from svgpipe.manifests.storage import Location, absolute, file_sha256
-from svgpipe.stages.align import measure_alignment, needs_alignment
+from svgpipe.manifests.storage import Location, file_sha256
+from svgpipe.stages.align import align_for_evaluation, needs_alignment
 from svgpipe.stages.comparison import NOISE, RECONSTRUCTIONS, compare
-from svgpipe.stages.decoded_images import ImageJob, decode
+from svgpipe.stages.decoded_images import DECODE_JOURNAL, ImageJob, decode
 from svgpipe.stages.encoder import build_backbone
-from svgpipe.stages.latents import Sampler, draw
-from svgpipe.stages.measure import load_extractor, weight_inputs
+from svgpipe.stages.latents import DrawnLatents, Sampler, draw
+from svgpipe.stages.measure import load_extractor, software, weight_inputs
 from svgpipe.stages.progress import Progress, Recorded
-from svgpipe.stages.reference import RealSets, Reference, require_decodable, require_extractor
+from svgpipe.stages.reference import RealSets, Reference, require_decodable, require_extractor, was_decoded
+from svgpipe.stages.sampling import labels_of
 from svgpipe.stages.trained_diffusion import open_diffusion
 from svgpipe.stages.units import Resources
 
@@ -88,20 +89,14 @@ def sample_and_eval(
             config.extractor,
             build_backbone(AutoencoderSection.model_validate(encoder.config).backbone, encoder.image_size, autoencoder),
         )
-        require_extractor(reference, extractor.dimensions, extractor.description["name"])
+        require_extractor(reference, extractor.dimensions, extractor.description.name)
         progress = Recorded(progress, out)
         sets = RealSets.of(reference, config, encoder.image_size)
-        require_decodable(reference, [*sets.reference, *sets.reconstructed])
+        if not was_decoded(reference.shards) and not (out / DECODE_JOURNAL).exists():
+            require_decodable([*sets.reference, *sets.heldout, *sets.reconstructed], progress)
         can_encode = not needs_alignment(autoencoder, encoder)
         if not can_encode and reference.shards is not None:
-            arguments = {
-                "autoencoder": absolute(autoencoder),
-                "batch_size": config.batch_size,
-                "precision": "float32",
-                "compiled": False,
-                "threads": resources.threads,
-            }
-            measure_alignment(reference.shards, autoencoder, encoder, arguments, resources, progress)
+            align_for_evaluation(reference.shards, autoencoder, encoder, config.batch_size, resources, progress)
             can_encode = True
         keep_alignment(autoencoder, out)
         pool = pool or out.parent
@@ -110,7 +105,7 @@ def sample_and_eval(
         mean, std = sampler.model.statistics()
         images = decode(
             [
-                *(ImageJob(one.setting.name, config.num_samples, store=one.store.path) for one in drawn),
+                *(_decoding(one, config.num_samples, len(manifest.class_names)) for one in drawn),
                 *([rebuilt] if can_encode and sets.reconstructed else []),
                 ImageJob(NOISE, config.num_samples),
             ],
@@ -125,7 +120,7 @@ def sample_and_eval(
             resources=resources,
             progress=progress,
         )
-        report = compare(
+        compared = compare(
             out,
             reference,
             sets,
@@ -137,7 +132,23 @@ def sample_and_eval(
             config=config,
             progress=progress,
         )
-        report.write(out)
+        Report(
+            inputs={name: ref.fingerprint for name, ref in work.inputs.items()},
+            software=software(),
+            metric=extractor.metric,
+            extractor=extractor.description,
+            reference=compared.reference,
+            diffusion=ModelRecord(
+                steps=manifest.steps,
+                num_parameters=manifest.num_parameters,
+                weights_sha256=sampler.model.weights_sha256(config.weights),
+            ),
+            num_samples=config.num_samples,
+            image_size=sets.size,
+            class_names=manifest.class_names,
+            results=compared.results,
+            not_measured=compared.not_measured,
+        ).write(out)
         tars = {name: [shard.sha256 for shard in shards] for name, shards in images.items()}
         latents = {
             one.setting.name: LatentsRef(path=_path_from(out, one.store.path), content=digest(one.hashes))
@@ -153,6 +164,12 @@ def sample_and_eval(
             content=digest([[ref.content for ref in latents.values()], tars]),
             report=file_sha256(out / REPORT_NAME),
         ).publish(out)
+
+
+def _decoding(drawn: DrawnLatents, count: int, num_classes: int) -> ImageJob:
+    """The first `count` of them. Labels are computed: another sweep may be adding to those of the store right now."""
+    labels = labels_of(range(count), num_classes, drawn.setting).tolist()
+    return ImageJob(drawn.setting.name, count, store=drawn.store.path, labels=labels)
 
 
 def _path_from(out: Location, path: Location) -> str:

@@ -6,7 +6,7 @@ Legend: B batch, T tokens, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,16 @@ class SamplerSettings:
     def name(self) -> str:
         """Folder name: the two values that a sweep varies."""
         return f"steps-{self.steps:03d}_guidance-{self.guidance:g}"
+
+    @property
+    def deciding(self) -> SamplerSettings:
+        """The same latents in one way of saying it: at guidance 1 nothing guides, whatever the mode or the guide.
+
+        But cfg_star does, which changes the first steps at any guidance.
+        """
+        if self.guidance != 1 or Guidance(self.guidance, self.guidance_mode).kind == "cfg_star":
+            return self
+        return replace(self, guidance_mode="constant", guide=None)
 
 
 def build_dit(config: DiTSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> DiT:

@@ -220,6 +220,18 @@ def test_extraction_measures_the_alignment_and_encodes_as_the_official_modules(
     assert not (abs(mean_v - mean_h) < 0.01 and std_v / std_h == pytest.approx(1, abs=0.2)), "nothing was aligned"
 
 
+def test_an_imported_models_paths_are_analysed_beside_a_cache_of_its_autoencoder(
+    extracted: Path, imported: Path, finished: Finished, svgpipe: Callable[..., Outcome]
+) -> None:
+    done = svgpipe("analyze", extracted, "--diffusion", imported / "diffusion", "--json")
+    assert done.code == 0, done.err
+    (found,) = json.loads(done.out)["caches"]
+    assert "of an imported file" in found["straightness"]["weights"]
+    assert found["straightness"]["largest_deviation"]["value"] > 0
+    refused = svgpipe("analyze", finished.root / "cache", "--diffusion", imported / "diffusion")
+    assert refused.code == 1 and "is imported and draws latents" in refused.err
+
+
 @pytest.mark.slow
 def test_the_round_trip_trains_and_samples(
     extracted: Path, imported: Path, finished: Finished, svgpipe: Callable[..., Outcome]
@@ -247,20 +259,23 @@ def test_the_round_trip_trains_and_samples(
 def test_an_evaluation_measures_the_alignment_where_no_extraction_did(
     imported: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    """And says so; reconstructions alone do not, as they have no images to calibrate on."""
+    """And says so, be it of reconstructions alone or of samples; both find the same four numbers."""
     autoencoder, shards = tmp_path / "autoencoder", finished.root / "shards"
     shutil.copytree(imported / "autoencoder", autoencoder)
     measured = autoencoder / "alignment.json"
     measured.unlink(missing_ok=True)
     given = ("--autoencoder", autoencoder)
     backbone = ("--set", "reconstruction.extractor.kind=backbone")
-    refused = svgpipe("eval-reconstruction", *given, "--shards", shards, "--out", tmp_path / "no", *backbone)
-    assert refused.code == 2 and "Run svgpipe extract" in refused.err and not measured.exists()
+    rebuilt = svgpipe("eval-reconstruction", *given, "--shards", shards, "--out", tmp_path / "rebuilt", *backbone)
+    assert rebuilt.code == 0 and "was imported without an alignment; measured on" in rebuilt.out + rebuilt.err
+    first = json.loads(measured.read_text())["scalars"]
+    measured.unlink()
     diffusion = ("--diffusion", imported / "diffusion", "--reference", shards, "--recipe", finished.recipe_file)
     done = svgpipe("sample-and-eval", *given, *diffusion, "--steps", 1, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert "was imported without an alignment; measured on" in done.out + done.err
     assert json.loads(measured.read_text())["shards"] == finished.shards.manifest.fingerprint
+    assert json.loads(measured.read_text())["scalars"] == pytest.approx(first, rel=1e-4)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert "reconstructions" in [r["name"] for r in report["results"]]
 
@@ -309,6 +324,28 @@ def test_an_alignment_that_was_measured_anew_is_not_mixed_with_the_first(
     (cache / "alignment.json").write_text((other / "alignment.json").read_text())
     probed = svgpipe("probe", extracted, "--validation", cache)
     assert probed.code == 1 and "alignment" in probed.err
+
+
+@pytest.mark.parametrize("sigma", [False, True])
+@pytest.mark.parametrize("layout", ["ema", "model", "bare"])
+def test_every_layout_of_a_diffusion_file_is_sampled_from(
+    official: Official, svgpipe: Callable[..., Outcome], tmp_path: Path, layout: str, sigma: bool
+) -> None:
+    """As the official code saves the average alone, the model alone, or a bare state dict; with and without sigma."""
+    dit = DiT(grid=(4, 4), in_channels=196, num_classes=CLASSES, width=32, depth=1, heads=2, learn_sigma=sigma)
+    for parameter in dit.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    state = dit.state_dict()
+    torch.save(state if layout == "bare" else {layout: state}, tmp_path / "diffusion.pt")
+    files = [tmp_path / "diffusion.pt" if str(a).endswith("diffusion.pt") else a for a in official.arguments]
+    done = svgpipe("import-official", *files, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert ("with the unused sigma half" in done.out) == sigma
+    assert ("sample with --ema raw" in done.out) == (layout == "model")
+    model = open_diffusion(tmp_path / "out" / "diffusion").load("raw" if layout == "model" else "ema")
+    x, t, y = torch.randn(2, 16, 196), torch.tensor([0.2, 0.7]), torch.tensor([1, 3])
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, t, y), dit.eval()(x, t, y))
 
 
 def test_importing_again_finds_it_and_other_files_are_refused(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +14,13 @@ from safetensors.torch import load_file
 
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.evaluation import Report
-from svgpipe.stages.reference import open_reference, require_decodable
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.stages.progress import Silent
+from svgpipe.stages.reference import open_reference, require_decodable, was_decoded
 
 from .conftest import Finished, Outcome
 
+DECODED = {"headers": [], "whole": ["--decode"]}
 ONE = ["--steps", "2", "--guidance", "1.0"]
 
 
@@ -40,7 +45,7 @@ def test_statistics_of_the_same_images_give_the_same_distance(
 ) -> None:
     (file,) = (finished.root / "features").glob("reference-*.safetensors")
     pooled = load_file(file)["pooled"].double().numpy()
-    name = Report.read(finished.root / "evaluation").extractor["name"]
+    name = Report.read(finished.root / "evaluation").extractor.name
     moments = {"mu": pooled.mean(0), "sigma": np.cov(pooled, rowvar=False), "mu_s": np.zeros(3)}
     np.savez(tmp_path / "stats.npz", extractor=name, **moments)
     out = tmp_path / "out"
@@ -54,7 +59,7 @@ def test_statistics_of_the_same_images_give_the_same_distance(
         assert one.value == pytest.approx(other.value, rel=1e-6)
         assert one.low == pytest.approx(other.low, rel=1e-4)
         assert found.kernel_distance is None and found.precision is None
-    assert report.reference["kind"] == "statistics" and any("statistics" in why for why in report.not_measured)
+    assert report.reference.kind == "statistics" and any("statistics" in why for why in report.not_measured)
     page = (out / "report.html").read_text()
     assert "the statistics in" in page and "Not measured: kernel distance" in page
     assert svgpipe("verify", out, "--deep").code == 0
@@ -67,7 +72,7 @@ def test_a_folder_of_images_is_a_reference(
     done = svgpipe(*eval_args(finished, photographs, tmp_path / "out"))
     assert done.code == 0, done.err
     report = Report.read(tmp_path / "out")
-    assert report.reference["num_images"] == 36 and report.reference["kind"] == "folder"
+    assert report.reference.num_images == 36 and report.reference.kind == "folder"
     roles = {r.role: r for r in report.results}
     assert set(roles) == {"samples", "reconstructions", "decoded-noise"}
     assert roles["samples"].class_accuracy is not None  # its class folders are the model's classes
@@ -91,7 +96,27 @@ def test_a_folder_is_known_by_its_content(photographs: Path, tmp_path: Path) -> 
         first.write_bytes(content)
         damaged = open_reference(str(copy))
         with pytest.raises(ArtifactError, match=f"{first.name}: cannot be a reference image"):
-            require_decodable(damaged, damaged.train)
+            require_decodable(damaged.train, Silent())
+
+
+def test_images_that_nobody_decoded_are_looked_at_before_anything_is_drawn(
+    finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """As in tars of others that were indexed by their headers: one is cut short."""
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for i, ref in enumerate(finished.shards.usable("train")[:4]):
+            image = ref.read()[: -200 if i == 2 else None]
+            for name, content in ((f"{i}{Path(ref.path).suffix}", image), (f"{i}.cls", b"0")):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    indexed = [svgpipe("index", tmp_path / "set.tar", tmp_path / name, *more) for name, more in DECODED.items()]
+    assert all(found.code == 0 for found in indexed) and "4 usable" in indexed[0].out and "3 usable" in indexed[1].out
+    out, pool = tmp_path / "out", ["--pool", tmp_path / "pool"]
+    refused = svgpipe(*eval_args(finished, tmp_path / "headers", out, *pool))
+    assert refused.code == 1 and "set.tar: 2: cannot be a reference image" in refused.err and "--decode" in refused.err
+    assert not (tmp_path / "pool").exists()
+    assert was_decoded(ShardSet.open(tmp_path / "whole")) and was_decoded(finished.shards)
 
 
 def test_what_is_no_reference_is_refused(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -119,7 +144,13 @@ def test_what_is_no_reference_is_refused(finished: Finished, svgpipe: Callable[.
     assert "expected finite numbers" in refused(tmp_path / "nan.npz").err
     np.savez(tmp_path / "skew.npz", mu=np.zeros(4), sigma=np.triu(np.ones((4, 4))))
     assert "not symmetric" in refused(tmp_path / "skew.npz").err
-    name = Report.read(finished.root / "evaluation").extractor["name"]
+    np.savez(tmp_path / "below.npz", mu=np.zeros(4), sigma=-np.eye(4))
+    assert "with the eigenvalue -1" in refused(tmp_path / "below.npz").err
+    np.savez(tmp_path / "complex.npz", mu=np.zeros(4, complex), sigma=np.eye(4))
+    assert "expected real numbers" in refused(tmp_path / "complex.npz").err
+    np.savez(tmp_path / "two.npz", mu=np.zeros(4), sigma=np.eye(4), extractor=["a", "b"])
+    assert "not a readable .npz" in refused(tmp_path / "two.npz").err
+    name = Report.read(finished.root / "evaluation").extractor.name
     np.savez(tmp_path / "four.npz", mu=np.zeros(4), sigma=np.eye(4), extractor=name)
     other = refused(tmp_path / "four.npz")
     assert other.code == 2 and "4 dimensions" in other.err and "gives 1280" in other.err

@@ -22,7 +22,7 @@ from PIL import Image
 from torch_fidelity import feature_extractor_inceptionv3
 
 from svgpipe.manifests import store as store_module
-from svgpipe.manifests.checkpoint import STATISTICS_FILE, save_tensors
+from svgpipe.manifests.checkpoint import STATISTICS_FILE, AutoencoderManifest, save_tensors
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
 from svgpipe.manifests.journal import Journal
@@ -40,8 +40,9 @@ from svgpipe.stages.comparison import extracted
 from svgpipe.stages.decoded_images import ImageJob, decoded_images, missing_units
 from svgpipe.stages.decoding import latent_decoder
 from svgpipe.stages.encoder import build_backbone, state_digest
+from svgpipe.stages.image_set import ImageSet
 from svgpipe.stages.images import decode_image, to_array
-from svgpipe.stages.measure import Extractor, ImageSet, load_extractor
+from svgpipe.stages.measure import Extractor, load_extractor
 from svgpipe.stages.reference import open_reference
 from svgpipe.stages.sampling import SamplerSettings, draw_latents, initial_noise, keep_as_computed, labels_of
 from svgpipe.stages.trained_diffusion import open_diffusion
@@ -145,7 +146,7 @@ def test_the_report_traces_every_number(finished: Finished) -> None:
     assert [r.name for r in samples] == SETTINGS
     assert all(r.num_images == 6 and r.frechet_distance.value > 0 for r in samples)
     for key in ("steps", "guidance", "solver", "guidance_mode", "time_shift", "seed", "precision", "weights"):
-        assert all(key in (r.sampler or {}) for r in samples)
+        assert all(key in r.sampler.model_dump() for r in samples if r.sampler)
     roles = {r.role: r for r in report.results}
     assert set(roles) == {"samples", "heldout", "reconstructions", "decoded-noise"}
     assert roles["heldout"].frechet_distance.value < roles["decoded-noise"].frechet_distance.value
@@ -158,9 +159,13 @@ def test_the_report_traces_every_number(finished: Finished) -> None:
         assert r.recall is not None
         assert (r.precision.num_images, r.recall.num_images) == (r.num_images, 30)
     assert any("Inception Score" in text for text in report.not_measured)
-    assert report.reference["num_images"] == 30
+    assert report.reference.num_images == 30
     manifest = EvaluationManifest.read(out)
     assert set(manifest.inputs) == {"diffusion", "autoencoder", "reference"}
+    assert report.inputs == {name: ref.fingerprint for name, ref in manifest.inputs.items()}
+    assert report.diffusion.weights_sha256 == open_diffusion(finished.root / "diffusion").weights_sha256("ema-0.9")
+    assert (report.diffusion.steps, report.num_samples) == (12, 6)
+    assert {"svgpipe", "torch", "timm", "torch-fidelity"} == set(report.software)
 
 
 def test_every_field_of_the_report_is_documented_beside_it(finished: Finished) -> None:
@@ -214,7 +219,40 @@ def test_few_samples_of_many_classes_are_shown(finished: Finished, tmp_path: Pat
     report = Report.read(finished.root / "evaluation")
     samples = [r for r in report.results if r.role == "samples"][:2]
     names = [*report.class_names, *(f"class {i}" for i in range(97))]
-    assert len(report_page._side_by_side(finished.root / "evaluation", names, samples, 10).pictures) == 2 * 3
+    found = report_page._side_by_side(finished.root / "evaluation", names, "title", "steps", samples, 10)
+    assert len(found.pictures) == 2 * 3 and found.note.endswith("steps 1, 2 from left to right")
+
+
+def page_of(finished: Finished, out: Path, monkeypatch: pytest.MonkeyPatch, chosen: list[str]) -> str:
+    """The page of the finished evaluation, as if its sweep had had only some of the settings."""
+    shutil.copytree(finished.root / "evaluation", out)
+    report = Report.read(out)
+    kept = [r for r in report.results if r.role != "samples" or r.name in chosen]
+    monkeypatch.setattr(Report, "read", lambda _: report.model_copy(update={"results": kept}))
+    places = (finished.root / "autoencoder", finished.root / "diffusion", open_reference(str(finished.root / "shards")))
+    return report_page.render_report(out, *places).read_text()
+
+
+def test_guidances_stand_side_by_side_where_steps_do_not_vary(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = page_of(finished, tmp_path / "out", monkeypatch, [SETTINGS[1], SETTINGS[3]])
+    assert "Guidance side by side, 2 steps" in page and "guidance 1, 1.5 from left to right" in page
+    assert page.count("<figure ") == 6 + 6 + 2 * 3 + 6
+
+
+def test_a_single_setting_is_shown_once(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = page_of(finished, tmp_path / "out", monkeypatch, SETTINGS[:1])
+    assert "side by side" not in page and page.count("<figure ") == 6 + 6 + 6
+    assert "Best setting: <strong>1 step</strong>, distance" in page
+
+
+def test_an_autoencoder_that_was_never_trained_has_a_page(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untrained = AutoencoderManifest.read(finished.root / "autoencoder").model_copy(update={"steps": 0})
+    monkeypatch.setattr(AutoencoderManifest, "read", lambda _: untrained)
+    assert "Autoencoder: 0 steps" in page_of(finished, tmp_path / "out", monkeypatch, SETTINGS)
 
 
 def test_the_chart_runs_from_few_steps_to_many(finished: Finished) -> None:
@@ -293,6 +331,8 @@ def test_bfloat16_weights_change_nothing_that_autocast_does_not(finished: Finish
     keep_as_computed(model, "bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
     torch.testing.assert_close(draw_latents(model, range(4), settings, torch.device("cpu")), expected, rtol=0, atol=0)
+    alone = torch.cat([draw_latents(model, [i], settings, torch.device("cpu")) for i in range(4)])
+    torch.testing.assert_close(alone, expected, rtol=0, atol=2e-2 * float(expected.abs().max()))
     exact = drawn_by_a_worker(finished, precision="float32")
     difference = np.abs(drawn_by_a_worker(finished, precision="bfloat16") - exact).max()
     assert 0 < difference < 0.05 * np.abs(exact).max()
@@ -322,6 +362,12 @@ def test_another_layout_gives_the_same_numbers(
     for a, b in zip(one.results, two.results, strict=True):
         assert a.name == b.name
         assert b.frechet_distance.value == pytest.approx(a.frechet_distance.value, rel=1e-3)
+        assert a.kernel_distance is not None and b.kernel_distance is not None
+        assert b.kernel_distance.value == pytest.approx(a.kernel_distance.value, rel=1e-3)
+    noises = [decoded_images(tmp_path / name / "out", "decoded-noise") for name in ("one", "two")]
+    for i in range(48):  # the same noise, so the same pixels but for the decoder's rounding
+        first, second = (images.pixels(i).astype(int) for images in noises)
+        assert np.abs(first - second).max() <= 1
     for setting in ("steps-002_guidance-1", "steps-002_guidance-1.5"):
         latents, others = (FeatureStore.open(latents_of(tmp_path / n / "out", setting)) for n in ("one", "two"))
         np.testing.assert_array_equal(latents.array("label")[:48], others.array("label")[:48])
@@ -339,12 +385,14 @@ def test_an_interrupted_sweep_resumes(finished: Finished, tmp_path: Path, svgpip
     first, second = (latents_of(finished.root / "evaluation", name).name for name in SETTINGS[:2])
     (pool / first / "journal" / "unit-000001.json").unlink()
     (pool / second / "features" / "c" / "1" / "0" / "0" / "0" / "0").unlink()
+    cut = pool / latents_of(finished.root / "evaluation", SETTINGS[2]).name / "features/c/0/0/0/0/0"
+    cut.write_bytes(cut.read_bytes()[:1000])
     (out / "journal" / "decode" / "unit-000003.json").unlink()
     (out / "images" / SETTINGS[0] / shard_name(0)).unlink()
     kept = (pool / first / "journal" / "unit-000000.json").stat().st_mtime_ns
     found = svgpipe(*eval_args(finished, out))
     assert found.code == 0, found.err
-    assert "(6 done before)" in found.err
+    assert "(5 done before)" in found.err
     assert (pool / first / "journal" / "unit-000000.json").stat().st_mtime_ns == kept
     patterns = ("evaluation/images/**/*", "evaluation/report.json", "latents/**/features/c/**/*")
     assert tree_bytes(tmp_path, *patterns) == tree_bytes(finished.root, *patterns)
@@ -390,7 +438,7 @@ def test_a_kill_while_a_store_is_described_costs_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["latents", "evaluation/journal/decode"])
+@pytest.mark.parametrize("phase", ["latents", "evaluation/journal/decode", "evaluation/journal/compare"])
 def test_a_killed_sweep_ends_in_the_same_report(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], phase: str
 ) -> None:
@@ -428,6 +476,33 @@ def test_sweeps_that_agree_share_their_latents(
     assert "not the latents that were published" in svgpipe("verify", tmp_path / "same", "--deep").out
 
 
+def test_without_guidance_its_mode_and_guide_do_not_matter(finished: Finished) -> None:
+    """Such sweeps share their latents; cfg_star, which changes the first steps at any guidance, does not."""
+    model = open_diffusion(finished.root / "diffusion")
+    config = finished.recipe.evaluation.model_copy(update={"steps": [2], "guidance": [1.0, 1.5]})
+    plain = latents_stage.Sampler(model)
+
+    def drawn(mode: str, sampler: latents_stage.Sampler = plain) -> list[tuple[str, np.ndarray]]:
+        settings = sampler.settings(config.model_copy(update={"guidance_mode": mode}))
+        guides = [] if sampler.guide is None else [sampler.guide.load("raw")]
+        return [
+            (
+                latents_stage._key(sampler, setting, config),
+                draw_latents(model.load(), range(2), setting, torch.device("cpu"), *guides).numpy(),
+            )
+            for setting in settings
+        ]
+
+    (key, latents), (guided_key, guided) = drawn("constant")
+    others = [drawn(mode) for mode in ("interval-0.2-0.9", "linear", "late", "early-0.5")]
+    others.append(drawn("constant", latents_stage.Sampler(model, model)))
+    for (same_key, same), (other_key, other) in others:
+        assert same_key == key and np.array_equal(same, latents)
+        assert other_key != guided_key and not np.array_equal(other, guided)
+    (star_key, star), _ = drawn("cfg_star-1-0")
+    assert star_key != key and not np.array_equal(star, latents)
+
+
 @pytest.mark.slow
 def test_autoguidance_by_a_checkpoint(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     """v_weak + 2 (v - v_weak), by hand, with labels drawn and a multistep solver."""
@@ -439,13 +514,13 @@ def test_autoguidance_by_a_checkpoint(finished: Finished, tmp_path: Path, svgpip
     assert manifest.inputs["guide"].config["step"] == 8
     sampler = report.results[0].sampler
     assert sampler is not None
-    assert sampler["guide"].startswith("ema-0.9 of step 8, ")
+    assert sampler.guide is not None and sampler.guide.startswith("ema-0.9 of step 8, ")
     store = FeatureStore.open(latents_of(tmp_path / "out", manifest.settings[0]))
     labels = torch.from_numpy(store.array("label")[:6]).long()
-    assert torch.equal(labels, labels_of(range(6), 3, SamplerSettings(**sampler)))
+    assert torch.equal(labels, labels_of(range(6), 3, SamplerSettings(**sampler.model_dump())))
     good, weak = (open_diffusion(place).load() for place in (finished.root / "diffusion", guide))
     z, before = initial_noise(0, range(6), 16, 116), None
-    grid = time_grid(3, sampler["time_shift"])
+    grid = time_grid(3, sampler.time_shift)
     for t, dt in zip(grid, grid.diff(), strict=False):
         with torch.no_grad():
             v_weak = weak(z, t.expand(6), labels)
@@ -470,6 +545,15 @@ def test_a_guide_that_does_not_belong_is_refused(finished: Finished, tmp_path: P
     config = finished.recipe.evaluation.model_copy(update={"guidance_mode": "cfg_star-1-2"})
     with pytest.raises(UsageError, match="a guide has none"):
         latents_stage.Sampler(model, model).settings(config)
+
+
+def test_no_more_is_drawn_than_a_small_evaluation_asks_for(finished: Finished) -> None:
+    """A unit of work is no larger than the sweep; else five samples would cost as much as five hundred."""
+    config = finished.recipe.evaluation
+    assert [
+        latents_stage._unit_rows(config.model_copy(update={"num_samples": count, "unit_rows": 500}))
+        for count in (5, 500, 5000)
+    ] == [5, 500, 500]
 
 
 def test_labels_are_equal_per_class_or_drawn() -> None:
@@ -523,7 +607,9 @@ def test_inception_from_a_file_is_called_fid(
     assert report.metric == "FID"
     scores = [r.inception_score for r in report.results]
     assert all(score is not None and 1 - 1e-6 < score.value < 2 for score in scores)
-    assert report.extractor["weights"] == file_sha256(tmp_path / "inception.pth")
+    assert report.extractor.weights == state_digest(network.state_dict())  # whatever file they lie in
+    assert report.inputs["extractor"] == file_sha256(tmp_path / "inception.pth")
+    assert report.extractor.library.startswith("torch-fidelity 0.")
     torch.save({**network.state_dict(), "more": torch.zeros(1)}, tmp_path / "inception.pth")
     replaced = svgpipe(*eval_args(finished, tmp_path / "out", *change, *weights))
     assert replaced.code == 1 and "extractor" in replaced.err  # finished, but measured with other weights
@@ -541,7 +627,7 @@ def test_any_timm_model_is_an_extractor(finished: Finished, name: str, dimension
     found = extractor.features(images, 4)
     assert set(found) == {"pooled"} and found["pooled"].shape == (6, dimensions) == (6, extractor.dimensions)
     assert extractor.metric == f"Fréchet distance in {name} space (not FID)"
-    assert extractor.description["kind"] == "timm" and extractor.description["weights"]
+    assert extractor.description.kind == "timm" and len(extractor.description.weights) == 64
 
 
 def test_features_are_not_shared_between_input_sizes(finished: Finished, tmp_path: Path) -> None:
@@ -566,7 +652,8 @@ def test_features_are_found_by_content_never_by_name(finished: Finished, tmp_pat
     extractor, other = (load_extractor(section, own) for _ in range(2))
     for parameter in other.module.parameters():
         parameter.data.mul_(1.5)
-    other = replace(other, description={**other.description, "weights": state_digest(other.module.state_dict())})
+    description = other.description.model_copy(update={"weights": state_digest(other.module.state_dict())})
+    other = replace(other, description=description)
     kept = extracted(tmp_path, "images", images, extractor, 4)["pooled"]
     assert extracted(tmp_path, "images", fewer, extractor, 4)["pooled"].shape == (4, 512)
     assert not torch.allclose(extracted(tmp_path, "images", images, other, 4)["pooled"], kept, rtol=0.1)
