@@ -329,3 +329,11 @@ def demo(
 ) -> None:
     """The whole pipeline on eight photographs, on a CPU, with no account and no download."""
     run(recipe="demo", workdir=workdir, overrides=overrides)
+    made = f"{workdir}/cache --diffusion {workdir}/diffusion"
+    rebuilt = f"--autoencoder {workdir}/autoencoder --shards {workdir}/shards --out {workdir}/reconstruction"
+    typer.echo(
+        "to look further, each in a minute or so:\n"
+        f"  svgpipe probe {workdir}/cache --html {workdir}/probe.html\n"
+        f"  svgpipe analyze {made} --html {workdir}/analysis.html\n"
+        f"  svgpipe eval-reconstruction {rebuilt} --recipe demo"
+    )
