@@ -23,7 +23,8 @@ from svgpipe.stages.figures import figure, mean_figure, picks
 from svgpipe.stages.selection import evenly_spread
 from svgpipe.stages.training import generator
 
-# Dense near the noise: of latents of 100,000 numbers, from t = 0.01 on a field points at a single image.
+# Dense near the noise: of latents of 100,000 numbers, a field soon points at a single image, from t = 0.02 on if these
+# have nothing in common.
 TIMES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.9)
 POINTS_PER_CLASS = 8
 SMALLEST_CLASS = 3

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from importlib import resources
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svgpipe.pipeline.chart import Value, chart
+from svgpipe.pipeline.chart import COLOURS, Value, chart
 
 
 def test_places_follow_the_ticks() -> None:
@@ -72,6 +74,26 @@ def test_the_papers_distances_can_be_told_apart_below_decoded_noise() -> None:
     assert [level.name for level in found.levels] == ["decoded noise", "reconstructions", "held-out real"]
     below = chart("t", "x", "y", [1], {"a": [Value(1.0, -2.0, 3.0)]}, {}, logarithmic=True).lines[0].points[0]
     assert below.low == pytest.approx(found.bottom)
+
+
+def contrast_to_white(colour: str) -> float:
+    """By WCAG 2.2: 1 for white itself, 21 for black."""
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (b / 255 for b in bytes.fromhex(colour))
+    ]
+    return 1.05 / (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
+
+
+def test_pages_can_be_read_by_all() -> None:
+    """Text has the contrast that WCAG AA asks for (4.5), what is drawn and means something that of graphics (3)."""
+    folder = resources.files("svgpipe.pipeline")
+    style = folder.joinpath("page_style.html").read_text()
+    named = dict(re.findall(r"--(\w+): #([0-9a-f]{6})", style))
+    assert min(contrast_to_white(named[name]) for name in ("ink", "soft", "mark")) >= 4.5
+    assert min(contrast_to_white(colour.removeprefix("#")) for colour in COLOURS) >= 4.5  # names of classes, too
+    assert contrast_to_white(named["graph"]) >= 3
+    levels = re.findall(r'stroke="#([0-9a-f]{6})" stroke-dasharray', folder.joinpath("page_chart.html").read_text())
+    assert levels and min(map(contrast_to_white, levels)) >= 3
 
 
 def test_a_chart_of_zeros_is_drawn() -> None:
