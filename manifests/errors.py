@@ -57,11 +57,13 @@ def memory_error(error: BaseException) -> SvgpipeError | None:
 
     By the error's name, as its class lies in torch, which not every command loads.
     """
-    if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator: can't allocate" not in str(error):
+    on_gpu = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.partition(".")[0] == "torch"
+    if not on_gpu and "DefaultCPUAllocator: can't allocate" not in str(error):
         return None
     return SvgpipeError(
-        f"out of memory ({first_line(error)}). What was finished is kept. Run the command again with a smaller "
-        "--set SECTION.batch_size=N; to train on the same batches in parts, with --set diffusion.accumulate=N."
+        f"out of memory ({first_line(error)}). What was finished is kept. A smaller batch_size needs less: evaluations "
+        "go on with it (--set SECTION.batch_size=N), other stages begin anew in another --out; for training, a larger "
+        "diffusion.accumulate computes the same batch in parts."
     )
 
 

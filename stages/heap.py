@@ -6,19 +6,18 @@ import ctypes
 import sys
 
 # mallopt's parameters, of glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST_THRESHOLD = 32 * 2**20  # that glibc takes
-NEVER = 2**31 - 1
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+NEVER = -1
 
 
 def keep_freed_memory() -> bool:
     """Let this process keep what it frees; whether that could be done (elsewhere than with glibc it cannot).
 
-    By default glibc gives the heap's end back to the system whenever some large tensors are gone, and fetches it again,
-    page by page, for the next ones: at inference on a CPU up to a fifth of a transformer's time
-    (tests/benchmarks/sample.py). The process stays as large as its largest moment.
+    By default glibc gives very large blocks, and the heap's end whenever some large tensors are gone, back to the
+    system and fetches them again, page by page, for the next ones: at inference on a CPU up to a fifth of a
+    transformer's time (tests/benchmarks/sample.py). The process stays as large as its largest moment.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
