@@ -196,7 +196,10 @@ class ShardSet:
         if names == [shard.name for shard in self.manifest.shards]:
             return ref
         return ref.model_copy(
-            update={"fingerprint": digest([ref.fingerprint, names]), "config": {**ref.config, "only": names}}
+            update={
+                "fingerprint": digest([ref.fingerprint, names]),
+                "config": {**ref.config, "only": names, "of": ref.fingerprint},
+            }
         )
 
     def tars(self, split: Split | None = None) -> list[Location]:

@@ -164,9 +164,8 @@ def _require_comparable(cache: FeatureCache, validation: FeatureCache) -> None:
     )
     require_same_alignment(validation.path, cache.path)
     not_heldout = bool((validation.valid & ~validation.heldout).any())  # held-out rows are never fitted on
-    if ours["shards"].fingerprint == theirs["shards"].fingerprint or (
-        not_heldout and _share_tars(ours["shards"], theirs["shards"])
-    ):
+    same = ours["shards"].fingerprint == theirs["shards"].fingerprint
+    if same or (not_heldout and _share_tars(ours["shards"], theirs["shards"])):
         raise UsageError(
             f"{validation.path}: holds images of {cache.path} itself. Leave --validation out to test on its "
             "held-out rows, or give a cache of other images."
@@ -180,7 +179,7 @@ def _require_comparable(cache: FeatureCache, validation: FeatureCache) -> None:
 
 def _share_tars(one: InputRef, other: InputRef) -> bool:
     """Whether two inputs, of which either may be a part of a shard set, hold a tar of one set in common."""
-    if one.path != other.path:
+    if one.config.get("of", one.fingerprint) != other.config.get("of", other.fingerprint):
         return False
     parts = [set(ref.config["only"]) for ref in (one, other) if "only" in ref.config]
     return len(parts) < 2 or bool(parts[0] & parts[1])
