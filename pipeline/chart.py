@@ -103,12 +103,12 @@ def chart(
         series: as many values as there are xs.
         levels: horizontal lines by name.
         joined: draw lines between the points; else the series stand beside each other at every x.
-        logarithmic: y by its logarithm, from the least value; all values and levels must be positive (ends of intervals
-            that are not end at the bottom).
+        logarithmic: y by its logarithm, from the least value or level to the largest, all of which must be positive;
+            intervals that reach further are cut off there.
     """
     drawn = [v for values in series.values() for v in values]
     ends = [end for v in drawn for end in (v.low, v.value, v.high) if end is not None]
-    axis = _logarithmic([*(v.value for v in drawn), *ends, *levels.values()]) if logarithmic else _linear(ends, levels)
+    axis = _logarithmic([*(v.value for v in drawn), *levels.values()]) if logarithmic else _linear(ends, levels)
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     apart = 0 if joined else width / len(xs) / (len(series) + 1)
 
@@ -168,14 +168,13 @@ def _linear(ends: Sequence[float], levels: Mapping[str, float]) -> _Axis:
 
 def _logarithmic(values: Sequence[float]) -> _Axis:
     """1, 2 and 5 times powers of ten, or powers of ten alone where there would be too many."""
-    positive = [value for value in values if value > 0]
-    bottom, top = min(positive) / 1.15, max(positive) * 1.15
+    bottom, top = min(values) / 1.15, max(values) * 1.15
     powers = range(math.floor(math.log10(bottom)), math.ceil(math.log10(top)) + 1)
     for factors in ((1, 2, 5), (1,)):
         ticks = tuple(f * 10.0**p for p in powers for f in factors if bottom <= f * 10.0**p <= top)
         if len(ticks) <= MOST_TICKS:
             break
-    return _Axis(bottom, top, ticks, math.log)
+    return _Axis(bottom, top, ticks or (min(values),), math.log)
 
 
 def _named(places: Mapping[str, float]) -> tuple[Level, ...]:

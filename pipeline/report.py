@@ -22,7 +22,7 @@ from svgpipe.stages.selection import evenly_spread
 REPORT_PAGE = "report.html"
 MAX_COLUMNS = 10
 ROWS = 4
-LINEAR_UP_TO = 8  # times the least distance: beyond, the chart is logarithmic
+LINEAR_UP_TO = 8  # times the least distance of samples: beyond, the chart is logarithmic
 SIDE_BY_SIDE = 160  # pictures of all settings together, where they leave a row at least: the page stays below 10 MB
 
 
@@ -165,9 +165,9 @@ def _distance_chart(samples: Sequence[Measured], lines: dict[str, Measured]) -> 
 
 
 def _far_apart(series: dict[str, list[Value]], levels: dict[str, float]) -> bool:
-    """Whether the ceiling would press what matters into the bottom of a linear axis."""
-    values = [v.value for found in series.values() for v in found] + list(levels.values())
-    return min(values) > 0 and max(values) > LINEAR_UP_TO * min(values)
+    """Whether the ceiling would press the samples into the bottom of a linear axis."""
+    samples = [v.value for found in series.values() for v in found]
+    return min(*samples, *levels.values()) > 0 and max(*samples, *levels.values()) > LINEAR_UP_TO * min(samples)
 
 
 def _curves(path: Location, names: Sequence[str], stage: str) -> list[Curve]:

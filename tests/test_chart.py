@@ -72,8 +72,11 @@ def test_the_papers_distances_can_be_told_apart_below_decoded_noise() -> None:
     texts = sorted(level.text_y for level in found.levels)
     assert all(below - above >= 12 for above, below in itertools.pairwise(texts))
     assert [level.name for level in found.levels] == ["decoded noise", "reconstructions", "held-out real"]
-    below = chart("t", "x", "y", [1], {"a": [Value(1.0, -2.0, 3.0)]}, {}, logarithmic=True).lines[0].points[0]
-    assert below.low == pytest.approx(found.bottom)
+    wide = chart("t", "x", "y", [1, 2], {"a": [Value(1.0, 0.001, 3.0), Value(9.0, -1, 99.0)]}, {}, logarithmic=True)
+    least, largest = wide.lines[0].points  # ends of intervals do not stretch the axis
+    assert least.low == largest.low == pytest.approx(wide.bottom) and largest.high == pytest.approx(wide.top)
+    assert least.y - largest.y > 150
+    assert chart("t", "x", "y", [1], {"a": [Value(3.0)]}, {}, logarithmic=True).y_ticks[0].text == "3"
 
 
 def contrast_to_white(colour: str) -> float:
