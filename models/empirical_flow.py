@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 
-def empirical_velocity(z_BD: Tensor, t: float, data_ND: Tensor) -> Tensor:
+def empirical_velocity(z_BD: Tensor, t: float, data_ND: Tensor, likely_BN: Tensor | None = None) -> Tensor:
     """(B,D) E[x1 - z0 | z_t = z] where x1 is one of the data rows, each as likely, and z0 standard normal.
 
-    (E[x1 | z] - z) / (1-t), the expectation being over the rows by `posterior`. This is the minimiser of the
-    flow-matching loss on these rows (arXiv 2209.03003, section 2). Raises ValueError unless 0 <= t < 1.
+    (E[x1 | z] - z) / (1-t), the expectation being over the rows by `posterior`, which may be given where it is known.
+    This is the minimiser of the flow-matching loss on these rows (arXiv 2209.03003, section 2).
+    Raises ValueError unless 0 <= t < 1.
     """
-    return (posterior(z_BD, t, data_ND).to(data_ND.dtype) @ data_ND - z_BD) / (1 - t)
+    likely_BN = posterior(z_BD, t, data_ND) if likely_BN is None else likely_BN
+    return (likely_BN.to(data_ND.dtype) @ data_ND - z_BD) / (1 - t)
 
 
 def posterior(z_BD: Tensor, t: float, data_ND: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class CacheAnalysis(Record):
     num_images: int
     distances: list[Distances]
     agreement: list[Agreement] = Field(description="At a row of times from noise (0) to data (1); whole latents.")
-    mean_parted: Figure | None = Field(description="Mean of `parted` over the times.")
+    mean_parted: Figure | None = Field(description="Mean of `parted` over the times, which are dense near the noise.")
     map: list[MappedImage] = Field(description="t-SNE of pooled, standardised features.")
     straightness: Straightness | None
     not_measured: list[str]
@@ -111,10 +111,11 @@ def _assign(caches: Sequence[FeatureCache], models: Sequence[Location]) -> dict[
         model = open_diffusion(place)
         belongs = [cache.manifest.fingerprint for cache in caches if _is_of(model, cache)]
         if not belongs:
-            what = "was trained on the cache" if model.autoencoder is None else "is imported and draws latents"
+            imported = model.autoencoder is not None
+            what = "is imported, and draws latents of the autoencoder" if imported else "was trained on the cache"
             raise MismatchError(
-                f"{place}: {what} {model.cache[:12]}, which is none of those given: "
-                + ", ".join(f"{cache.path} ({cache.manifest.fingerprint[:12]})" for cache in caches)
+                f"{place}: {what} {(model.autoencoder or model.cache)[:12]}, which is none of those given: "
+                + ", ".join(f"{cache.path} ({_known_by(cache, imported)[:12]})" for cache in caches)
             )
         if belongs[0] in found:
             raise MismatchError(f"{place}: {found[belongs[0]].directory} belongs to the same cache; give one.")
@@ -123,9 +124,12 @@ def _assign(caches: Sequence[FeatureCache], models: Sequence[Location]) -> dict[
 
 
 def _is_of(model: TrainedDiffusion, cache: FeatureCache) -> bool:
-    if model.autoencoder is not None:
-        return model.autoencoder == cache.manifest.inputs["autoencoder"].fingerprint
-    return model.cache == cache.manifest.fingerprint
+    return (model.autoencoder or model.cache) == _known_by(cache, model.autoencoder is not None)
+
+
+def _known_by(cache: FeatureCache, imported: bool) -> str:
+    """The fingerprint that a model goes by: of the cache, or, if it was imported, of the cache's autoencoder."""
+    return cache.manifest.inputs["autoencoder"].fingerprint if imported else cache.manifest.fingerprint
 
 
 def _analyze_one(

@@ -74,9 +74,10 @@ def velocity_agreement(latents_nD: Tensor, labels_n: Tensor, replicates: int, se
         own, twin, effective = torch.empty_like(z), torch.empty_like(z), torch.empty(len(z), dtype=torch.float64)
         for c, (_, one, two) in groups.items():
             here = (classes == c).to(z.device)
-            own[here] = empirical_velocity(z[here], t, latents_nD[one])
+            likely = posterior(z[here], t, latents_nD[one])
+            own[here] = empirical_velocity(z[here], t, latents_nD[one], likely)
             twin[here] = empirical_velocity(z[here], t, latents_nD[two])
-            effective[classes == c] = 1 / posterior(z[here], t, latents_nD[one]).square().sum(1).cpu()
+            effective[classes == c] = 1 / likely.square().sum(1).cpu()
         within, between = F.cosine_similarity(own, twin, dim=1).cpu(), torch.zeros(len(z))
         others = torch.zeros(len(z))
         for c in fields:  # at all points at once: there are as many fields as classes

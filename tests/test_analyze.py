@@ -94,9 +94,9 @@ def test_of_many_classes_some_fields_are_enough(monkeypatch: pytest.MonkeyPatch)
     whole = velocity_agreement(latents, labels, 20, 0)
     looked: list[int] = []
 
-    def counted(z: Tensor, t: float, data: Tensor) -> Tensor:
+    def counted(z: Tensor, t: float, data: Tensor, likely: Tensor | None = None) -> Tensor:
         looked.append(len(z))
-        return empirical_velocity(z, t, data)
+        return empirical_velocity(z, t, data, likely)
 
     monkeypatch.setattr(stage, "empirical_velocity", counted)
     monkeypatch.setattr(stage, "MOST_FIELDS", 3)

@@ -229,7 +229,7 @@ def test_an_imported_models_paths_are_analysed_beside_a_cache_of_its_autoencoder
     assert "of an imported file" in found["straightness"]["weights"]
     assert found["straightness"]["largest_deviation"]["value"] > 0
     refused = svgpipe("analyze", finished.root / "cache", "--diffusion", imported / "diffusion")
-    assert refused.code == 1 and "is imported and draws latents" in refused.err
+    assert refused.code == 1 and "is imported, and draws latents of the autoencoder" in refused.err
 
 
 @pytest.mark.slow
