@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Callable
@@ -33,10 +34,11 @@ class Journal:
         write_json(self._path(unit), entry)
 
     def kept(self, unit: int, key: str, make: Callable[[], Json]) -> Json:
-        """What `make` gives, or gave in an earlier run under the same key."""
-        if self._path(unit).exists() and (record := self.read(unit)).get("key") == key:
-            found: Json = record["kept"]
-            return found
+        """What `make` gives, or gave in an earlier run under the same key; a damaged record is made anew."""
+        with contextlib.suppress(ArtifactError):
+            if (record := self.read(unit)).get("key") == key:
+                kept: Json = record["kept"]
+                return kept
         found = make()
         self.record(unit, {"key": key, "kept": found})
         return found

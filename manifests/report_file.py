@@ -49,8 +49,8 @@ class WrittenReport(Record):
         found, expected = read_json(path), cls.model_fields["schema_version"].default
         if found.get("schema_version") != expected:
             raise ArtifactError(
-                f"{path}: expected {cls.NOUN} of layout {expected}, found {found.get('schema_version')}. Open it with "
-                "the svgpipe that wrote it, or measure again into another --out: what was drawn is found there."
+                f"{path}: expected {cls.NOUN} of layout {expected}, found {found.get('schema_version')}. Read it with "
+                "the svgpipe that wrote it, or move its directory away and run the command again: latents are found."
             )
         try:
             return cls.model_validate(found)

@@ -27,16 +27,16 @@ class FrechetTarget:
         self.root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
     @classmethod
-    def of(cls, features: Tensor) -> FrechetTarget:
-        """Of (m,D) rows. Raises ValueError for fewer than two."""
+    def of(cls, features: Tensor, device: torch.device | None = None) -> FrechetTarget:
+        """Of (m,D) rows, computed and kept on `device`. Raises ValueError for fewer than two."""
         if len(features) < 2:
             raise ValueError(f"Fréchet distance: expected at least two rows, found {len(features)}")
         # In blocks: in float64 and centred, all of ImageNet would take 40 GB.
-        blocks = features.split(BLOCK)
-        mean = torch.stack([block.double().sum(0) for block in blocks]).sum(0) / len(features)
-        scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=features.device)
+        blocks, device = features.split(BLOCK), device or features.device
+        mean = torch.stack([block.to(device).double().sum(0) for block in blocks]).sum(0) / len(features)
+        scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=device)
         for block in blocks:
-            centred = block.double() - mean
+            centred = block.to(device).double() - mean
             scatter += centred.T @ centred
         return cls(mean, scatter / (len(features) - 1))
 

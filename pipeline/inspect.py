@@ -16,6 +16,7 @@ from rich.text import Text
 from svgpipe.manifests.alignment import MeasuredAlignment
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
+from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
 from svgpipe.manifests.figure import Figure
 from svgpipe.manifests.journal import finished_units
@@ -154,14 +155,20 @@ def _diffusion_facts(path: Location, manifest: Any) -> Json:
 
 def _evaluation_facts(path: Location, manifest: Any) -> Json:
     assert isinstance(manifest, EvaluationManifest)
-    report = Report.read(path)
+    try:
+        report = Report.read(path)
+    except ArtifactError as error:  # of another layout, say: what the manifest knows is worth showing all the same
+        return {"report": str(error), "samples per setting": manifest.num_samples}
     distances = {r.name: round(r.frechet_distance.value, 3) for r in report.results}
     return {"metric": report.metric, "distances": distances, "samples per setting": manifest.num_samples}
 
 
 def _reconstruction_facts(path: Location, manifest: Any) -> Json:
     assert isinstance(manifest, ReconstructionManifest)
-    report = ReconstructionReport.read(path)
+    try:
+        report = ReconstructionReport.read(path)
+    except ArtifactError as error:
+        return {"report": str(error), "held-out images": manifest.num_images}
     found = {r.name: {name: _rounded(getattr(r, name)) for name in _RECONSTRUCTED} for r in report.results}
     return {"metric": report.metric, "held-out images": manifest.num_images, **found}
 

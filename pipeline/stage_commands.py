@@ -6,6 +6,7 @@ load timm or webdataset.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -329,11 +330,11 @@ def demo(
 ) -> None:
     """The whole pipeline on eight photographs, on a CPU, with no account and no download."""
     run(recipe="demo", workdir=workdir, overrides=overrides)
-    made = f"{workdir}/cache --diffusion {workdir}/diffusion"
-    rebuilt = f"--autoencoder {workdir}/autoencoder --shards {workdir}/shards --out {workdir}/reconstruction"
+    work = shlex.quote(workdir)
+    rebuilt = f"--autoencoder {work}/autoencoder --shards {work}/shards --out {work}/reconstruction"
     typer.echo(
-        "to look further, each in a minute or so:\n"
-        f"  svgpipe probe {workdir}/cache --html {workdir}/probe.html\n"
-        f"  svgpipe analyze {made} --html {workdir}/analysis.html\n"
+        "to look further (the last one fetches the weights of LPIPS, where there is a network):\n"
+        f"  svgpipe probe {work}/cache --html {work}/probe.html\n"
+        f"  svgpipe analyze {work}/cache --diffusion {work}/diffusion --html {work}/analysis.html\n"
         f"  svgpipe eval-reconstruction {rebuilt} --recipe demo"
     )

@@ -15,7 +15,7 @@ from svgpipe.manifests.checkpoint import load_tensors, save_tensors
 from svgpipe.manifests.evaluation import Measured, ReferenceRecord, SamplerRecord
 from svgpipe.manifests.figure import Figure
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import Json, digest, svgpipe_version
+from svgpipe.manifests.manifest import Json, digest
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardFile, refs_of
 from svgpipe.manifests.storage import ABANDONED_S, Location, children, make_directory, remove_partials
@@ -23,7 +23,7 @@ from svgpipe.models.distances import FrechetTarget
 from svgpipe.stages.figures import mean_figure
 from svgpipe.stages.image_set import ImageSet
 from svgpipe.stages.images import psnr
-from svgpipe.stages.measure import LOGITS, POOLED, Extractor
+from svgpipe.stages.measure import LOGITS, POOLED, Extractor, software
 from svgpipe.stages.metrics import NEIGHBOURS, Comparison, Features
 from svgpipe.stages.progress import Progress
 from svgpipe.stages.reference import RealSets, Reference
@@ -115,7 +115,7 @@ def compare(
     progress.begin("compare", len(names))
     results = []
     for number, name in enumerate(names):
-        key = digest([svgpipe_version(), *decides, name, everything[name].digest])
+        key = digest([software(), *decides, name, everything[name].digest])
         results.append(Measured.model_validate(journal.kept(number, key, functools.partial(measure, name))))
         progress.advance(1, name)
     smallest = min(map(len, everything.values()))

@@ -12,9 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from svgpipe.manifests.alignment import MeasuredAlignment
+from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.index import ImageRef, read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.manifest import digest, svgpipe_version
 from svgpipe.manifests.shards import ShardFile, shard_name
 from svgpipe.manifests.storage import Location, absolute, children, file_size, make_directory, remove_partials
 from svgpipe.stages.encoder import load_autoencoder, reconstruct
@@ -24,6 +27,7 @@ from svgpipe.stages.images import decode_image
 from svgpipe.stages.pixels import as_pixels
 from svgpipe.stages.progress import Progress
 from svgpipe.stages.sampling import initial_noise
+from svgpipe.stages.shared_images import SharedImages
 from svgpipe.stages.units import Resources, Row, run_units, start_worker
 
 DECODE_JOURNAL = "journal/decode"  # of an evaluation
@@ -34,6 +38,7 @@ class ImageJob:
     """One set of images to be made: from a store of latents, from real images, or, without either, from noise.
 
     labels: of the latents; real images bring theirs, noise has none and is given 0.
+    contents: of the latents, sha256 of those of each unit: what decoded images are found again by.
     residual: of real images, False encodes them without the residual branch.
     """
 
@@ -41,6 +46,7 @@ class ImageJob:
     count: int
     store: Location | None = None
     labels: Sequence[int] = ()
+    contents: Sequence[str] = ()
     originals: Sequence[ImageRef] = ()
     residual: bool = True
 
@@ -55,6 +61,7 @@ class ImageJob:
                 "store": None if self.store is None else str(absolute(self.store)),
                 "indices": list(range(first, min(first + rows, self.count))),
                 "labels": [int(label) for label in labels[first : min(first + rows, self.count)]],
+                "content": self.contents[number] if self.contents else None,
                 "refs": [
                     [str(absolute(r.tar)), r.offset, r.size, r.sha256, r.key, r.label]
                     for r in self.originals[first : first + rows]
@@ -69,6 +76,7 @@ def decode(
     autoencoder: Location,
     out: Location,
     *,
+    pool: Location,
     mean: NDArray[np.float32],
     std: NDArray[np.float32],
     size: int,
@@ -81,6 +89,7 @@ def decode(
     """Tars of every set below `out`/images, by name; run again to resume. Ray must be connected.
 
     Args:
+        pool: holds `decoded`, where other evaluations find the same tars.
         mean, std: (C,) what latents are denormalised with.
         size: side of the images. seed: of the noise.
         unit_rows: images per tar, the unit of resume. batch_size: no image depends on it but by rounding.
@@ -88,11 +97,19 @@ def decode(
     units = [unit for job in jobs for unit in job.units(unit_rows)]
     journal = Journal(out / DECODE_JOURNAL)
     remove_partials(journal.directory)
-    missing = missing_units(journal, units, out / "images")
-    progress.begin("decode", len(units), len(units) - len(missing))
     for job in jobs:
         make_directory(out / "images" / job.name)
         remove_partials(out / "images" / job.name)
+    shared = SharedImages(absolute(pool / "decoded"))
+    decides = _decides(autoencoder, mean, std, seed, size)
+    for number in missing_units(journal, units, out / "images"):
+        unit = units[number]
+        unit["key"] = _key(unit, decides)
+        shard = shared.take(unit["key"], out / "images" / unit["set"] / shard_name(unit["number"]))
+        if shard is not None:
+            journal.record(number, {"set": unit["set"], "shard": shard.model_dump()})
+    missing = missing_units(journal, units, out / "images")
+    progress.begin("decode", len(units), len(units) - len(missing))
     items = [{"unit": number, "job": json.dumps(units[number])} for number in missing]
     args = {
         "autoencoder": absolute(autoencoder),
@@ -102,13 +119,35 @@ def decode(
         "batch_size": batch_size,
         "threads": resources.threads,
     }
-    writer = WriteImages(absolute(out), absolute(journal.directory))
+    writer = WriteImages(absolute(out), absolute(journal.directory), shared)
     for _ in run_units(items, ReadForDecoding(size), _Decode, args, writer, resources):
         progress.advance()
     found: dict[str, list[ShardFile]] = {job.name: [] for job in jobs}
     for number, unit in enumerate(units):
         found[unit["set"]].append(ShardFile.model_validate(journal.read(number)["shard"]))
     return found
+
+
+def _decides(
+    autoencoder: Location, mean: NDArray[np.float32], std: NDArray[np.float32], seed: int, size: int
+) -> list[Any]:
+    """What decides all images of an evaluation."""
+    measured = MeasuredAlignment.read(autoencoder)
+    return [
+        svgpipe_version(),
+        AutoencoderManifest.read(autoencoder).fingerprint,
+        None if measured is None else measured.scalars,
+        [mean.tolist(), std.tolist()],
+        seed,
+        size,
+    ]
+
+
+def _key(unit: dict[str, Any], decides: list[Any]) -> str:
+    """Of all that decides a unit's tar; not where its latents or originals lie."""
+    originals = [[sha256, label] for _, _, _, sha256, _, label in unit["refs"]]
+    own = [unit[name] for name in ("number", "residual", "indices", "labels", "content")]
+    return digest([decides, own, originals])
 
 
 def missing_units(journal: Journal, units: Sequence[dict[str, Any]], images: Location) -> list[int]:

@@ -21,7 +21,7 @@ from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import WorkDir, digest, svgpipe_version
+from svgpipe.manifests.manifest import WorkDir, digest
 from svgpipe.manifests.recipe import AutoencoderSection, PerceptualSection, ReconstructionSection
 from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.report_file import REPORT_NAME
@@ -29,7 +29,7 @@ from svgpipe.manifests.shards import ShardSet, refs_of
 from svgpipe.manifests.storage import Location, file_sha256
 from svgpipe.stages.align import align_for_evaluation, needs_alignment
 from svgpipe.stages.comparison import RECONSTRUCTIONS, extracted
-from svgpipe.stages.decoded_images import DECODE_JOURNAL, ImageJob, decode
+from svgpipe.stages.decoded_images import ImageJob, decode
 from svgpipe.stages.encoder import build_backbone, read_weight_file
 from svgpipe.stages.figures import mean_figure
 from svgpipe.stages.image_set import ImageSet
@@ -67,7 +67,7 @@ def eval_reconstruction(
         autoencoder: finished one.
         shards: whose held-out images are taken. By its training images the alignment of an imported autoencoder is
             measured, if nobody has yet.
-        pool: holds `features`, which other evaluations find there; without it, where `out` lies.
+        pool: holds `decoded` and `features`, which other evaluations find there; without it, where `out` lies.
     Raises:
         UsageError: no held-out images.
         ArtifactError: missing weights or images. MismatchError: `out` holds another evaluation.
@@ -96,8 +96,8 @@ def eval_reconstruction(
         missing: list[str] = []
         distance = _lpips(config, missing)
         progress = Recorded(progress, out)
-        if not was_decoded(shards) and not (out / DECODE_JOURNAL).exists():
-            require_decodable(chosen, progress)
+        if not was_decoded(shards):
+            require_decodable(chosen, Journal(out / "journal" / "looked"), progress)
         if needs_alignment(autoencoder, encoder):
             align_for_evaluation(shards, autoencoder, encoder, config.batch_size, resources, progress)
         keep_alignment(autoencoder, out)
@@ -113,6 +113,7 @@ def eval_reconstruction(
             jobs,
             autoencoder,
             out,
+            pool=pool or out.parent,
             mean=np.zeros(channels, np.float32),
             std=np.ones(channels, np.float32),
             size=encoder.image_size,
@@ -198,7 +199,7 @@ def _measure(
         for part, start in enumerate(starts):
             rows = range(start, min(start + config.unit_rows, len(originals)))
             shown = [ref.sha256 for source in (originals, images) for ref in source.refs[start : rows.stop]]
-            key = digest([svgpipe_version(), CROP, shown, distance is not None])
+            key = digest([software(), CROP, originals.size, shown, distance is not None])
             compare = partial(_compare_all, originals, images, rows, distance)
             for measure, values in journal.kept(number * len(starts) + part, key, compare).items():
                 measures.setdefault(measure, []).extend(values)

@@ -18,6 +18,7 @@ from svgpipe.manifests.storage import Location, file_sha256, file_size, location
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
 from svgpipe.stages.images import centre_crop, decode_member, encode_png, to_array
+from svgpipe.stages.shared_images import SharedImages
 
 Row = dict[str, Any]
 
@@ -63,10 +64,11 @@ class ReadForDecoding:
 
 @dataclass(frozen=True)
 class WriteImages:
-    """CPU task: one tar, then its journal record."""
+    """CPU task: one tar, then its journal record, then other evaluations may find it."""
 
     out: Location
     journal: Location
+    shared: SharedImages
 
     def __call__(self, row: Row) -> Row:
         job = json.loads(row["job"])
@@ -77,4 +79,5 @@ class WriteImages:
         ]
         shard = write_tar(folder / shard_name(job["number"]), members, "train")
         Journal(self.journal).record(int(row["unit"]), {"set": job["set"], "shard": shard.model_dump()})
+        self.shared.give(job["key"], folder / shard.name, shard)
         return {"unit": row["unit"]}

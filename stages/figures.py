@@ -33,6 +33,7 @@ def figure(value: float, replicates: Sequence[float], num_images: int, least: fl
     least: what the figure cannot fall below; nor can its interval.
     """
     shift = value - sum(replicates) / max(1, len(replicates))
+    least = min(least, value)  # that rounding may put below
     return _between([max(least, replicate + shift) for replicate in replicates], value, num_images)
 
 

@@ -120,7 +120,7 @@ def draw(
     """
     if not resources.gpus_per_worker:
         warn_if_imitated(config.precision)  # here, since nobody reads what a worker logs
-    unit_rows = _unit_rows(config)
+    unit_rows = config.unit_rows
     units = -(-config.num_samples // unit_rows)
     with ExitStack() as locks:
         stores = []
@@ -153,12 +153,7 @@ def draw(
 
 
 def _key(sampler: Sampler, setting: SamplerSettings, config: EvaluationSection) -> str:
-    return digest([sampler.model.weights_sha256(config.weights), asdict(setting.deciding), _unit_rows(config)])[:12]
-
-
-def _unit_rows(config: EvaluationSection) -> int:
-    """Rows of an outer shard, all of which are drawn."""
-    return min(config.unit_rows, config.num_samples)
+    return digest([sampler.model.weights_sha256(config.weights), asdict(setting.deciding), config.unit_rows])[:12]
 
 
 def _prepare(
@@ -190,13 +185,14 @@ def _whole_store(path: Location) -> FeatureStore | None:
 
 
 def _missing(store: FeatureStore, journal: Journal, units: int) -> list[int]:
-    """Units without a record, or whose file is gone or not of the size that was recorded."""
+    """Units without a record, or whose file is gone or not of the size that was recorded, if one was."""
     drawn = journal.finished()
-    return [
-        unit
-        for unit in range(units)
-        if unit not in drawn or file_size(store.unit_file(unit)) != journal.read(unit).get("num_bytes", -1)
-    ]
+
+    def is_there(unit: int) -> bool:
+        size = file_size(store.unit_file(unit))
+        return size is not None and size == journal.read(unit).get("num_bytes", size)
+
+    return [unit for unit in range(units) if unit not in drawn or not is_there(unit)]
 
 
 def _absolute(sampler: Sampler) -> Sampler:

@@ -55,7 +55,7 @@ class Comparison:
         if self.target is not None:
             return self.target
         assert self.reference is not None, "either images or statistics are what is measured against"
-        return FrechetTarget.of(self.reference.pooled.to(pick_device()))
+        return FrechetTarget.of(self.reference.pooled, pick_device())
 
     def measure(self, found: Features) -> dict[str, Figure | None]:
         """Fields of `Measured`; None for what cannot be measured on so few images, or without logits or labels."""

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.index import ImageRef
-from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, digest
+from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, digest
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import file_sha256, location
@@ -134,12 +135,19 @@ def was_decoded(shards: ShardSet | None) -> bool:
     return shards is not None and bool(shards.manifest.config.get("decode", True))
 
 
-def require_decodable(refs: Sequence[ImageRef], progress: Progress) -> None:
-    """Decode images that nobody has yet: a bad one should stop a sweep before hours of sampling.
+def require_decodable(refs: Sequence[ImageRef], journal: Journal, progress: Progress) -> None:
+    """Decode images that nobody has yet, once: a bad one should stop a sweep before hours of sampling.
 
     Raises:
         ArtifactError: one that cannot be decoded.
     """
+    different = {(str(ref.tar), ref.offset): ref for ref in refs}
+    looked = digest([[*place, ref.sha256] for place, ref in different.items()])
+    journal.kept(0, looked, lambda: _look(list(different.values()), progress))
+
+
+def _look(refs: Sequence[ImageRef], progress: Progress) -> Json:
+    """Decode them all; how many there were."""
 
     def look(ref: ImageRef) -> None:
         try:
@@ -148,13 +156,14 @@ def require_decodable(refs: Sequence[ImageRef], progress: Progress) -> None:
             in_tar = ref.tar.suffix == ".tar"
             what = "Index the tars anew with --decode, which rejects such images." if in_tar else "Remove or repair it."
             where = f"{ref.tar}: {ref.key}" if in_tar else str(ref.tar)
-            raise ArtifactError(f"{where}: cannot be a reference image: {error}. {what}") from error
+            raise ArtifactError(f"{where}: cannot be measured: {error}. {what}") from error
 
     progress.begin("look at the images", len(refs))
     with ThreadPoolExecutor(READERS) as readers:
         for start in range(0, len(refs), LOOKED_AT_ONCE):
             for _ in readers.map(look, refs[start : start + LOOKED_AT_ONCE]):
                 progress.advance()
+    return {"images": len(refs)}
 
 
 def _statistics(path: Path) -> Reference:

@@ -18,13 +18,14 @@ from pathlib import Path
 from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.evaluation import EvaluationManifest, LatentsRef, ModelRecord, Report
+from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import WorkDir, digest, require_same
 from svgpipe.manifests.recipe import AutoencoderSection, EvaluationSection
 from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.storage import Location, file_sha256
 from svgpipe.stages.align import align_for_evaluation, needs_alignment
 from svgpipe.stages.comparison import NOISE, RECONSTRUCTIONS, compare
-from svgpipe.stages.decoded_images import DECODE_JOURNAL, ImageJob, decode
+from svgpipe.stages.decoded_images import ImageJob, decode
 from svgpipe.stages.encoder import build_backbone
 from svgpipe.stages.latents import DrawnLatents, Sampler, draw
 from svgpipe.stages.measure import load_extractor, software, weight_inputs
@@ -54,7 +55,7 @@ def sample_and_eval(
         reference: what distances are measured against; of a shard set, its training split.
         out: directory to create or resume.
         guide: a worse model of the same cache, finished or a checkpoint, for autoguidance.
-        pool: holds `latents` and `features`, which other sweeps find there; without it, where `out` lies.
+        pool: holds `latents`, `decoded` and `features`, which other sweeps find there; without it, where `out` lies.
     Raises:
         MismatchError: the autoencoder is not the one that made the cache, the guide draws other latents, or `out`
             holds another sweep.
@@ -92,8 +93,9 @@ def sample_and_eval(
         require_extractor(reference, extractor.dimensions, extractor.description.name)
         progress = Recorded(progress, out)
         sets = RealSets.of(reference, config, encoder.image_size)
-        if not was_decoded(reference.shards) and not (out / DECODE_JOURNAL).exists():
-            require_decodable([*sets.reference, *sets.heldout, *sets.reconstructed], progress)
+        if not was_decoded(reference.shards):
+            looked = Journal(out / "journal" / "looked")
+            require_decodable([*sets.reference, *sets.heldout, *sets.reconstructed], looked, progress)
         can_encode = not needs_alignment(autoencoder, encoder)
         if not can_encode and reference.shards is not None:
             align_for_evaluation(reference.shards, autoencoder, encoder, config.batch_size, resources, progress)
@@ -111,6 +113,7 @@ def sample_and_eval(
             ],
             autoencoder,
             out,
+            pool=pool,
             mean=mean,
             std=std,
             size=sets.size,
@@ -169,7 +172,7 @@ def sample_and_eval(
 def _decoding(drawn: DrawnLatents, count: int, num_classes: int) -> ImageJob:
     """The first `count` of them. Labels are computed: another sweep may be adding to those of the store right now."""
     labels = labels_of(range(count), num_classes, drawn.setting).tolist()
-    return ImageJob(drawn.setting.name, count, store=drawn.store.path, labels=labels)
+    return ImageJob(drawn.setting.name, count, store=drawn.store.path, labels=labels, contents=drawn.hashes)
 
 
 def _path_from(out: Location, path: Location) -> str:

@@ -222,9 +222,11 @@ def _verify_latents(path: Location, manifest: EvaluationManifest, deep: bool) ->
             continue
         try:
             for unit in range(-(-manifest.num_samples // int(manifest.config["unit_rows"]))):
-                hashes.append(str(read_json(store / "journal" / f"unit-{unit:06d}.json")["sha256"]))
+                record = read_json(store / "journal" / f"unit-{unit:06d}.json")
+                hashes.append(str(record["sha256"]))
                 file = unit_file(store, unit)
-                if file_size(file) is None or (deep and file_sha256(file) != hashes[-1]):
+                size = file_size(file)
+                if size is None or size != record.get("num_bytes", size) or (deep and file_sha256(file) != hashes[-1]):
                     yield _wrong(file, "missing, or not the latents that were published")
         except (ArtifactError, KeyError) as error:
             yield _wrong(store / "journal", error)

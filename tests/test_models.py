@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from svgpipe.manifests.recipe import BackboneSection
+from svgpipe.models import attention
 from svgpipe.models.attention import attend
 from svgpipe.models.autoencoder import Autoencoder, map_from_tokens, tokens_from_map
 from svgpipe.models.backbone import Backbone, own_input
@@ -211,9 +212,10 @@ def test_attention_is_softmax_attention() -> None:
     torch.testing.assert_close(attend(q, k, v), slow, rtol=1e-5, atol=1e-6)
 
 
-def test_a_compiled_dit_is_one_graph() -> None:
-    """A break at every block would cost most of what compiling brings."""
+def test_a_compiled_dit_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A break at every block would cost most of what compiling brings; so no kernel is looked for in a forward."""
     model = DiT(grid=(2, 2), in_channels=4, num_classes=3, width=16, depth=2, heads=2).eval()
+    monkeypatch.setattr(attention, "fastest_kernel", None)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     arguments = torch.randn(2, 4, 4), torch.tensor([0.1, 0.9]), torch.tensor([0, 3])
     with torch.no_grad():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.evaluation import Report
+from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.stages.progress import Silent
 from svgpipe.stages.reference import open_reference, require_decodable, was_decoded
@@ -95,8 +96,8 @@ def test_a_folder_is_known_by_its_content(photographs: Path, tmp_path: Path) -> 
     for content in (whole[: len(whole) // 2], b"no image"):
         first.write_bytes(content)
         damaged = open_reference(str(copy))
-        with pytest.raises(ArtifactError, match=f"{first.name}: cannot be a reference image"):
-            require_decodable(damaged.train, Silent())
+        with pytest.raises(ArtifactError, match=f"{first.name}: cannot be measured"):
+            require_decodable(damaged.train, Journal(tmp_path / "journal"), Silent())
 
 
 def test_images_that_nobody_decoded_are_looked_at_before_anything_is_drawn(
@@ -114,7 +115,7 @@ def test_images_that_nobody_decoded_are_looked_at_before_anything_is_drawn(
     assert all(found.code == 0 for found in indexed) and "4 usable" in indexed[0].out and "3 usable" in indexed[1].out
     out, pool = tmp_path / "out", ["--pool", tmp_path / "pool"]
     refused = svgpipe(*eval_args(finished, tmp_path / "headers", out, *pool))
-    assert refused.code == 1 and "set.tar: 2: cannot be a reference image" in refused.err and "--decode" in refused.err
+    assert refused.code == 1 and "set.tar: 2: cannot be measured" in refused.err and "--decode" in refused.err
     assert not (tmp_path / "pool").exists()
     assert was_decoded(ShardSet.open(tmp_path / "whole")) and was_decoded(finished.shards)
 
