@@ -53,15 +53,16 @@ class ImageJob:
     def units(self, rows: int) -> list[dict[str, Any]]:
         """What each unit needs to know, as JSON values."""
         labels = self.labels or [ref.label for ref in self.originals] or [0] * self.count
+        store = None if self.store is None else str(absolute(self.store))
         return [
             {
                 "set": self.name,
                 "number": number,
                 "residual": self.residual,
-                "store": None if self.store is None else str(absolute(self.store)),
+                "store": store,
                 "indices": list(range(first, min(first + rows, self.count))),
                 "labels": [int(label) for label in labels[first : min(first + rows, self.count)]],
-                "content": self.contents[number] if self.contents else None,
+                "content": self.contents[number] if self.contents else store,
                 "refs": [
                     [str(absolute(r.tar)), r.offset, r.size, r.sha256, r.key, r.label]
                     for r in self.originals[first : first + rows]

@@ -177,7 +177,8 @@ def test_what_was_decoded_and_measured_is_not_done_again(
 
     original = stage._compare
     monkeypatch.setattr(stage, "_compare", compare)
-    found = svgpipe(*arguments(finished, out, "--pool", evaluated.parent))
+    shutil.copytree(evaluated.parent / "features", tmp_path / "features")  # but no decoded tars to be found
+    found = svgpipe(*arguments(finished, out))
     assert found.code == 0 and "(3 done before)" in found.err
     assert len(looked) == 4  # images of a unit
     assert (out / "report.json").read_bytes() == (evaluated / "report.json").read_bytes()
