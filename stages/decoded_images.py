@@ -103,13 +103,15 @@ def decode(
         remove_partials(out / "images" / job.name)
     shared = SharedImages(absolute(pool / "decoded"))
     decides = _decides(autoencoder, mean, std, seed, size)
+    missing = []
     for number in missing_units(journal, units, out / "images"):
         unit = units[number]
         unit["key"] = _key(unit, decides)
         shard = shared.take(unit["key"], out / "images" / unit["set"] / shard_name(unit["number"]))
-        if shard is not None:
+        if shard is None:
+            missing.append(number)
+        else:
             journal.record(number, {"set": unit["set"], "shard": shard.model_dump()})
-    missing = missing_units(journal, units, out / "images")
     progress.begin("decode", len(units), len(units) - len(missing))
     items = [{"unit": number, "job": json.dumps(units[number])} for number in missing]
     args = {

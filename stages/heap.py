@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
     """Let this process keep what it frees; whether that could be done (elsewhere than with glibc it cannot).
 
     By default glibc gives very large blocks, and the heap's end whenever some large tensors are gone, back to the
-    system and fetches them again, page by page, for the next ones: at inference on a CPU up to a fifth of a
-    transformer's time (tests/benchmarks/sample.py). The process stays as large as its largest moment.
+    system and fetches them again, page by page, for the next ones, which inference on a CPU waits for. The process
+    stays as large as its largest moment.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
