@@ -30,8 +30,6 @@ from svgpipe.stages.sampling import initial_noise
 from svgpipe.stages.shared_images import SharedImages
 from svgpipe.stages.units import Resources, Row, run_units, start_worker
 
-DECODE_JOURNAL = "journal/decode"  # of an evaluation
-
 
 @dataclass(frozen=True)
 class ImageJob:
@@ -96,7 +94,7 @@ def decode(
         unit_rows: images per tar, the unit of resume. batch_size: no image depends on it but by rounding.
     """
     units = [unit for job in jobs for unit in job.units(unit_rows)]
-    journal = Journal(out / DECODE_JOURNAL)
+    journal = Journal(out / "journal" / "decode")
     remove_partials(journal.directory)
     for job in jobs:
         make_directory(out / "images" / job.name)
