@@ -11,10 +11,12 @@ has a process of its own, ours set up as workers are; they take turns, one at a 
 - compiled: the same through torch.compile, as `evaluation.compile=true` samples (compiling is not timed);
 - interval: `constant`, guided only where 0.2 <= t <= 0.5 (three of the twelve steps);
 - both: `compiled`, guided in that interval;
-- none: `constant` at guidance 1, where there is nothing to compute but the conditional half.
+- none: `constant` at guidance 1, where there is nothing to compute but the conditional half;
+- limit: the matrix products and the attention of `constant` and nothing between them, on tensors that are there.
 
 Medians. The last line is JSON: `over_official` is `compiled` against the official scheme, the same samples but for
-rounding; `over_official_interval` is `both` against the official samples, which are guided everywhere.
+rounding, `limit_over_official` what it would be if all but products and attention were free; `over_official_interval`
+is `both` against the official samples, which are guided everywhere.
 """
 
 from __future__ import annotations
@@ -29,11 +31,12 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svgpipe.manifests.precision import Precision, computes_bfloat16
 from svgpipe.manifests.recipe import DiTSection
-from svgpipe.models.dit import DiT
+from svgpipe.models.attention import attend, fastest_kernel
+from svgpipe.models.dit import Attention, DiT
 from svgpipe.models.sampler import Guidance, sample, time_grid
 from svgpipe.stages.sampling import build_dit, initial_noise, keep_as_computed
 from svgpipe.stages.training import autocast, pick_device
@@ -41,7 +44,7 @@ from svgpipe.stages.units import start_worker
 
 BATCH, STEPS, SHIFT, SCALE = 8, 12, 0.15, 1.5
 INTERVAL = "interval-0.2-0.5"
-WAYS = ("official", "float32", "constant", "compiled", "interval", "both", "none")
+WAYS = ("official", "float32", "constant", "compiled", "interval", "both", "none", "limit")
 
 
 def auto() -> Precision:
@@ -94,6 +97,42 @@ def ours(precision: Precision, guidance: Guidance, *, compiled: bool = False) ->
     return draw
 
 
+def limit(precision: Precision) -> Callable[[], Tensor]:
+    """What no fusing of the rest can beat: the products of both halves, of tensors in the dtype that they compute in."""
+    start_worker(os.cpu_count() or 1)
+    model, noise, labels = build()
+    keep_as_computed(model, precision)
+    products: list[tuple[Tensor, Tensor, Tensor]] = []
+    heads: list[Tensor] = []
+
+    def remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Linear):
+            rows = inputs[0].detach().flatten(0, -2).to(output.dtype)
+            products.append((rows, module.weight.detach().to(output.dtype).t(), output.detach().flatten(0, -2)))
+        elif isinstance(module, Attention):
+            b, tokens, width = inputs[0].shape
+            split = (b, module.heads, tokens, width // module.heads)
+            heads.append(torch.randn(split, dtype=output.dtype, device=output.device))
+
+    hooks = [module.register_forward_hook(remember) for module in model.modules()]
+    with torch.no_grad(), autocast(noise.device, precision):
+        both, t = torch.cat([noise, noise]), torch.full((2 * BATCH,), 0.5, device=noise.device)
+        model(both, t, torch.cat([labels, torch.full_like(labels, model.null_label)]))
+    for hook in hooks:
+        hook.remove()
+
+    @torch.no_grad()
+    def draw() -> Tensor:
+        for _ in range(STEPS):
+            for rows, weight, out in products:
+                torch.mm(rows, weight, out=out)
+            for x in heads:
+                attend(x, x, x, fastest_kernel())
+        return products[-1][-1]
+
+    return draw
+
+
 def way(name: str) -> Callable[[], Tensor]:
     """What one process does at its turns."""
     constant, interval = Guidance(SCALE), Guidance(SCALE, INTERVAL)
@@ -105,6 +144,7 @@ def way(name: str) -> Callable[[], Tensor]:
         "interval": lambda: ours(auto(), interval),
         "both": lambda: ours(auto(), interval, compiled=True),
         "none": lambda: ours(auto(), Guidance()),
+        "limit": lambda: limit(auto()),
     }
     return makers[name]()
 
@@ -146,6 +186,7 @@ def main() -> None:
     guided = sum(0.2 <= t <= 0.5 for t in time_grid(STEPS, SHIFT)[:-1].tolist())
     ratios = {
         "over_official": medians["official"] / medians["compiled"],
+        "limit_over_official": medians["official"] / medians["limit"],
         "over_official_eager": medians["official"] / medians["constant"],
         "over_official_float32": medians["official"] / medians["float32"],
         "over_official_interval": medians["official"] / medians["both"],
