@@ -98,7 +98,7 @@ def ours(precision: Precision, guidance: Guidance, *, compiled: bool = False) ->
 
 
 def limit(precision: Precision) -> Callable[[], Tensor]:
-    """What no fusing of the rest can beat: the products of both halves, of tensors in the dtype that they compute in."""
+    """What no fusing of the rest can beat: the products of both halves, in the dtype that they compute in."""
     start_worker(os.cpu_count() or 1)
     model, noise, labels = build()
     keep_as_computed(model, precision)
