@@ -28,7 +28,7 @@ from svgpipe.manifests.checkpoint import (
     save_tensors,
     weights_file,
 )
-from svgpipe.manifests.errors import ArtifactError, UsageError
+from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.manifest import InputRef, WorkDir, digest, read_json, write_json
 from svgpipe.manifests.recipe import (
     AutoencoderSection,
@@ -41,6 +41,7 @@ from svgpipe.manifests.recipe import (
 from svgpipe.manifests.storage import Location, file_sha256
 from svgpipe.models.convert import decoder_from_official, dit_from_official, require_fit, residual_from_official
 from svgpipe.models.official import (
+    DiTSizes,
     backbone_name,
     decoder_sizes,
     dit_sizes,
@@ -87,7 +88,7 @@ def import_official(
     Raises:
         UsageError: a transformer without statistics, or the reverse.
         ArtifactError: files that are missing, unsafe, or hold what has no place.
-        MismatchError: `out` holds another import.
+        MismatchError: `out` holds another import, or the transformer draws latents that are not the autoencoder's.
     """
     if diffusion is None and class_names is not None:
         raise UsageError("--class-names are of the transformer's labels: give --diffusion as well.")
@@ -95,8 +96,7 @@ def import_official(
         raise UsageError("--diffusion and --stats belong together: the statistics are what its latents are made with.")
     found = [_import_autoencoder(autoencoder, out / "autoencoder")]
     if diffusion is not None and stats is not None:
-        made = AutoencoderManifest.read(out / "autoencoder").as_input(out / "autoencoder")
-        found.append(_import_diffusion(diffusion, stats, made, out / "diffusion", class_names))
+        found.append(_import_diffusion(diffusion, stats, out / "autoencoder", out / "diffusion", class_names))
     listing = [{"directory": one.directory.name, "used": one.used, "ignored": one.ignored} for one in found]
     now = {entry["directory"] for entry in listing}
     earlier = read_json(out / IMPORT_NAME)["imported"] if (out / IMPORT_NAME).exists() else []
@@ -163,16 +163,19 @@ def _import_autoencoder(path: Path, out: Location) -> Imported:
 
 
 def _import_diffusion(
-    path: Path, stats: Path, autoencoder: InputRef, out: Location, class_names: list[str] | None
+    path: Path, stats: Path, autoencoder: Location, out: Location, class_names: list[str] | None
 ) -> Imported:
     found = read_official(path)
     names = [name for name in ("ema", "model") if isinstance(found, dict) and isinstance(found.get(name), dict)]
-    states = {name: tensors_of(path, found[name]) for name in names} or {"ema": tensors_of(path, found, "state_dict")}
+    # Of a bare state dict nobody knows whether it is an average.
+    states = {name: tensors_of(path, found[name]) for name in names} or {"model": tensors_of(path, found, "state_dict")}
     first = next(iter(states.values()))
     try:
         sizes = dit_sizes(first)
     except ValueError as error:
         raise ArtifactError(f"{path}: not a diffusion transformer of SVG's: {error}") from error
+    encoder = AutoencoderManifest.read(autoencoder)
+    _require_same_latents(path, sizes, encoder)
     classes = class_names if class_names is not None else [str(label) for label in range(sizes.num_classes)]
     if len(classes) != sizes.num_classes:
         raise ArtifactError(
@@ -211,12 +214,13 @@ def _import_diffusion(
     files[STATISTICS_FILE] = statistics
     source, measured = _as_input(path, "official-diffusion"), _as_input(stats, "official-statistics")
     # What stands where a cache would: latents of that autoencoder, normalised by those statistics.
+    made = encoder.as_input(autoencoder)
     latents = InputRef(
         kind=OFFICIAL_LATENTS,
-        fingerprint=digest([autoencoder.fingerprint, measured.fingerprint]),
+        fingerprint=digest([made.fingerprint, measured.fingerprint]),
         path=str(stats),
         config={},
-        inputs={"autoencoder": autoencoder, "statistics": measured},
+        inputs={"autoencoder": made, "statistics": measured},
     )
     named = InputRef(kind="class-names", fingerprint=digest(classes), path="", config={})
     inputs = {"cache": latents, "official": source, "class_names": named}
@@ -236,10 +240,21 @@ def _import_diffusion(
                 origin=f"{path.name}, sha256 {source.fingerprint}",
             ).publish(out)
     sigma = " with the unused sigma half" if sizes.learn_sigma else ""
-    hint = "" if "ema" in states else "; no average: sample with --ema raw"
+    hint = "" if "ema" in states else "; not known to be an average: sample with --ema raw"
     what = f"DiT {sizes.name}{sigma}, {sizes.num_classes} classes, weights {' and '.join(states)}{hint}"
     aside = _beside(found, names or ["state_dict"])
     return Imported(out, manifest.fingerprint, what, sum(map(len, states.values())), aside)
+
+
+def _require_same_latents(path: Path, sizes: DiTSizes, encoder: AutoencoderManifest) -> None:
+    """Raise MismatchError unless the transformer's latents are of the autoencoder's shape."""
+    channels = encoder.frozen_channels + encoder.residual_channels
+    if (sizes.grid, sizes.grid, sizes.in_channels) != (*encoder.grid, channels):
+        raise MismatchError(
+            f"{path}: its latents are {sizes.grid}x{sizes.grid}x{sizes.in_channels}, those of the autoencoder "
+            f"{'x'.join(map(str, (*encoder.grid, channels)))}. Import the transformer with the autoencoder that it was "
+            "trained with."
+        )
 
 
 def _beside(found: object, used: list[str]) -> dict[str, list[str]]:

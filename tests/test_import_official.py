@@ -341,8 +341,8 @@ def test_every_layout_of_a_diffusion_file_is_sampled_from(
     done = svgpipe("import-official", *files, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert ("with the unused sigma half" in done.out) == sigma
-    assert ("sample with --ema raw" in done.out) == (layout == "model")
-    model = open_diffusion(tmp_path / "out" / "diffusion").load("raw" if layout == "model" else "ema")
+    assert ("sample with --ema raw" in done.out) == (layout != "ema")
+    model = open_diffusion(tmp_path / "out" / "diffusion").load("ema" if layout == "ema" else "raw")
     x, t, y = torch.randn(2, 16, 196), torch.tensor([0.2, 0.7]), torch.tensor([1, 3])
     with torch.no_grad():
         torch.testing.assert_close(model(x, t, y), dit.eval()(x, t, y))
@@ -368,8 +368,22 @@ def test_importing_again_finds_it_and_other_files_are_refused(
     assert {entry["directory"] for entry in listed} == {"autoencoder", "diffusion"}
     useless = svgpipe("import-official", *autoencoder, "--out", tmp_path / "fresh", "--class-names", names)
     assert useless.code == 2 and "--diffusion" in useless.err
-    missing = svgpipe("export", tmp_path / "fresh" / "diffusion", tmp_path / "exported", "--ema", "raw")
-    assert missing.code == 2 and "it holds ema-0.9999" in missing.err
+    missing = svgpipe("export", tmp_path / "fresh" / "diffusion", tmp_path / "exported")
+    assert missing.code == 2 and "it holds raw" in missing.err
+
+
+@pytest.mark.parametrize(("grid", "channels"), [(8, 196), (4, 100)])
+def test_a_transformer_of_other_latents_than_the_autoencoder_s_is_refused(
+    official: Official, svgpipe: Callable[..., Outcome], tmp_path: Path, grid: int, channels: int
+) -> None:
+    dit = DiT(grid=(grid, grid), in_channels=channels, num_classes=CLASSES, width=32, depth=1, heads=2)
+    torch.save({"ema": dit.state_dict()}, tmp_path / "diffusion.pt")
+    statistics = {"dinov3_sp_mean": torch.zeros(channels), "dinov3_sp_std": torch.ones(channels)}
+    torch.save(statistics, tmp_path / "stats.pt")
+    files = ["--diffusion", tmp_path / "diffusion.pt", "--stats", tmp_path / "stats.pt"]
+    refused = svgpipe("import-official", *official.arguments[:2], *files, "--out", tmp_path / "out")
+    assert refused.code == 1, refused.err
+    assert f"{grid}x{grid}x{channels}, those of the autoencoder 4x4x196" in refused.err
 
 
 class _Hostile:
