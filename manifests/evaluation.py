@@ -6,7 +6,7 @@ report.json, report.schema.json, report.html
 Beside it, shared by all evaluations there:
 
 latents/SETTING_DIGEST/     generated latents, a Zarr group in the feature cache's own format
-features/SET-DIGEST.safetensors    what distances are computed from; the digest is of the images and the extractor
+features/DIGEST.safetensors     what distances are computed from, by the images and the extractor
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class Measured(Record):
         description="Share of the images that lie within the reference, of which 50,000 count, evenly spread."
     )
     recall: Figure | None = Field(
-        description="Share of the reference that lies within the images, over at most 50,000 of either."
+        description="Share of the reference that lies within the images, over at most 50,000 of either; the interval "
+        "is over the reference's, of these images."
     )
     class_accuracy: Figure | None = Field(
         description="Share whose nearest class mean of the reference, in this feature space, is their own class."

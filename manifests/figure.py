@@ -12,7 +12,10 @@ class Record(BaseModel):
 
 
 class Figure(Record):
-    """A number, how many images it was found on, and the 95 % interval over them (bootstrap, unless said otherwise)."""
+    """A number, how many images it was found on, and the 95 % interval over them.
+
+    By bootstrap; of shares Wilson's, which has a width where all or none hit.
+    """
 
     value: float = Field(description="The number itself.")
     low: float | None = Field(None, description="Without it, nothing was resampled.")

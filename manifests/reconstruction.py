@@ -33,9 +33,10 @@ class ReconstructionReport(WrittenReport):
 
     NOUN: ClassVar[str] = "a report of reconstructions"
 
-    schema_version: int = Field(2, description="Of this layout; raised when a field changes its meaning.")
+    schema_version: int = Field(3, description="Of this layout; raised when a field changes its meaning.")
     metric: str = Field(description="What frechet_distance is: FID, or a Fréchet distance in a named space.")
     extractor: ExtractorRecord = Field(description="What made the features.")
+    lpips_weights: str | None = Field(description="sha256 over LPIPS's tensors, VGG16's among them; null without it.")
     image_size: int = Field(description="Pixels a side of all images.")
     num_images: int = Field(description="Held-out images, centre-cropped.")
     images: str = Field(description="Digest of those images and how they are cropped.")

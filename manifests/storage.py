@@ -161,6 +161,11 @@ def file_sha256(path: Location) -> str:
     return hasher.hexdigest()
 
 
+def has_sha256(path: Location, sha256: str) -> bool:
+    """Whether the file is there and its bytes are those."""
+    return file_size(path) is not None and file_sha256(path) == sha256
+
+
 def file_size(path: Location) -> int | None:
     """Bytes; None where there is no such file."""
     try:

@@ -23,6 +23,7 @@ Weights = tuple[float, float]
 # Multistep extrapolates to the middle of a step, but never further than so many steps of before: with few steps and a
 # strong shift the last ones grow so fast that it would overshoot.
 MAX_AHEAD = 1.0
+ROUNDING = 1e-6  # of times, which are float32: an interval's ends belong to it
 
 _NUMBER = r"\d+(?:\.\d+)?"
 _MODES = {
@@ -88,7 +89,7 @@ class Guidance:
         elif kind == "early":
             w = w if t > numbers[0] else 1.0
         elif kind == "interval":
-            w = w if numbers[0] <= t <= numbers[1] else 1.0
+            w = w if numbers[0] - ROUNDING <= t <= numbers[1] + ROUNDING else 1.0
         elif kind == "cfg_star" and step < numbers[0]:
             return 0.0, -numbers[1]
         return w, 1 - w

@@ -70,7 +70,7 @@ def summary_rows(caches: Sequence[CacheAnalysis]) -> list[AnalysisRow]:
         AnalysisRow(
             "velocity fields of two classes / of two halves of one",
             "(1 - cosine between) / (1 - cosine within), mean over times; 1 where classes do not matter",
-            [_text(c.mean_parted) for c in caches],
+            ["–" if (p := c.mean_parted) is None else f"{_text(p)}, {p.num_images} points" for c in caches],
         )
     )
     straight = [c.straightness for c in caches]

@@ -10,20 +10,23 @@ import numpy as np
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report, SamplerRecord
 from svgpipe.manifests.metrics_file import read_metrics
+from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.storage import Location, write_atomic
 from svgpipe.pipeline.chart import Chart, Value, chart
-from svgpipe.pipeline.page import Curve, Grid, curve, lineage, picture, render
+from svgpipe.pipeline.page import QUALITY, Curve, Grid, curve, lineage, picture, render
 from svgpipe.stages.comparison import RECONSTRUCTIONS
 from svgpipe.stages.decoded_images import decoded_images
 from svgpipe.stages.image_set import ImageSet
-from svgpipe.stages.reference import Reference
+from svgpipe.stages.reference import FEWEST, RealSets, Reference
 from svgpipe.stages.selection import evenly_spread
 
 REPORT_PAGE = "report.html"
 MAX_COLUMNS = 10
 ROWS = 4
 LINEAR_UP_TO = 8  # times the least distance of samples: beyond, the chart is logarithmic
-SIDE_BY_SIDE = 160  # pictures of all settings together, where they leave a row at least: the page stays below 10 MB
+SIDE_BY_SIDE = 160  # pictures of all settings together, where they leave a row at least
+LARGEST_PAGE = 10_000_000  # bytes: to be mailed and opened anywhere
+QUALITIES = (QUALITY, 80, 60, 30)  # of the pictures, from the first on that keeps the page within that
 
 
 def render_report(evaluation: Location, autoencoder: Location, diffusion: Location, reference: Reference) -> Location:
@@ -33,29 +36,39 @@ def render_report(evaluation: Location, autoencoder: Location, diffusion: Locati
     samples = [r for r in report.results if r.role == "samples"]
     best = min(samples, key=lambda r: r.frechet_distance.value)
     lines: dict[str, Measured] = {r.role: r for r in report.results if r.role != "samples"}
-    page = render(
-        "report_template.html",
-        report=report,
-        samples=samples,
-        best=best,
-        lines=lines,
-        chart=_distance_chart(samples, lines),
-        largest=max(r.frechet_distance.value for r in report.results),
-        grids=_grids(evaluation, report, samples, best, reference),
-        curves=_curves(autoencoder / "metrics.jsonl", ("heldout_psnr", "l1", "perceptual"), "autoencoder")
-        + _curves(diffusion / "metrics.jsonl", ("loss", "heldout_loss"), "diffusion"),
-        lineage=lineage(manifest.as_input(evaluation), "evaluation"),
-        autoencoder=AutoencoderManifest.read(autoencoder),
-        diffusion=DiffusionManifest.read(diffusion),
-        manifest=manifest,
-    )
+    sets = RealSets.of(reference, EvaluationSection.model_validate(manifest.config), report.image_size)
+    for quality in QUALITIES:
+        page = render(
+            "report_template.html",
+            report=report,
+            samples=samples,
+            best=best,
+            lines=lines,
+            chart=_distance_chart(samples, lines),
+            largest=max(r.frechet_distance.value for r in report.results),
+            grids=_grids(evaluation, report, samples, best, reference, sets, quality),
+            curves=_curves(autoencoder / "metrics.jsonl", ("heldout_psnr", "l1", "perceptual"), "autoencoder")
+            + _curves(diffusion / "metrics.jsonl", ("loss", "heldout_loss"), "diffusion"),
+            lineage=lineage(manifest.as_input(evaluation), "evaluation"),
+            autoencoder=AutoencoderManifest.read(autoencoder),
+            diffusion=DiffusionManifest.read(diffusion),
+            manifest=manifest,
+        )
+        if len(page) <= LARGEST_PAGE:
+            break
     path = evaluation / REPORT_PAGE
     write_atomic(path, page)
     return path
 
 
 def _grids(
-    evaluation: Location, report: Report, samples: Sequence[Measured], best: Measured, reference: Reference
+    evaluation: Location,
+    report: Report,
+    samples: Sequence[Measured],
+    best: Measured,
+    reference: Reference,
+    sets: RealSets,
+    quality: int,
 ) -> list[Grid]:
     names, size = report.class_names, report.image_size
 
@@ -70,22 +83,22 @@ def _grids(
 
     def grid(title: str, note: str, images: ImageSet, rows: int, of: Sequence[str] | None) -> Grid:
         chosen = by_class(images, rows)
-        pictures = [picture(images.pixels(i), _caption(images, i, of)) for i in chosen]
+        pictures = [picture(images.pixels(i), _caption(images, i, of), quality=quality) for i in chosen]
         kinds = len({int(images.labels[i]) for i in chosen})
         return Grid(title, note, kinds if kinds > 1 else max(1, min(MAX_COLUMNS, len(chosen))), pictures)
 
     grids = []
-    if reference.train:
+    if sets.reference:
         note = "from the training split" if reference.kind == "shards" else f"from {reference.description}"
-        grids.append(grid("Real images", note, ImageSet(reference.train, size), 2, reference.class_names))
+        grids.append(grid("Real images", note, ImageSet(sets.reference, size), 2, reference.class_names))
     if any(r.role == "reconstructions" for r in report.results):
         rebuilt = decoded_images(evaluation, RECONSTRUCTIONS)
-        pool = reference.heldout if len(reference.heldout) >= 2 else reference.train
-        originals = ImageSet([pool[i] for i in evenly_spread(len(pool), len(rebuilt))], size)
+        originals = ImageSet(sets.reconstructed, size)
         chosen = by_class(rebuilt, 1)
-        pairs = [picture(originals.pixels(i), _caption(originals, i, reference.class_names)) for i in chosen]
-        pairs += [picture(rebuilt.pixels(i), "rebuilt") for i in chosen]
-        kind = "held-out" if pool is reference.heldout else "reference"
+        captions = [_caption(originals, i, reference.class_names) for i in chosen]
+        pairs = [picture(originals.pixels(i), what, quality=quality) for i, what in zip(chosen, captions, strict=True)]
+        pairs += [picture(rebuilt.pixels(i), "rebuilt", quality=quality) for i in chosen]
+        kind = "held-out" if len(sets.heldout) >= FEWEST else "reference"
         note = f"{kind} images above, encoded and decoded below"
         grids.append(Grid("Reconstructions", note, len(chosen) or 1, pairs))
     rows = max(1, min(MAX_COLUMNS, SIDE_BY_SIDE // len(samples)))
@@ -93,11 +106,11 @@ def _grids(
         for guidance in dict.fromkeys(_sampler(r).guidance for r in samples):
             of_one = [r for r in samples if _sampler(r).guidance == guidance]
             title = f"Steps side by side, guidance {guidance:g}"
-            grids.append(_side_by_side(evaluation, names, title, "steps", of_one, rows))
+            grids.append(_side_by_side(evaluation, names, title, "steps", of_one, rows, quality))
     elif len(samples) > 1:
         steps = _sampler(best).steps
         title = f"Guidance side by side, {steps} step{'s' if steps > 1 else ''}"
-        grids.append(_side_by_side(evaluation, names, title, "guidance", samples, rows))
+        grids.append(_side_by_side(evaluation, names, title, "guidance", samples, rows, quality))
     settings = _sampler(best)
     title = f"Samples, {settings.steps} step{'s' if settings.steps > 1 else ''}"
     note = f"guidance {settings.guidance:g}, {settings.solver}; the setting of least distance"
@@ -117,6 +130,7 @@ def _side_by_side(
     varied: Literal["steps", "guidance"],
     samples: Sequence[Measured],
     count: int,
+    quality: int = QUALITY,
 ) -> Grid:
     """The first sample of up to `count` classes in a row each, a column for each of the settings."""
     sets = [decoded_images(evaluation, r.name) for r in samples]
@@ -125,7 +139,7 @@ def _side_by_side(
     rows = [int(first[c]) for c in evenly_spread(len(drawn), count)]
     values = [f"{getattr(_sampler(r), varied):g}" for r in samples]
     pictures = [
-        picture(images.pixels(row), f"{names[int(labels[row])]}, {value}")
+        picture(images.pixels(row), f"{names[int(labels[row])]}, {value}", quality=quality)
         for row in rows
         for value, images in zip(values, sets, strict=True)
     ]

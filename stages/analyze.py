@@ -95,6 +95,8 @@ def analyze(
             f"{classes * per_class}. Every pair of them is compared; fewer say as much."
         )
     trained = _assign(caches, models)
+    if weights != EMA and not trained:
+        raise UsageError(f"--ema {weights}: says which weights of a model, and no --diffusion is given.")
     for model in trained.values():
         model.weights_name(weights)
     chosen = [_choose(cache, classes, per_class) for cache in caches]
@@ -161,7 +163,10 @@ def _analyze_one(
     device = pick_device()
     try:
         latents = torch.from_numpy(cache.read(rows).astype(np.float32)).flatten(1).to(device)
-        agreement, parted = velocity_agreement(latents, labels, RESAMPLINGS, seed)
+        agreement, parted, left_out = velocity_agreement(latents, labels, RESAMPLINGS, seed)
+        if left_out:
+            names = ", ".join(cache.classes[c] for c in left_out)
+            missing.append(f"velocity agreement of {names}: far fewer images than of the other classes")
     except ValueError as error:
         agreement, parted = [], None
         missing.append(str(error))

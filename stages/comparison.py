@@ -74,14 +74,14 @@ def compare(
         everything[HELDOUT] = ImageSet(sets.heldout, size)
     progress.begin("measure", len(everything))
     for name, image_set in everything.items():
-        extracted(pool, name, image_set, extractor, config.batch_size)
+        extracted(pool, image_set, extractor, config.batch_size)
         progress.advance(1, name)
     drawn = {setting.name: setting for setting in settings}
     same_classes = sets.class_names == class_names
 
     def features(name: str) -> Features:
         """As they were kept just now: those of all sets at a time may be more than memory holds."""
-        found = extracted(pool, name, everything[name], extractor, config.batch_size)
+        found = extracted(pool, everything[name], extractor, config.batch_size)
         labelled = name != NOISE and (same_classes or name not in drawn)
         labels = torch.from_numpy(everything[name].labels) if labelled else None
         return Features(found[POOLED], found.get(LOGITS) if name != REFERENCE else None, labels)
@@ -149,11 +149,13 @@ def _target(reference: Reference) -> FrechetTarget | None:
     return None if statistics is None else FrechetTarget(statistics.mean.to(device), statistics.covariance.to(device))
 
 
-def extracted(pool: Location, name: str, images: ImageSet, extractor: Extractor, batch_size: int) -> dict[str, Tensor]:
-    """Features of a set, kept by the content of images and extractor, never by name alone."""
+def extracted(
+    pool: Location, images: ImageSet, extractor: Extractor, batch_size: int, prefix: str = ""
+) -> dict[str, Tensor]:
+    """Features of a set, kept by the content of images and extractor; `prefix`: of the file's name, for parts."""
     make_directory(pool)
     key = digest([images.digest, extractor.description.model_dump(), extractor.layers])[:16]
-    path = pool / f"{name}-{key}.safetensors"
+    path = pool / f"{prefix}{key}.safetensors"
     if path.exists():
         return load_tensors(path)
     remove_partials(pool, idle_s=ABANDONED_S)
@@ -163,11 +165,11 @@ def extracted(pool: Location, name: str, images: ImageSet, extractor: Extractor,
         return found
     # Kept part by part, so that a kill does not cost the hours that a large set takes.
     parts = [ImageSet(images.refs[start : start + PART], images.size) for start in range(0, len(images), PART)]
-    pieces = [extracted(pool / "parts", f"{name}-{key}", part, extractor, batch_size) for part in parts]
+    pieces = [extracted(pool / "parts", part, extractor, batch_size, f"{key}-") for part in parts]
     found = {layer: torch.cat([piece[layer] for piece in pieces]) for layer in extractor.layers}
     save_tensors(path, found)
     for part_file in children(pool / "parts"):
-        if part_file.name.startswith(f"{name}-{key}-"):
+        if part_file.name.startswith(f"{key}-"):
             part_file.unlink(missing_ok=True)
     return found
 

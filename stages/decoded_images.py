@@ -19,7 +19,15 @@ from svgpipe.manifests.index import ImageRef, read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import digest, svgpipe_version
 from svgpipe.manifests.shards import ShardFile, shard_name
-from svgpipe.manifests.storage import Location, absolute, children, file_size, make_directory, remove_partials
+from svgpipe.manifests.storage import (
+    Location,
+    absolute,
+    children,
+    file_size,
+    has_sha256,
+    make_directory,
+    remove_partials,
+)
 from svgpipe.stages.encoder import load_autoencoder, reconstruct
 from svgpipe.stages.eval_tasks import ReadForDecoding, WriteImages
 from svgpipe.stages.image_set import ImageSet
@@ -36,7 +44,7 @@ class ImageJob:
     """One set of images to be made: from a store of latents, from real images, or, without either, from noise.
 
     labels: of the latents; real images bring theirs, noise has none and is given 0.
-    contents: of the latents, sha256 of those of each unit: what decoded images are found again by.
+    contents: of the latents, a digest of those of each unit: what decoded images are found again by.
     residual: of real images, False encodes them without the residual branch.
     """
 
@@ -152,16 +160,18 @@ def _key(unit: dict[str, Any], decides: list[Any]) -> str:
 
 
 def missing_units(journal: Journal, units: Sequence[dict[str, Any]], images: Location) -> list[int]:
-    """Units without a record of their own, or whose tar or index is gone.
+    """Units without a record of their own, or whose tar or index is gone or damaged, as far as a look at it shows.
 
     The sets may have changed since the records were written: an alignment that there is now allows another.
     """
     finished = journal.finished()
 
     def is_there(number: int, unit: dict[str, Any]) -> bool:
-        tar = images / unit["set"] / shard_name(unit["number"])
-        files = (tar, tar.with_suffix(".parquet"))
-        return _is_of(journal, number, unit) and all(file_size(path) is not None for path in files)
+        if not _is_of(journal, number, unit):
+            return False
+        tar, shard = images / unit["set"] / shard_name(unit["number"]), journal.read(number)["shard"]
+        index = tar.with_suffix(".parquet")
+        return file_size(tar) == shard["num_bytes"] and has_sha256(index, shard["index_sha256"])
 
     return [n for n, unit in enumerate(units) if n not in finished or not is_there(n, unit)]
 

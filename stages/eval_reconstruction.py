@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from svgpipe.manifests.storage import Location, file_sha256
 from svgpipe.stages.align import align_for_evaluation, needs_alignment
 from svgpipe.stages.comparison import RECONSTRUCTIONS, extracted
 from svgpipe.stages.decoded_images import ImageJob, decode
-from svgpipe.stages.encoder import build_backbone, read_weight_file
+from svgpipe.stages.encoder import build_backbone, read_weight_file, state_digest
 from svgpipe.stages.figures import mean_figure
 from svgpipe.stages.image_set import ImageSet
 from svgpipe.stages.images import CROP, RGBArray, psnr
@@ -46,7 +47,13 @@ from svgpipe.stages.units import Resources
 
 WITHOUT_RESIDUAL = "without-residual"
 FEWEST = 2
-Distance = Callable[[RGBArray, RGBArray], float]
+
+
+class Lpips(NamedTuple):
+    """LPIPS of two (S,S,3) uint8 images, and the digest of its tensors."""
+
+    distance: Callable[[RGBArray, RGBArray], float]
+    weights: str
 
 
 def eval_reconstruction(
@@ -94,20 +101,20 @@ def eval_reconstruction(
         backbone = build_backbone(section.backbone, encoder.image_size, autoencoder)
         extractor = load_extractor(config.extractor, backbone, "reconstruction.extractor")
         missing: list[str] = []
-        distance = _lpips(config, missing)
+        lpips = _lpips(config, missing)
         progress = Recorded(progress, out)
         if not was_decoded(shards):
             require_decodable(chosen, Journal(out / "journal" / "looked"), progress)
         if needs_alignment(autoencoder, encoder):
             align_for_evaluation(shards, autoencoder, encoder, config.batch_size, resources, progress)
         keep_alignment(autoencoder, out)
-        jobs = [ImageJob(RECONSTRUCTIONS, len(chosen), originals=chosen)]
+        jobs = [ImageJob(WITHOUT_RESIDUAL, len(chosen), originals=chosen, residual=False)]
         if encoder.residual_channels:
-            jobs.append(ImageJob(WITHOUT_RESIDUAL, len(chosen), originals=chosen, residual=False))
+            jobs.insert(0, ImageJob(RECONSTRUCTIONS, len(chosen), originals=chosen))
             if section.residual.mask_ratio == 0:
                 missing.append("a fair reconstruction without residual: it was never masked in training (mask_ratio 0)")
         else:
-            missing.append("reconstructions without residual: this autoencoder has no residual branch")
+            missing.append("reconstructions with the residual branch on: this autoencoder has none")
         channels = encoder.frozen_channels + encoder.residual_channels
         tars = decode(
             jobs,
@@ -130,12 +137,13 @@ def eval_reconstruction(
         }
         measured = Journal(out / "journal" / "measure")
         features = (pool or out.parent) / "features"
-        results = _measure(originals, sets, extractor, distance, measured, features, config, progress)
+        results = _measure(originals, sets, extractor, lpips, measured, features, config, progress)
         report = ReconstructionReport(
             inputs={name: ref.fingerprint for name, ref in work.inputs.items()},
             software=software(),
             metric=extractor.metric,
             extractor=extractor.description,
+            lpips_weights=None if lpips is None else lpips.weights,
             image_size=encoder.image_size,
             num_images=len(chosen),
             images=originals.digest,
@@ -153,8 +161,8 @@ def eval_reconstruction(
         ).publish(out)
 
 
-def _lpips(config: ReconstructionSection, missing: list[str]) -> Distance | None:
-    """LPIPS of two 8-bit images; None, and a line in `missing`, where weights from the hub cannot be had.
+def _lpips(config: ReconstructionSection, missing: list[str]) -> Lpips | None:
+    """LPIPS; None, and a line in `missing`, where weights from the hub cannot be had.
 
     Raises ArtifactError where a file was named, but is not there, does not fit, or the other one cannot be had.
     """
@@ -175,21 +183,21 @@ def _lpips(config: ReconstructionSection, missing: list[str]) -> Distance | None
         pair = [as_unit_range(pixels[None]).to(device) * 2 - 1 for pixels in (one, two)]
         return float(model(*pair))
 
-    return distance
+    return Lpips(distance, state_digest(model.state_dict()))
 
 
 def _measure(
     originals: ImageSet,
     sets: dict[str, ImageSet],
     extractor: Extractor,
-    distance: Distance | None,
+    lpips: Lpips | None,
     journal: Journal,
     pool: Location,
     config: ReconstructionSection,
     progress: Progress,
 ) -> list[Reconstructed]:
     """Figures of every set; what was compared image by image is kept in `journal`, unit by unit."""
-    reference = extracted(pool, "heldout-originals", originals, extractor, config.batch_size)
+    reference = extracted(pool, originals, extractor, config.batch_size)
     comparison = Comparison(Features(reference[POOLED]), config.bootstrap, config.seed)
     progress.begin("measure", len(sets) * len(originals))
     results = []
@@ -199,8 +207,8 @@ def _measure(
         for part, start in enumerate(starts):
             rows = range(start, min(start + config.unit_rows, len(originals)))
             shown = [ref.sha256 for source in (originals, images) for ref in source.refs[start : rows.stop]]
-            key = digest([software(), CROP, originals.size, shown, distance is not None])
-            compare = partial(_compare_all, originals, images, rows, distance)
+            key = digest([software(), CROP, originals.size, shown, None if lpips is None else lpips.weights])
+            compare = partial(_compare_all, originals, images, rows, lpips)
             for measure, values in journal.kept(number * len(starts) + part, key, compare).items():
                 measures.setdefault(measure, []).extend(values)
             progress.advance(len(rows), name)
@@ -208,7 +216,7 @@ def _measure(
             key: mean_figure(kept, config.bootstrap, config.seed) if len(kept := _finite(values)) else None
             for key, values in measures.items()
         }
-        features = extracted(pool, name, images, extractor, config.batch_size)[POOLED]
+        features = extracted(pool, images, extractor, config.batch_size)[POOLED]
         results.append(
             Reconstructed(
                 name=name,
@@ -222,17 +230,17 @@ def _measure(
 
 
 def _compare_all(
-    originals: ImageSet, images: ImageSet, rows: Sequence[int], distance: Distance | None
+    originals: ImageSet, images: ImageSet, rows: Sequence[int], lpips: Lpips | None
 ) -> dict[str, list[float | None]]:
     """`_compare` of the images at `rows`; None for the infinite PSNR of one that is reproduced exactly."""
     found: dict[str, list[float | None]] = {}
     for row in rows:
-        for key, value in _compare(originals.pixels(row), images.pixels(row), distance).items():
+        for key, value in _compare(originals.pixels(row), images.pixels(row), lpips).items():
             found.setdefault(key, []).append(value if np.isfinite(value) else None)
     return found
 
 
-def _compare(original: RGBArray, found: RGBArray, distance: Distance | None) -> dict[str, float]:
+def _compare(original: RGBArray, found: RGBArray, lpips: Lpips | None) -> dict[str, float]:
     """One image against its reconstruction, both (S,S,3) uint8; names as in `Reconstructed`."""
     similarity = structural_similarity(
         original, found, data_range=255, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
@@ -243,7 +251,7 @@ def _compare(original: RGBArray, found: RGBArray, distance: Distance | None) -> 
         "ssim": float(similarity),
         "colour_difference": float(colours.mean()),
     }
-    return values if distance is None else {**values, "lpips": distance(original, found)}
+    return values if lpips is None else {**values, "lpips": lpips.distance(original, found)}
 
 
 def _finite(values: list[float | None]) -> Tensor:

@@ -40,7 +40,9 @@ class WriteLatents:
         store = FeatureStore(self.paths[setting], self.specs[setting])
         store.write_unit(number, np.ascontiguousarray(row["latents"]))
         file = store.unit_file(number)
-        Journal(store.path / "journal").record(number, {"sha256": file_sha256(file), "num_bytes": file_size(file)})
+        Journal(store.path / "journal").record(
+            number, {"sha256": file_sha256(file), "num_bytes": file_size(file), "rows": len(row["latents"])}
+        )
         return {"unit": row["unit"]}
 
 

@@ -3,7 +3,7 @@
 A resampled set holds some rows twice and so looks less varied than the set: what measures variety, as a Fréchet
 distance does, is moved by that. Hence an interval is laid around the figure itself: figure + (replicate - mean of the
 replicates), between the 2.5 % and the 97.5 % quantile. A mean is not moved: its interval is that of the replicates,
-which never leaves the range of the values, so no share passes 0 or 1.
+which never leaves the range of the values.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def figure(value: float, replicates: Sequence[float], num_images: int, least: fl
 
 
 def mean_figure(values: Tensor, replicates: int, seed: int) -> Figure:
-    """The mean of (n,) values, which may be hits and misses."""
+    """The mean of (n,) values; of hits and misses, see `share_figure`."""
     numbers = values.double()
     resampled = [float(numbers[pick].mean()) for pick in picks(len(numbers), replicates, seed)]
     return _between(resampled, float(numbers.mean()), len(numbers))

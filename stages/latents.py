@@ -4,7 +4,8 @@
         journal/                                 one record per outer shard, with its hash
 
 The name ends in a digest of all that decides a latent: weights, sampler, seed, the guide. So sweeps that agree in these
-share latents, however many samples each of them asks for.
+share latents, however many samples each of them asks for, and whatever the units in which it would draw them: a store
+keeps the units of the first.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class DrawnLatents:
     setting: SamplerSettings
     store: FeatureStore
     hashes: list[str]  # of the outer shards that they lie in
+
+    def content(self, first: int, end: int) -> str:
+        """Digest of the outer shards that hold the latents from `first` on, up to `end`."""
+        rows = self.store.spec.unit_rows
+        return digest(self.hashes[first // rows : -(-end // rows)])
 
 
 @dataclass(frozen=True)
@@ -120,52 +126,60 @@ def draw(
     """
     if not resources.gpus_per_worker:
         warn_if_imitated(config.precision)  # here, since nobody reads what a worker logs
-    unit_rows = config.unit_rows
-    units = -(-config.num_samples // unit_rows)
     with ExitStack() as locks:
         stores = []
         for setting in settings:
             path = pool / f"{setting.name}_{_key(sampler, setting, config)}"
             make_directory(path)
             locks.callback(Lock(path).release)
-            # Whole outer shards: what another sweep adds must not change what is there.
-            stores.append(_prepare(path, sampler.model, setting, units * unit_rows, unit_rows))
-        journals = [Journal(store.path / "journal") for store in stores]
+            stores.append(_prepare(path, sampler.model, setting, config.num_samples, config.unit_rows))
+        specs, journals = [store.spec for store in stores], [Journal(store.path / "journal") for store in stores]
+        # Whole outer shards: what another sweep adds must not change what is there.
+        counts = [-(-config.num_samples // spec.unit_rows) for spec in specs]
+        units = [(number, unit) for number, count in enumerate(counts) for unit in range(count)]
+        there = [_drawn(store, journal) for store, journal in zip(stores, journals, strict=True)]
         missing = [
-            {"unit": number * units + unit, "setting": number, "number": unit}
-            for number, (store, journal) in enumerate(zip(stores, journals, strict=True))
-            for unit in _missing(store, journal, units)
+            {"unit": place, "setting": number, "number": unit}
+            for place, (number, unit) in enumerate(units)
+            if unit not in there[number]
         ]
-        total = len(settings) * units
-        progress.begin("sample", total, total - len(missing))
+        progress.begin("sample", len(units), len(units) - len(missing))
         args: dict[str, Any] = {
             "sampler": _absolute(sampler),
             "settings": settings,
             "config": config,
-            "spec": stores[0].spec,
+            "specs": specs,
             "threads": resources.threads,
         }
-        writer = WriteLatents([absolute(store.path) for store in stores], [store.spec for store in stores])
+        writer = WriteLatents([absolute(store.path) for store in stores], specs)
+        in_all = sum(specs[number].unit_rows for number, _ in units)
         for _ in run_units(missing, pass_on, _Draw, args, writer, resources):
-            progress.advance(1, f"{total * unit_rows} latents in all")
-        hashes = [[str(journal.read(unit)["sha256"]) for unit in range(units)] for journal in journals]
+            progress.advance(1, f"{in_all} latents in all")
+        hashes = [
+            [str(journal.read(unit)["sha256"]) for unit in range(count)]
+            for count, journal in zip(counts, journals, strict=True)
+        ]
     return [DrawnLatents(*drawn) for drawn in zip(settings, stores, hashes, strict=True)]
 
 
 def _key(sampler: Sampler, setting: SamplerSettings, config: EvaluationSection) -> str:
-    return digest([sampler.model.weights_sha256(config.weights), asdict(setting.deciding), config.unit_rows])[:12]
+    return digest([sampler.model.weights_sha256(config.weights), asdict(setting.deciding)])[:12]
 
 
 def _prepare(
-    path: Location, model: TrainedDiffusion, setting: SamplerSettings, rows: int, unit_rows: int
+    path: Location, model: TrainedDiffusion, setting: SamplerSettings, count: int, unit_rows: int
 ) -> FeatureStore:
-    """The store with room for at least `rows`; what it holds stays.
+    """The store with room for `count` latents, in units as large as those that are drawn already; these stay.
 
     Its description is written last, so a store that has one is whole; another was left by a kill and is made anew
     around the shards that lie there.
     """
+    journal = Journal(path / "journal")
+    if drawn := journal.finished():
+        unit_rows = int(journal.read(min(drawn))["rows"])
+    rows = -(-count // unit_rows) * unit_rows
     store = _whole_store(path)
-    if store is not None and store.spec.num_samples >= rows:
+    if store is not None and store.spec.unit_rows == unit_rows and store.spec.num_samples >= rows:
         return store
     spec = StoreSpec(rows, ("original",), model.grid, model.channels, unit_rows, tuple(model.class_names))
     store = FeatureStore.create(path, spec, *model.statistics())
@@ -184,15 +198,9 @@ def _whole_store(path: Location) -> FeatureStore | None:
     return store if DESCRIPTION in store.group.attrs else None
 
 
-def _missing(store: FeatureStore, journal: Journal, units: int) -> list[int]:
-    """Units without a record, or whose file is gone or not of the size that was recorded, if one was."""
-    drawn = journal.finished()
-
-    def is_there(unit: int) -> bool:
-        size = file_size(store.unit_file(unit))
-        return size is not None and size == journal.read(unit).get("num_bytes", size)
-
-    return [unit for unit in range(units) if unit not in drawn or not is_there(unit)]
+def _drawn(store: FeatureStore, journal: Journal) -> set[int]:
+    """Units with a record whose file is of the size that was recorded."""
+    return {unit for unit in journal.finished() if file_size(store.unit_file(unit)) == journal.read(unit)["num_bytes"]}
 
 
 def _absolute(sampler: Sampler) -> Sampler:
@@ -207,11 +215,11 @@ class _Draw:
         sampler: Sampler,
         settings: Sequence[SamplerSettings],
         config: EvaluationSection,
-        spec: StoreSpec,
+        specs: Sequence[StoreSpec],
         threads: int,
     ) -> None:
         self.device = start_worker(threads)
-        self.settings, self.config, self.spec = settings, config, spec
+        self.settings, self.config, self.specs = settings, config, specs
         models = [sampler.model.load(config.weights)]
         if sampler.guide is not None:
             models.append(sampler.guide.load(config.guide_weights))
@@ -223,8 +231,9 @@ class _Draw:
                 model.compile()
 
     def __call__(self, row: Row) -> Row:
-        setting, start = self.settings[row["setting"]], int(row["number"]) * self.spec.unit_rows
-        indices, size = range(start, start + self.spec.unit_rows), self.config.batch_size
+        setting, spec = self.settings[row["setting"]], self.specs[row["setting"]]
+        start, size = int(row["number"]) * spec.unit_rows, self.config.batch_size
+        indices = range(start, start + spec.unit_rows)
         parts = [
             draw_latents(self.models[0], indices[i : i + size], setting, self.device, *self.models[1:]).cpu()
             for i in range(0, len(indices), size)
@@ -232,5 +241,5 @@ class _Draw:
         latents = torch.cat(parts).numpy().astype(np.float16)
         if not np.isfinite(latents).all():
             raise ArtifactError(f"{setting.name}: the model drew latents that are not finite; train longer or anew.")
-        shape = (len(indices), 1, *self.spec.grid, self.spec.channels)
+        shape = (len(indices), 1, *spec.grid, spec.channels)
         return {**row, "latents": latents.reshape(shape)}

@@ -38,7 +38,7 @@ INCEPTION_URL = (
 )
 
 
-SOFTWARE = ("torch", "torch-fidelity", "timm", "scikit-image", "scipy", "numpy")
+SOFTWARE = ("torch", "torch-fidelity", "timm", "pillow", "scikit-image", "scipy", "numpy")
 
 
 def software() -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metri
 
 from svgpipe.manifests.figure import Figure
 from svgpipe.models.distances import FrechetTarget, ball_radii, covered, kernel_influences, nearest_class_hits
-from svgpipe.stages.figures import figure, mean_figure, picks
+from svgpipe.stages.figures import figure, picks, share_figure
 from svgpipe.stages.selection import evenly_spread
 from svgpipe.stages.training import pick_device
 
@@ -97,19 +97,23 @@ class Comparison:
     def _precision(self, pooled: Tensor) -> Figure | None:
         if self._reference_balls is None:
             return None
-        return mean_figure(covered(pooled, *self._reference_balls), self.replicates, self.seed)
+        return self._share(covered(pooled, *self._reference_balls))
 
     def _recall(self, pooled: Tensor) -> Figure | None:
         found = None if self.reference is None else balls(pooled)
         if self.reference is None or found is None:
             return None
-        return mean_figure(covered(_at_most(self.reference.pooled, MOST_BALLS), *found), self.replicates, self.seed)
+        return self._share(covered(_at_most(self.reference.pooled, MOST_BALLS), *found))
 
     def _class_accuracy(self, found: Features) -> Figure | None:
         if found.labels is None or self.reference is None or self.reference.labels is None:
             return None
         hits = nearest_class_hits(self.reference.pooled, self.reference.labels, found.pooled, found.labels)
-        return None if hits is None else mean_figure(hits, self.replicates, self.seed)
+        return None if hits is None else self._share(hits)
+
+    def _share(self, hits: Tensor) -> Figure:
+        found = share_figure(hits)
+        return found if self.replicates else Figure(value=found.value, num_images=found.num_images)
 
 
 def balls(pooled: Tensor) -> tuple[Tensor, Tensor] | None:

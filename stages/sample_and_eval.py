@@ -107,7 +107,7 @@ def sample_and_eval(
         mean, std = sampler.model.statistics()
         images = decode(
             [
-                *(_decoding(one, config.num_samples, len(manifest.class_names)) for one in drawn),
+                *(_decoding(one, config, len(manifest.class_names)) for one in drawn),
                 *([rebuilt] if can_encode and sets.reconstructed else []),
                 ImageJob(NOISE, config.num_samples),
             ],
@@ -169,10 +169,12 @@ def sample_and_eval(
         ).publish(out)
 
 
-def _decoding(drawn: DrawnLatents, count: int, num_classes: int) -> ImageJob:
-    """The first `count` of them. Labels are computed: another sweep may be adding to those of the store right now."""
+def _decoding(drawn: DrawnLatents, config: EvaluationSection, num_classes: int) -> ImageJob:
+    """The samples of a setting. Labels are computed: another sweep may be adding to those of the store right now."""
+    count, rows = config.num_samples, config.unit_rows
     labels = labels_of(range(count), num_classes, drawn.setting).tolist()
-    return ImageJob(drawn.setting.name, count, store=drawn.store.path, labels=labels, contents=drawn.hashes)
+    contents = [drawn.content(first, min(first + rows, count)) for first in range(0, count, rows)]
+    return ImageJob(drawn.setting.name, count, store=drawn.store.path, labels=labels, contents=contents)
 
 
 def _path_from(out: Location, path: Location) -> str:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.manifest import read_json, write_json
 from svgpipe.manifests.shards import ShardFile
-from svgpipe.manifests.storage import Location, file_sha256, file_size, make_directory
+from svgpipe.manifests.storage import Location, has_sha256, make_directory
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ class SharedImages:
             shard = ShardFile.model_validate(read_json(record))
         except (ArtifactError, ValidationError):
             return None
-        if file_size(tar) != shard.num_bytes or file_sha256(tar) != shard.sha256:
+        index = tar.with_suffix(".parquet")
+        if not (has_sha256(tar, shard.sha256) and has_sha256(index, shard.index_sha256)):
             return None
-        if not (_link(tar.with_suffix(".parquet"), target.with_suffix(".parquet")) and _link(tar, target)):
+        if not (_link(index, target.with_suffix(".parquet")) and _link(tar, target)):
             return None
         return shard.model_copy(update={"name": target.name})
 

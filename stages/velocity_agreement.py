@@ -10,6 +10,7 @@ Legend: P points, D dimensions of a whole latent.
 
 from __future__ import annotations
 
+import statistics
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ from svgpipe.stages.training import generator
 TIMES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.9)
 POINTS_PER_CLASS = 8
 SMALLEST_CLASS = 3
+# As all fields are of as many images as the smallest class allows, one far smaller would make them all next to nothing.
+SMALLEST_SHARE = 0.5  # of the median class
 MOST_FIELDS = 32  # classes whose fields are looked at from all points: with all of 1000, the work would take days
 
 
@@ -54,10 +57,13 @@ class VelocityAgreement(NamedTuple):
 
     at_times: list[Agreement]
     mean_parted: Figure
+    left_out: list[int]  # classes with too few images
 
 
 def velocity_agreement(latents_nD: Tensor, labels_n: Tensor, replicates: int, seed: int) -> VelocityAgreement:
     """Of (n,D) normalised latents, at every one of TIMES; intervals are over the points.
+
+    Classes of fewer than three images, or of less than half the median class, are left out.
 
     Raises:
         ValueError: fewer than two classes of at least three images.
@@ -87,10 +93,13 @@ def velocity_agreement(latents_nD: Tensor, labels_n: Tensor, replicates: int, se
         between /= others
         cosines.append(torch.stack([within, between]))
         rows_TP.append(effective)
-    return _summarised(torch.stack(cosines).double(), torch.stack(rows_TP), replicates, seed)
+    left_out = sorted(set(labels_n.tolist()) - set(groups))
+    return VelocityAgreement(
+        *_summarised(torch.stack(cosines).double(), torch.stack(rows_TP), replicates, seed), left_out
+    )
 
 
-def _summarised(cosines_T2P: Tensor, rows_TP: Tensor, replicates: int, seed: int) -> VelocityAgreement:
+def _summarised(cosines_T2P: Tensor, rows_TP: Tensor, replicates: int, seed: int) -> tuple[list[Agreement], Figure]:
     """Figures of the cosines within and between, of every time; points are resampled at all times alike."""
     count = cosines_T2P.shape[2]
 
@@ -110,13 +119,14 @@ def _summarised(cosines_T2P: Tensor, rows_TP: Tensor, replicates: int, seed: int
         )
         for i, (t, (within, between)) in enumerate(zip(TIMES, cosines_T2P, strict=True))
     ]
-    return VelocityAgreement(at_times, figure(float(value.mean()), [float(r.mean()) for r in resampled], count))
+    return at_times, figure(float(value.mean()), [float(r.mean()) for r in resampled], count)
 
 
 def _groups(labels: Tensor, seed: int) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
     """For each class: rows that give points, and two halves of the rest, of equal size in all classes."""
     members = {int(c): torch.nonzero(labels == c).flatten() for c in labels.unique()}
-    members = {c: rows for c, rows in members.items() if len(rows) >= SMALLEST_CLASS}
+    enough = max(SMALLEST_CLASS, SMALLEST_SHARE * statistics.median(map(len, members.values())))
+    members = {c: rows for c, rows in members.items() if len(rows) >= enough}
     if not members:
         return {}
     smallest = min(map(len, members.values()))

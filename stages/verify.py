@@ -28,7 +28,7 @@ from svgpipe.manifests.manifest import MANIFEST_NAME, digest, read_json
 from svgpipe.manifests.reconstruction import ReconstructionManifest
 from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.shards import ShardSetManifest, index_of, tar_of
-from svgpipe.manifests.storage import Location, file_sha256, file_size, location
+from svgpipe.manifests.storage import Location, file_sha256, file_size, has_sha256, location
 from svgpipe.manifests.store_spec import unit_file
 from svgpipe.stages.progress import Progress, Silent
 from svgpipe.stages.verify_cache import verify_cache
@@ -187,7 +187,7 @@ def _verify_reconstruction(path: Location, manifest: Any, *, deep: bool, progres
 
 def _verify_report(path: Location, sha256: str) -> Found:
     report = path / REPORT_NAME
-    if file_size(report) is None or file_sha256(report) != sha256:
+    if not has_sha256(report, sha256):
         yield _wrong(report, "missing or not the one that was published")
 
 
@@ -217,16 +217,18 @@ def _verify_images(
 def _verify_latents(path: Location, manifest: EvaluationManifest, deep: bool) -> Found:
     """Those that are still where they were drawn to: they are not part of the evaluation, and may be deleted."""
     for ref in manifest.latents.values():
-        store, hashes = _place_of(path, ref.path), []
+        store = _place_of(path, ref.path)
+        hashes: list[str] = []
         if not (store / "zarr.json").exists():
             continue
         try:
-            for unit in range(-(-manifest.num_samples // int(manifest.config["unit_rows"]))):
-                record = read_json(store / "journal" / f"unit-{unit:06d}.json")
+            rows = 0
+            while rows < manifest.num_samples:
+                record = read_json(store / "journal" / f"unit-{len(hashes):06d}.json")
+                file = unit_file(store, len(hashes))
                 hashes.append(str(record["sha256"]))
-                file = unit_file(store, unit)
-                size = file_size(file)
-                if size is None or size != record.get("num_bytes", size) or (deep and file_sha256(file) != hashes[-1]):
+                rows += int(record["rows"])
+                if file_size(file) != record["num_bytes"] or (deep and file_sha256(file) != hashes[-1]):
                     yield _wrong(file, "missing, or not the latents that were published")
         except (ArtifactError, KeyError) as error:
             yield _wrong(store / "journal", error)

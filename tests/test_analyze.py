@@ -60,6 +60,14 @@ def test_velocity_fields_part_where_classes_do() -> None:
         assert found.within.value > found.between.value
 
 
+def test_a_class_far_smaller_than_the_others_does_not_make_their_fields_small() -> None:
+    labels = torch.cat([torch.arange(90) % 3, torch.full((3,), 3)])
+    found = velocity_agreement(_blobs(2.0, labels), labels, 20, 0)
+    assert found.left_out == [3] and found.mean_parted.num_images == 3 * stage.POINTS_PER_CLASS
+    without = velocity_agreement(_blobs(2.0, labels)[:90], labels[:90], 20, 0)
+    assert without.left_out == [] and without.mean_parted == found.mean_parted
+
+
 def test_how_many_images_make_up_a_field() -> None:
     """All of half a class near the noise, a single one near the data; the more dimensions, the sooner."""
     labels = torch.arange(90) % 3
@@ -186,6 +194,8 @@ def test_a_model_of_another_cache_is_refused(
     assert done.code == 1 and "none of those given" in done.err
     many = svgpipe("analyze", small, "--classes", 1000, "--per-class", 50)
     assert many.code == 2 and "at most 4096 images" in many.err
+    useless = svgpipe("analyze", small, "--ema", "raw")
+    assert useless.code == 2 and "no --diffusion" in useless.err
 
 
 def test_images_that_do_not_differ_have_no_ratio_and_duplicates_do_no_harm() -> None:

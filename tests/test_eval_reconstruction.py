@@ -19,7 +19,7 @@ from svgpipe.models.losses import LPIPS
 from svgpipe.pipeline.reconstruction_page import _spread_over_classes
 from svgpipe.stages import eval_reconstruction as stage
 from svgpipe.stages.decoded_images import decoded_images
-from svgpipe.stages.encoder import load_autoencoder, reconstruct
+from svgpipe.stages.encoder import load_autoencoder, reconstruct, state_digest
 from svgpipe.stages.images import RGBArray
 from svgpipe.stages.pixels import as_unit_range
 from svgpipe.stages.streaming import load_images
@@ -123,6 +123,7 @@ def test_lpips_of_given_weights_is_measured(
         ]
         assert result.lpips is not None and result.lpips.value == pytest.approx(np.mean(expected), rel=1e-4)
         assert result.lpips.low is not None and result.lpips.num_images == len(pixels)
+    assert report.lpips_weights == state_digest(model.state_dict())
     assert "LPIPS" in (out / "report.html").read_text()
 
 
@@ -144,6 +145,23 @@ def test_the_page_shows_originals_and_both(evaluated: Path, finished: Finished) 
     html = (evaluated / "report.html").read_text()
     assert html.count("data:image/webp") == 3 * len(finished.shards.usable("heldout"))  # fewer than eight: all of them
     assert "<script" not in html and "residual off" in html and 'href="#p1-1"' in html
+
+
+@pytest.mark.slow
+def test_an_autoencoder_without_residual_branch_is_off(
+    finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    made = ["--shards", finished.root / "shards", "--out", tmp_path / "autoencoder", "--recipe", finished.recipe_file]
+    change = ["--set", "autoencoder.steps=1", "--set", "autoencoder.residual.enabled=false"]
+    assert svgpipe("train-autoencoder", *made, *change).code == 0
+    given = arguments(finished, tmp_path / "out")
+    given[given.index("--autoencoder") + 1] = tmp_path / "autoencoder"
+    done = svgpipe(*given)
+    assert done.code == 0, done.err
+    report = ReconstructionReport.read(tmp_path / "out")
+    assert [(r.name, r.residual) for r in report.results] == [("without-residual", False)]
+    assert "residual off" in done.out and "residual on" not in done.out
+    assert any("this autoencoder has none" in reason for reason in report.not_measured)
 
 
 def test_columns_are_filled_from_the_classes_that_there_are() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -194,8 +196,22 @@ def test_what_an_image_adds_to_the_kernel_distance_is_its_derivative(monkeypatch
 
 
 def test_the_interval_of_a_mean_stays_within_its_values() -> None:
-    """A share of hits that passes 0 or 1 would be none."""
-    hits = torch.tensor([True] * 5 + [False])
-    found, opposite = mean_figure(hits, 100, 0), mean_figure(~hits, 100, 0)
+    values = torch.tensor([1.0] * 5 + [0.0])
+    found, opposite = mean_figure(values, 100, 0), mean_figure(1 - values, 100, 0)
     assert found.high == 1 and found.low is not None and 0.3 < found.low < 5 / 6
     assert opposite.low == 0 and opposite.high is not None and 1 / 6 < opposite.high < 0.7
+
+
+def test_a_share_has_an_interval_where_all_hit() -> None:
+    """Six samples among the reference say little of the seventh."""
+    reference = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 2
+    among = Features(reference[:6] + 1e-3, labels=labels[:6])
+    apart = Features(reference + 10 * labels[:, None], labels=labels)
+    found = Comparison(apart, 20, 0).measure(replace(among, pooled=apart.pooled[:6] + 1e-3))
+    for name in ("precision", "class_accuracy"):
+        share = found[name]
+        assert share is not None and share.value == 1 and share.high == pytest.approx(1)
+        assert share.low is not None and 0.5 < share.low < 0.7
+    bare = Comparison(apart, 0, 0).measure(among)["precision"]
+    assert bare is not None and bare.low is None

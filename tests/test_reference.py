@@ -44,8 +44,8 @@ def eval_args(finished: Finished, reference: Path, out: Path, *more: object) -> 
 def test_statistics_of_the_same_images_give_the_same_distance(
     finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    (file,) = (finished.root / "features").glob("reference-*.safetensors")
-    pooled = load_file(file)["pooled"].double().numpy()
+    kept = [load_file(file)["pooled"] for file in (finished.root / "features").glob("*.safetensors")]
+    (pooled,) = (found.double().numpy() for found in kept if len(found) == len(finished.shards.usable("train")))
     name = Report.read(finished.root / "evaluation").extractor.name
     moments = {"mu": pooled.mean(0), "sigma": np.cov(pooled, rowvar=False), "mu_s": np.zeros(3)}
     np.savez(tmp_path / "stats.npz", extractor=name, **moments)
@@ -98,6 +98,21 @@ def test_a_folder_is_known_by_its_content(photographs: Path, tmp_path: Path) -> 
         damaged = open_reference(str(copy))
         with pytest.raises(ArtifactError, match=f"{first.name}: cannot be measured"):
             require_decodable(damaged.train, Journal(tmp_path / "journal"), Silent())
+
+
+@pytest.mark.slow
+def test_images_of_a_folder_that_are_not_measured_against_need_not_be_whole(
+    finished: Finished, photographs: Path, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """Nor does the page show them."""
+    folder = tmp_path / "photographs"
+    shutil.copytree(photographs, folder)
+    second = sorted(path for path in folder.rglob("*") if path.is_file())[1]
+    second.write_bytes(second.read_bytes()[:100])
+    out = tmp_path / "out"
+    done = svgpipe(*eval_args(finished, folder, out, "--set", "evaluation.reference_images=12"))
+    assert done.code == 0, done.err
+    assert Report.read(out).reference.num_images == 12 and "Real images" in (out / "report.html").read_text()
 
 
 def test_images_that_nobody_decoded_are_looked_at_before_anything_is_drawn(

@@ -30,7 +30,7 @@ from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.recipe import ExtractorSection
 from svgpipe.manifests.reconstruction import ReconstructionReport
-from svgpipe.manifests.shards import ShardFile, shard_name
+from svgpipe.manifests.shards import ShardFile, TarImage, shard_name, write_tar
 from svgpipe.manifests.storage import file_sha256, write_atomic
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.models.sampler import time_grid
@@ -213,6 +213,9 @@ def test_a_page_of_a_large_sweep_stays_small(
     places = (finished.root / "autoencoder", finished.root / "diffusion", open_reference(str(finished.root / "shards")))
     page = report_page.render_report(out, *places).read_text()
     assert page.count("<figure ") == 6 + 6 + 2 * (2 * 2) + 6
+    monkeypatch.setattr(report_page, "LARGEST_PAGE", len(page.encode()) - 1)
+    smaller = report_page.render_report(out, *places).read_text()
+    assert smaller.count("<figure ") == page.count("<figure ") and len(smaller) < len(page)
     large = picture(np.zeros((300, 600, 3), np.uint8), "")
     with Image.open(io.BytesIO(base64.b64decode(large.data.partition(",")[2]))) as image:
         assert image.size == (256, 128)
@@ -343,7 +346,7 @@ def drawn_by_a_worker(finished: Finished, *, guided: bool = False, **changes: ob
     sampler = latents_stage.Sampler(model, model if guided else None)
     settings = sampler.settings(config)
     spec = FeatureStore.open(latents_of(finished.root / "evaluation", SETTINGS[-1])).spec
-    worker = latents_stage._Draw(sampler, settings, config, spec, torch.get_num_threads())
+    worker = latents_stage._Draw(sampler, settings, config, [spec] * len(settings), torch.get_num_threads())
     latents: np.ndarray = worker({"unit": 0, "setting": len(settings) - 1, "number": 0})["latents"]
     return latents.astype(np.float32)
 
@@ -413,10 +416,14 @@ def test_an_interrupted_sweep_resumes(finished: Finished, tmp_path: Path, svgpip
     cut.write_bytes(cut.read_bytes()[:1000])
     (out / "journal" / "decode" / "unit-000003.json").unlink()
     (out / "images" / SETTINGS[0] / shard_name(0)).unlink()
+    cut = out / "images" / SETTINGS[1] / shard_name(0)
+    cut.write_bytes(cut.read_bytes()[:1000])
+    index = (out / "images" / SETTINGS[2] / shard_name(0)).with_suffix(".parquet")
+    index.write_bytes(index.read_bytes()[::-1])
     kept = (pool / first / "journal" / "unit-000000.json").stat().st_mtime_ns
     found = svgpipe(*eval_args(finished, out))
     assert found.code == 0, found.err
-    assert "(5 done before)" in found.err
+    assert "(5 done before)" in found.err and "(8 done before)" in found.err  # all but three units, and four tars
     assert (pool / first / "journal" / "unit-000000.json").stat().st_mtime_ns == kept
     patterns = ("evaluation/images/**/*", "evaluation/report.json", "latents/**/features/c/**/*")
     assert tree_bytes(tmp_path, *patterns) == tree_bytes(finished.root, *patterns)
@@ -488,6 +495,13 @@ def test_sweeps_that_agree_share_their_latents(
     larger = svgpipe(*eval_args(finished, tmp_path / "larger", *more, "--set", "evaluation.num_samples=11"))
     assert larger.code == 0, larger.err
     assert "sample: 3 (2 done before)" in larger.err
+    units = ["--set", "evaluation.num_samples=11", "--set", "evaluation.unit_rows=5"]
+    cut_otherwise = svgpipe(*eval_args(finished, tmp_path / "units", *more, *units))
+    assert cut_otherwise.code == 0, cut_otherwise.err
+    assert "sample: 3 (3 done before)" in cut_otherwise.err
+    ones, others = (decoded_images(tmp_path / name, SETTINGS[1]) for name in ("larger", "units"))
+    assert [others.pixels(i).tobytes() for i in range(11)] == [ones.pixels(i).tobytes() for i in range(11)]
+    assert svgpipe("verify", tmp_path / "units", "--deep").code == 0
     grown = FeatureStore.open(latents_of(tmp_path / "larger", SETTINGS[1]))
     old = FeatureStore.open(latents_of(finished.root / "evaluation", SETTINGS[1]))
     assert grown.path == tmp_path / "larger" / ".." / "latents" / old.path.name
@@ -697,7 +711,7 @@ def test_features_are_not_shared_between_input_sizes(finished: Finished, tmp_pat
     for size in (64, 96):
         backbone = build_backbone(section.model_copy(update={"input_size": size}), 32)
         extractor = load_extractor(ExtractorSection(kind="backbone"), backbone)
-        kept[size] = extracted(tmp_path / "features", "images", images, extractor, 4)["pooled"]
+        kept[size] = extracted(tmp_path / "features", images, extractor, 4)["pooled"]
         torch.testing.assert_close(kept[size], extractor.features(images, 4)["pooled"])
     assert not torch.allclose(kept[64], kept[96], rtol=0.1)
 
@@ -713,14 +727,14 @@ def test_features_are_found_by_content_never_by_name(finished: Finished, tmp_pat
         parameter.data.mul_(1.5)
     description = other.description.model_copy(update={"weights": state_digest(other.module.state_dict())})
     other = replace(other, description=description)
-    kept = extracted(tmp_path, "images", images, extractor, 4)["pooled"]
-    assert extracted(tmp_path, "images", fewer, extractor, 4)["pooled"].shape == (4, 512)
-    assert not torch.allclose(extracted(tmp_path, "images", images, other, 4)["pooled"], kept, rtol=0.1)
+    kept = extracted(tmp_path, images, extractor, 4)["pooled"]
+    assert extracted(tmp_path, fewer, extractor, 4)["pooled"].shape == (4, 512)
+    assert not torch.allclose(extracted(tmp_path, images, other, 4)["pooled"], kept, rtol=0.1)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     shutil.copytree(finished.root / "evaluation", tmp_path / "moved")
     moved = decoded_images(tmp_path / "moved", "reconstructions")
     broken = replace(extractor, module=torch.nn.Identity())  # cannot measure anything
-    torch.testing.assert_close(extracted(tmp_path, "images", moved, broken, 4)["pooled"], kept, rtol=0, atol=0)
+    torch.testing.assert_close(extracted(tmp_path, moved, broken, 4)["pooled"], kept, rtol=0, atol=0)
 
 
 def test_features_of_a_large_set_are_kept_part_by_part(
@@ -742,8 +756,8 @@ def test_features_of_a_large_set_are_kept_part_by_part(
     original = Extractor.features
     monkeypatch.setattr(Extractor, "features", until_killed)
     with pytest.raises(KeyboardInterrupt):
-        extracted(tmp_path, "images", images, extractor, 2)
-    found = extracted(tmp_path, "images", images, extractor, 2)["pooled"]
+        extracted(tmp_path, images, extractor, 2)
+    found = extracted(tmp_path, images, extractor, 2)["pooled"]
     assert looked == [2, 2, 2, 2]  # three parts, and the third once more
     torch.testing.assert_close(found, expected)
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
@@ -760,7 +774,7 @@ def test_features_that_killed_evaluations_left_half_written_go(finished: Finishe
         partial.write_bytes(b"half")
     two_days_ago = time.time() - 2 * 24 * 3600
     os.utime(left, (two_days_ago, two_days_ago))
-    extracted(tmp_path, "images", images, extractor, 4)
+    extracted(tmp_path, images, extractor, 4)
     assert not left.exists() and fresh.exists()
 
 
@@ -795,11 +809,11 @@ def test_units_of_another_list_of_sets_are_made_anew(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
     noise, rebuilt = ImageJob("decoded-noise", 6), ImageJob("reconstructions", 6)
     for number, unit in enumerate(noise.units(4)):
-        journal.record(number, {"set": unit["set"], "shard": {"name": shard_name(unit["number"])}})
         tar = tmp_path / unit["set"] / shard_name(unit["number"])
         tar.parent.mkdir(exist_ok=True)
-        for path in (tar, tar.with_suffix(".parquet")):
-            path.touch()
+        shard = write_tar(tar, [TarImage(str(i), b"pixels", "png", 0) for i in unit["indices"]], "train")
+        journal.record(number, {"set": unit["set"], "shard": shard.model_dump()})
+    path = tar.with_suffix(".parquet")
     assert missing_units(journal, noise.units(4), tmp_path) == []
     assert missing_units(journal, [*rebuilt.units(4), *noise.units(4)], tmp_path) == [0, 1, 2, 3]
     path.unlink()  # the index of the last tar

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svgpipe.models.flow import Velocity
-from svgpipe.models.sampler import Guidance, Solver, sample
+from svgpipe.models.sampler import Guidance, Solver, sample, time_grid
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
@@ -84,6 +84,13 @@ def test_an_interval_costs_the_unconditional_half_only_within() -> None:
     assert calls == [[1], [1, 5], [1, 5], [1]]
     guided = 5 + 3 * (1 - 5)
     assert out.item() == pytest.approx(0.25 * (1 + guided + guided + 1))
+
+
+@pytest.mark.parametrize(("mode", "guided"), [("interval-0.3-0.6", [3, 4, 5, 6]), ("interval-0.7-1.0", [7, 8, 9])])
+def test_the_ends_of_an_interval_belong_to_it(mode: str, guided: list[int]) -> None:
+    """Times are float32: 0.6 among ten steps is 0.60000002, and 0.7 is 0.69999999."""
+    times, guidance = time_grid(10, 1.0)[:-1].tolist(), Guidance(3.0, mode)
+    assert [i for i, t in enumerate(times) if guidance.weights(i, 10, t)[1] != 0] == guided
 
 
 @pytest.mark.parametrize(
