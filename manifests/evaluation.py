@@ -6,7 +6,7 @@ report.json, report.schema.json, report.html
 Beside it, shared by all evaluations there:
 
 latents/SETTING_DIGEST/     generated latents, a Zarr group in the feature cache's own format
-features/DIGEST.safetensors     what distances are computed from, by the images and the extractor
+features/DIGEST.safetensors, .json    what distances are computed from, by the images and the extractor; its hash
 """
 
 from __future__ import annotations

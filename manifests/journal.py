@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.manifest import Json, read_json, write_json
+from svgpipe.manifests.manifest import Json, digest, read_json, write_json
 from svgpipe.manifests.storage import Location, children, file_size, make_directory, write_atomic
 
 
@@ -36,11 +36,12 @@ class Journal:
     def kept(self, unit: int, key: str, make: Callable[[], Json]) -> Json:
         """What `make` gives, or gave in an earlier run under the same key; a damaged record is made anew."""
         with contextlib.suppress(ArtifactError):
-            if (record := self.read(unit)).get("key") == key:
+            record = self.read(unit)
+            if record.get("key") == key and record.get("sha256") == digest(record.get("kept")):
                 kept: Json = record["kept"]
                 return kept
         found = make()
-        self.record(unit, {"key": key, "kept": found})
+        self.record(unit, {"key": key, "kept": found, "sha256": digest(found)})
         return found
 
     def forget(self, unit: int) -> None:

@@ -208,6 +208,19 @@ def summarise(error: ValidationError) -> str:
     return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
+def read_plan(directory: Location) -> Json:
+    """What was begun in `directory`: kind, config and inputs (fingerprints by name).
+
+    Raises:
+        ArtifactError: the plan is missing or damaged.
+    """
+    path = directory / PLAN_NAME
+    plan = read_json(path)
+    if not (isinstance(plan.get("kind"), str) and all(isinstance(plan.get(key), dict) for key in ("config", "inputs"))):
+        raise ArtifactError(f"{path}: expected kind, config and inputs of what was begun, found {list(plan)}.")
+    return plan
+
+
 def _why_no_manifest(directory: Location, noun: str) -> str:
     if not directory.exists():
         return f"{directory}: expected {noun}, found no such directory."
@@ -281,7 +294,7 @@ class WorkDir(Generic[M]):
                 write_json(path / PLAN_NAME, plan)
             else:
                 what = "Use the recipe and options that it was begun with, or give another --out."
-                self._require_equal(read_json(path / PLAN_NAME), plan, f"{kind.NOUN}, half made, that was begun", what)
+                self._require_equal(read_plan(path), plan, f"{kind.NOUN}, half made, that was begun", what)
             remove_partials(path)
         except BaseException:
             self.close()

@@ -265,7 +265,7 @@ class ExtractorSection(Section):
 class EvaluationSection(Section):
     """`svgpipe sample-and-eval`: a sweep of steps × guidance, decoded and measured."""
 
-    steps: tuple[Positive, ...] = (25,)
+    steps: tuple[Annotated[int, Field(gt=0, le=100_000)], ...] = (25,)
     guidance: tuple[float, ...] = (1.0,)
     solver: Literal["euler", "heun", "multistep"] = Field(
         "euler", description="Evaluations a step: one, two, and one of second order."

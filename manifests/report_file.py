@@ -8,11 +8,16 @@ from pydantic import Field, ValidationError
 
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.figure import Record
-from svgpipe.manifests.manifest import read_json, summarise, write_json
-from svgpipe.manifests.storage import Location
+from svgpipe.manifests.manifest import MANIFEST_NAME, read_json, summarise, write_json
+from svgpipe.manifests.storage import Location, has_sha256
 
 REPORT_NAME = "report.json"
 SCHEMA_NAME = "report.schema.json"
+
+
+def evaluate_again(directory: Location) -> str:
+    """What to do where something of a finished evaluation is gone or altered."""
+    return f"Delete {directory / MANIFEST_NAME} and run the same command: only what is missing is made anew."
 
 
 class ExtractorRecord(Record):
@@ -41,6 +46,13 @@ class WrittenReport(Record):
         """Write report.json and its schema atomically."""
         write_json(directory / SCHEMA_NAME, type(self).model_json_schema())
         write_json(directory / REPORT_NAME, self.model_dump(mode="json"))
+
+    @classmethod
+    def require_published(cls, directory: Location, sha256: str) -> None:
+        """Raise ArtifactError unless report.json is the one of that hash."""
+        path = directory / REPORT_NAME
+        if not has_sha256(path, sha256):
+            raise ArtifactError(f"{path}: is gone, or not what was published. {evaluate_again(directory)}")
 
     @classmethod
     def read(cls, directory: Location) -> Self:

@@ -36,12 +36,14 @@ def location(where: str | Location) -> Location:
     """A path as typed by a person → Location.
 
     Raises:
-        UsageError: a scheme other than s3:// and gs://, or one whose client library is not installed.
+        UsageError: no text, a scheme other than s3:// and gs://, or one whose client library is not installed.
     """
     if isinstance(where, Path) and "://" not in str(where):
         return Path(where)
     text = str(where)
     scheme, separator, rest = text.partition("://")
+    if not text.strip():
+        raise UsageError("expected a path, found an empty text: is a variable of the shell not set?")
     if not separator:
         return Path(text)
     if scheme == "file":

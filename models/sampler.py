@@ -62,10 +62,10 @@ class Guidance:
     mode: str = "constant"
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a mode that does not exist, or an interval that ends before it begins."""
+        """Raises ValueError for a mode that does not exist, or an interval that ends before it begins, or after 1."""
         kind, numbers = self._parsed
-        if kind == "interval" and numbers[0] > numbers[1]:
-            raise ValueError(f"guidance mode: expected interval-LO-HI with LO <= HI, found {self.mode!r}")
+        if kind == "interval" and not numbers[0] <= numbers[1] <= 1:
+            raise ValueError(f"guidance mode: expected interval-LO-HI with LO <= HI <= 1, found {self.mode!r}")
 
     @property
     def _parsed(self) -> tuple[str, tuple[float, ...]]:

@@ -23,7 +23,7 @@ from svgpipe.manifests.journal import finished_units
 from svgpipe.manifests.kinds import artifacts_below, read_any
 from svgpipe.manifests.lock import describe as describe_owner
 from svgpipe.manifests.lock import owner_of
-from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, read_json
+from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, read_json, read_plan
 from svgpipe.manifests.reconstruction import ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.shards import ShardSet, ShardSetManifest
 from svgpipe.manifests.storage import Location, children
@@ -61,7 +61,7 @@ def _describe_finished(path: Location) -> Json:
 
 
 def _describe_unfinished(path: Location) -> Json:
-    plan = read_json(path / PLAN_NAME)
+    plan = read_plan(path)
     facts: Json = {}
     if tars := children(path / "records"):
         facts["tars finished"] = len(tars)
@@ -78,7 +78,7 @@ def _describe_unfinished(path: Location) -> Json:
         "path": str(path),
         "kind": plan["kind"],
         "finished": False,
-        "facts": facts or {"progress": "nothing that a resume could use"},
+        "facts": facts or {"progress": "nothing is finished in this directory"},
         "inputs": {name: {"fingerprint": fingerprint} for name, fingerprint in plan["inputs"].items()},
         "config": plan["config"],
     }

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from svgpipe.manifests.kinds import KINDS, artifacts_below, read_any
 from svgpipe.manifests.lock import describe, owner_of
-from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, Json, read_json
+from svgpipe.manifests.manifest import MANIFEST_NAME, Json, read_plan
 from svgpipe.manifests.metrics_file import METRICS_NAME, read_metrics
 from svgpipe.manifests.progress_file import ProgressEntry, read_progress
 from svgpipe.manifests.storage import Location
@@ -49,7 +49,7 @@ def _entry(path: Location) -> Json:
         progress, owner = None, None
     else:
         progress, owner = read_progress(path), owner_of(path)
-        state = {"kind": str(read_json(path / PLAN_NAME)["kind"]), "state": "stopped" if owner is None else "running"}
+        state = {"kind": read_plan(path)["kind"], "state": "stopped" if owner is None else "running"}
     metrics = _last_metrics(path)
     found = {"path": str(path), "name": path.name, **state, "progress": _as_json(progress), "metrics": metrics}
     return found | {"warnings": list(_warnings(path, state["state"], progress, owner, metrics))}

@@ -89,17 +89,17 @@ def analyze(
             more than 4096 images.
     """
     progress = progress or Silent()
-    if classes * per_class > MOST_IMAGES:
-        raise UsageError(
-            f"--classes {classes} times --per-class {per_class}: expected at most {MOST_IMAGES} images, found "
-            f"{classes * per_class}. Every pair of them is compared; fewer say as much."
-        )
     trained = _assign(caches, models)
     if weights != EMA and not trained:
         raise UsageError(f"--ema {weights}: says which weights of a model, and no --diffusion is given.")
     for model in trained.values():
         model.weights_name(weights)
     chosen = [_choose(cache, classes, per_class) for cache in caches]
+    if (most := max(map(len, chosen))) > MOST_IMAGES:
+        raise UsageError(
+            f"--classes {classes} and --per-class {per_class}: expected at most {MOST_IMAGES} images of a cache, found "
+            f"{most}. Every pair of them is compared; fewer say as much."
+        )
     found = []
     for cache, rows in zip(caches, chosen, strict=True):
         found.append(_analyze_one(cache, trained.get(cache.manifest.fingerprint), rows, weights, seed, progress))

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import load_tensors, save_tensors
+from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.evaluation import Measured, ReferenceRecord, SamplerRecord
 from svgpipe.manifests.figure import Figure
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import Json, digest
+from svgpipe.manifests.manifest import Json, digest, read_json, write_json
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardFile, refs_of
 from svgpipe.manifests.storage import ABANDONED_S, Location, children, make_directory, remove_partials
@@ -119,7 +120,13 @@ def compare(
         results.append(Measured.model_validate(journal.kept(number, key, functools.partial(measure, name))))
         progress.advance(1, name)
     smallest = min(map(len, everything.values()))
-    return Compared(against, results, _not_measured(everything, extractor, smallest, same_classes=same_classes))
+    missing = _not_measured(everything, extractor, smallest, same_classes=same_classes)
+    missing += [
+        f"what guidance {s.guidance:g} does in {s.steps} steps: {s.guidance_mode} acts at none of their times"
+        for s in settings
+        if s.guidance != 1 and not s.acts
+    ]
+    return Compared(against, results, missing)
 
 
 def _not_measured(
@@ -156,22 +163,33 @@ def extracted(
     make_directory(pool)
     key = digest([images.digest, extractor.description.model_dump(), extractor.layers])[:16]
     path = pool / f"{prefix}{key}.safetensors"
-    if path.exists():
-        return load_tensors(path)
+    if (whole := _kept(path)) is not None:
+        return whole
     remove_partials(pool, idle_s=ABANDONED_S)
     if len(images) <= PART:
-        found = extractor.features(images, batch_size)
-        save_tensors(path, found)
-        return found
+        return _keep(path, extractor.features(images, batch_size))
     # Kept part by part, so that a kill does not cost the hours that a large set takes.
     parts = [ImageSet(images.refs[start : start + PART], images.size) for start in range(0, len(images), PART)]
     pieces = [extracted(pool / "parts", part, extractor, batch_size, f"{key}-") for part in parts]
-    found = {layer: torch.cat([piece[layer] for piece in pieces]) for layer in extractor.layers}
-    save_tensors(path, found)
+    found = _keep(path, {layer: torch.cat([piece[layer] for piece in pieces]) for layer in extractor.layers})
     for part_file in children(pool / "parts"):
         if part_file.name.startswith(f"{key}-"):
             part_file.unlink(missing_ok=True)
     return found
+
+
+def _keep(path: Location, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Write features, then the file's hash beside them."""
+    write_json(path.with_suffix(".json"), {"sha256": save_tensors(path, found)})
+    return found
+
+
+def _kept(path: Location) -> dict[str, Tensor] | None:
+    """Features as they were written; None where there are none, or others than these."""
+    try:
+        return load_tensors(path, str(read_json(path.with_suffix(".json"))["sha256"]))
+    except (ArtifactError, KeyError):
+        return None
 
 
 def _psnr(originals: ImageSet, reconstructions: ImageSet, config: EvaluationSection) -> Figure | None:

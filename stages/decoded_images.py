@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import Tensor
 
 from svgpipe.manifests.alignment import MeasuredAlignment
@@ -18,12 +19,12 @@ from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.index import ImageRef, read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import digest, svgpipe_version
+from svgpipe.manifests.report_file import evaluate_again
 from svgpipe.manifests.shards import ShardFile, shard_name
 from svgpipe.manifests.storage import (
     Location,
     absolute,
     children,
-    file_size,
     has_sha256,
     make_directory,
     remove_partials,
@@ -160,25 +161,24 @@ def _key(unit: dict[str, Any], decides: list[Any]) -> str:
 
 
 def missing_units(journal: Journal, units: Sequence[dict[str, Any]], images: Location) -> list[int]:
-    """Units without a record of their own, or whose tar or index is gone or damaged, as far as a look at it shows.
+    """Units without a record of their own, or whose tar or index is gone or altered.
 
     The sets may have changed since the records were written: an alignment that there is now allows another.
     """
     finished = journal.finished()
 
     def is_there(number: int, unit: dict[str, Any]) -> bool:
-        if not _is_of(journal, number, unit):
+        tar = images / unit["set"] / shard_name(unit["number"])
+        try:
+            record = journal.read(number)
+            shard = ShardFile.model_validate(record.get("shard"))
+        except (ArtifactError, ValidationError):
             return False
-        tar, shard = images / unit["set"] / shard_name(unit["number"]), journal.read(number)["shard"]
+        is_its_own = record.get("set") == unit["set"] and shard.name == tar.name
         index = tar.with_suffix(".parquet")
-        return file_size(tar) == shard["num_bytes"] and has_sha256(index, shard["index_sha256"])
+        return is_its_own and has_sha256(tar, shard.sha256) and has_sha256(index, shard.index_sha256)
 
     return [n for n, unit in enumerate(units) if n not in finished or not is_there(n, unit)]
-
-
-def _is_of(journal: Journal, number: int, unit: dict[str, Any]) -> bool:
-    record = journal.read(number)
-    return record["set"] == unit["set"] and record["shard"]["name"] == shard_name(unit["number"])
 
 
 def decoded_images(evaluation: Location, name: str) -> ImageSet:
@@ -191,7 +191,7 @@ def decoded_images(evaluation: Location, name: str) -> ImageSet:
     tars = [path for path in children(folder) if path.suffix == ".tar"]
     refs = [ref for tar in tars for ref in refs_of_table(read_index(tar.with_suffix(".parquet"), None), tar)]
     if not refs:
-        raise ArtifactError(f"{folder}: expected decoded images, found none.")
+        raise ArtifactError(f"{folder}: expected decoded images, found none. {evaluate_again(evaluation)}")
     return ImageSet(refs, decode_image(refs[0].read()).width)
 
 

@@ -96,6 +96,7 @@ def eval_reconstruction(
     with WorkDir(out, ReconstructionManifest, config.model_dump(mode="json"), inputs) as work:
         require_same_alignment(autoencoder, out)
         if work.finished is not None:
+            ReconstructionReport.require_published(out, work.finished.report)
             return work.finished
         section = AutoencoderSection.model_validate(encoder.config)
         backbone = build_backbone(section.backbone, encoder.image_size, autoencoder)

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.figure import Record
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import TarImage, shard_name, write_tar
-from svgpipe.manifests.storage import Location, file_sha256, file_size, location
+from svgpipe.manifests.storage import Location, file_sha256, location
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
 from svgpipe.stages.images import centre_crop, decode_member, encode_png, to_array
@@ -26,6 +29,14 @@ Row = dict[str, Any]
 def pass_on(row: Row) -> Row:
     """Nothing to read."""
     return row
+
+
+class LatentsRecord(Record):
+    """What the journal of a store of latents says of an outer shard."""
+
+    sha256: str
+    num_bytes: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -40,10 +51,18 @@ class WriteLatents:
         store = FeatureStore(self.paths[setting], self.specs[setting])
         store.write_unit(number, np.ascontiguousarray(row["latents"]))
         file = store.unit_file(number)
-        Journal(store.path / "journal").record(
-            number, {"sha256": file_sha256(file), "num_bytes": file_size(file), "rows": len(row["latents"])}
-        )
+        record = LatentsRecord(sha256=file_sha256(file), num_bytes=file.stat().st_size, rows=len(row["latents"]))
+        Journal(store.path / "journal").record(number, record.model_dump())
         return {"unit": row["unit"]}
+
+
+def _latents(store: FeatureStore, indices: list[int]) -> NDArray[np.float32]:
+    """Raises ArtifactError for damage within files of the right size: what has another size was drawn anew."""
+    try:
+        return store.read(indices).astype(np.float32)
+    except ArtifactError as error:
+        files = ", ".join(str(store.unit_file(unit)) for unit in sorted({i // store.spec.unit_rows for i in indices}))
+        raise ArtifactError(f"{error} Delete {files}; the same command then draws it anew.") from error
 
 
 @dataclass(frozen=True)
@@ -57,7 +76,7 @@ class ReadForDecoding:
         empty = np.zeros((0,), np.float32)
         latents = pixels = empty
         if job["store"] is not None:
-            latents = FeatureStore.open(location(job["store"])).read(job["indices"]).astype(np.float32)
+            latents = _latents(FeatureStore.open(location(job["store"])), job["indices"])
         if job["refs"]:
             images = (decode_member(ImageRef(location(tar), *where)) for tar, *where in job["refs"])
             pixels = np.stack([to_array(centre_crop(image, self.size)) for image in images])

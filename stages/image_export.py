@@ -12,7 +12,15 @@ from collections.abc import Iterator
 import numpy as np
 
 from svgpipe.manifests.evaluation import EvaluationManifest
-from svgpipe.manifests.storage import ABANDONED_S, Location, make_directory, remove_partials, staged, write_atomic
+from svgpipe.manifests.storage import (
+    ABANDONED_S,
+    Location,
+    file_size,
+    make_directory,
+    remove_partials,
+    staged,
+    write_atomic,
+)
 from svgpipe.stages.decoded_images import decoded_images
 from svgpipe.stages.image_set import ImageSet
 from svgpipe.stages.images import RGBArray
@@ -20,14 +28,14 @@ from svgpipe.stages.progress import Progress
 
 
 def export_npz(evaluation: Location, progress: Progress) -> list[Location]:
-    """An .npz of the samples of every setting; those that are there already are left alone."""
+    """An .npz of the samples of every setting; those that are there and whole are left alone."""
     return [
         _write_npz(evaluation / "npz" / f"{name}.npz", images, progress) for name, images in _samples_of(evaluation)
     ]
 
 
 def export_png(evaluation: Location, progress: Progress) -> list[Location]:
-    """A folder of .png files of every setting: the bytes that the tars hold. Files that are there are left alone."""
+    """A folder of .png files of every setting: the bytes that the tars hold. Files that are there stay, if whole."""
     folders: list[Location] = []
     for name, images in _samples_of(evaluation):
         folder = evaluation / "png" / name
@@ -36,7 +44,7 @@ def export_png(evaluation: Location, progress: Progress) -> list[Location]:
         progress.begin(f"png {name}", len(images))
         for number, ref in enumerate(images.refs):
             path = folder / f"{number:08d}.png"
-            if not path.exists():
+            if file_size(path) != ref.size:
                 write_atomic(path, ref.read())
             progress.advance()
         folders.append(folder)
@@ -48,10 +56,18 @@ def _samples_of(evaluation: Location) -> Iterator[tuple[str, ImageSet]]:
         yield name, decoded_images(evaluation, name)
 
 
+def _is_whole(path: Location) -> bool:
+    """Whether there is an archive with its end, which one that was cut short has lost."""
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        return zipfile.is_zipfile(file)
+
+
 def _write_npz(path: Location, images: ImageSet, progress: Progress) -> Location:
     """Image by image: 50,000 of them are 9.8 GB, more than a machine may have."""
     progress.begin(f"npz {path.stem}", len(images))
-    if path.exists():
+    if _is_whole(path):
         progress.advance(len(images))
         return path
     make_directory(path.parent)

@@ -11,12 +11,13 @@ keeps the units of the first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.journal import Journal
@@ -27,7 +28,7 @@ from svgpipe.manifests.storage import Location, absolute, file_size, make_direct
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
 from svgpipe.models.sampler import Guidance
-from svgpipe.stages.eval_tasks import WriteLatents, pass_on
+from svgpipe.stages.eval_tasks import LatentsRecord, WriteLatents, pass_on
 from svgpipe.stages.progress import Progress
 from svgpipe.stages.sampling import SamplerSettings, draw_latents, keep_as_computed, labels_of
 from svgpipe.stages.trained_diffusion import TrainedDiffusion
@@ -156,8 +157,8 @@ def draw(
         for _ in run_units(missing, pass_on, _Draw, args, writer, resources):
             progress.advance(1, f"{in_all} latents in all")
         hashes = [
-            [str(journal.read(unit)["sha256"]) for unit in range(count)]
-            for count, journal in zip(counts, journals, strict=True)
+            [records[unit].sha256 for unit in range(count)]
+            for count, records in zip(counts, map(_records, journals), strict=True)
         ]
     return [DrawnLatents(*drawn) for drawn in zip(settings, stores, hashes, strict=True)]
 
@@ -174,9 +175,8 @@ def _prepare(
     Its description is written last, so a store that has one is whole; another was left by a kill and is made anew
     around the shards that lie there.
     """
-    journal = Journal(path / "journal")
-    if drawn := journal.finished():
-        unit_rows = int(journal.read(min(drawn))["rows"])
+    if records := _records(Journal(path / "journal")):
+        unit_rows = records[min(records)].rows
     rows = -(-count // unit_rows) * unit_rows
     store = _whole_store(path)
     if store is not None and store.spec.unit_rows == unit_rows and store.spec.num_samples >= rows:
@@ -198,9 +198,19 @@ def _whole_store(path: Location) -> FeatureStore | None:
     return store if DESCRIPTION in store.group.attrs else None
 
 
+def _records(journal: Journal) -> dict[int, LatentsRecord]:
+    """Of every unit that has one which can be read."""
+    found = {}
+    for unit in journal.finished():
+        with suppress(ArtifactError, ValidationError):
+            found[unit] = LatentsRecord.model_validate(journal.read(unit))
+    return found
+
+
 def _drawn(store: FeatureStore, journal: Journal) -> set[int]:
     """Units with a record whose file is of the size that was recorded."""
-    return {unit for unit in journal.finished() if file_size(store.unit_file(unit)) == journal.read(unit)["num_bytes"]}
+    records = _records(journal)
+    return {unit for unit, record in records.items() if file_size(store.unit_file(unit)) == record.num_bytes}
 
 
 def _absolute(sampler: Sampler) -> Sampler:

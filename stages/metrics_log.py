@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from svgpipe.manifests.errors import UsageError, first_line
-from svgpipe.manifests.manifest import PLAN_NAME, digest, read_json
+from svgpipe.manifests.manifest import digest, read_plan
 from svgpipe.manifests.metrics_file import METRICS_NAME, read_metrics
 from svgpipe.manifests.storage import Location, write_atomic
 from svgpipe.stages.patience import patiently
@@ -97,7 +97,7 @@ def _wandb_run(directory: Location, project: str) -> Any:
     require_wandb()
     import wandb
 
-    plan = read_json(directory / PLAN_NAME)
+    plan = read_plan(directory)
     try:
         return wandb.init(
             project=project,

@@ -18,7 +18,8 @@ from torch import Tensor
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, digest
+from svgpipe.manifests.kinds import KINDS
+from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, digest, read_json
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import file_sha256, location
@@ -105,7 +106,13 @@ def shard_reference(shards: ShardSet) -> Reference:
 
 def _folder(directory: Path) -> Reference:
     """Every image below it, in the order of their paths; the classes are its folders, if no image lies outside them."""
-    paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    below = list(directory.rglob("*"))
+    if artifact := next((path.parent for path in below if path.name == MANIFEST_NAME and _is_ours(path)), None):
+        raise ArtifactError(
+            f"{directory}: expected a shard set or a folder of images, found one that holds svgpipe's artifacts "
+            f"({artifact}). Name the shard set, or a folder with nothing but images."
+        )
+    paths = sorted(path for path in below if path.suffix.lower() in EXTENSIONS and path.is_file())
     if len(paths) < FEWEST:
         raise ArtifactError(
             f"{directory}: expected a shard set, or a folder with at least two JPEG, PNG or WebP images; "
@@ -123,6 +130,14 @@ def _folder(directory: Path) -> Reference:
     content = digest([["/".join(parts), ref.sha256] for parts, ref in zip(places, refs, strict=True)])
     ref = InputRef(kind="image-folder", fingerprint=content, path=str(directory), config={"images": len(refs)})
     return Reference("folder", str(directory), ref, refs, class_names=classes)
+
+
+def _is_ours(manifest: Path) -> bool:
+    """Whether it is a manifest of an artifact, and not one that somebody else has named so."""
+    try:
+        return read_json(manifest).get("kind") in KINDS
+    except ArtifactError:
+        return False
 
 
 def _size_and_hash(path: Path) -> tuple[int, str]:

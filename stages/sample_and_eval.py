@@ -84,6 +84,7 @@ def sample_and_eval(
     with WorkDir(out, EvaluationManifest, config.model_dump(mode="json"), inputs) as work:
         require_same_alignment(autoencoder, out)
         if work.finished is not None:
+            Report.require_published(out, work.finished.report)
             return work.finished
         # Weights that are missing should stop a sweep before it has sampled for hours.
         extractor = load_extractor(

@@ -16,7 +16,7 @@ from svgpipe.manifests.checkpoint import EMA
 from svgpipe.manifests.precision import Precision
 from svgpipe.manifests.recipe import DiffusionSection, DiTSection, Labels
 from svgpipe.models.dit import DiT
-from svgpipe.models.sampler import Guidance, Solver, sample
+from svgpipe.models.sampler import Guidance, Solver, sample, time_grid
 from svgpipe.stages.team import Team
 from svgpipe.stages.training import autocast, generator
 
@@ -42,14 +42,16 @@ class SamplerSettings:
         return f"steps-{self.steps:03d}_guidance-{self.guidance:g}"
 
     @property
-    def deciding(self) -> SamplerSettings:
-        """The same latents in one way of saying it: at guidance 1 nothing guides, whatever the mode or the guide.
+    def acts(self) -> bool:
+        """Whether guidance changes anything at any evaluation."""
+        guidance, times = Guidance(self.guidance, self.guidance_mode), time_grid(self.steps, self.time_shift).tolist()
+        evaluations = [*enumerate(times[:-1]), *(enumerate(times[1:]) if self.solver == "heun" else ())]
+        return any(guidance.weights(step, self.steps, t) != (1, 0) for step, t in evaluations)
 
-        But cfg_star does, which changes the first steps at any guidance.
-        """
-        if self.guidance != 1 or Guidance(self.guidance, self.guidance_mode).kind == "cfg_star":
-            return self
-        return replace(self, guidance_mode="constant", guide=None)
+    @property
+    def deciding(self) -> SamplerSettings:
+        """The same latents in one way of saying it: where nothing guides, no mode and no guide matter."""
+        return self if self.acts else replace(self, guidance=1.0, guidance_mode="constant", guide=None)
 
 
 def build_dit(config: DiTSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> DiT:

@@ -18,7 +18,7 @@ from svgpipe.manifests.checkpoint import (
     weights_file,
 )
 from svgpipe.manifests.errors import ArtifactError, UsageError
-from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, Json, read_json
+from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, Json, read_plan
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.storage import Location, absolute
 from svgpipe.models.dit import DiT
@@ -107,7 +107,7 @@ def open_diffusion(source: Location) -> TrainedDiffusion:
     entry = CheckpointStore(run / "checkpoints").entry(wanted)
     if entry is None or not (run / PLAN_NAME).exists() or "class_names" not in entry["values"]:
         raise ArtifactError(f"{source}: expected a diffusion model or a checkpoint of one, found neither.")
-    plan, values = read_json(run / PLAN_NAME), entry["values"]
+    plan, values = read_plan(run), entry["values"]
     rows, columns = values["grid"]
     return TrainedDiffusion(
         run / "checkpoints" / entry["folder"],

@@ -64,6 +64,7 @@ def verify(path: Location, *, deep: bool = False, progress: Progress | None = No
     return [Finding(*found) for found in _CHECKS[manifest.kind](path, manifest, deep=deep, progress=progress)]
 
 
+MALFORMED = (KeyError, TypeError, ValueError)  # of JSON that holds something else than it should
 Found = Iterator[tuple[str, str, int | None]]
 
 
@@ -207,8 +208,8 @@ def _verify_images(
             if size != record["shard"]["num_bytes"] or (deep and file_sha256(tar) != record["shard"]["sha256"]):
                 yield _wrong(tar, "missing, or not the images that were published")
             progress.advance()
-    except (ArtifactError, KeyError) as error:
-        yield _wrong(path / "journal", error)
+    except (ArtifactError, *MALFORMED) as error:
+        yield _wrong(path / "journal", error if isinstance(error, ArtifactError) else "a record is damaged")
         return
     if not published(tars):
         yield _wrong(path / "journal", "its records are not those that were published")
@@ -230,8 +231,8 @@ def _verify_latents(path: Location, manifest: EvaluationManifest, deep: bool) ->
                 rows += int(record["rows"])
                 if file_size(file) != record["num_bytes"] or (deep and file_sha256(file) != hashes[-1]):
                     yield _wrong(file, "missing, or not the latents that were published")
-        except (ArtifactError, KeyError) as error:
-            yield _wrong(store / "journal", error)
+        except (ArtifactError, *MALFORMED) as error:
+            yield _wrong(store / "journal", error if isinstance(error, ArtifactError) else "a record is damaged")
             continue
         if digest(hashes) != ref.content:
             yield _wrong(store / "journal", "its records are not those that were published")

@@ -45,7 +45,8 @@ def test_statistics_of_the_same_images_give_the_same_distance(
     finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     kept = [load_file(file)["pooled"] for file in (finished.root / "features").glob("*.safetensors")]
-    (pooled,) = (found.double().numpy() for found in kept if len(found) == len(finished.shards.usable("train")))
+    shape = (len(finished.shards.usable("train")), 1280)  # other tests leave features of other extractors there
+    (pooled,) = (found.double().numpy() for found in kept if found.shape == shape)
     name = Report.read(finished.root / "evaluation").extractor.name
     moments = {"mu": pooled.mean(0), "sigma": np.cov(pooled, rowvar=False), "mu_s": np.zeros(3)}
     np.savez(tmp_path / "stats.npz", extractor=name, **moments)
@@ -139,6 +140,10 @@ def test_what_is_no_reference_is_refused(finished: Finished, svgpipe: Callable[.
     def refused(reference: Path, *more: object) -> Outcome:
         return svgpipe(*eval_args(finished, reference, tmp_path / "out", *more))
 
+    nothing = svgpipe(*eval_args(finished, "", tmp_path / "out"))  # type: ignore[arg-type]
+    assert nothing.code == 2 and "found an empty text" in nothing.err
+    above = refused(finished.root)
+    assert above.code == 1 and "holds svgpipe's artifacts" in above.err
     (tmp_path / "empty").mkdir()
     assert "found 0" in refused(tmp_path / "empty").err
     gone = refused(tmp_path / "gone.npz")

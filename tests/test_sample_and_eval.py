@@ -139,6 +139,47 @@ def test_images_for_other_evaluators(finished: Finished, tmp_path: Path, svgpipe
     written = (out / "npz" / f"{SETTINGS[0]}.npz").stat().st_mtime_ns
     assert svgpipe(*eval_args(finished, out, "--npz")).code == 0
     assert (out / "npz" / f"{SETTINGS[0]}.npz").stat().st_mtime_ns == written
+    cut, empty = out / "npz" / f"{SETTINGS[1]}.npz", out / "png" / SETTINGS[1] / "00000000.png"
+    whole = [cut.read_bytes(), empty.read_bytes()]
+    cut.write_bytes(whole[0][:-100])
+    empty.write_bytes(b"")
+    assert svgpipe(*eval_args(finished, out, "--npz", "--png")).code == 0
+    assert [cut.read_bytes()[:1000], empty.read_bytes()] == [whole[0][:1000], whole[1]]
+    assert cut.stat().st_size == len(whole[0])
+
+
+def test_a_report_that_was_altered_is_not_shown(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """What to do is said, and restores it."""
+    out, pool = tmp_path / "evaluation", ["--pool", finished.root]
+    shutil.copytree(finished.root / "evaluation", out)
+    before = (out / "report.json").read_text()
+    (out / "report.json").write_text(before.replace('"value": ', '"value": 1', 1))
+    refused = svgpipe(*eval_args(finished, out, *pool))
+    assert refused.code == 1 and f"Delete {out / 'manifest.json'} and run the same command" in refused.err
+    shutil.rmtree(out / "images" / SETTINGS[0])
+    (out / "manifest.json").unlink()
+    assert svgpipe(*eval_args(finished, out, *pool)).code == 0
+    assert (out / "report.json").read_text() == before and svgpipe("verify", out, "--deep").code == 0
+
+
+def test_records_of_another_form_are_no_crash(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    for folder in ("evaluation", "latents"):
+        shutil.copytree(finished.root / folder, tmp_path / folder)
+    out = tmp_path / "evaluation"
+    for record in (out / "journal/decode/unit-000000.json", latents_of(out, SETTINGS[0]) / "journal/unit-000000.json"):
+        for content in ("{}", '{"set": 1, "shard": null, "rows": "x"}', "[]", "no JSON"):
+            record.write_text(content)
+            found = svgpipe("verify", out)
+            assert found.code == 1 and "journal" in found.out, content
+    (out / "manifest.json").unlink()
+    (out / "plan.json").write_text("{}")
+    for command in (eval_args(finished, out), ["inspect", out], ["status", tmp_path]):
+        refused = svgpipe(*command)
+        assert refused.code == 1 and "plan.json: expected kind, config and inputs" in refused.err
 
 
 def test_the_report_traces_every_number(finished: Finished) -> None:
@@ -410,14 +451,14 @@ def test_an_interrupted_sweep_resumes(finished: Finished, tmp_path: Path, svgpip
     for name in ("manifest.json", "report.json", "report.html"):
         (out / name).unlink()
     first, second = (latents_of(finished.root / "evaluation", name).name for name in SETTINGS[:2])
-    (pool / first / "journal" / "unit-000001.json").unlink()
+    (pool / first / "journal" / "unit-000001.json").write_text("{}")
     (pool / second / "features" / "c" / "1" / "0" / "0" / "0" / "0").unlink()
     cut = pool / latents_of(finished.root / "evaluation", SETTINGS[2]).name / "features/c/0/0/0/0/0"
     cut.write_bytes(cut.read_bytes()[:1000])
-    (out / "journal" / "decode" / "unit-000003.json").unlink()
+    (out / "journal" / "decode" / "unit-000003.json").write_text("{}")
     (out / "images" / SETTINGS[0] / shard_name(0)).unlink()
-    cut = out / "images" / SETTINGS[1] / shard_name(0)
-    cut.write_bytes(cut.read_bytes()[:1000])
+    altered = out / "images" / SETTINGS[1] / shard_name(0)
+    altered.write_bytes((content := altered.read_bytes())[:600] + bytes(100) + content[700:])
     index = (out / "images" / SETTINGS[2] / shard_name(0)).with_suffix(".parquet")
     index.write_bytes(index.read_bytes()[::-1])
     kept = (pool / first / "journal" / "unit-000000.json").stat().st_mtime_ns
@@ -539,6 +580,35 @@ def test_without_guidance_its_mode_and_guide_do_not_matter(finished: Finished) -
         assert other_key != guided_key and not np.array_equal(other, guided)
     (star_key, star), _ = drawn("cfg_star-1-0")
     assert star_key != key and not np.array_equal(star, latents)
+
+
+def test_guidance_that_acts_at_no_time_is_said_to(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """Two steps at a shift of 0.15 are at t = 0 and 0.13."""
+    more = ["--steps", "2", "--guidance", "1.0,1.5", "--set", "evaluation.guidance_mode=interval-0.2-0.9"]
+    found = svgpipe(*eval_args(finished, tmp_path / "out", *more, "--pool", finished.root))
+    assert found.code == 0, found.err
+    report = Report.read(tmp_path / "out")
+    assert report.results[0].frechet_distance == report.results[1].frechet_distance
+    assert any(
+        "guidance 1.5 does in 2 steps: interval-0.2-0.9 acts at none" in reason for reason in report.not_measured
+    )
+    settings = SamplerSettings(2, 1.5, "heun", "interval-0.2-1.0", 0.15, 0, "float32", "ema")
+    assert settings.acts and not replace(settings, solver="euler").acts  # the second evaluation is at t = 1
+
+
+def test_latents_that_are_damaged_within_are_named(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    shutil.copytree(finished.root / "latents", tmp_path / "latents")
+    file = tmp_path / "latents" / latents_of(finished.root / "evaluation", SETTINGS[1]).name / "features/c/0/0/0/0/0"
+    file.write_bytes(bytes(400) + file.read_bytes()[400:])
+    arguments = eval_args(finished, tmp_path / "out", "--steps", "2", "--guidance", "1.0")
+    refused = svgpipe(*arguments)
+    assert refused.code == 1 and f"Delete {file}" in refused.err and "checksum" in refused.err
+    file.unlink()
+    assert svgpipe(*arguments).code == 0
 
 
 def test_another_evaluation_of_the_same_latents_decodes_nothing(
@@ -737,6 +807,31 @@ def test_features_are_found_by_content_never_by_name(finished: Finished, tmp_pat
     torch.testing.assert_close(extracted(tmp_path, moved, broken, 4)["pooled"], kept, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("damage", ["altered", "cut", "no record"])
+def test_features_that_were_altered_are_found_anew(finished: Finished, tmp_path: Path, damage: str) -> None:
+    images = decoded_images(finished.root / "evaluation", "reconstructions")
+    extractor = load_extractor(
+        ExtractorSection(kind="backbone"), build_backbone(finished.recipe.autoencoder.backbone, 32)
+    )
+    kept = extracted(tmp_path, images, extractor, 4)["pooled"]
+    (file,) = tmp_path.glob("*.safetensors")
+    whole = file.read_bytes()
+    if damage == "no record":
+        file.with_suffix(".json").write_text("{}")
+    file.write_bytes(whole[:100] if damage == "cut" else whole[:-4000] + bytes(4000))
+    torch.testing.assert_close(extracted(tmp_path, images, extractor, 4)["pooled"], kept)
+    assert file.read_bytes() == whole
+
+
+def test_figures_that_were_altered_are_computed_anew(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    assert journal.kept(0, "key", lambda: {"psnr": [23.5]}) == {"psnr": [23.5]}
+    assert journal.kept(0, "key", lambda: {"psnr": [0.0]}) == {"psnr": [23.5]}
+    (record,) = tmp_path.glob("*.json")
+    record.write_text(record.read_text().replace("23.5", "29.5"))
+    assert journal.kept(0, "key", lambda: {"psnr": [24.0]}) == {"psnr": [24.0]}
+
+
 def test_features_of_a_large_set_are_kept_part_by_part(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -760,7 +855,7 @@ def test_features_of_a_large_set_are_kept_part_by_part(
     found = extracted(tmp_path, images, extractor, 2)["pooled"]
     assert looked == [2, 2, 2, 2]  # three parts, and the third once more
     torch.testing.assert_close(found, expected)
-    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+    assert sorted(path.suffix for path in tmp_path.rglob("*") if path.is_file()) == [".json", ".safetensors"]
 
 
 def test_features_that_killed_evaluations_left_half_written_go(finished: Finished, tmp_path: Path) -> None:

@@ -59,7 +59,16 @@ def test_flow_refuses_what_does_not_exist() -> None:
         sample(lambda z, t, y: z, z0, y, null_label=1, steps=1, shift=1.0, solver="rk4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 1, found 0"):
         sample(lambda z, t, y: z, z0, y, null_label=1, steps=0, shift=1.0)
-    for mode in ("interval", "interval-0.5", "interval-0.6-0.5", "early", "early-.", "cfg_star-1", "late-0.3"):
+    for mode in (
+        "interval",
+        "interval-0.5",
+        "interval-0.6-0.5",
+        "interval-0.5-2",
+        "early",
+        "early-.",
+        "cfg_star-1",
+        "late-0.3",
+    ):
         with pytest.raises(ValueError, match="guidance mode"):
             Guidance(2.0, mode)
 
