@@ -14,6 +14,7 @@ from torch.distributions import Normal
 
 from svgpipe.models.dit import DiT
 from svgpipe.models.empirical_flow import empirical_velocity
+from svgpipe.stages import analyze as analyze_stage
 from svgpipe.stages import velocity_agreement as stage
 from svgpipe.stages.class_geometry import class_distances
 from svgpipe.stages.straightness import straightness
@@ -186,14 +187,15 @@ def test_analyze_real_caches_side_by_side(finished: Finished, svgpipe: Callable[
 
 
 def test_a_model_of_another_cache_is_refused(
-    finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
+    finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = tmp_path / "int8"
     assert svgpipe("requantize", finished.root / "cache", small).code == 0
     done = svgpipe("analyze", small, "--diffusion", finished.root / "diffusion")
     assert done.code == 1 and "none of those given" in done.err
+    monkeypatch.setattr(analyze_stage, "MOST_IMAGES", 20)
     many = svgpipe("analyze", small, "--classes", 1000, "--per-class", 50)
-    assert many.code == 2 and "at most 4096 images" in many.err
+    assert many.code == 2 and "at most 20 images of a cache, found 36" in many.err
     useless = svgpipe("analyze", small, "--ema", "raw")
     assert useless.code == 2 and "no --diffusion" in useless.err
 
