@@ -130,7 +130,7 @@ def _side_by_side(
     varied: Literal["steps", "guidance"],
     samples: Sequence[Measured],
     count: int,
-    quality: int = QUALITY,
+    quality: int,
 ) -> Grid:
     """The first sample of up to `count` classes in a row each, a column for each of the settings."""
     sets = [decoded_images(evaluation, r.name) for r in samples]

@@ -21,14 +21,7 @@ from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import digest, svgpipe_version
 from svgpipe.manifests.report_file import evaluate_again
 from svgpipe.manifests.shards import ShardFile, shard_name
-from svgpipe.manifests.storage import (
-    Location,
-    absolute,
-    children,
-    has_sha256,
-    make_directory,
-    remove_partials,
-)
+from svgpipe.manifests.storage import Location, absolute, children, has_sha256, make_directory, remove_partials
 from svgpipe.stages.encoder import load_autoencoder, reconstruct
 from svgpipe.stages.eval_tasks import ReadForDecoding, WriteImages
 from svgpipe.stages.image_set import ImageSet

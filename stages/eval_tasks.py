@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import PositiveInt
 
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.figure import Record
@@ -36,7 +37,7 @@ class LatentsRecord(Record):
 
     sha256: str
     num_bytes: int
-    rows: int
+    rows: PositiveInt
 
 
 @dataclass(frozen=True)

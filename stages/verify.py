@@ -30,6 +30,7 @@ from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.shards import ShardSetManifest, index_of, tar_of
 from svgpipe.manifests.storage import Location, file_sha256, file_size, has_sha256, location
 from svgpipe.manifests.store_spec import unit_file
+from svgpipe.stages.eval_tasks import LatentsRecord
 from svgpipe.stages.progress import Progress, Silent
 from svgpipe.stages.verify_cache import verify_cache
 
@@ -225,11 +226,11 @@ def _verify_latents(path: Location, manifest: EvaluationManifest, deep: bool) ->
         try:
             rows = 0
             while rows < manifest.num_samples:
-                record = read_json(store / "journal" / f"unit-{len(hashes):06d}.json")
+                record = LatentsRecord.model_validate(read_json(store / "journal" / f"unit-{len(hashes):06d}.json"))
                 file = unit_file(store, len(hashes))
-                hashes.append(str(record["sha256"]))
-                rows += int(record["rows"])
-                if file_size(file) != record["num_bytes"] or (deep and file_sha256(file) != hashes[-1]):
+                hashes.append(record.sha256)
+                rows += record.rows
+                if file_size(file) != record.num_bytes or (deep and file_sha256(file) != hashes[-1]):
                     yield _wrong(file, "missing, or not the latents that were published")
         except (ArtifactError, *MALFORMED) as error:
             yield _wrong(store / "journal", error if isinstance(error, ArtifactError) else "a record is damaged")

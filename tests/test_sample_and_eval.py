@@ -171,7 +171,13 @@ def test_records_of_another_form_are_no_crash(
         shutil.copytree(finished.root / folder, tmp_path / folder)
     out = tmp_path / "evaluation"
     for record in (out / "journal/decode/unit-000000.json", latents_of(out, SETTINGS[0]) / "journal/unit-000000.json"):
-        for content in ("{}", '{"set": 1, "shard": null, "rows": "x"}', "[]", "no JSON"):
+        for content in (
+            "{}",
+            '{"sha256": "a", "num_bytes": 1, "rows": 0}',
+            '{"set": 1, "shard": null, "rows": "x"}',
+            "[]",
+            "no JSON",
+        ):
             record.write_text(content)
             found = svgpipe("verify", out)
             assert found.code == 1 and "journal" in found.out, content
@@ -280,7 +286,7 @@ def test_few_samples_of_many_classes_are_shown(finished: Finished, tmp_path: Pat
     report = Report.read(finished.root / "evaluation")
     samples = [r for r in report.results if r.role == "samples"][:2]
     names = [*report.class_names, *(f"class {i}" for i in range(97))]
-    found = report_page._side_by_side(finished.root / "evaluation", names, "title", "steps", samples, 10)
+    found = report_page._side_by_side(finished.root / "evaluation", names, "title", "steps", samples, 10, 92)
     assert len(found.pictures) == 2 * 3 and found.note.endswith("steps 1, 2 from left to right")
 
 
