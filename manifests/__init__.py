@@ -1,5 +1,5 @@
 """What lies on disk between the stages: typed, fingerprinted, atomically written."""
 
-from svgpipe.manifests.cache import CachedRow, FeatureCache
+from .cache import CachedRow, FeatureCache
 
 __all__ = ["CachedRow", "FeatureCache"]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from svgpipe.manifests.errors import ArtifactError, MismatchError
-from svgpipe.manifests.manifest import read_json, summarise, write_json
-from svgpipe.manifests.storage import Location
+from .errors import ArtifactError, MismatchError
+from .manifest import read_json, summarise, write_json
+from .storage import Location
 
 ALIGNMENT_NAME = "alignment.json"
 

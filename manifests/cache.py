@@ -20,11 +20,11 @@ import zarr
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
-from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.manifest import Json, Manifest, digest
-from svgpipe.manifests.storage import Location, location
-from svgpipe.manifests.store import Decoded, FeatureStore, PendingRead
-from svgpipe.manifests.store_spec import StoreDtype, StoreSpec
+from .errors import ArtifactError
+from .manifest import Json, Manifest, digest
+from .storage import Location, location
+from .store import Decoded, FeatureStore, PendingRead
+from .store_spec import StoreDtype, StoreSpec
 
 STATISTICS = ("stored_mean", "stored_std", "stored_min", "stored_max", "stored_covariance")
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.manifest import read_json, write_json
-from svgpipe.manifests.storage import Location
+from .errors import ArtifactError
+from .manifest import read_json, write_json
+from .storage import Location
 
 CALIBRATION_NAME = "calibration.json"
 

@@ -23,9 +23,9 @@ from pydantic import Field
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from svgpipe.manifests.errors import ArtifactError, UsageError, storage_error
-from svgpipe.manifests.manifest import Json, Manifest, read_json, write_json
-from svgpipe.manifests.storage import Location, children, file_sha256, make_directory, remove_tree, staged
+from .errors import ArtifactError, UsageError, storage_error
+from .manifest import Json, Manifest, read_json, write_json
+from .storage import Location, children, file_sha256, make_directory, remove_tree, staged
 
 AUTOENCODER_FILE = "autoencoder.safetensors"
 BACKBONE_FILE = "backbone.safetensors"

@@ -19,8 +19,8 @@ import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.store_spec import StoreSpec, unit_file
+from .errors import ArtifactError
+from .store_spec import StoreSpec, unit_file
 
 CRC_BYTES = 4
 ABSENT = 2**64 - 1  # as offset and length of a chunk that was not written

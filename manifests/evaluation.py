@@ -15,10 +15,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from svgpipe.manifests.figure import Figure, Record
-from svgpipe.manifests.manifest import Manifest
-from svgpipe.manifests.paper import PAPER_ROWS, PaperRow
-from svgpipe.manifests.report_file import ExtractorRecord, WrittenReport
+from .figure import Figure, Record
+from .manifest import Manifest
+from .paper import PAPER_ROWS, PaperRow
+from .report_file import ExtractorRecord, WrittenReport
 
 
 class SamplerRecord(Record):

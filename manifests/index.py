@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.storage import Location, read_range, write_atomic
+from .errors import ArtifactError
+from .storage import Location, read_range, write_atomic
 
 _SCHEMA = pa.schema(
     [

@@ -7,9 +7,9 @@ import hashlib
 import re
 from collections.abc import Callable
 
-from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.manifest import Json, digest, read_json, write_json
-from svgpipe.manifests.storage import Location, children, file_size, make_directory, write_atomic
+from .errors import ArtifactError
+from .manifest import Json, digest, read_json, write_json
+from .storage import Location, children, file_size, make_directory, write_atomic
 
 
 class Journal:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from svgpipe.manifests.cache import CacheManifest
-from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
-from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.evaluation import EvaluationManifest
-from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, read_json
-from svgpipe.manifests.reconstruction import ReconstructionManifest
-from svgpipe.manifests.shards import ShardSetManifest
-from svgpipe.manifests.storage import Location, children
+from .cache import CacheManifest
+from .checkpoint import AutoencoderManifest, DiffusionManifest
+from .errors import ArtifactError
+from .evaluation import EvaluationManifest
+from .manifest import MANIFEST_NAME, PLAN_NAME, Manifest, read_json
+from .reconstruction import ReconstructionManifest
+from .shards import ShardSetManifest
+from .storage import Location, children
 
 KINDS: dict[str, type[Manifest]] = {
     kind.KIND: kind

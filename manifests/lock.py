@@ -21,8 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from svgpipe.manifests.errors import SvgpipeError
-from svgpipe.manifests.storage import Location, create_exclusively, write_atomic
+from .errors import SvgpipeError
+from .storage import Location, create_exclusively, write_atomic
 
 LOCK_NAME = "lock.json"
 BEAT_S = 15.0

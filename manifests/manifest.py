@@ -24,10 +24,10 @@ from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from svgpipe.manifests.errors import ArtifactError, MismatchError
-from svgpipe.manifests.lock import LOCK_NAME, Lock
-from svgpipe.manifests.progress_file import PROGRESS_NAME
-from svgpipe.manifests.storage import Location, children, make_directory, remove_partials, write_atomic
+from .errors import ArtifactError, MismatchError
+from .lock import LOCK_NAME, Lock
+from .progress_file import PROGRESS_NAME
+from .storage import Location, children, make_directory, remove_partials, write_atomic
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.storage import Location
+from .errors import ArtifactError
+from .storage import Location
 
 METRICS_NAME = "metrics.jsonl"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from svgpipe.manifests.figure import Record
+from .figure import Record
 
 
 class PaperRow(Record):

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from svgpipe.manifests.storage import Location
+from .storage import Location
 
 PROGRESS_NAME = "progress.json"
 

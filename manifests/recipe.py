@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from svgpipe.manifests.precision import Precision
+from .precision import Precision
 
 Labels = Literal["equal", "drawn"]
 WEIGHTS = r"^(raw|ema|(ema-)?0(\.\d+)?)$"

@@ -18,8 +18,8 @@ from typing import Any, Union
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from svgpipe.manifests.errors import UsageError
-from svgpipe.manifests.recipe import Recipe, Section
+from .errors import UsageError
+from .recipe import Recipe, Section
 
 
 def builtin_names() -> list[str]:

@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from svgpipe.manifests.figure import Figure, Record
-from svgpipe.manifests.manifest import Manifest
-from svgpipe.manifests.report_file import ExtractorRecord, WrittenReport
+from .figure import Figure, Record
+from .manifest import Manifest
+from .report_file import ExtractorRecord, WrittenReport
 
 
 class Reconstructed(Record):

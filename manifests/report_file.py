@@ -6,10 +6,10 @@ from typing import ClassVar, Self
 
 from pydantic import Field, ValidationError
 
-from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.figure import Record
-from svgpipe.manifests.manifest import MANIFEST_NAME, read_json, summarise, write_json
-from svgpipe.manifests.storage import Location, has_sha256
+from .errors import ArtifactError
+from .figure import Record
+from .manifest import MANIFEST_NAME, read_json, summarise, write_json
+from .storage import Location, has_sha256
 
 REPORT_NAME = "report.json"
 SCHEMA_NAME = "report.schema.json"

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 from upath import UPath
 
-from svgpipe.manifests.errors import UsageError, first_line
+from .errors import UsageError, first_line
 
 Location: TypeAlias = Path | UPath
 

@@ -27,11 +27,11 @@ from numpy.typing import ArrayLike, NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from svgpipe.manifests.chunk_reader import ChunkReader
-from svgpipe.manifests.errors import ArtifactError, SvgpipeError, storage_error
-from svgpipe.manifests.manifest import read_json, write_json
-from svgpipe.manifests.storage import Location, kvstore, make_directory, write_atomic, zarr_store
-from svgpipe.manifests.store_spec import StoreSpec, unit_file
+from .chunk_reader import ChunkReader
+from .errors import ArtifactError, SvgpipeError, storage_error
+from .manifest import read_json, write_json
+from .storage import Location, kvstore, make_directory, write_atomic, zarr_store
+from .store_spec import StoreSpec, unit_file
 
 DIMENSIONS = ("sample", "view", "row", "column", "channel")
 INT8_LIMIT = 127

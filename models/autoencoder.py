@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from svgpipe.models.backbone import Backbone
-from svgpipe.models.convert import require_fit
-from svgpipe.models.decoder import Decoder
-from svgpipe.models.residual import IMAGENET_MEAN, IMAGENET_STD, Alignment, ResidualEncoder
+from .backbone import Backbone
+from .convert import require_fit
+from .decoder import Decoder
+from .residual import IMAGENET_MEAN, IMAGENET_STD, Alignment, ResidualEncoder
 
 
 class Autoencoder(nn.Module):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svgpipe.models.convert import require_fit
+from .convert import require_fit
 
 
 class Backbone(nn.Module):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from svgpipe.models.attention import attend, fastest_kernel
+from .attention import attend, fastest_kernel
 
 
 def _norm(channels: int) -> nn.GroupNorm:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from svgpipe.models.attention import attend, fastest_kernel
+from .attention import attend, fastest_kernel
 
 
 def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:

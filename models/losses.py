@@ -15,8 +15,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from svgpipe.models.backbone import Backbone
-from svgpipe.models.residual import itself
+from .backbone import Backbone
+from .residual import itself
 
 Total = Callable[[Tensor], Tensor]
 """Adds up over the processes that a batch is spread over."""

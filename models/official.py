@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from svgpipe.models.convert import State
+from .convert import State
 
 # Heads cannot be read off the weights: of the residual encoder they are fixed, of transformers without QK-norm they
 # follow from the published width.

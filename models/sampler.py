@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from svgpipe.models.flow import Velocity, shift_time
+from .flow import Velocity, shift_time
 
 Solver = Literal["euler", "heun", "multistep"]
 """Euler · Heun, two evaluations a step · Adams-Bashforth of second order, one evaluation a step."""

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from svgpipe.manifests.storage import location
-from svgpipe.pipeline.options import (
+
+from .options import (
     AddressOption,
     AutoencoderOption,
     CpusOption,
@@ -41,9 +42,10 @@ def probe(
 ) -> None:
     """How well the features tell classes apart: linear probe and k-NN of backbone, residual and both."""
     from svgpipe.manifests import FeatureCache
-    from svgpipe.pipeline.console import ConsoleProgress
-    from svgpipe.pipeline.probe_page import render_probe, show_probe
-    from svgpipe.stages.probe import probe as run_stage
+    from svgpipe.stages.analyze.probe import probe as run_stage
+
+    from .console import ConsoleProgress
+    from .probe_page import render_probe, show_probe
 
     page = page_at(html)
     opened = FeatureCache(cache)
@@ -75,9 +77,10 @@ def analyze(
 ) -> None:
     """Whether classes lie apart and pull noise apart, and how straight a model's sampling paths are."""
     from svgpipe.manifests import FeatureCache
-    from svgpipe.pipeline.analysis_page import render_analysis, show_analysis
-    from svgpipe.pipeline.console import ConsoleProgress
-    from svgpipe.stages.analyze import analyze as run_stage
+    from svgpipe.stages.analyze.analyze import analyze as run_stage
+
+    from .analysis_page import render_analysis, show_analysis
+    from .console import ConsoleProgress
 
     page = page_at(html)
     opened = [FeatureCache(cache) for cache in caches]
@@ -119,10 +122,11 @@ def eval_reconstruction(
     from svgpipe.manifests.recipe_files import load_recipe
     from svgpipe.manifests.reconstruction import ReconstructionReport
     from svgpipe.manifests.shards import ShardSet
-    from svgpipe.pipeline.cluster import connected
-    from svgpipe.pipeline.console import ConsoleProgress
-    from svgpipe.pipeline.reconstruction_page import render_reconstruction, show_reconstruction
-    from svgpipe.stages.eval_reconstruction import eval_reconstruction as run_stage
+    from svgpipe.stages.evaluate.reconstruction import eval_reconstruction as run_stage
+
+    from .cluster import connected
+    from .console import ConsoleProgress
+    from .reconstruction_page import render_reconstruction, show_reconstruction
 
     config = load_recipe(recipe, overrides or []).reconstruction
     opened, encoder, directory = ShardSet.open(shards), location(autoencoder), location(out)

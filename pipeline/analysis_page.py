@@ -11,10 +11,11 @@ from rich.table import Table
 
 from svgpipe.manifests.figure import Figure
 from svgpipe.manifests.storage import Location, write_atomic
-from svgpipe.pipeline.chart import Chart, Value, chart
-from svgpipe.pipeline.page import render
-from svgpipe.pipeline.scatter import Scatter, scatter
-from svgpipe.stages.analyze import Analysis, CacheAnalysis
+from svgpipe.stages.analyze.analyze import Analysis, CacheAnalysis
+
+from .chart import Chart, Value, chart
+from .page import render
+from .scatter import Scatter, scatter
 
 
 @dataclass(frozen=True)

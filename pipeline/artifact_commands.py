@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from svgpipe.manifests.storage import location
-from svgpipe.pipeline.options import (
+
+from .options import (
     AddressOption,
     AutoencoderOption,
     CpusOption,
@@ -34,12 +35,13 @@ def inspect(
     html: Annotated[str | None, typer.Option("--html", help="A feature cache: write a page to look at.")] = None,
 ) -> None:
     """What an artifact holds, what it was made from, and whether it is finished."""
-    from svgpipe.pipeline.inspect import describe, show
+    from .inspect import describe, show
 
     page = page_at(html)
     if page is not None:
         from svgpipe.manifests import FeatureCache
-        from svgpipe.pipeline.cache_page import render_cache
+
+        from .cache_page import render_cache
 
         render_cache(FeatureCache(path), page)
         typer.echo(f"page: {html}")
@@ -57,8 +59,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """How far a running, stopped or finished pipeline has come: stages, time left, last metrics, warnings."""
-    from svgpipe.pipeline.status import show_status
-    from svgpipe.pipeline.status import status as find_status
+    from .status import show_status
+    from .status import status as find_status
 
     found = find_status(location(path))
     if as_json:
@@ -75,8 +77,9 @@ def verify(
 ) -> None:
     """Whether an artifact is whole and is what its manifest says. Exit code 1 if it is not."""
     from svgpipe.manifests.kinds import artifacts_below
-    from svgpipe.pipeline.console import ConsoleProgress
-    from svgpipe.stages.verify import verify as run_stage
+    from svgpipe.stages.artifacts.verify import verify as run_stage
+
+    from .console import ConsoleProgress
 
     places = artifacts_below(location(path))
     with ConsoleProgress() as progress:
@@ -105,9 +108,10 @@ def repair(
 ) -> None:
     """Extract again exactly what `verify --deep` names, back to the content that was published."""
     from svgpipe.manifests.shards import ShardSet
-    from svgpipe.pipeline.cluster import connected
-    from svgpipe.pipeline.console import ConsoleProgress
-    from svgpipe.stages.repair import repair as run_stage
+    from svgpipe.stages.artifacts.repair import repair as run_stage
+
+    from .cluster import connected
+    from .console import ConsoleProgress
 
     resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
     with connected(address), ConsoleProgress() as progress:
@@ -139,10 +143,11 @@ def requantize(
     from svgpipe.manifests import FeatureCache
     from svgpipe.manifests.errors import UsageError
     from svgpipe.manifests.manifest import MANIFEST_NAME, write_json
-    from svgpipe.pipeline.console import ConsoleProgress
-    from svgpipe.pipeline.tables import show_price
-    from svgpipe.stages.price import PRICE_NAME, as_json, price
-    from svgpipe.stages.requantize import requantize as run_stage
+    from svgpipe.stages.artifacts.requantize import requantize as run_stage
+    from svgpipe.stages.artifacts.requantize_cost import PRICE_NAME, as_json, price
+
+    from .console import ConsoleProgress
+    from .tables import show_price
 
     if store_dtype not in ("int8", "float16"):
         raise UsageError(f"--store-dtype {store_dtype!r}: expected int8 or float16.")
@@ -168,7 +173,7 @@ def export(
     weights: Annotated[str, typer.Option("--ema", help="ema-DECAY, ema (the recipe's first) or raw.")] = "ema",
 ) -> None:
     """The weights of a diffusion model as plain safetensors, to use without the pipeline."""
-    from svgpipe.stages.export import export as run_stage
+    from svgpipe.stages.artifacts.export import export as run_stage
 
     found = run_stage(location(source), location(out), weights)
     typer.echo(f"{found.directory}: {found.weights} of step {found.step}")
@@ -187,7 +192,7 @@ def import_official(
     ] = None,
 ) -> None:
     """Released SVG checkpoints → an autoencoder and a diffusion model that all other commands take."""
-    from svgpipe.stages.import_official import import_official as run_stage
+    from svgpipe.stages.artifacts.import_official import import_official as run_stage
 
     names = read_class_names(class_names)
     for found in run_stage(autoencoder, location(out), diffusion=diffusion, stats=stats, class_names=names):
@@ -213,9 +218,10 @@ def plan(
     """What `extract` will take: hours, gigabytes per view and dtype, workers for a deadline. Writes nothing."""
     from svgpipe.manifests.recipe_files import load_recipe
     from svgpipe.manifests.shards import ShardSet
-    from svgpipe.pipeline.console import ConsoleProgress
-    from svgpipe.pipeline.tables import show_plan
-    from svgpipe.stages.plan import plan_extract
+    from svgpipe.stages.extract.estimate import plan_extract
+
+    from .console import ConsoleProgress
+    from .tables import show_plan
 
     config = load_recipe(recipe, overrides or []).extract
     with ConsoleProgress() as progress:
@@ -250,10 +256,11 @@ def diff(
 ) -> None:
     """How much the features of the same images differ: bfloat16 and float32, say, or old and new weights."""
     from svgpipe.manifests import FeatureCache
-    from svgpipe.pipeline.console import ConsoleProgress
-    from svgpipe.pipeline.tables import show_diff
-    from svgpipe.stages.diff import COSINE_EDGES, DIFFERENCE_EDGES
-    from svgpipe.stages.diff import diff as run_stage
+    from svgpipe.stages.artifacts.diff import COSINE_EDGES, DIFFERENCE_EDGES
+    from svgpipe.stages.artifacts.diff import diff as run_stage
+
+    from .console import ConsoleProgress
+    from .tables import show_diff
 
     with ConsoleProgress() as progress:
         found = run_stage(FeatureCache(one), FeatureCache(two), rows=rows or None, progress=progress)

@@ -7,10 +7,11 @@ from numpy.typing import NDArray
 
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.storage import Location, write_atomic
-from svgpipe.pipeline.page import curve, lineage, picture, render
-from svgpipe.stages.cache_statistics import CacheStatistics
-from svgpipe.stages.contact_sheet import HISTOGRAM_RANGE, contact_sheet
-from svgpipe.stages.images import RGBArray
+from svgpipe.stages.artifacts.cache_statistics import CacheStatistics
+from svgpipe.stages.artifacts.contact_sheet import HISTOGRAM_RANGE, contact_sheet
+from svgpipe.stages.images.decode import RGBArray
+
+from .page import curve, lineage, picture, render
 
 SAMPLES = 24
 

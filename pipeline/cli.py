@@ -12,7 +12,8 @@ import typer
 from svgpipe.manifests.errors import SvgpipeError, memory_error
 from svgpipe.manifests.manifest import svgpipe_version
 from svgpipe.manifests.storage import client_error
-from svgpipe.pipeline import analysis_commands, artifact_commands, stage_commands
+
+from . import analysis_commands, artifact_commands, stage_commands
 
 app = typer.Typer(
     help="Shard images, cache their features, train diffusion from the cache, sample and evaluate.",

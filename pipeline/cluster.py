@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from svgpipe.stages.units import Resources
+    from svgpipe.stages.runtime.runner import Resources
 
 
 def training_cluster(resources: Resources | None, address: str | None) -> AbstractContextManager[None]:

@@ -27,7 +27,7 @@ from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json,
 from svgpipe.manifests.reconstruction import ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.shards import ShardSet, ShardSetManifest
 from svgpipe.manifests.storage import Location, children
-from svgpipe.stages.cache_statistics import CacheStatistics
+from svgpipe.stages.artifacts.cache_statistics import CacheStatistics
 
 
 def describe(path: Location) -> Json:

@@ -12,7 +12,7 @@ from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.storage import Location, location, make_directory
 
 if TYPE_CHECKING:
-    from svgpipe.stages.units import Resources
+    from svgpipe.stages.runtime.runner import Resources
 
 
 class StrategyName(StrEnum):
@@ -99,7 +99,7 @@ def trainers_of(num_workers: int | None, **others: object) -> Resources | None:
 def resources_of(num_workers: int, cpus: float | None, gpus: float | None) -> Resources:
     import torch
 
-    from svgpipe.stages.units import Resources
+    from svgpipe.stages.runtime.runner import Resources
 
     return Resources(num_workers, cpus, gpus if gpus is not None else float(torch.cuda.is_available()))
 

@@ -13,7 +13,7 @@ import jinja2
 from PIL import Image
 
 from svgpipe.manifests.manifest import InputRef
-from svgpipe.stages.images import RGBArray
+from svgpipe.stages.images.decode import RGBArray
 
 WIDTH, HEIGHT = 300, 110
 

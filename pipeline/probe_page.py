@@ -7,9 +7,10 @@ from rich.table import Table
 
 from svgpipe.manifests.figure import Figure
 from svgpipe.manifests.storage import Location, write_atomic
-from svgpipe.pipeline.chart import Value, chart
-from svgpipe.pipeline.page import render
-from svgpipe.stages.probe import Probe
+from svgpipe.stages.analyze.probe import Probe
+
+from .chart import Value, chart
+from .page import render
 
 
 def show_probe(found: Probe) -> None:

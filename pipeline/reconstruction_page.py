@@ -14,10 +14,11 @@ from svgpipe.manifests.figure import Figure
 from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, write_atomic
-from svgpipe.pipeline.page import Grid, lineage, picture, render
-from svgpipe.stages.decoded_images import decoded_images
-from svgpipe.stages.image_set import ImageSet
-from svgpipe.stages.selection import evenly_spread
+from svgpipe.stages.evaluate.decode import decoded_images
+from svgpipe.stages.images.image_set import ImageSet
+from svgpipe.stages.runtime.selection import evenly_spread
+
+from .page import Grid, lineage, picture, render
 
 PAGE = "report.html"
 COLUMNS = 8

@@ -12,13 +12,14 @@ from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report, S
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.storage import Location, write_atomic
-from svgpipe.pipeline.chart import Chart, Value, chart
-from svgpipe.pipeline.page import QUALITY, Curve, Grid, curve, lineage, picture, render
-from svgpipe.stages.comparison import RECONSTRUCTIONS
-from svgpipe.stages.decoded_images import decoded_images
-from svgpipe.stages.image_set import ImageSet
-from svgpipe.stages.reference import FEWEST, RealSets, Reference
-from svgpipe.stages.selection import evenly_spread
+from svgpipe.stages.evaluate.compare import RECONSTRUCTIONS
+from svgpipe.stages.evaluate.decode import decoded_images
+from svgpipe.stages.evaluate.reference import FEWEST, RealSets, Reference
+from svgpipe.stages.images.image_set import ImageSet
+from svgpipe.stages.runtime.selection import evenly_spread
+
+from .chart import Chart, Value, chart
+from .page import QUALITY, Curve, Grid, curve, lineage, picture, render
 
 REPORT_PAGE = "report.html"
 MAX_COLUMNS = 10

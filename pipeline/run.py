@@ -13,17 +13,18 @@ from svgpipe.manifests.manifest import MANIFEST_NAME, Manifest
 from svgpipe.manifests.recipe import Recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location
-from svgpipe.pipeline.cluster import connected
-from svgpipe.pipeline.demo import write_photographs
-from svgpipe.pipeline.report import render_report
-from svgpipe.stages.extract import extract
-from svgpipe.stages.progress import Progress
-from svgpipe.stages.reference import shard_reference
-from svgpipe.stages.sample_and_eval import sample_and_eval
-from svgpipe.stages.shard import shard
-from svgpipe.stages.train_autoencoder import train_autoencoder
-from svgpipe.stages.train_diffusion import train_diffusion
-from svgpipe.stages.units import Resources
+from svgpipe.stages.evaluate.reference import shard_reference
+from svgpipe.stages.evaluate.stage import sample_and_eval
+from svgpipe.stages.extract.stage import extract
+from svgpipe.stages.runtime.progress import Progress
+from svgpipe.stages.runtime.runner import Resources
+from svgpipe.stages.shard.from_folder import shard
+from svgpipe.stages.train_autoencoder.stage import train_autoencoder
+from svgpipe.stages.train_diffusion.stage import train_diffusion
+
+from .cluster import connected
+from .demo import write_photographs
+from .report import render_report
 
 DEMO_SOURCE = "demo-photographs"
 

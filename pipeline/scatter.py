@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from svgpipe.pipeline.chart import COLOURS
+from .chart import COLOURS
 
 SIDE, MARGIN = 440, 26
 

@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 
 from svgpipe.manifests.storage import location
-from svgpipe.pipeline.options import (
+
+from .options import (
     AddressOption,
     AutoencoderOption,
     CpusOption,
@@ -48,8 +49,9 @@ def shard(
 ) -> None:
     """Image folder → WebDataset tars with an index. Run again to resume."""
     from svgpipe.manifests.recipe_files import load_recipe
-    from svgpipe.pipeline.console import ConsoleProgress
-    from svgpipe.stages.shard import shard as run_stage
+    from svgpipe.stages.shard.from_folder import shard as run_stage
+
+    from .console import ConsoleProgress
 
     extra = [] if holdout is None else [f"shard.holdout={holdout}"]
     config = load_recipe(recipe, [*(overrides or []), *extra]).shard
@@ -74,8 +76,9 @@ def index(
 ) -> None:
     """Tars made by others → a shard set that refers to them. Run again to resume."""
     from svgpipe.manifests.shards import expand
-    from svgpipe.pipeline.console import ConsoleProgress
-    from svgpipe.stages.index_tars import IndexConfig, index_tars
+    from svgpipe.stages.shard.from_tars import IndexConfig, index_tars
+
+    from .console import ConsoleProgress
 
     names = read_class_names(class_names)
     config = IndexConfig(label_field, None if names is None else tuple(names), decode)
@@ -110,9 +113,10 @@ def train_autoencoder(
     """Residual encoder and decoder beside the frozen backbone. Run again to resume."""
     from svgpipe.manifests.recipe_files import load_recipe
     from svgpipe.manifests.shards import ShardSet
-    from svgpipe.pipeline.cluster import training_cluster
-    from svgpipe.pipeline.console import ConsoleProgress
-    from svgpipe.stages.train_autoencoder import train_autoencoder as run_stage
+    from svgpipe.stages.train_autoencoder.stage import train_autoencoder as run_stage
+
+    from .cluster import training_cluster
+    from .console import ConsoleProgress
 
     config = load_recipe(recipe, overrides or []).autoencoder
     opened = ShardSet.open(shards)
@@ -144,10 +148,11 @@ def extract(
     """Shard set → normalised feature cache, on Ray workers. Run again to resume."""
     from svgpipe.manifests.recipe_files import load_recipe
     from svgpipe.manifests.shards import ShardSet
-    from svgpipe.pipeline.cluster import connected
-    from svgpipe.pipeline.console import ConsoleProgress
-    from svgpipe.pipeline.tables import show_timings
-    from svgpipe.stages.extract import extract as run_stage
+    from svgpipe.stages.extract.stage import extract as run_stage
+
+    from .cluster import connected
+    from .console import ConsoleProgress
+    from .tables import show_timings
 
     extra = [] if store_dtype is None else [f"extract.store_dtype={store_dtype}"]
     config = load_recipe(recipe, [*(overrides or []), *extra]).extract
@@ -193,9 +198,10 @@ def train_diffusion(
     """Diffusion transformer, purely from the cache. Run again to resume."""
     from svgpipe.manifests import FeatureCache
     from svgpipe.manifests.recipe_files import load_recipe
-    from svgpipe.pipeline.cluster import training_cluster
-    from svgpipe.pipeline.console import ConsoleProgress
-    from svgpipe.stages.train_diffusion import train_diffusion as run_stage
+    from svgpipe.stages.train_diffusion.stage import train_diffusion as run_stage
+
+    from .cluster import training_cluster
+    from .console import ConsoleProgress
 
     config = load_recipe(recipe, overrides or []).diffusion
     opened = FeatureCache(cache)
@@ -257,12 +263,13 @@ def sample_and_eval(
 ) -> None:
     """A sweep of steps and guidance: latents, images, distances, report. Run again to resume."""
     from svgpipe.manifests.recipe_files import load_recipe
-    from svgpipe.pipeline.cluster import connected
-    from svgpipe.pipeline.console import ConsoleProgress
-    from svgpipe.pipeline.report import render_report
-    from svgpipe.stages.image_export import export_npz, export_png
-    from svgpipe.stages.reference import open_reference
-    from svgpipe.stages.sample_and_eval import sample_and_eval as run_stage
+    from svgpipe.stages.evaluate.export_images import export_npz, export_png
+    from svgpipe.stages.evaluate.reference import open_reference
+    from svgpipe.stages.evaluate.stage import sample_and_eval as run_stage
+
+    from .cluster import connected
+    from .console import ConsoleProgress
+    from .report import render_report
 
     extra = _numbers(steps, "steps") + _numbers(guidance, "guidance")
     extra += [] if weights is None else [f'evaluation.weights="{weights}"']
@@ -304,8 +311,9 @@ def run(
 ) -> None:
     """All stages in order, skipping what is finished and unchanged. Run again to resume."""
     from svgpipe.manifests.recipe_files import load_recipe
-    from svgpipe.pipeline.console import ConsoleProgress
-    from svgpipe.pipeline.run import run_recipe
+
+    from .console import ConsoleProgress
+    from .run import run_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)

@@ -19,7 +19,7 @@ from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
-from svgpipe.stages.quantization import int8_scales
+from svgpipe.stages.extract.quantization import int8_scales
 
 from .conftest import Finished
 

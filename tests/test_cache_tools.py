@@ -14,10 +14,10 @@ import pytest
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.store import FeatureStore
-from svgpipe.stages.cache_statistics import CacheStatistics
-from svgpipe.stages.contact_sheet import HISTOGRAM_RANGE, contact_sheet
-from svgpipe.stages.moments import effective_rank
-from svgpipe.stages.price import as_json, price
+from svgpipe.stages.artifacts.cache_statistics import CacheStatistics
+from svgpipe.stages.artifacts.contact_sheet import HISTOGRAM_RANGE, contact_sheet
+from svgpipe.stages.artifacts.requantize_cost import as_json, price
+from svgpipe.stages.extract.moments import effective_rank
 
 from .conftest import Finished, Outcome, extract_args, tree_bytes
 

@@ -18,11 +18,11 @@ from svgpipe.manifests.shards import ShardSet
 from svgpipe.models.losses import LPIPS
 from svgpipe.pipeline.reconstruction_page import _spread_over_classes
 from svgpipe.stages import eval_reconstruction as stage
-from svgpipe.stages.decoded_images import decoded_images
-from svgpipe.stages.encoder import load_autoencoder, reconstruct, state_digest
-from svgpipe.stages.images import RGBArray
-from svgpipe.stages.pixels import as_unit_range
-from svgpipe.stages.streaming import load_images
+from svgpipe.stages.evaluate.decode import decoded_images
+from svgpipe.stages.images.decode import RGBArray
+from svgpipe.stages.images.stream import load_images
+from svgpipe.stages.images.tensors import as_unit_range
+from svgpipe.stages.networks.autoencoder import load_autoencoder, reconstruct, state_digest
 
 from .conftest import Finished, Outcome
 

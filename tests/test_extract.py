@@ -15,9 +15,9 @@ import yaml
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.store import FeatureStore
-from svgpipe.stages.encoder import load_autoencoder
-from svgpipe.stages.moments import Moments, merge_all
-from svgpipe.stages.streaming import load_images
+from svgpipe.stages.extract.moments import Moments, merge_all
+from svgpipe.stages.images.stream import load_images
+from svgpipe.stages.networks.autoencoder import load_autoencoder
 
 from .conftest import SMALL_UNITS, STORE, Finished, Outcome, extract_args, start, tree_bytes, units_done, wait_for
 

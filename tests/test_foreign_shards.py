@@ -17,7 +17,7 @@ from PIL import Image
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.stages.index_tars import split_name, unsafe
+from svgpipe.stages.shard.from_tars import split_name, unsafe
 
 from .conftest import Finished, Outcome
 

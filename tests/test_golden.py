@@ -30,7 +30,7 @@ from svgpipe.models.flow import drop_labels, flow_loss, shift_time
 from svgpipe.models.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from svgpipe.models.residual import Alignment, ResidualEncoder
 from svgpipe.models.sampler import Guidance, sample, time_grid
-from svgpipe.stages.images import centre_crop
+from svgpipe.stages.images.decode import centre_crop
 
 from .conftest import Golden, GoldenFolder
 

@@ -25,8 +25,8 @@ from svgpipe.models.decoder import Decoder
 from svgpipe.models.dit import DiT
 from svgpipe.models.official import NO_BIAS, dit_sizes, split_autoencoder
 from svgpipe.models.residual import IMAGENET_MEAN, IMAGENET_STD
-from svgpipe.stages.streaming import load_images
-from svgpipe.stages.trained_diffusion import open_diffusion
+from svgpipe.stages.images.stream import load_images
+from svgpipe.stages.networks.diffusion import open_diffusion
 
 from .conftest import Finished, Outcome
 

@@ -13,17 +13,17 @@ import torch
 from svgpipe.manifests.recipe import DiffusionSection, DiTSection
 from svgpipe.manifests.recipe_files import load_recipe
 from svgpipe.stages import memory_estimate
-from svgpipe.stages.autoencoder_memory import estimate_autoencoder
-from svgpipe.stages.autoencoder_trainer import AutoencoderTrainer
-from svgpipe.stages.draws import draws_at
-from svgpipe.stages.encoder import build_autoencoder
-from svgpipe.stages.flow_losses import sample_losses
-from svgpipe.stages.flow_memory import estimate_diffusion
-from svgpipe.stages.memory_estimate import MemoryEstimate
-from svgpipe.stages.parallel import Strategy
-from svgpipe.stages.perceptual import load_perceptual
-from svgpipe.stages.sampling import build_dit
-from svgpipe.stages.team import Team
+from svgpipe.stages.networks.autoencoder import build_autoencoder
+from svgpipe.stages.networks.perceptual import load_perceptual
+from svgpipe.stages.networks.sampling import build_dit
+from svgpipe.stages.train_autoencoder.memory import estimate_autoencoder
+from svgpipe.stages.train_autoencoder.trainer import AutoencoderTrainer
+from svgpipe.stages.train_diffusion.draws import draws_at
+from svgpipe.stages.train_diffusion.loss import sample_losses
+from svgpipe.stages.train_diffusion.memory import estimate_diffusion
+from svgpipe.stages.training.distributed import Team
+from svgpipe.stages.training.memory_estimate import MemoryEstimate
+from svgpipe.stages.training.parallel import Strategy
 
 from .conftest import Finished, Outcome
 from .test_train_diffusion import train_args

@@ -23,7 +23,7 @@ from svgpipe.models.dit import DiT
 from svgpipe.models.flow import shift_time
 from svgpipe.models.losses import LPIPS, BackbonePerceptual, PatchDiscriminator
 from svgpipe.models.residual import Alignment, ResidualEncoder
-from svgpipe.stages.encoder import build_backbone, read_weight_file
+from svgpipe.stages.networks.autoencoder import build_backbone, read_weight_file
 
 LITE = BackboneSection(
     name="tf_efficientnet_lite0.in1k",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from svgpipe.stages.pixels import as_pixels, as_unit_range
+from svgpipe.stages.images.tensors import as_pixels, as_unit_range
 
 LEVELS = torch.arange(256, dtype=torch.float64)
 

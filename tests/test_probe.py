@@ -17,7 +17,7 @@ from torch import Tensor
 
 from svgpipe.models import probes
 from svgpipe.models.probes import KNN_TEMPERATURE, fit_linear, knn_votes
-from svgpipe.stages.figures import share_figure
+from svgpipe.stages.evaluate.intervals import share_figure
 
 from .conftest import Finished, Outcome, extract_args, write_crops
 

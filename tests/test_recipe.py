@@ -13,7 +13,7 @@ from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.precision import computes_bfloat16
 from svgpipe.manifests.recipe_files import builtin_names, load_recipe
 from svgpipe.stages import training
-from svgpipe.stages.training import autocast, warn_if_imitated
+from svgpipe.stages.runtime.device import autocast, warn_if_imitated
 
 
 def test_builtins_are_the_documented_ones() -> None:

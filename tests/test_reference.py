@@ -16,8 +16,8 @@ from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.evaluation import Report
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.stages.progress import Silent
-from svgpipe.stages.reference import open_reference, require_decodable, was_decoded
+from svgpipe.stages.evaluate.reference import open_reference, require_decodable, was_decoded
+from svgpipe.stages.runtime.progress import Silent
 
 from .conftest import Finished, Outcome
 

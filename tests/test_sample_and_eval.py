@@ -39,17 +39,17 @@ from svgpipe.pipeline.chart import Value
 from svgpipe.pipeline.page import picture
 from svgpipe.stages import comparison
 from svgpipe.stages import latents as latents_stage
-from svgpipe.stages.comparison import extracted
-from svgpipe.stages.decoded_images import ImageJob, decoded_images, missing_units
-from svgpipe.stages.decoding import latent_decoder
-from svgpipe.stages.encoder import build_backbone, state_digest
-from svgpipe.stages.image_set import ImageSet
-from svgpipe.stages.images import decode_image, to_array
-from svgpipe.stages.measure import Extractor, load_extractor
-from svgpipe.stages.reference import open_reference
-from svgpipe.stages.sampling import SamplerSettings, draw_latents, initial_noise, keep_as_computed, labels_of
-from svgpipe.stages.shared_images import SharedImages
-from svgpipe.stages.trained_diffusion import open_diffusion
+from svgpipe.stages.evaluate.compare import extracted
+from svgpipe.stages.evaluate.decode import ImageJob, decoded_images, missing_units
+from svgpipe.stages.evaluate.features import Extractor, load_extractor
+from svgpipe.stages.evaluate.reference import open_reference
+from svgpipe.stages.evaluate.shared_images import SharedImages
+from svgpipe.stages.images.decode import decode_image, to_array
+from svgpipe.stages.images.image_set import ImageSet
+from svgpipe.stages.networks.autoencoder import build_backbone, state_digest
+from svgpipe.stages.networks.decoding import latent_decoder
+from svgpipe.stages.networks.diffusion import open_diffusion
+from svgpipe.stages.networks.sampling import SamplerSettings, draw_latents, initial_noise, keep_as_computed, labels_of
 
 from .conftest import Finished, Outcome, run_and_kill, tree_bytes
 

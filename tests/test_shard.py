@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.stages.images import RejectedImageError, decode_image, to_array
+from svgpipe.stages.images.decode import RejectedImageError, decode_image, to_array
 
 from .conftest import Finished, Outcome, run_and_kill, tree_bytes, write_crops
 

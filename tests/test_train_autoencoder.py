@@ -18,9 +18,9 @@ from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.manifest import read_json, write_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.models.residual import Alignment
-from svgpipe.stages.encoder import load_autoencoder, reconstruct
-from svgpipe.stages.images import psnr
-from svgpipe.stages.streaming import TrainingImages, load_images, training_batches
+from svgpipe.stages.images.decode import psnr
+from svgpipe.stages.images.stream import TrainingImages, load_images, training_batches
+from svgpipe.stages.networks.autoencoder import load_autoencoder, reconstruct
 
 from .conftest import Finished, Outcome, run_and_kill
 

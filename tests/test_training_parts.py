@@ -16,13 +16,13 @@ from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.recipe import DiffusionSection, DiTSection
 from svgpipe.models.averages import new_average, update_averages, warmed_decay
 from svgpipe.stages import patience
-from svgpipe.stages.draws import draws_at
-from svgpipe.stages.flow_trainer import FlowTrainer
-from svgpipe.stages.gauges import LossByTime
-from svgpipe.stages.guard import DivergenceGuard
-from svgpipe.stages.parallel import gradient_norms
-from svgpipe.stages.saver import BackgroundSaver
-from svgpipe.stages.team import Team
+from svgpipe.stages.train_diffusion.draws import draws_at
+from svgpipe.stages.train_diffusion.gauges import LossByTime
+from svgpipe.stages.train_diffusion.trainer import FlowTrainer
+from svgpipe.stages.training.checkpointing import BackgroundSaver
+from svgpipe.stages.training.distributed import Team
+from svgpipe.stages.training.divergence import DivergenceGuard
+from svgpipe.stages.training.parallel import gradient_norms
 
 ALONE = Team(torch.device("cpu"))
 

@@ -16,8 +16,8 @@ import torch
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.stages import patience
-from svgpipe.stages.patience import patiently
-from svgpipe.stages.team import Team
+from svgpipe.stages.runtime.retry import patiently
+from svgpipe.stages.training.distributed import Team
 
 from .conftest import Finished, Outcome, start, wait_for
 from .test_train_diffusion import same_weights, train_args

@@ -13,8 +13,8 @@ import torch
 
 from svgpipe.manifests.errors import SvgpipeError
 from svgpipe.stages import units
-from svgpipe.stages.heap import keep_freed_memory
-from svgpipe.stages.units import Resources, run_units
+from svgpipe.stages.runtime.heap import keep_freed_memory
+from svgpipe.stages.runtime.runner import Resources, run_units
 
 
 def _steps(deadly: str) -> tuple[Any, Any, Any]:
@@ -57,7 +57,7 @@ def test_a_worker_keeps_the_memory_of_tensors_that_are_gone(megabytes: int) -> N
     """Rounds of twelve tensors, after which the heap's end is free: without it, every page of the next is a fault."""
     code = f"""
 import resource, torch
-from svgpipe.stages.units import start_worker
+from svgpipe.stages.runtime.runner import start_worker
 start_worker(1)
 for _ in range(6):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

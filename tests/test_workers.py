@@ -21,9 +21,9 @@ from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.models.losses import TeamBatchNorm2d
 from svgpipe.models.residual import Alignment, SampleDropout
-from svgpipe.stages.saver import latest_of_all
-from svgpipe.stages.team import Team
-from svgpipe.stages.worker import Mailbox
+from svgpipe.stages.training.checkpointing import latest_of_all
+from svgpipe.stages.training.distributed import Team
+from svgpipe.stages.training.worker import Mailbox
 
 from .conftest import Finished, Outcome, run_and_kill, start, wait_for
 

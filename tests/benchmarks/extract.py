@@ -27,12 +27,12 @@ from svgpipe.manifests.recipe_files import load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.pipeline.cluster import connected
 from svgpipe.pipeline.tables import show_timings
-from svgpipe.stages.encode_units import EncodeUnits
-from svgpipe.stages.extract import extract
-from svgpipe.stages.shard import shard
-from svgpipe.stages.streaming import load_images
-from svgpipe.stages.train_autoencoder import train_autoencoder
-from svgpipe.stages.units import Resources
+from svgpipe.stages.extract.encoder_actor import EncodeUnits
+from svgpipe.stages.extract.stage import extract
+from svgpipe.stages.images.stream import load_images
+from svgpipe.stages.runtime.runner import Resources
+from svgpipe.stages.shard.from_folder import shard
+from svgpipe.stages.train_autoencoder.stage import train_autoencoder
 
 UNIT = 32
 # An autoencoder of random weights, and a short calibration: speed does not depend on either.

@@ -26,9 +26,9 @@ from svgpipe.manifests.recipe import Recipe
 from svgpipe.manifests.recipe_files import load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.pipeline.cluster import connected
-from svgpipe.stages.extract import extract
-from svgpipe.stages.shard import shard
-from svgpipe.stages.train_autoencoder import train_autoencoder
+from svgpipe.stages.extract.stage import extract
+from svgpipe.stages.shard.from_folder import shard
+from svgpipe.stages.train_autoencoder.stage import train_autoencoder
 
 from .extract import write_images
 from .plan import OVERRIDES, repeated

@@ -38,9 +38,9 @@ from svgpipe.manifests.recipe import DiTSection
 from svgpipe.models.attention import attend, fastest_kernel
 from svgpipe.models.dit import Attention, DiT
 from svgpipe.models.sampler import Guidance, sample, time_grid
-from svgpipe.stages.sampling import build_dit, initial_noise, keep_as_computed
-from svgpipe.stages.training import autocast, pick_device
-from svgpipe.stages.units import start_worker
+from svgpipe.stages.networks.sampling import build_dit, initial_noise, keep_as_computed
+from svgpipe.stages.runtime.device import autocast, pick_device
+from svgpipe.stages.runtime.runner import start_worker
 
 BATCH, STEPS, SHIFT, SCALE = 8, 12, 0.15, 1.5
 INTERVAL = "interval-0.2-0.5"

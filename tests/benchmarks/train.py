@@ -35,24 +35,24 @@ from svgpipe.manifests.recipe import DiffusionSection, Recipe
 from svgpipe.manifests.recipe_files import load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.pipeline.cluster import connected
-from svgpipe.stages.autoencoder_memory import estimate_autoencoder
-from svgpipe.stages.autoencoder_trainer import AutoencoderTrainer
-from svgpipe.stages.cache_batches import CacheBatches
-from svgpipe.stages.encode_units import EncodeUnits
-from svgpipe.stages.encoder import build_autoencoder
-from svgpipe.stages.extract import extract
-from svgpipe.stages.flow_memory import estimate_diffusion
-from svgpipe.stages.flow_trainer import FlowTrainer
-from svgpipe.stages.images import RGBArray
-from svgpipe.stages.memory import peak_memory
-from svgpipe.stages.memory_estimate import MemoryEstimate
-from svgpipe.stages.perceptual import load_perceptual
-from svgpipe.stages.shard import shard
-from svgpipe.stages.streaming import load_images
-from svgpipe.stages.team import Team
-from svgpipe.stages.train_autoencoder import train_autoencoder
-from svgpipe.stages.training import pick_device
-from svgpipe.stages.units import Resources
+from svgpipe.stages.extract.encoder_actor import EncodeUnits
+from svgpipe.stages.extract.stage import extract
+from svgpipe.stages.images.decode import RGBArray
+from svgpipe.stages.images.stream import load_images
+from svgpipe.stages.networks.autoencoder import build_autoencoder
+from svgpipe.stages.networks.perceptual import load_perceptual
+from svgpipe.stages.runtime.device import pick_device
+from svgpipe.stages.runtime.memory import peak_memory
+from svgpipe.stages.runtime.runner import Resources
+from svgpipe.stages.shard.from_folder import shard
+from svgpipe.stages.train_autoencoder.memory import estimate_autoencoder
+from svgpipe.stages.train_autoencoder.stage import train_autoencoder
+from svgpipe.stages.train_autoencoder.trainer import AutoencoderTrainer
+from svgpipe.stages.train_diffusion.data import CacheBatches
+from svgpipe.stages.train_diffusion.memory import estimate_diffusion
+from svgpipe.stages.train_diffusion.trainer import FlowTrainer
+from svgpipe.stages.training.distributed import Team
+from svgpipe.stages.training.memory_estimate import MemoryEstimate
 
 from .extract import UNTRAINED, write_images
 

@@ -1,0 +1,1 @@
+"""`svgpipe probe` and `svgpipe analyze`: what features and models are like."""

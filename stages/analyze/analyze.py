@@ -1,0 +1,213 @@
+"""`svgpipe analyze`: are classes apart in this space, do they pull noise apart, and how straight are a model's paths?
+
+The paper's argument for features instead of VAE latents, as numbers that any cache has. Only caches are read, and
+diffusion models where they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.checkpoint import EMA
+from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
+from svgpipe.manifests.figure import Figure, Record
+from svgpipe.manifests.storage import Location
+
+from ..networks.diffusion import TrainedDiffusion, open_diffusion
+from ..runtime.device import pick_device
+from ..runtime.progress import Progress, Silent
+from ..runtime.selection import evenly_spread
+from .class_distances import Distances, class_distances, tsne
+from .pooling import BACKBONE, BOTH, channel_groups, pooled, spread
+from .straightness import Straightness, straightness
+from .velocity_agreement import Agreement, velocity_agreement
+
+CLASSES, PER_CLASS = 10, 64
+MOST_IMAGES = 4096  # every pair of them is looked at
+RESAMPLINGS = 100
+
+
+class MappedImage(Record):
+    """One image on the t-SNE map."""
+
+    x: float
+    y: float
+    row: int
+    label: int
+
+
+class CacheAnalysis(Record):
+    """Of one cache."""
+
+    cache: str
+    fingerprint: str
+    backbone: str
+    shape: tuple[int, int, int] = Field(description="rows, columns, channels of a latent")
+    classes: list[str] = Field(description="That were looked at, evenly spread over all.")
+    num_images: int
+    distances: list[Distances]
+    agreement: list[Agreement] = Field(description="At a row of times from noise (0) to data (1); whole latents.")
+    mean_parted: Figure | None = Field(description="Mean of `parted` over the times, which are dense near the noise.")
+    map: list[MappedImage] = Field(description="t-SNE of pooled, standardised features.")
+    straightness: Straightness | None
+    not_measured: list[str]
+
+
+class Analysis(Record):
+    """What `svgpipe analyze` found, caches in the order they were given."""
+
+    schema_version: int = Field(4, description="Of this layout; raised when a field changes its meaning.")
+    seed: int
+    caches: list[CacheAnalysis]
+
+
+def analyze(
+    caches: Sequence[FeatureCache],
+    models: Sequence[Location] = (),
+    *,
+    classes: int = CLASSES,
+    per_class: int = PER_CLASS,
+    weights: str = EMA,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Analysis:
+    """Measure every cache, over at most `per_class` valid images of at most `classes` classes, evenly spread.
+
+    Args:
+        models: finished diffusion models, or checkpoints; each belongs to the cache that it was trained on, an imported
+            one to the first cache of its autoencoder.
+        weights: of them: ema, ema-DECAY or raw.
+        seed: of the halves and noises, the t-SNE and the bootstrap.
+    Raises:
+        MismatchError: a model that belongs to none of the caches, or two to the same one.
+        ArtifactError: a cache in which fewer than two classes have two valid images. UsageError: no such weights, or
+            more than 4096 images.
+    """
+    progress = progress or Silent()
+    trained = _assign(caches, models)
+    if weights != EMA and not trained:
+        raise UsageError(f"--ema {weights}: says which weights of a model, and no --diffusion is given.")
+    for model in trained.values():
+        model.weights_name(weights)
+    chosen = [_choose(cache, classes, per_class) for cache in caches]
+    if (most := max(map(len, chosen))) > MOST_IMAGES:
+        raise UsageError(
+            f"--classes {classes} and --per-class {per_class}: expected at most {MOST_IMAGES} images of a cache, found "
+            f"{most}. Every pair of them is compared; fewer say as much."
+        )
+    found = []
+    for cache, rows in zip(caches, chosen, strict=True):
+        found.append(_analyze_one(cache, trained.get(cache.manifest.fingerprint), rows, weights, seed, progress))
+    return Analysis(seed=seed, caches=found)
+
+
+def _assign(caches: Sequence[FeatureCache], models: Sequence[Location]) -> dict[str, TrainedDiffusion]:
+    """Models by the fingerprint of the cache that they belong to."""
+    found: dict[str, TrainedDiffusion] = {}
+    for place in models:
+        model = open_diffusion(place)
+        belongs = [cache.manifest.fingerprint for cache in caches if _is_of(model, cache)]
+        if not belongs:
+            imported = model.autoencoder is not None
+            what = "is imported, and draws latents of the autoencoder" if imported else "was trained on the cache"
+            raise MismatchError(
+                f"{place}: {what} {(model.autoencoder or model.cache)[:12]}, which is none of those given: "
+                + ", ".join(f"{cache.path} ({_known_by(cache, imported)[:12]})" for cache in caches)
+            )
+        if belongs[0] in found:
+            raise MismatchError(f"{place}: {found[belongs[0]].directory} belongs to the same cache; give one.")
+        found[belongs[0]] = model
+    return found
+
+
+def _is_of(model: TrainedDiffusion, cache: FeatureCache) -> bool:
+    return (model.autoencoder or model.cache) == _known_by(cache, model.autoencoder is not None)
+
+
+def _known_by(cache: FeatureCache, imported: bool) -> str:
+    """The fingerprint that a model goes by: of the cache, or, if it was imported, of the cache's autoencoder."""
+    return cache.manifest.inputs["autoencoder"].fingerprint if imported else cache.manifest.fingerprint
+
+
+def _analyze_one(
+    cache: FeatureCache,
+    trained: TrainedDiffusion | None,
+    rows: NDArray[np.int64],
+    weights: str,
+    seed: int,
+    progress: Progress,
+) -> CacheAnalysis:
+    labels = torch.from_numpy(cache.labels[rows].astype(np.int64))
+    features = torch.from_numpy(pooled(cache, rows.tolist(), progress))
+    features = (features - features.mean(0)) / spread(features)
+    groups = channel_groups(cache)
+    missing: list[str] = []
+    progress.begin("analyze", len(groups) + 2 + (trained is not None))
+    distances = []
+    for name, channels in groups.items():
+        try:
+            distances.append(class_distances(name, features[:, channels], labels, RESAMPLINGS, seed))
+        except ValueError as error:
+            missing.append(str(error))
+        progress.advance(1, f"distances, {name}")
+    everything = groups[BOTH if BOTH in groups else BACKBONE]
+    places = tsne(features[:, everything], seed)
+    if places is None:
+        missing.append("t-SNE: there are fewer than five images, or one channel only")
+    progress.advance(1, "t-SNE")
+    device = pick_device()
+    try:
+        latents = torch.from_numpy(cache.read(rows).astype(np.float32)).flatten(1).to(device)
+        agreement, parted, left_out = velocity_agreement(latents, labels, RESAMPLINGS, seed)
+        if left_out:
+            names = ", ".join(cache.classes[c] for c in left_out)
+            missing.append(f"velocity agreement of {names}: far fewer images than of the other classes")
+    except ValueError as error:
+        agreement, parted = [], None
+        missing.append(str(error))
+    progress.advance(1, "velocity agreement")
+    straight = None
+    if trained is None:
+        missing.append("curvature of sampling trajectories: no model of this cache was given (--diffusion)")
+    else:
+        name = trained.weights_name(weights)
+        straight = straightness(trained.load(name).to(device), trained.described(name), RESAMPLINGS, seed)
+        progress.advance(1, "straightness")
+    return CacheAnalysis(
+        cache=str(cache.path),
+        fingerprint=cache.manifest.fingerprint,
+        backbone=cache.manifest.backbone,
+        shape=cache.manifest.feature_shape,
+        classes=[cache.classes[int(c)] for c in np.unique(cache.labels[rows])],
+        num_images=len(rows),
+        distances=distances,
+        agreement=agreement,
+        mean_parted=parted,
+        map=[]
+        if places is None
+        else [
+            MappedImage(x=float(x), y=float(y), row=int(row), label=int(cache.labels[row]))
+            for (x, y), row in zip(places, rows, strict=True)
+        ],
+        straightness=straight,
+        not_measured=missing,
+    )
+
+
+def _choose(cache: FeatureCache, classes: int, per_class: int) -> NDArray[np.int64]:
+    """Rows to look at: valid ones, in order, of evenly spread classes that have at least two."""
+    counts = np.bincount(cache.labels[cache.valid], minlength=len(cache.classes))
+    eligible = np.flatnonzero(counts >= 2)
+    if len(eligible) < 2:
+        raise ArtifactError(
+            f"{cache.path}: expected at least two classes with two valid images each, found {len(eligible)}."
+        )
+    chosen = eligible[evenly_spread(len(eligible), classes)]
+    members = (np.flatnonzero(cache.valid & (cache.labels == c)) for c in chosen)
+    return np.sort(np.concatenate([m[evenly_spread(len(m), per_class)] for m in members]))

@@ -1,0 +1,66 @@
+"""How far images of a class lie from each other, against those of other classes; and a map of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from svgpipe.manifests.figure import Figure, Record
+
+from ..evaluate.intervals import figure, picks
+
+SMALLEST_MAP = 5
+
+
+class Distances(Record):
+    """Mean Euclidean distances between pooled, standardised features of one group of channels."""
+
+    group: str
+    within: Figure = Field(description="Between two images of a class.")
+    between: Figure = Field(description="Between two images of different classes.")
+    ratio: Figure = Field(description="between / within: 1 where classes do not matter.")
+
+
+def class_distances(group: str, features_nD: Tensor, labels_n: Tensor, replicates: int, seed: int) -> Distances:
+    """Of (n,D) rows with (n,) labels; intervals by resampling images, a pair of one image with itself left out.
+
+    Raises:
+        ValueError: no two rows of one class, or fewer than two classes; or all rows of a class are the same.
+    """
+    apart, n = torch.cdist(features_nD.double(), features_nD.double()), len(features_nD)
+    within, between = _means(apart, labels_n, torch.arange(n))
+    if not (np.isfinite(within) and np.isfinite(between)):
+        raise ValueError(f"distances of {group}: expected two classes and a class of two rows")
+    if within == 0:
+        raise ValueError(f"distances of {group}: the images of a class do not differ in it")
+    found = [_means(apart, labels_n, pick) for pick in picks(n, replicates, seed)]
+    resampled = [pair for pair in found if np.isfinite(pair).all() and pair[0] > 0]
+    return Distances(
+        group=group,
+        within=figure(within, [w for w, _ in resampled], n),
+        between=figure(between, [b for _, b in resampled], n),
+        ratio=figure(between / within, [b / w for w, b in resampled], n),
+    )
+
+
+def _means(apart: Tensor, labels: Tensor, pick: Tensor) -> tuple[float, float]:
+    chosen, y = apart[pick][:, pick], labels[pick]
+    other = pick[:, None] != pick
+    same = (y[:, None] == y) & other
+    different = (y[:, None] != y) & other
+    return float(chosen[same].mean()), float(chosen[different].mean())
+
+
+def tsne(features_nD: Tensor, seed: int) -> NDArray[np.float64] | None:
+    """(n,2) t-SNE of (n,D) rows by scikit-learn, from principal components; None below 5 rows or 2 columns."""
+    from sklearn.manifold import TSNE
+
+    n = len(features_nD)
+    if n < SMALLEST_MAP or features_nD.shape[1] < 2:
+        return None
+    perplexity = min(30.0, (n - 1) / 3)
+    found = TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=-1).fit_transform(features_nD.numpy())
+    return np.asarray(found, np.float64)

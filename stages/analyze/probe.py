@@ -1,0 +1,194 @@
+"""`svgpipe probe`: how well a cache's features tell the classes apart, by a linear map and by nearest neighbours.
+
+The cache is all that is read: no image, no backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from svgpipe.manifests.alignment import require_same_alignment
+from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
+from svgpipe.manifests.figure import Figure, Record
+from svgpipe.manifests.manifest import InputRef, require_same
+from svgpipe.manifests.paper import PAPER_PROBES, PaperProbe
+from svgpipe.models.probes import fit_linear, knn_votes
+
+from ..evaluate.intervals import share_figure
+from ..runtime.device import generator, pick_device
+from ..runtime.progress import Progress, Silent
+from ..runtime.selection import evenly_spread
+from .pooling import channel_groups, pooled, spread
+
+NEIGHBOURS = 20
+DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+TUNING_SHARE = 0.1
+
+
+class GroupProbe(Record):
+    """Top-1 accuracies of one group of channels, with Wilson intervals."""
+
+    group: str = Field(description="backbone, residual or both.")
+    channels: int
+    linear: Figure
+    knn: Figure
+    weight_decay: float = Field(description="Of the linear map; the best on a tenth of the training rows.")
+
+
+class Probe(Record):
+    """What `svgpipe probe` found."""
+
+    cache: str
+    fingerprint: str
+    tested_on: str = Field(description="Held-out rows of the same cache, or the validation cache.")
+    classes: int
+    training_images: int
+    test_images: int
+    neighbours: int
+    most_frequent: Figure = Field(description="Accuracy of always naming the training rows' most frequent class.")
+    groups: list[GroupProbe]
+    paper: list[PaperProbe] = Field(
+        default_factory=PAPER_PROBES.copy,
+        description="The paper's, not ours: of ImageNet only, and its protocol may differ from this one.",
+    )
+
+
+def probe(
+    cache: FeatureCache,
+    validation: FeatureCache | None = None,
+    *,
+    rows: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Probe:
+    """Fit on valid training rows, test on held-out rows of `cache` or on all valid rows of `validation`.
+
+    Features are mean-pooled over the grid and standardised by the training rows. The linear probe is a softmax
+    regression (`fit_linear`); neighbours vote by cosine (`knn_votes`). Intervals are Wilson's, over the test images.
+
+    Args:
+        rows: at most so many training and test rows, evenly spread; None takes all.
+        seed: of the split that chooses the weight decay.
+    Raises:
+        UsageError: nothing to test on, or a validation cache that holds the training images.
+        MismatchError: a validation cache of another autoencoder or alignment, or of other classes.
+        ArtifactError: fewer than two classes, or damage.
+    """
+    progress = progress or Silent()
+    training = np.flatnonzero(cache.valid & ~cache.heldout)
+    if validation is None:
+        tested, test = cache, np.flatnonzero(cache.valid & cache.heldout)
+        if not len(test):
+            raise UsageError(
+                f"{cache.path}: has no held-out rows to test on. Give a cache of other images with --validation, "
+                "or make the shards with --holdout."
+            )
+    else:
+        _require_comparable(cache, validation)
+        tested, test = validation, np.flatnonzero(validation.valid)
+    training, test = (chosen[evenly_spread(len(chosen), rows)] for chosen in (training, test))
+    device = pick_device()
+    y, y_test = (
+        torch.from_numpy(source.labels[chosen].astype(np.int64)).to(device)
+        for source, chosen in ((cache, training), (tested, test))
+    )
+    if len(y.unique()) < 2 or not len(test):
+        raise ArtifactError(
+            f"{cache.path}: expected training rows of at least two classes and a test row, "
+            f"found {len(y.unique())} classes and {len(test)} test rows."
+        )
+    x, x_test = (
+        torch.from_numpy(pooled(source, chosen.tolist(), progress)).to(device)
+        for source, chosen in ((cache, training), (tested, test))
+    )
+    mean, std = x.mean(0), spread(x)
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    groups = channel_groups(cache)
+    progress.begin("probe", len(groups))
+    results = []
+    for name, channels in groups.items():
+        inside, inside_test = x[:, channels], x_test[:, channels]
+        decay = _best_decay(inside, y, len(cache.classes), seed)
+        linear = fit_linear(inside, y, len(cache.classes), decay)(inside_test).argmax(1)
+        votes = knn_votes(inside, y, inside_test, len(cache.classes), NEIGHBOURS).argmax(1)
+        results.append(
+            GroupProbe(
+                group=name,
+                channels=inside.shape[1],
+                linear=_accuracy(linear, y_test),
+                knn=_accuracy(votes, y_test),
+                weight_decay=decay,
+            )
+        )
+        progress.advance(1, name)
+    return Probe(
+        cache=str(cache.path),
+        fingerprint=cache.manifest.fingerprint,
+        tested_on="held-out rows" if validation is None else str(validation.path),
+        classes=len(cache.classes),
+        training_images=len(training),
+        test_images=len(test),
+        neighbours=NEIGHBOURS,
+        most_frequent=_accuracy(torch.full_like(y_test, int(y.bincount().argmax())), y_test),
+        groups=results,
+    )
+
+
+def _accuracy(found: Tensor, labels: Tensor) -> Figure:
+    return share_figure(found == labels)
+
+
+def _best_decay(x: Tensor, y: Tensor, num_classes: int, seed: int) -> float:
+    """Of DECAYS, by accuracy on a random tenth of the training rows; the largest of those that are equally good."""
+    order = torch.randperm(len(x), generator=generator(seed, "probe")).to(x.device)
+    held, kept = order.split([max(1, round(TUNING_SHARE * len(x))), len(x) - max(1, round(TUNING_SHARE * len(x)))])
+    scores = {
+        decay: (fit_linear(x[kept], y[kept], num_classes, decay)(x[held]).argmax(1) == y[held]).double().mean().item()
+        for decay in DECAYS
+    }
+    return max(DECAYS, key=lambda decay: (scores[decay], decay))
+
+
+def _require_comparable(cache: FeatureCache, validation: FeatureCache) -> None:
+    ours, theirs = cache.manifest.inputs, validation.manifest.inputs
+    require_same(
+        str(validation.path),
+        theirs["autoencoder"],
+        ours["autoencoder"],
+        what_to_do="Extract both caches with the same autoencoder.",
+    )
+    require_same_alignment(validation.path, cache.path)
+    not_heldout = bool((validation.valid & ~validation.heldout).any())  # held-out rows are never fitted on
+    same = ours["shards"].fingerprint == theirs["shards"].fingerprint
+    if same or (not_heldout and _share_tars(ours["shards"], theirs["shards"])):
+        raise UsageError(
+            f"{validation.path}: holds images of {cache.path} itself. Leave --validation out to test on its "
+            "held-out rows, or give a cache of other images."
+        )
+    if (names := _first_difference(cache.classes, validation.classes)) is not None:
+        raise MismatchError(
+            f"{validation.path}: expected the {len(cache.classes)} classes of {cache.path} in their order, found "
+            f"{len(validation.classes)}; the first that differs: {names[0]!r} there, {names[1]!r} here."
+        )
+
+
+def _share_tars(one: InputRef, other: InputRef) -> bool:
+    """Whether two inputs, of which either may be a part of a shard set, hold a tar of one set in common."""
+    if one.config.get("of", one.fingerprint) != other.config.get("of", other.fingerprint):
+        return False
+    parts = [set(ref.config["only"]) for ref in (one, other) if "only" in ref.config]
+    return len(parts) < 2 or bool(parts[0] & parts[1])
+
+
+def _first_difference(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str | None, str | None] | None:
+    for i in range(max(len(ours), len(theirs))):
+        one, two = (names[i] if i < len(names) else None for names in (ours, theirs))
+        if one != two:
+            return one, two
+    return None

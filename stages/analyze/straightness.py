@@ -1,0 +1,79 @@
+"""How curved a model's sampling trajectories are: what decides how many steps it needs.
+
+Legend: B samples, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from svgpipe.manifests.figure import Figure, Record
+from svgpipe.models.dit import DiT
+from svgpipe.models.sampler import time_grid
+
+from ..evaluate.intervals import mean_figure
+from ..networks.sampling import initial_noise, labels_of
+
+STEPS = 50
+SAMPLES = 64
+BATCH = 16
+
+
+class Straightness(Record):
+    """Of trajectories without guidance, in 50 equal Euler steps. All are relative to |end - start|; 0 is straight."""
+
+    weights: str
+    times: list[float]
+    deviation: list[Figure] = Field(description="At each of `times`, mean distance from the straight line's point.")
+    largest_deviation: Figure = Field(description="Mean over samples of the largest one.")
+    curvature: Figure = Field(
+        description="Integral of |v - (end - start)|² over time, over |end - start|² (arXiv 2209.03003, eq. 7)."
+    )
+    one_step: Figure = Field(description="How far a single step from the noise lands from the trajectory's end.")
+
+
+@torch.no_grad()
+def straightness(model: DiT, weights: str, replicates: int, seed: int) -> Straightness:
+    """Of samples 0 to 63, the classes in turn; `model` is in eval mode, on the device that computes."""
+    deviations, curvatures, one_steps = [], [], []
+    for start in range(0, SAMPLES, BATCH):
+        path, velocities = _trajectory(model, range(start, start + BATCH), seed)
+        chord = path[-1] - path[0]
+        length = _norm(chord).clamp_min(1e-12)  # a model that was never trained stays where it is
+        times = time_grid(STEPS, 1.0).to(chord.device)
+        line = path[0] + times.view(-1, 1, 1, 1) * chord
+        deviations.append(torch.stack([_norm(z - on) / length for z, on in zip(path, line, strict=True)]).cpu())
+        steps = times.diff()
+        apart = torch.stack([_norm(v - chord).square() for v in velocities]) / length.square()
+        curvatures.append((steps[:, None] * apart).sum(0).cpu())
+        one_steps.append((_norm(path[0] + velocities[0] - path[-1]) / length).cpu())
+    deviation = torch.cat(deviations, dim=1)
+    return Straightness(
+        weights=weights,
+        times=[round(float(t), 6) for t in time_grid(STEPS, 1.0)],
+        deviation=[mean_figure(at_one_time, replicates, seed) for at_one_time in deviation],
+        largest_deviation=mean_figure(deviation.amax(0), replicates, seed),
+        curvature=mean_figure(torch.cat(curvatures), replicates, seed),
+        one_step=mean_figure(torch.cat(one_steps), replicates, seed),
+    )
+
+
+def _trajectory(model: DiT, indices: range, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """(B,T,C) points at the STEPS + 1 times, and velocities at all but the last."""
+    device = next(model.parameters()).device
+    z = initial_noise(seed, indices, model.grid[0] * model.grid[1], model.in_channels).to(device)
+    labels = labels_of(indices, model.num_classes).to(device)
+    path, velocities = [z], []
+    grid = time_grid(STEPS, 1.0).tolist()
+    for step in range(STEPS):
+        v = model(z, torch.full((len(z),), grid[step], device=device), labels)
+        z = z + (grid[step + 1] - grid[step]) * v
+        velocities.append(v)
+        path.append(z)
+    return path, velocities
+
+
+def _norm(values: Tensor) -> Tensor:
+    return values.flatten(1).norm(dim=1)

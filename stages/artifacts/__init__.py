@@ -1,0 +1,1 @@
+"""Commands that look at, check, repair, convert or import artifacts."""

@@ -1,0 +1,74 @@
+"""What the statistics of a cache say: whether its normalisation still holds, and how many dimensions it uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svgpipe.manifests.cache import FeatureCache
+
+from ..extract.moments import effective_rank
+
+# Beyond these a normalised channel is called off.
+MEAN_LIMIT, STD_LOW, STD_HIGH = 0.05, 0.95, 1.05
+NAMED = 8
+
+
+@dataclass(frozen=True)
+class CacheStatistics:
+    """Of everything that was written, over valid rows and all views, in normalised units."""
+
+    mean: NDArray[np.float64]  # (C,) and so on
+    std: NDArray[np.float64]
+    minimum: NDArray[np.float64]
+    maximum: NDArray[np.float64]
+    eigenvalues: NDArray[np.float64]  # (C,) of the covariance, largest first
+    effective_rank: float
+    frozen_channels: int
+
+    @classmethod
+    def of(cls, cache: FeatureCache) -> CacheStatistics:
+        """Read and summarise them. Raises ArtifactError where an array is missing or damaged."""
+        arrays = {
+            name: cache.store.array(f"stored_{name}").astype(np.float64) for name in ("mean", "std", "min", "max")
+        }
+        covariance = cache.store.array("stored_covariance")
+        return cls(
+            mean=arrays["mean"],
+            std=arrays["std"],
+            minimum=arrays["min"],
+            maximum=arrays["max"],
+            eigenvalues=np.clip(np.linalg.eigvalsh(covariance)[::-1], 0, None),
+            effective_rank=effective_rank(covariance),
+            frozen_channels=cache.manifest.frozen_channels,
+        )
+
+    def name_of(self, channel: int) -> str:
+        """`backbone 17` or `residual 3`, each counted from 0."""
+        if channel < self.frozen_channels:
+            return f"backbone {channel}"
+        return f"residual {channel - self.frozen_channels}"
+
+    @property
+    def off(self) -> list[int]:
+        """Channels whose mean or standard deviation is not what normalisation promised, the worst first."""
+        distance = np.maximum(
+            np.abs(self.mean) / MEAN_LIMIT,
+            np.where(self.std < 1, (1 - self.std) / (1 - STD_LOW), (self.std - 1) / (STD_HIGH - 1)),
+        )
+        return [int(channel) for channel in np.argsort(-distance, kind="stable") if distance[channel] > 1]
+
+    @property
+    def warnings(self) -> list[str]:
+        """One sentence, if any channel is off, that names the worst of them."""
+        off = self.off
+        if not off:
+            return []
+        worst = ", ".join(f"{self.name_of(c)} (mean {self.mean[c]:+.3f}, std {self.std[c]:.3f})" for c in off[:NAMED])
+        more = f" and {len(off) - NAMED} more" if len(off) > NAMED else ""
+        return [
+            f"{len(off)} of {len(self.mean)} channels are off what calibration promised (|mean| > {MEAN_LIMIT} or std "
+            f"outside {STD_LOW}–{STD_HIGH}): {worst}{more}. Calibrate over more images (extract.calibration_images)."
+        ]

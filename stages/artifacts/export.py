@@ -1,0 +1,72 @@
+"""`svgpipe export`: the weights of a diffusion model as plain safetensors, with all that is needed to use them.
+
+model.safetensors       the transformer
+statistics.safetensors  channel_mean, channel_std: feature = latent * std + mean
+config.json             the model's arguments, classes, the sampler's time shift, what it was made from
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from svgpipe.manifests.checkpoint import (
+    EMA,
+    STATISTICS_FILE,
+    load_tensors,
+    save_tensors,
+    weights_file,
+)
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.manifest import write_json
+from svgpipe.manifests.recipe import DiffusionSection
+from svgpipe.manifests.storage import Location, make_directory
+
+from ..networks.diffusion import open_diffusion
+from ..networks.sampling import dit_arguments
+
+MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written where."""
+
+    weights: str
+    step: int
+    directory: Location
+
+
+def export(source: Location, out: Location, weights: str = EMA) -> Exported:
+    """Write the chosen weights of `source` to the new or empty folder `out`.
+
+    Args:
+        source: a finished diffusion model, a run that is not finished (its newest checkpoint is taken), or one of its
+            checkpoints (`RUN/checkpoints/step-00001000`).
+        weights: `ema` (the recipe's first average), `ema-DECAY` or `raw`.
+    Raises:
+        ArtifactError: no diffusion model there, a damaged file, or files in `out`. UsageError: no such weights.
+    """
+    found = open_diffusion(source)
+    config = DiffusionSection.model_validate(found.config)
+    name = found.weights_name(weights)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ArtifactError(f"{out}: expected a new or empty folder, found something there. Give another.")
+    tensors = load_tensors(found.directory / weights_file(name), found.content[weights_file(name)])
+    statistics = load_tensors(found.directory / STATISTICS_FILE, found.content[STATISTICS_FILE])
+    make_directory(out)
+    save_tensors(out / MODEL_FILE, tensors)
+    save_tensors(out / STATISTICS_FILE, statistics)
+    arguments: dict[str, Any] = dit_arguments(
+        config.model, grid=found.grid, channels=found.channels, num_classes=len(found.class_names)
+    )
+    entry = {
+        "model": arguments,
+        "class_names": found.class_names,
+        "weights": name,
+        "step": found.step,
+        "time_shift": {"training": config.time_shift, "sampling": config.sample_shift},
+        "made_from": found.made_from,
+    }
+    write_json(out / CONFIG_FILE, entry)
+    return Exported(name, found.step, out)

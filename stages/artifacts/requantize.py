@@ -1,0 +1,133 @@
+"""`svgpipe requantize`: a cache → the same cache in another dtype.
+
+Reads and writes outer shards whole, one journal record each, as an extraction does; a killed run resumes.
+What it costs is measured by price.py.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from svgpipe.manifests.alignment import keep_alignment
+from svgpipe.manifests.cache import CacheManifest, FeatureCache
+from svgpipe.manifests.calibration import CALIBRATION_NAME, Calibration
+from svgpipe.manifests.errors import ArtifactError, UsageError
+from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.manifest import WorkDir
+from svgpipe.manifests.storage import Location, absolute, remove_partials, write_atomic
+from svgpipe.manifests.store import FeatureStore
+from svgpipe.manifests.store_spec import StoreDtype
+
+from ..extract.quantization import SAMPLED_VECTORS, int8_scales
+from ..extract.unit_writer import (
+    REJECTS_NAME,
+    all_records,
+    publish_cache,
+    put_statistics,
+    reject_lines,
+    take_stock,
+    write_unit,
+)
+from ..runtime.processes import map_in_processes
+from ..runtime.progress import Progress, Recorded
+from ..runtime.selection import evenly_spread
+
+# Rows that int8 steps are chosen over; each gives an even share of its vectors.
+SAMPLED_ROWS = 512
+
+
+def requantize(
+    source: Location,
+    out: Location,
+    dtype: StoreDtype,
+    *,
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> CacheManifest:
+    """Write the cache at `source` once more at `out`, its features stored as `dtype`; run again to resume.
+
+    Args:
+        processes: that convert side by side; None: one per core.
+    Raises:
+        MismatchError: `out` was begun from another cache or with another dtype.
+        UsageError: `source` is `out`, or is stored as `dtype` already. BusyError: another process works in `out`.
+        ArtifactError: `source` is unfinished or damaged.
+    """
+    cache = FeatureCache(source)
+    before = cache.manifest
+    if absolute(source) == absolute(out):
+        raise UsageError(f"{out}: is the cache itself; give another place for the new one.")
+    if before.store_dtype == dtype:
+        raise UsageError(f"{source}: is stored as {dtype} already.")
+    kept = {name: before.inputs[name] for name in ("shards", "autoencoder")}
+    inputs = {**kept, "cache": before.as_input(source)}
+    with WorkDir(out, CacheManifest, {**before.config, "store_dtype": dtype}, inputs) as work:
+        if work.finished is not None:
+            return work.finished
+        progress = Recorded(progress, out)
+        keep_alignment(source, out)
+        calibration = _calibration(cache, dtype, out / CALIBRATION_NAME, progress)
+        spec = before.model_copy(update={"store_dtype": dtype}).spec
+        store = FeatureStore.create(out, spec, calibration.mean, calibration.std, calibration.scale)
+        journal = Journal(out / "journal")
+        remove_partials(journal.directory)
+        finished = take_stock(store, journal)
+        missing = [unit for unit in range(spec.num_units) if unit not in finished]
+        progress.begin("requantize", spec.num_units, spec.num_units - len(missing))
+        places = (absolute(place) for place in (source, out))
+        convert = _Convert(*(FeatureStore(place, s) for place, s in zip(places, (before.spec, spec), strict=True)))
+        for _ in map_in_processes(convert, missing, processes or os.cpu_count() or 1):
+            work.check_lock()
+            progress.advance()
+        for name in ("label", "valid", "heldout"):
+            store.put(name, cache.store.array(name), "sample")
+        put_statistics(store, journal)
+        records = all_records(store, journal)
+        write_atomic(out / REJECTS_NAME, reject_lines(records, spec))
+        manifest = CacheManifest.model_validate(
+            {
+                **before.model_dump(exclude={"finished_at", "svgpipe_version", "fingerprint", "timings"}),
+                "config": work.config,
+                "inputs": work.inputs,
+                "seconds": work.seconds,
+                "store_dtype": dtype,
+                "content": CacheManifest.content_of(store, [record["sha256"] for record in records]),
+                "num_bytes": sum(record["num_bytes"] for record in records),
+            }
+        )
+        work.check_lock()
+        return publish_cache(manifest, store)
+
+
+def _calibration(cache: FeatureCache, dtype: StoreDtype, path: Location, progress: Progress) -> Calibration:
+    if path.exists():
+        return Calibration.read(path)
+    scale = None
+    if dtype == "int8":
+        usable = np.flatnonzero(cache.valid & ~cache.heldout)
+        usable = usable if len(usable) else np.flatnonzero(cache.valid)
+        rows = [int(usable[i]) for i in evenly_spread(len(usable), SAMPLED_ROWS)]
+        if not rows:
+            raise ArtifactError(f"{cache.path}: expected valid rows to choose int8 steps by, found none.")
+        progress.say(f"choosing int8 steps over {len(rows)} rows")
+        vectors = cache.read(rows).reshape(-1, cache.shape[-1])
+        scale = int8_scales(vectors[evenly_spread(len(vectors), SAMPLED_VECTORS)].astype(np.float32))
+    calibration = Calibration(cache.channel_mean, cache.channel_std, scale)
+    calibration.write(path)
+    return calibration
+
+
+@dataclass(frozen=True)
+class _Convert:
+    """One outer shard, whole, then its statistics, then its journal record."""
+
+    source: FeatureStore
+    target: FeatureStore
+
+    def __call__(self, unit: int) -> None:
+        features = self.source.decode(self.source.read_unit(unit)).astype(np.float16, copy=False)
+        rejects = Journal(self.source.path / "journal").read(unit)["rejects"]
+        write_unit(self.target, Journal(self.target.path / "journal"), unit, features, rejects)

@@ -1,0 +1,259 @@
+"""`svgpipe verify`: whether an artifact is whole, and is what its manifest says.
+
+Without `deep` it looks at manifests, sizes, hashes of small files and completeness; with it every byte is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from svgpipe.manifests.alignment import ALIGNMENT_NAME, MeasuredAlignment
+from svgpipe.manifests.checkpoint import (
+    AUTOENCODER_FILE,
+    BACKBONE_FILE,
+    AutoencoderManifest,
+    DiffusionManifest,
+    load_tensors,
+)
+from svgpipe.manifests.errors import ArtifactError, MismatchError
+from svgpipe.manifests.evaluation import EvaluationManifest
+from svgpipe.manifests.index import read_index, refs_of_table
+from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.kinds import read_any
+from svgpipe.manifests.manifest import MANIFEST_NAME, digest, read_json
+from svgpipe.manifests.reconstruction import ReconstructionManifest
+from svgpipe.manifests.report_file import REPORT_NAME
+from svgpipe.manifests.shards import ShardSetManifest, index_of, tar_of
+from svgpipe.manifests.storage import Location, file_sha256, file_size, has_sha256, location
+from svgpipe.manifests.store_spec import unit_file
+
+from ..evaluate.cpu_tasks import LatentsRecord
+from ..runtime.progress import Progress, Silent
+from .verify_cache import verify_cache
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it should be. `unit` names the outer shard of a cache that must be made again."""
+
+    where: str
+    problem: str
+    unit: int | None = None
+
+
+def verify(path: Location, *, deep: bool = False, progress: Progress | None = None) -> list[Finding]:
+    """Everything that is wrong with the artifact at `path`; an empty list means that nothing was found.
+
+    Raises:
+        ArtifactError: there is no artifact at all.
+    """
+    progress = progress or Silent()
+    if not path.exists():
+        raise ArtifactError(f"{path}: expected an artifact, found no such directory.")
+    if not (path / MANIFEST_NAME).exists():
+        plan = read_json(path / "plan.json")
+        if plan.get("kind") == "feature-cache":
+            return [Finding(*found) for found in verify_cache(path, None, deep=deep, progress=progress)]
+        return [Finding(str(path), "unfinished; the command that makes it resumes")]
+    try:
+        manifest = read_any(path)
+    except ArtifactError as error:
+        return [Finding(str(path / MANIFEST_NAME), str(error))]
+    return [Finding(*found) for found in _CHECKS[manifest.kind](path, manifest, deep=deep, progress=progress)]
+
+
+MALFORMED = (KeyError, TypeError, ValueError)  # of JSON that holds something else than it should
+Found = Iterator[tuple[str, str, int | None]]
+
+
+def _wrong(where: object, problem: object) -> tuple[str, str, int | None]:
+    return str(where), str(problem).removeprefix(f"{where}: "), None
+
+
+def _verify_shards(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Found:
+    assert isinstance(manifest, ShardSetManifest)
+    if manifest.content != ShardSetManifest.content_of(manifest.shards):
+        yield _wrong(path / MANIFEST_NAME, "the list of tars is not the one that was published")
+    progress.begin("verify", len(manifest.shards))
+    for shard in manifest.shards:
+        tar, index = tar_of(path, shard), index_of(path, shard)
+        size = file_size(tar)
+        if size != shard.num_bytes:
+            yield _wrong(tar, f"expected {shard.num_bytes} bytes, found {'no file' if size is None else size}")
+        try:
+            table = read_index(index, shard.num_images)
+        except ArtifactError as error:
+            yield _wrong(index, error)
+            progress.advance()
+            continue
+        if deep and (found := file_sha256(index)) != shard.index_sha256:
+            yield _wrong(index, f"expected sha256 {shard.index_sha256[:12]}, found {found[:12]}")
+        refs = refs_of_table(table, tar)
+        for ref in refs:
+            if ref.reject is None and not 0 <= ref.label < len(manifest.class_names):
+                problem = f"{ref.key}: expected a label of 0..{len(manifest.class_names) - 1}, found {ref.label}"
+                yield _wrong(index, problem)
+        if deep and size is not None:
+            if (found := file_sha256(tar)) != shard.sha256:
+                yield _wrong(tar, f"expected sha256 {shard.sha256[:12]}, found {found[:12]}")
+            for ref in refs:
+                try:
+                    if ref.reject is None:
+                        ref.read()
+                except ArtifactError as error:
+                    yield _wrong(tar, error)
+        progress.advance()
+
+
+def _verify_tensors(path: Location, sha256: str, deep: bool) -> Found:
+    try:
+        tensors = load_tensors(path, sha256)
+    except ArtifactError as error:
+        yield _wrong(path, error)
+        return
+    bad = [name for name, value in tensors.items() if deep and not bool(value.isfinite().all())]
+    if bad:
+        yield _wrong(path, f"{bad[0]}: a value is not finite")
+
+
+def _verify_checkpoints(path: Location, deep: bool) -> Found:
+    """Training state is only read where every byte is."""
+    listing = path / "checkpoints" / "latest.json"
+    if not deep or not listing.exists():
+        return
+    try:
+        for entry in read_json(listing)["checkpoints"]:
+            folder = path / "checkpoints" / entry["folder"]
+            for group, sha256 in entry["files"].items():
+                yield from _verify_tensors(folder / f"{group}.safetensors", sha256, deep)
+    except (ArtifactError, KeyError, TypeError) as error:
+        yield _wrong(listing, error)
+
+
+def _verify_autoencoder(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Found:
+    assert isinstance(manifest, AutoencoderManifest)
+    progress.begin("verify", 1)
+    yield from _verify_tensors(path / AUTOENCODER_FILE, manifest.content, deep)
+    if manifest.config["backbone"]["weights"] == "beside":
+        yield from _verify_imported(path, manifest, deep)
+    yield from _verify_checkpoints(path, deep)
+    if manifest.alignment is not None and not np.isfinite(manifest.alignment).all():
+        yield _wrong(path / MANIFEST_NAME, "an alignment scalar is not finite")
+    progress.advance()
+
+
+def _verify_imported(path: Location, manifest: AutoencoderManifest, deep: bool) -> Found:
+    """The backbone beside an imported autoencoder, and its alignment, if it was measured."""
+    file = path / BACKBONE_FILE
+    if file_size(file) is None:
+        yield _wrong(file, "expected the imported backbone, found no such file")
+    elif deep:
+        # Only here: verifying anything else need not load timm.
+        from ..networks.autoencoder import load_autoencoder
+
+        try:
+            load_autoencoder(path)
+        except (ArtifactError, MismatchError) as error:
+            yield _wrong(file, error)
+    try:
+        MeasuredAlignment.read(path)
+    except ArtifactError as error:
+        yield _wrong(path / ALIGNMENT_NAME, error)
+
+
+def _verify_diffusion(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Found:
+    assert isinstance(manifest, DiffusionManifest)
+    progress.begin("verify", len(manifest.content))
+    for name, sha256 in manifest.content.items():
+        yield from _verify_tensors(path / name, sha256, deep)
+        progress.advance()
+    yield from _verify_checkpoints(path, deep)
+
+
+def _verify_evaluation(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Found:
+    assert isinstance(manifest, EvaluationManifest)
+    yield from _verify_report(path, manifest.report)
+    yield from _verify_latents(path, manifest, deep)
+    latents = [manifest.latents[name].content for name in manifest.settings]
+    yield from _verify_images(path, lambda tars: digest([latents, tars]) == manifest.content, deep, progress)
+
+
+def _verify_reconstruction(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Found:
+    assert isinstance(manifest, ReconstructionManifest)
+    yield from _verify_report(path, manifest.report)
+    yield from _verify_images(path, lambda tars: digest(tars) == manifest.content, deep, progress)
+
+
+def _verify_report(path: Location, sha256: str) -> Found:
+    report = path / REPORT_NAME
+    if not has_sha256(report, sha256):
+        yield _wrong(report, "missing or not the one that was published")
+
+
+def _verify_images(
+    path: Location, published: Callable[[dict[str, list[str]]], bool], deep: bool, progress: Progress
+) -> Found:
+    """Decoded images, and whether `published` knows their tars' hashes, by set."""
+    decode = Journal(path / "journal" / "decode")
+    progress.begin("verify", len(decode.finished()))
+    tars: dict[str, list[str]] = {}
+    try:
+        for unit in sorted(decode.finished()):
+            record = decode.read(unit)
+            tars.setdefault(record["set"], []).append(record["shard"]["sha256"])
+            tar = path / "images" / record["set"] / record["shard"]["name"]
+            size = file_size(tar)
+            if size != record["shard"]["num_bytes"] or (deep and file_sha256(tar) != record["shard"]["sha256"]):
+                yield _wrong(tar, "missing, or not the images that were published")
+            progress.advance()
+    except (ArtifactError, *MALFORMED) as error:
+        yield _wrong(path / "journal", error if isinstance(error, ArtifactError) else "a record is damaged")
+        return
+    if not published(tars):
+        yield _wrong(path / "journal", "its records are not those that were published")
+
+
+def _verify_latents(path: Location, manifest: EvaluationManifest, deep: bool) -> Found:
+    """Those that are still where they were drawn to: they are not part of the evaluation, and may be deleted."""
+    for ref in manifest.latents.values():
+        store = _place_of(path, ref.path)
+        hashes: list[str] = []
+        if not (store / "zarr.json").exists():
+            continue
+        try:
+            rows = 0
+            while rows < manifest.num_samples:
+                record = LatentsRecord.model_validate(read_json(store / "journal" / f"unit-{len(hashes):06d}.json"))
+                file = unit_file(store, len(hashes))
+                hashes.append(record.sha256)
+                rows += record.rows
+                if file_size(file) != record.num_bytes or (deep and file_sha256(file) != hashes[-1]):
+                    yield _wrong(file, "missing, or not the latents that were published")
+        except (ArtifactError, *MALFORMED) as error:
+            yield _wrong(store / "journal", error if isinstance(error, ArtifactError) else "a record is damaged")
+            continue
+        if digest(hashes) != ref.content:
+            yield _wrong(store / "journal", "its records are not those that were published")
+
+
+def _place_of(directory: Location, path: str) -> Location:
+    """What an artifact calls by a path from itself, or by an address."""
+    return location(path) if "://" in path else directory / path
+
+
+def _verify_cache(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Found:
+    return verify_cache(path, manifest, deep=deep, progress=progress)
+
+
+_CHECKS: dict[str, Callable[..., Found]] = {
+    "shard-set": _verify_shards,
+    "autoencoder": _verify_autoencoder,
+    "feature-cache": _verify_cache,
+    "diffusion": _verify_diffusion,
+    "evaluation": _verify_evaluation,
+    "reconstruction": _verify_reconstruction,
+}

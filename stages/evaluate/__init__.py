@@ -1,0 +1,1 @@
+"""`svgpipe sample-and-eval` and `eval-reconstruction`: latents, images, metrics."""

@@ -1,0 +1,162 @@
+"""Image sets → features, through torch-fidelity.
+
+A distance is called FID only where torch-fidelity's Inception made the features; with a timm backbone it is a
+Fréchet distance in that backbone's space and is named so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.utils import get_featuresdict_from_dataset
+
+from svgpipe.manifests.errors import ArtifactError, UsageError, first_line
+from svgpipe.manifests.manifest import InputRef, svgpipe_version
+from svgpipe.manifests.recipe import BackboneSection, ExtractorSection
+from svgpipe.manifests.report_file import ExtractorRecord
+from svgpipe.manifests.storage import file_sha256
+from svgpipe.models.backbone import Backbone, own_input
+
+from ..images.image_set import ImageSet
+from ..networks.autoencoder import build_backbone, read_weight_file, state_digest
+from ..runtime.device import pick_device
+
+POOLED, LOGITS = "pooled", "logits"
+INCEPTION_LAYERS = {POOLED: "2048", LOGITS: "logits_unbiased"}
+INCEPTION = "inception-v3-compat"
+INCEPTION_SIZE = 299
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+
+
+SOFTWARE = ("torch", "torch-fidelity", "timm", "pillow", "scikit-image", "scipy", "numpy")
+
+
+def software() -> dict[str, str]:
+    """Versions of what decides a number besides its inputs, for a report."""
+    return {"svgpipe": svgpipe_version(), **{name: metadata.version(name) for name in SOFTWARE}}
+
+
+class BackboneExtractor(FeatureExtractorBase):  # type: ignore[misc]
+    """A timm backbone's pooled embedding as a torch-fidelity extractor: (B,3,H,W) uint8 → (B,D)."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone.name, [POOLED])
+        self.backbone = backbone
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return (POOLED,)
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        model = self.backbone.model
+        features = model.forward_features(self.backbone.prepare(images.float() / 255))
+        return (model.forward_head(features, pre_logits=True).float(),)
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A feature extractor and how to speak of it."""
+
+    module: nn.Module
+    layers: dict[str, str]  # POOLED, and LOGITS where it has them, by what the module calls them
+    metric: str
+    description: ExtractorRecord
+    dimensions: int  # of POOLED
+
+    @torch.no_grad()
+    def features(self, images: ImageSet, batch_size: int) -> dict[str, Tensor]:
+        """(n,D) float32 on the CPU, of each layer."""
+        device = pick_device()
+        found = get_featuresdict_from_dataset(
+            images, self.module.to(device), batch_size, device.type == "cuda", True, False
+        )
+        return {name: torch.as_tensor(found[layer]).float() for name, layer in self.layers.items()}
+
+
+def weight_inputs(**sources: str) -> dict[str, InputRef]:
+    """Weight files by name, as inputs by which what was measured with them is known; hub and the like are none."""
+    files = {name: Path(source) for name, source in sources.items()}
+    return {
+        name: InputRef(kind="weights", fingerprint=file_sha256(path), path=str(path), config={})
+        for name, path in files.items()
+        if path.is_file()
+    }
+
+
+def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "evaluation.extractor") -> Extractor:
+    """The extractor that the recipe names.
+
+    Args:
+        backbone: of the autoencoder, for kind `backbone`.
+        where: dotted name of the section in the recipe, for messages.
+    Raises:
+        ArtifactError: weights that are neither given nor to be downloaded; which file, from where, and which option.
+        UsageError: an unknown timm model.
+    """
+    if config.kind == "timm":
+        backbone = _timm(config, where)
+    if config.kind != "inception":
+        name = backbone.name
+        return Extractor(
+            BackboneExtractor(backbone).eval(),
+            {POOLED: POOLED},
+            f"Fréchet distance in {name} space (not FID)",
+            _record(config.kind, name, backbone, backbone.input_size, "timm"),
+            int(backbone.model.head_hidden_size),
+        )
+    path = None if config.weights == "hub" else Path(config.weights)
+    state = None if path is None else read_weight_file(path)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+            # torch-fidelity unpickles whatever file it is given, so it is given one of tensors and nothing else.
+            safe = None if state is None else str(Path(folder) / "inception.pth")
+            if safe is not None:
+                torch.save(state, safe)
+            module = FeatureExtractorInceptionV3(
+                INCEPTION, list(INCEPTION_LAYERS.values()), feature_extractor_weights_path=safe
+            )
+    except Exception as error:  # urllib's kinds and torch's for a damaged file
+        raise ArtifactError(
+            f"{where}: Inception weights could not be loaded ({first_line(error)}). "
+            f"Download {INCEPTION_URL} and give it with --set {where}.weights=FILE, or measure in the "
+            f"backbone's space with --set {where}.kind=backbone."
+        ) from error
+    return Extractor(
+        module.eval(),
+        INCEPTION_LAYERS,
+        "FID",
+        _record("inception", INCEPTION, module, INCEPTION_SIZE, "torch-fidelity"),
+        int(INCEPTION_LAYERS[POOLED]),
+    )
+
+
+def _record(kind: str, name: str, network: nn.Module, input_size: int, library: str) -> ExtractorRecord:
+    return ExtractorRecord(
+        kind=kind,
+        name=name,
+        weights=state_digest(network.state_dict()),
+        input_size=input_size,
+        library=f"{library} {metadata.version(library)}",
+    )
+
+
+def _timm(config: ExtractorSection, where: str) -> Backbone:
+    """Any timm model, at its own input size, pooled as its classifier would see it."""
+    assert config.name is not None, "the section is validated"
+    try:
+        size, level = own_input(config.name)
+    except ValueError as error:
+        raise UsageError(f"{where}.name: {error}") from error
+    section = BackboneSection(name=config.name, weights=config.weights, input_size=size, feature_level=level)
+    return build_backbone(section, size, where=where, pooled=True)

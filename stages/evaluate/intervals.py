@@ -1,0 +1,59 @@
+"""Figures with the spread that other samples of the same size would have, by bootstrap.
+
+A resampled set holds some rows twice and so looks less varied than the set: what measures variety, as a Fréchet
+distance does, is moved by that. Hence an interval is laid around the figure itself: figure + (replicate - mean of the
+replicates), between the 2.5 % and the 97.5 % quantile. A mean is not moved: its interval is that of the replicates,
+which never leaves the range of the values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from svgpipe.manifests.figure import Figure
+
+from ..runtime.device import generator
+
+QUANTILES = (0.025, 0.975)
+
+
+def picks(count: int, replicates: int, seed: int) -> list[Tensor]:
+    """Row numbers of `replicates` sets of `count` rows, drawn with replacement; the same for every equal call."""
+    return [torch.randint(count, (count,), generator=generator(seed, "bootstrap", count, i)) for i in range(replicates)]
+
+
+def figure(value: float, replicates: Sequence[float], num_images: int, least: float = -math.inf) -> Figure:
+    """A figure with the interval around it; without one where there are no replicates.
+
+    least: what the figure cannot fall below; nor can its interval.
+    """
+    shift = value - sum(replicates) / max(1, len(replicates))
+    least = min(least, value)  # that rounding may put below
+    return _between([max(least, replicate + shift) for replicate in replicates], value, num_images)
+
+
+def mean_figure(values: Tensor, replicates: int, seed: int) -> Figure:
+    """The mean of (n,) values; of hits and misses, see `share_figure`."""
+    numbers = values.double()
+    resampled = [float(numbers[pick].mean()) for pick in picks(len(numbers), replicates, seed)]
+    return _between(resampled, float(numbers.mean()), len(numbers))
+
+
+def _between(replicates: Sequence[float], value: float, num_images: int) -> Figure:
+    if not replicates:
+        return Figure(value=value, num_images=num_images)
+    low, high = np.quantile(replicates, QUANTILES)
+    return Figure(value=value, low=float(low), high=float(high), num_images=num_images)
+
+
+def share_figure(hits: Tensor) -> Figure:
+    """The share of (n,) hits, with Wilson's interval: unlike the bootstrap's it has a width where all or none hit."""
+    count, n = int(hits.sum()), len(hits)
+    ends = binomtest(count, n).proportion_ci(0.95, method="wilson")
+    return Figure(value=count / n, low=float(ends.low), high=float(ends.high), num_images=n)

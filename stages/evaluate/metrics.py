@@ -1,0 +1,149 @@
+"""All figures of one set of images, from its features: against a reference, and by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
+from svgpipe.manifests.figure import Figure
+from svgpipe.models.distances import FrechetTarget, ball_radii, covered, kernel_influences, nearest_class_hits
+
+from ..runtime.device import pick_device
+from ..runtime.selection import evenly_spread
+from .intervals import figure, picks, share_figure
+
+KERNEL_SUBSETS = 50
+KERNEL_SUBSET_SIZE = 1000
+# Subsets overlap, or are the whole set, so their spread says little. What single images add does, and to know that,
+# as many others of either set are enough.
+KERNEL_ROWS = 10_000
+INCEPTION_SPLITS = 10
+FEWEST_TO_SPLIT = 100
+NEIGHBOURS = 3
+# Every image of a set is compared with every other for its ball: of all of ImageNet, days of work. As in the paper.
+MOST_BALLS = 50_000
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of a set of images, as an extractor found them."""
+
+    pooled: Tensor  # (n,D) float32
+    logits: Tensor | None = None  # (n,K) float32, of Inception alone
+    labels: Tensor | None = None  # (n,) int64, where the images have labels of the reference's classes
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What sets are measured against, and how often they are resampled for the intervals (0: no intervals).
+
+    Without features of reference images there is a Fréchet distance only, to the `target` that is given instead.
+    """
+
+    reference: Features | None
+    replicates: int
+    seed: int
+    target: FrechetTarget | None = None
+
+    @cached_property
+    def _target(self) -> FrechetTarget:
+        if self.target is not None:
+            return self.target
+        assert self.reference is not None, "either images or statistics are what is measured against"
+        return FrechetTarget.of(self.reference.pooled, pick_device())
+
+    def measure(self, found: Features) -> dict[str, Figure | None]:
+        """Fields of `Measured`; None for what cannot be measured on so few images, or without logits or labels."""
+        return {
+            "frechet_distance": self.frechet(found.pooled),
+            "kernel_distance": self.kernel(found.pooled),
+            "inception_score": None if found.logits is None else self._inception_score(found.logits),
+            "precision": self._precision(found.pooled),
+            "recall": self._recall(found.pooled),
+            "class_accuracy": self._class_accuracy(found),
+        }
+
+    def frechet(self, pooled: Tensor) -> Figure:
+        """Fréchet distance of (n,D) features to the reference; on a GPU where there is one, as it takes longest."""
+        resampled = picks(len(pooled), self.replicates, self.seed)
+        value, *replicates = self._target.distances(pooled.to(pick_device()), [torch.arange(len(pooled)), *resampled])
+        return figure(value, replicates, len(pooled), least=0.0)
+
+    def kernel(self, pooled: Tensor) -> Figure | None:
+        """Kernel distance of (n,D) features to the reference; its interval is to first order, see KERNEL_ROWS."""
+        if self.reference is None:
+            return None
+        value = float(kernel_distances(pooled, self.reference.pooled).mean())
+        if not self.replicates:
+            return figure(value, [], len(pooled))
+        places = torch.tensor(evenly_spread(len(pooled), KERNEL_ROWS))
+        influences = kernel_influences(pooled, places, _at_most(self.reference.pooled, KERNEL_ROWS))
+        moved = [float(influences[pick].mean()) for pick in picks(len(pooled), self.replicates, self.seed)]
+        return figure(value, moved, len(pooled))
+
+    def _inception_score(self, logits: Tensor) -> Figure:
+        resampled = [inception_score(logits[pick]) for pick in picks(len(logits), self.replicates, self.seed)]
+        return figure(inception_score(logits), resampled, len(logits), least=1.0)
+
+    @cached_property
+    def _reference_balls(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.reference is None else balls(self.reference.pooled)
+
+    def _precision(self, pooled: Tensor) -> Figure | None:
+        if self._reference_balls is None:
+            return None
+        return self._share(covered(pooled, *self._reference_balls))
+
+    def _recall(self, pooled: Tensor) -> Figure | None:
+        found = None if self.reference is None else balls(pooled)
+        if self.reference is None or found is None:
+            return None
+        return self._share(covered(_at_most(self.reference.pooled, MOST_BALLS), *found))
+
+    def _class_accuracy(self, found: Features) -> Figure | None:
+        if found.labels is None or self.reference is None or self.reference.labels is None:
+            return None
+        hits = nearest_class_hits(self.reference.pooled, self.reference.labels, found.pooled, found.labels)
+        return None if hits is None else self._share(hits)
+
+    def _share(self, hits: Tensor) -> Figure:
+        found = share_figure(hits)
+        return found if self.replicates else Figure(value=found.value, num_images=found.num_images)
+
+
+def balls(pooled: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Centres (m,D) and radii (m,) that a set of (n,D) features covers, m ≤ MOST_BALLS; None of too few for any."""
+    centres = _at_most(pooled, MOST_BALLS)
+    return None if len(centres) <= NEIGHBOURS else (centres, ball_radii(centres, NEIGHBOURS))
+
+
+def _at_most(rows: Tensor, count: int) -> Tensor:
+    return rows if len(rows) <= count else rows[evenly_spread(len(rows), count)]
+
+
+def kernel_distances(first: Tensor, second: Tensor) -> Tensor:
+    """(subsets,) polynomial MMD² of random subsets of (n,D) and (m,D), by torch-fidelity; their mean is the KID."""
+    size = min(KERNEL_SUBSET_SIZE, len(first), len(second))
+    values = []
+    for subset in range(KERNEL_SUBSETS):
+        # As torch-fidelity draws them; here, so that only these are in float64: a reference may be all of ImageNet.
+        rng = np.random.RandomState(subset)
+        one, two = (rows[rng.choice(len(rows), size, replace=False)].double() for rows in (first, second))
+        found = kid_features_to_metric(one, two, kid_subsets=1, kid_subset_size=size, rng_seed=0, verbose=False)
+        values.append(found[KEY_METRIC_KID_MEAN])
+    return torch.from_numpy(np.asarray(values, np.float64))
+
+
+def inception_score(logits: Tensor) -> float:
+    """exp(mean KL(p(y|x) ‖ p(y))), mean over ten splits, by torch-fidelity; one split of fewer than a hundred images.
+
+    A split of a single image scores 1, whatever the image.
+    """
+    splits = INCEPTION_SPLITS if len(logits) >= FEWEST_TO_SPLIT else 1
+    return float(isc_features_to_metric(logits, splits=splits)[KEY_METRIC_ISC_MEAN])

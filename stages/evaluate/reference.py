@@ -1,0 +1,255 @@
+"""What generated images are measured against: a shard set, a folder of images, or statistics as ADM publishes them."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svgpipe.manifests.errors import ArtifactError, UsageError
+from svgpipe.manifests.index import ImageRef
+from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.kinds import KINDS
+from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, digest, read_json
+from svgpipe.manifests.recipe import EvaluationSection
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.storage import file_sha256, location
+
+from ..images.decode import EXTENSIONS, RejectedImageError, decode_image
+from ..runtime.progress import Progress
+from ..runtime.selection import evenly_spread
+from .features import INCEPTION
+
+MEAN, COVARIANCE, EXTRACTOR = "mu", "sigma", "extractor"
+READERS = 16
+LOOKED_AT_ONCE = 4096
+FEWEST = 2
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean (D,) and covariance (D,D) of features that somebody else has computed, float64; whose, is written there.
+
+    Published ones name nobody, and are of Inception.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    extractor: str = INCEPTION
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images or their statistics, and where they are from."""
+
+    kind: Literal["shards", "folder", "statistics"]
+    path: str
+    ref: InputRef
+    train: Sequence[ImageRef] = ()
+    heldout: Sequence[ImageRef] = ()
+    class_names: Sequence[str] | None = None
+    shards: ShardSet | None = None
+    statistics: Statistics | None = None
+
+    @property
+    def description(self) -> str:
+        """For a report, as in `against …`."""
+        return {
+            "shards": "real images of the training split",
+            "folder": f"the images in {self.path}",
+            "statistics": f"the statistics in {self.path}",
+        }[self.kind]
+
+
+def open_reference(spec: str) -> Reference:
+    """Open a shard set (its directory or tars), an image folder, or an .npz with `mu` and `sigma`.
+
+    Raises:
+        ArtifactError: nothing there, or what is there cannot be read. Images are not decoded, see `require_decodable`.
+        UsageError: as `ShardSet.open`.
+    """
+    if spec.endswith(".npz"):
+        return _statistics(Path(spec))
+    directory = location(spec)
+    finished = (directory / MANIFEST_NAME).exists() or (directory / PLAN_NAME).exists()
+    if isinstance(directory, Path) and directory.is_dir() and not finished:
+        return _folder(directory)
+    return shard_reference(ShardSet.open(spec))
+
+
+def shard_reference(shards: ShardSet) -> Reference:
+    """The training split of a shard set; its held-out images are the floor."""
+    names = shards.manifest.class_names
+    found = Reference(
+        "shards",
+        str(shards.directory),
+        shards.as_input(),
+        shards.usable("train"),
+        shards.usable("heldout"),
+        names,
+        shards,
+    )
+    if len(found.train) < FEWEST:
+        raise ArtifactError(
+            f"{shards.directory}: expected at least two reference images, found {len(found.train)} in training tars."
+        )
+    return found
+
+
+def _folder(directory: Path) -> Reference:
+    """Every image below it, in the order of their paths; the classes are its folders, if no image lies outside them."""
+    below = list(directory.rglob("*"))
+    if artifact := next((path.parent for path in below if path.name == MANIFEST_NAME and _is_ours(path)), None):
+        raise ArtifactError(
+            f"{directory}: expected a shard set or a folder of images, found one that holds svgpipe's artifacts "
+            f"({artifact}). Name the shard set, or a folder with nothing but images."
+        )
+    paths = sorted(path for path in below if path.suffix.lower() in EXTENSIONS and path.is_file())
+    if len(paths) < FEWEST:
+        raise ArtifactError(
+            f"{directory}: expected a shard set, or a folder with at least two JPEG, PNG or WebP images; "
+            f"found {len(paths)}."
+        )
+    places = [path.relative_to(directory).parts for path in paths]
+    classes = sorted({parts[0] for parts in places}) if all(len(parts) > 1 for parts in places) else None
+    numbers = {name: number for number, name in enumerate(classes or [])}
+    with ThreadPoolExecutor(READERS) as readers:
+        looked = list(readers.map(_size_and_hash, paths))
+    refs = [
+        ImageRef(path, 0, size, sha256, path.stem, 0 if classes is None else numbers[parts[0]])
+        for path, parts, (size, sha256) in zip(paths, places, looked, strict=True)
+    ]
+    content = digest([["/".join(parts), ref.sha256] for parts, ref in zip(places, refs, strict=True)])
+    ref = InputRef(kind="image-folder", fingerprint=content, path=str(directory), config={"images": len(refs)})
+    return Reference("folder", str(directory), ref, refs, class_names=classes)
+
+
+def _is_ours(manifest: Path) -> bool:
+    """Whether it is a manifest of an artifact, and not one that somebody else has named so."""
+    try:
+        return read_json(manifest).get("kind") in KINDS
+    except ArtifactError:
+        return False
+
+
+def _size_and_hash(path: Path) -> tuple[int, str]:
+    data = path.read_bytes()
+    return len(data), hashlib.sha256(data).hexdigest()
+
+
+def was_decoded(shards: ShardSet | None) -> bool:
+    """Whether the images of a set were decoded when it was made; of tars that others made, only on request."""
+    return shards is not None and bool(shards.manifest.config.get("decode", True))
+
+
+def require_decodable(refs: Sequence[ImageRef], journal: Journal, progress: Progress) -> None:
+    """Decode images that nobody has yet, once: a bad one should stop a sweep before hours of sampling.
+
+    Raises:
+        ArtifactError: one that cannot be decoded.
+    """
+    different = {(str(ref.tar), ref.offset): ref for ref in refs}
+    looked = digest([[*place, ref.sha256] for place, ref in different.items()])
+    journal.kept(0, looked, lambda: _look(list(different.values()), progress))
+
+
+def _look(refs: Sequence[ImageRef], progress: Progress) -> Json:
+    """Decode them all; how many there were."""
+
+    def look(ref: ImageRef) -> None:
+        try:
+            decode_image(ref.read())
+        except RejectedImageError as error:
+            in_tar = ref.tar.suffix == ".tar"
+            what = "Index the tars anew with --decode, which rejects such images." if in_tar else "Remove or repair it."
+            where = f"{ref.tar}: {ref.key}" if in_tar else str(ref.tar)
+            raise ArtifactError(f"{where}: cannot be measured: {error}. {what}") from error
+
+    progress.begin("look at the images", len(refs))
+    with ThreadPoolExecutor(READERS) as readers:
+        for start in range(0, len(refs), LOOKED_AT_ONCE):
+            for _ in readers.map(look, refs[start : start + LOOKED_AT_ONCE]):
+                progress.advance()
+    return {"images": len(refs)}
+
+
+def _statistics(path: Path) -> Reference:
+    if not path.is_file():
+        raise ArtifactError(f"{path}: expected an .npz with {MEAN} and {COVARIANCE}, found no such file.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            held = list(archive.files)
+            found = [archive[name] for name in (MEAN, COVARIANCE) if name in held]
+            if any(array.dtype.kind not in "fiu" for array in found):
+                raise TypeError(f"expected real numbers, found {', '.join(str(array.dtype) for array in found)}")
+            arrays = [array.astype(np.float64) for array in found]
+            extractor = str(archive[EXTRACTOR].item()) if EXTRACTOR in held else INCEPTION
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ArtifactError(f"{path}: not a readable .npz file: {error}") from error
+    if len(arrays) != 2:
+        raise ArtifactError(f"{path}: expected arrays {MEAN} and {COVARIANCE}, found {', '.join(held) or 'none'}.")
+    mean, covariance = arrays
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not len(mean):
+        raise ArtifactError(
+            f"{path}: expected {MEAN} (D,) and {COVARIANCE} (D,D), found {mean.shape} and {covariance.shape}."
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ArtifactError(f"{path}: expected finite numbers, found others in {MEAN} or {COVARIANCE}.")
+    if not np.allclose(covariance, covariance.T, atol=1e-6 * np.abs(covariance).max()):
+        raise ArtifactError(f"{path}: expected a covariance in {COVARIANCE}, found a matrix that is not symmetric.")
+    eigenvalues = np.linalg.eigvalsh(covariance)
+    if eigenvalues[0] < -1e-3 * max(eigenvalues[-1], 0.0) or eigenvalues[-1] <= 0:
+        raise ArtifactError(
+            f"{path}: expected a covariance in {COVARIANCE}, found a matrix with the eigenvalue {eigenvalues[0]:g}."
+        )
+    ref = InputRef(kind="statistics", fingerprint=file_sha256(path), path=str(path), config={"dimensions": len(mean)})
+    statistics = Statistics(torch.from_numpy(mean), torch.from_numpy(covariance), extractor)
+    return Reference("statistics", str(path), ref, statistics=statistics)
+
+
+def require_extractor(reference: Reference, dimensions: int, extractor: str) -> None:
+    """Raise UsageError where statistics are of other features than the extractor's."""
+    held = reference.statistics
+    if held is None:
+        return
+    if held.extractor != extractor:
+        raise UsageError(
+            f"{reference.path}: holds statistics of {held.extractor}, but the extractor is {extractor}. With ADM's, "
+            f"--set evaluation.extractor.kind=inception; others may name theirs in an array {EXTRACTOR}."
+        )
+    if len(held.mean) != dimensions:
+        raise UsageError(
+            f"{reference.path}: holds statistics of {len(held.mean)} dimensions, but {extractor} gives {dimensions}."
+        )
+
+
+@dataclass(frozen=True)
+class RealSets:
+    """Real images of a reference: what is measured against, the floor, and what is reconstructed; each may be empty."""
+
+    reference: list[ImageRef]
+    heldout: list[ImageRef]
+    reconstructed: list[ImageRef]
+    size: int
+    class_names: list[str] | None
+
+    @classmethod
+    def of(cls, found: Reference, config: EvaluationSection, size: int) -> RealSets:
+        """Choose them."""
+        train, heldout = found.train, found.heldout
+        reference = [train[i] for i in evenly_spread(len(train), config.reference_images)]
+        floor = [heldout[i] for i in evenly_spread(len(heldout), config.num_samples)]
+        pool = heldout if len(heldout) >= FEWEST else train
+        reconstructed = [pool[i] for i in evenly_spread(len(pool), config.num_samples)]
+        return cls(
+            reference, floor, reconstructed, size, None if found.class_names is None else list(found.class_names)
+        )

@@ -1,0 +1,1 @@
+"""`svgpipe extract`: a shard set becomes a feature cache."""

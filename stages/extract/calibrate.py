@@ -1,0 +1,98 @@
+"""The pass before an extraction: channel statistics, and int8 steps, over evenly spread training rows.
+
+Kept in calibration.json by the extraction, so that every resume normalises with the very same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svgpipe.manifests.calibration import Calibration
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.recipe import ExtractSection
+from svgpipe.manifests.shards import ShardSet
+
+from ..runtime.progress import Progress
+from ..runtime.runner import Resources, run_units
+from ..runtime.selection import evenly_spread
+from .cpu_tasks import CollectMoments, ReadImages
+from .encoder_actor import EncodeUnits
+from .moments import Moments
+from .quantization import SAMPLED_VECTORS, int8_scales
+
+# A channel that never varies would be divided by zero; it is left as it is.
+SMALLEST_STD = 1e-6
+
+
+def calibrate(
+    shards: ShardSet,
+    image_size: int,
+    worker_args: dict[str, Any],
+    config: ExtractSection,
+    resources: Resources,
+    progress: Progress,
+) -> Calibration:
+    """Measure the calibration. Ray must be connected.
+
+    Raises:
+        ArtifactError: none of the chosen images can be decoded.
+    """
+    chosen = training_rows(shards, config.calibration_images)
+    total, vectors = measure_features(shards, chosen, image_size, worker_args, resources, progress, "calibrate")
+    mean, std = total.mean.astype(np.float32), total.std.astype(np.float32)
+    constant = np.flatnonzero(std < SMALLEST_STD)
+    if constant.size:
+        progress.say(f"channels {constant.tolist()} are constant; stored without division")
+        std[constant] = 1.0
+    scale = int8_scales((vectors - mean) / std) if config.store_dtype == "int8" else None
+    return Calibration(mean, std, scale)
+
+
+def training_rows(shards: ShardSet, count: int) -> list[int]:
+    """Evenly spread usable rows of the training split; of all, where everything is held out."""
+    rows = shards.rows
+    usable = np.flatnonzero(~rows.rejected)
+    training = np.flatnonzero(~rows.heldout & ~rows.rejected)
+    pool = training if len(training) else usable
+    return [int(pool[i]) for i in evenly_spread(len(pool), count)] if len(pool) else []
+
+
+def measure_features(
+    shards: ShardSet,
+    chosen: list[int],
+    image_size: int,
+    worker_args: dict[str, Any],
+    resources: Resources,
+    progress: Progress,
+    name: str,
+) -> tuple[Moments, NDArray[np.float32]]:
+    """Moments of the features of the chosen rows, and some of their vectors (n,C). Ray must be connected.
+
+    Raises:
+        ArtifactError: none of them can be decoded.
+    """
+    size = int(worker_args["batch_size"])
+    chunks = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+    items = [{"unit": i, "rows": chunk} for i, chunk in enumerate(chunks)]
+    progress.begin(name, len(chosen))
+    # Merged in their order; only what comes too early is kept until its turn.
+    early: dict[int, Moments] = {}
+    total: Moments | None = None
+    merged = 0
+    samples: dict[int, NDArray[np.float32]] = {}
+    collect = CollectMoments(-(-SAMPLED_VECTORS // max(1, len(chunks))))
+    for done in run_units(items, ReadImages(shards, image_size), EncodeUnits, worker_args, collect, resources):
+        chunk, sample = int(done["unit"]), np.asarray(done["sample"])
+        samples[chunk] = sample
+        early[chunk] = Moments.from_bytes(done["moments"], sample.shape[1])
+        while merged in early:
+            part = early.pop(merged)
+            total = (Moments.empty(len(part.mean)) if total is None else total).merge(part)
+            merged += 1
+        progress.advance(len(chunks[chunk]))
+    if total is None or total.count == 0:
+        raise ArtifactError(f"{shards.directory}: none of {len(chosen)} calibration images could be decoded.")
+    return total, np.concatenate([samples[i] for i in sorted(samples)])

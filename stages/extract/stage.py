@@ -1,0 +1,234 @@
+"""`svgpipe extract`: shard set → normalised feature cache, on Ray workers.
+
+    read + decode (CPU tasks) → encoder actors → write (CPU tasks)
+
+The unit of work is one outer Zarr shard. A calibration pass over an evenly spread subset fixes the channel
+statistics before anything is written; each unit is then written whole, by one writer, followed by its journal
+record. A run that was interrupted does the missing units and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
+from svgpipe.manifests.cache import CacheManifest
+from svgpipe.manifests.calibration import CALIBRATION_NAME, Calibration
+from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.manifest import WorkDir
+from svgpipe.manifests.recipe import ExtractSection
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.storage import Location, absolute, remove_partials, write_atomic
+from svgpipe.manifests.store import FeatureStore
+from svgpipe.manifests.store_spec import StoreSpec
+
+from ..runtime.device import warn_if_imitated
+from ..runtime.progress import Progress, Recorded
+from ..runtime.runner import Resources, run_units
+from .align import measure_alignment, needs_alignment
+from .calibrate import calibrate
+from .cpu_tasks import ReadImages, WriteUnit
+from .encoder_actor import EncodeUnits
+from .rejects import RejectTally
+from .timings import Timings
+from .unit_writer import (
+    REJECTS_NAME,
+    all_records,
+    publish_cache,
+    put_statistics,
+    reject_lines,
+    rejects_of,
+    take_stock,
+    unit_record,
+)
+
+MAX_REJECTS = 0.001
+
+
+def extract(
+    shards: ShardSet,
+    autoencoder: Location,
+    out: Location,
+    config: ExtractSection,
+    *,
+    max_rejects: float = MAX_REJECTS,
+    resources: Resources | None = None,
+    progress: Progress | None = None,
+) -> CacheManifest:
+    """Encode every image of `shards` once and publish the cache at `out`; run again to resume.
+
+    Ray must be connected. An image that cannot be decoded is recorded as a reject and keeps its row,
+    with `valid` False and zeros: samples = valid + rejected.
+
+    Args:
+        max_rejects: share of the images that may be unusable; outside the cache's identity.
+    Raises:
+        MismatchError: `out` was begun with another encoder or alignment, other shards or another config.
+        BusyError: another process works in `out`.
+        TooManyRejectsError: more than `max_rejects`, or a start that is much worse than that.
+        ArtifactError: a damaged input, or a feature that is not finite.
+    """
+    encoder = AutoencoderManifest.read(autoencoder)
+    inputs = {"shards": shards.as_input(), "autoencoder": encoder.as_input(autoencoder)}
+    with WorkDir(out, CacheManifest, config.model_dump(mode="json"), inputs) as work:
+        require_same_alignment(autoencoder, out)
+        if work.finished is not None:
+            return work.finished
+        if not len(shards):
+            raise ArtifactError(f"{shards.directory}: expected images to extract, found none.")
+        job = _Job(shards, autoencoder, encoder, config, resources or Resources(), Recorded(progress, out), max_rejects)
+        return job.run(work)
+
+
+@dataclass(frozen=True)
+class _Job:
+    shards: ShardSet
+    autoencoder: Location
+    encoder: AutoencoderManifest
+    config: ExtractSection
+    resources: Resources
+    progress: Progress
+    max_rejects: float
+
+    @property
+    def spec(self) -> StoreSpec:
+        return StoreSpec(
+            num_samples=len(self.shards),
+            views=self.config.views,
+            grid=self.encoder.grid,
+            channels=self.encoder.frozen_channels + self.encoder.residual_channels,
+            unit_rows=self.config.unit_rows,
+            class_names=tuple(self.shards.manifest.class_names),
+            dtype=self.config.store_dtype,
+        )
+
+    @property
+    def worker_args(self) -> dict[str, Any]:
+        # Short batches are filled up, so a batch should not exceed what a unit holds.
+        return {
+            "autoencoder": absolute(self.autoencoder),
+            "batch_size": min(self.config.batch_size, self.config.unit_rows, len(self.shards)),
+            "precision": self.config.precision,
+            "compiled": self.config.compile,
+            "threads": self.resources.threads,
+        }
+
+    def run(self, work: WorkDir[CacheManifest]) -> CacheManifest:
+        spec, out = self.spec, work.path
+        if not self.resources.gpus_per_worker:
+            warn_if_imitated(self.config.precision)  # here, since nobody reads what a worker logs
+        # What indexing has rejected is known before anything is encoded.
+        known = int(self.shards.rows.rejected.sum())
+        RejectTally(spec.num_samples, self.max_rejects).add(
+            spec.num_samples, [{"reason": "rejected when indexed"}] * known
+        )
+        tally = RejectTally(spec.num_samples, self.max_rejects)
+        size = self.encoder.image_size
+        if needs_alignment(self.autoencoder, self.encoder):
+            measure_alignment(
+                self.shards, self.autoencoder, self.encoder, self.worker_args, self.resources, self.progress
+            )
+        keep_alignment(self.autoencoder, out)
+        calibration = self._calibration(work, size)
+        journal = Journal(out / "journal")
+        remove_partials(journal.directory)
+        store = FeatureStore.create(out, spec, calibration.mean, calibration.std, calibration.scale)
+        finished = take_stock(store, journal)
+        for unit, record in finished.items():
+            tally.add(len(spec.rows_of(unit)), record["rejects"])
+        self.progress.begin("extract", spec.num_samples, tally.seen)
+        items = [
+            {"unit": unit, "rows": list(spec.rows_of(unit))} for unit in range(spec.num_units) if unit not in finished
+        ]
+        worker_args = {**self.worker_args, "mean": calibration.mean, "std": calibration.std, "views": spec.views}
+        timings = Timings()
+        units = run_units(
+            items,
+            ReadImages(self.shards, size),
+            EncodeUnits,
+            worker_args,
+            WriteUnit(store, journal),
+            self.resources,
+            calls_per_actor=2,
+        )
+        for done in units:
+            work.check_lock()
+            unit = int(done["unit"])
+            _require_seen(store, journal, unit)
+            count = len(spec.rows_of(unit))
+            timings.add(count, json.loads(done["timings"]))
+            self.progress.advance(count)
+            tally.add(count, json.loads(done["rejects"]))
+        return self._publish(work, store, journal, timings.summary())
+
+    def _calibration(self, work: WorkDir[CacheManifest], image_size: int) -> Calibration:
+        """The one that this cache was begun with, or one measured now."""
+        path = work.path / CALIBRATION_NAME
+        if path.exists():
+            return Calibration.read(path)
+        found = calibrate(self.shards, image_size, self.worker_args, self.config, self.resources, self.progress)
+        work.check_lock()
+        found.write(path)
+        return found
+
+    def _publish(
+        self, work: WorkDir[CacheManifest], store: FeatureStore, journal: Journal, timings: dict[str, Any]
+    ) -> CacheManifest:
+        spec, rows = store.spec, self.shards.rows
+        records = all_records(store, journal)
+        rejected = rejects_of(records, spec)
+        valid = np.ones(len(rows), bool)
+        valid[[reject["row"] for reject in rejected]] = False
+        store.put("label", rows.label, "sample")
+        store.put("valid", valid, "sample")
+        store.put("heldout", rows.heldout, "sample")
+        put_statistics(store, journal)
+        write_atomic(work.path / REJECTS_NAME, reject_lines(records, spec))
+        for reject in rejected[:20]:
+            self.progress.say(f"row {reject['row']} is not valid: {reject['reason']}")
+        if len(rejected) > 20:
+            self.progress.say(f"… and {len(rejected) - 20} more rows, see {work.path / REJECTS_NAME}")
+        backbone = self.encoder.config["backbone"]
+        manifest = CacheManifest(
+            config=work.config,
+            inputs=work.inputs,
+            seconds=work.seconds,
+            num_samples=len(rows),
+            num_valid=int(valid.sum()),
+            num_rejected=len(rejected),
+            num_heldout=int(rows.heldout.sum()),
+            feature_shape=(*spec.grid, spec.channels),
+            frozen_channels=self.encoder.frozen_channels,
+            views=list(spec.views),
+            store_dtype=spec.dtype,
+            unit_rows=spec.unit_rows,
+            class_names=list(spec.class_names),
+            backbone=backbone["name"],
+            backbone_weights=backbone["weights"],
+            content=CacheManifest.content_of(store, [record["sha256"] for record in records]),
+            num_bytes=sum(record["num_bytes"] for record in records),
+            timings=timings,
+        )
+        work.check_lock()
+        return publish_cache(manifest, store)
+
+
+def _require_seen(store: FeatureStore, journal: Journal, unit: int) -> None:
+    """What a worker, perhaps on another node, has just written must be seen from here, or hours are lost.
+
+    Raises:
+        ArtifactError: it is not.
+    """
+    try:
+        unit_record(store, journal, unit)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{error} A worker has just written it, but this process does not see it: the cache must lie where "
+            "all nodes see it, in a shared folder or an object store."
+        ) from error

@@ -1,0 +1,1 @@
+"""Bytes to RGB pixels, crops and tensors; sets and streams of images."""

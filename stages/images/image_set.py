@@ -1,0 +1,45 @@
+"""Images by number, as extractors and pages want them. Apart from measure.py, as decoding needs no torch-fidelity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from svgpipe.manifests.index import ImageRef
+from svgpipe.manifests.manifest import digest
+
+from .decode import CROP, RGBArray, centre_crop, decode_member, to_array
+
+
+class ImageSet(Dataset[Tensor]):
+    """(3,S,S) uint8 images for torch-fidelity; ADM centre crops where they are larger."""
+
+    def __init__(self, refs: Sequence[ImageRef], size: int) -> None:
+        self.refs, self.size = refs, size
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    def pixels(self, i: int) -> RGBArray:
+        """(S,S,3) uint8."""
+        ref = self.refs[i]
+        image = decode_member(ref)
+        return to_array(image if image.size == (self.size, self.size) else centre_crop(image, self.size))
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.from_numpy(self.pixels(i)).permute(2, 0, 1).contiguous()
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(n,)"""
+        return np.asarray([ref.label for ref in self.refs], np.int64)
+
+    @property
+    def digest(self) -> str:
+        """Of the images' bytes and how they are cropped: what features may be cached by."""
+        return digest([CROP, self.size, [ref.sha256 for ref in self.refs]])

@@ -1,0 +1,135 @@
+"""Training images from the tars: an endless, restartable stream of augmented batches.
+
+Batch n depends on (seed, n, batch size) only, so a resumed run sees what an undisturbed one would have seen, on any
+number of training or decoding processes. References are shuffled, not images: each is read when its turn comes, by
+the process that decodes it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import signal
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+import webdataset as wds
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.index import ImageRef
+from svgpipe.manifests.shards import ShardFile, ShardSet, refs_of
+
+from ..runtime.device import seed_of
+from ..runtime.retry import patiently
+from .decode import RejectedImageError, RGBArray, centre_crop, decode_image, random_crop, to_array
+
+
+class TrainingImages(IterableDataset[Tensor]):
+    """Batches (B,3,S,S) uint8 of the training split, from batch `start` on, for ever; or a share of each."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        size: int,
+        batch_size: int,
+        crop: Literal["random", "centre"],
+        flip: bool,
+        buffer: int,
+        seed: int,
+        start: int,
+        share: range | None = None,
+    ) -> None:
+        """`share` are the places of every batch that are wanted; None: all. Raises ArtifactError without any image."""
+        usable = np.bincount(shards.rows.shard[~shards.rows.rejected], minlength=len(shards.shards)).tolist()
+        self.directory = shards.directory
+        self.tars = [(s, n) for s, n in zip(shards.shards, usable, strict=True) if s.split == "train" and n]
+        if not self.tars:
+            raise ArtifactError(f"{shards.directory}: expected training images, found none in its tars.")
+        self.size, self.batch_size, self.crop, self.flip = size, batch_size, crop, flip
+        self.buffer, self.seed, self.start = buffer, seed, start
+        self.share = share if share is not None else range(batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        # The loader takes batches from its workers in turn; each sees the same order, and decodes what is its own.
+        info = get_worker_info()
+        mine, workers = (info.id, info.num_workers) if info else (0, 1)
+        refs = self._refs(skip=self.start * self.batch_size)
+        for turn in itertools.count():
+            batch = list(itertools.islice(refs, self.batch_size))
+            if turn % workers == mine:
+                images = [self._augment(*batch[place]) for place in self.share]
+                yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+    def _refs(self, skip: int) -> Iterator[tuple[ImageRef, int]]:
+        """Every image with the epoch it is met in, from number `skip` on."""
+        per_epoch = sum(n for _, n in self.tars)
+        first, rest = divmod(skip, per_epoch)
+        for epoch in itertools.count(first):
+            yield from itertools.islice(self._epoch(epoch), rest, None)
+            rest = 0
+
+    def _epoch(self, epoch: int) -> Iterator[tuple[ImageRef, int]]:
+        order = [shard for shard, _ in self.tars]
+        random.Random(seed_of(self.seed, "shards", epoch)).shuffle(order)
+        rng = random.Random(seed_of(self.seed, "buffer", epoch))
+        shuffled = wds.shuffle(self.buffer, initial=self.buffer, rng=rng)(self._members(order))
+        return ((ref, epoch) for ref in shuffled)
+
+    def _members(self, tars: Sequence[ShardFile]) -> Iterator[ImageRef]:
+        """Images in tar order, by the index: tars made by others may hold their members in any order."""
+        for shard in tars:
+            yield from (ref for ref in refs_of(self.directory, [shard]) if ref.reject is None)
+
+    def _augment(self, ref: ImageRef, epoch: int) -> RGBArray:
+        try:
+            image = decode_image(patiently(ref.read))
+        except RejectedImageError as error:
+            raise ArtifactError(
+                f"{ref.tar}: image {ref.key}: {error}. Shard the source again, or index its tars with --decode."
+            ) from error
+        rng = np.random.default_rng([self.seed, epoch, zlib.crc32(ref.key.encode())])
+        pixels = to_array(
+            random_crop(image, self.size, rng) if self.crop == "random" else centre_crop(image, self.size)
+        )
+        return pixels[:, ::-1] if self.flip and rng.random() < 0.5 else pixels
+
+
+def training_batches(dataset: TrainingImages, workers: int) -> Iterator[Tensor]:
+    """Iterate over `dataset`, decoding in `workers` extra processes (0: in this one)."""
+    if workers == 0:
+        return iter(dataset)
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context="spawn",
+        prefetch_factor=4,
+        worker_init_fn=_leave_signals_to_the_parent,
+    )
+    return _plain_errors(loader)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches the whole group; the training process finishes its step, and needs its batches for that."""
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _plain_errors(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
+    try:
+        yield from loader
+    except (ArtifactError, OSError) as error:  # the loader puts the worker's whole traceback into the message
+        last = str(error).rstrip().splitlines()[-1]
+        raise ArtifactError(last.removeprefix(f"{ArtifactError.__module__}.ArtifactError: ")) from None
+
+
+def load_images(shards: ShardSet, rows: Sequence[int], size: int) -> RGBArray:
+    """(N,S,S,3) uint8 ADM centre crops of the given rows."""
+    crops = [to_array(centre_crop(decode_image(shards.read_image(row)), size)) for row in rows]
+    return np.stack(crops) if crops else np.zeros((0, size, size, 3), np.uint8)

@@ -1,0 +1,1 @@
+"""Loading and building autoencoders and diffusion models; drawing latents."""

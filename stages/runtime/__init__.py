@@ -1,0 +1,1 @@
+"""How units of work run: the runner, retries, progress, devices."""

@@ -1,0 +1,1 @@
+"""`svgpipe shard` and `svgpipe index`: folders or tars of images become a shard set."""

@@ -1,0 +1,239 @@
+"""`svgpipe shard`: a tree of class folders → WebDataset tars with an index.
+
+Which image goes to which tar, and every byte of every tar, depends on the file list and the config alone:
+not on the number of workers, the order of the file system, or on whether the job was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from svgpipe.manifests.errors import ArtifactError, UsageError
+from svgpipe.manifests.manifest import InputRef, WorkDir, digest, read_json, write_json
+from svgpipe.manifests.recipe import ShardSection
+from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split, TarImage, shard_name, write_tar
+from svgpipe.manifests.storage import Location, children, location, make_directory, remove_tree, write_atomic
+
+from ..images.decode import EXTENSIONS, RejectedImageError, centre_crop, decode_image, encode_png, to_array
+from ..runtime.processes import map_in_processes
+from ..runtime.progress import Progress, Recorded
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file; `label` is None where it lies in no class folder."""
+
+    path: str  # relative to the source
+    size: int
+    label: int | None
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One tar to write."""
+
+    number: int
+    split: Split
+    first_key: int
+    files: tuple[SourceFile, ...]
+    source: str
+    out: str
+    crop: int | None
+    max_pixels: int
+
+
+def shard(
+    source: Path, out: Location, config: ShardSection, *, workers: int = 0, progress: Progress | None = None
+) -> ShardSetManifest:
+    """Write the shard set of `source` to `out`; run again to resume.
+
+    Args:
+        source: folder of class folders; class index = position in their sorted names.
+        out: directory to create or resume.
+        workers: processes; 0 means one per core.
+    Raises:
+        UsageError: no such folder, no class folder, or a class without a file.
+        MismatchError: `out` holds the shards of another source or config.
+        ArtifactError: every image of a class was rejected.
+    """
+    if isinstance(out, Path) and out.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{out}: expected a directory outside the source {source}, which would become a class of it.")
+    class_names, files = scan(source)
+    listing = digest([[f.path, f.size] for f in files])
+    origin = InputRef(kind="image-folder", fingerprint=listing, path=str(source), config={"files": len(files)})
+    with WorkDir(out, ShardSetManifest, config.model_dump(mode="json"), {"source": origin}) as work:
+        if work.finished is not None:
+            return work.finished
+        jobs = list(plan(files, source, out, config))
+        records = out / "records"
+        make_directory(records)
+        done = {path.name for path in children(records)}
+        missing = [job for job in jobs if _record_path(records, job.number).name not in done]
+        progress = Recorded(progress, out)
+        progress.begin("shard", len(jobs), len(jobs) - len(missing))
+        for _ in map_in_processes(write_shard, missing, workers or os.cpu_count() or 1):
+            progress.advance()
+        return _publish(work, class_names, files, jobs)
+
+
+def scan(source: Path) -> tuple[list[str], list[SourceFile]]:
+    """Class names and all non-hidden files below `source`, both sorted.
+
+    Raises:
+        UsageError: no such folder, no class folder, or a class without a file.
+    """
+    if not source.is_dir():
+        raise UsageError(f"{source}: expected a folder of class folders, found {_what(source)}.")
+    class_names = sorted(e.name for e in os.scandir(source) if e.is_dir() and not e.name.startswith("."))
+    if not class_names:
+        raise UsageError(f"{source}: expected class folders (class/image.jpg), found none.")
+    files = [SourceFile(e.name, _size(e), None) for e in os.scandir(source) if _counts(e)]
+    for label, name in enumerate(class_names):
+        found = [SourceFile(os.path.relpath(e.path, source), _size(e), label) for e in _walk(source / name)]
+        if not found:
+            raise UsageError(f"{source / name}: expected images of class {name!r}, found none. Remove the folder.")
+        files += found
+    return class_names, sorted(files, key=lambda f: f.path)
+
+
+def _what(path: Path) -> str:
+    return "a file" if path.exists() else "nothing"
+
+
+def _counts(entry: os.DirEntry[str]) -> bool:
+    # A broken symbolic link counts: it is an input that cannot be read, and is rejected with that reason.
+    return not entry.name.startswith(".") and not entry.is_dir()
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    return entry.stat(follow_symlinks=entry.is_file()).st_size
+
+
+def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
+    for entry in os.scandir(folder):
+        if entry.is_dir() and not entry.name.startswith("."):
+            yield from _walk(Path(entry.path))
+        elif _counts(entry):
+            yield entry
+
+
+def plan(files: Sequence[SourceFile], source: Path, out: Location, config: ShardSection) -> Iterator[ShardJob]:
+    """Spread the files over tars: held-out ones last, each split in an order that only the seed decides."""
+
+    def order(file: SourceFile) -> bytes:
+        return hashlib.sha256(f"{config.seed}/{file.path}".encode("utf-8", "surrogateescape")).digest()
+
+    by_class: dict[int | None, list[SourceFile]] = {}
+    for file in sorted(files, key=order):
+        by_class.setdefault(file.label, []).append(file)
+    splits: dict[Split, list[SourceFile]] = {"train": [], "heldout": []}
+    for label, members in by_class.items():
+        count = round(config.holdout * len(members))
+        if config.holdout > 0 and label is not None:
+            count = min(max(count, 1), len(members) - 1)
+        splits["heldout"] += members[:count] if label is not None else []
+        splits["train"] += members[count:] if label is not None else members
+    number = first_key = 0
+    for split, members in splits.items():
+        members.sort(key=order)
+        for start in range(0, len(members), config.images_per_shard):
+            chunk = tuple(members[start : start + config.images_per_shard])
+            yield ShardJob(number, split, first_key, chunk, str(source), str(out), config.crop, config.max_pixels)
+            number, first_key = number + 1, first_key + len(chunk)
+
+
+def write_shard(job: ShardJob) -> None:
+    """Write one tar, then its index, then the record that says it is complete."""
+    out = location(job.out)
+    rejects: list[dict[str, str]] = []
+    labels: Counter[str] = Counter()
+
+    def images() -> Iterator[TarImage]:
+        for position, file in enumerate(job.files):
+            try:
+                data, extension = _load(job, file)
+            except RejectedImageError as error:
+                rejects.append({"path": _printable(file.path), "reason": str(error)})
+                continue
+            assert file.label is not None
+            labels[str(file.label)] += 1
+            yield TarImage(f"{job.first_key + position:08d}", data, extension, file.label, _printable(file.path))
+
+    entry = write_tar(out / shard_name(job.number), images(), job.split)
+    record = {"shard": entry.model_dump(), "rejected": rejects, "labels": labels}
+    write_json(_record_path(out / "records", job.number), record)
+
+
+def _record_path(records: Location, number: int) -> Location:
+    return records / f"{number:06d}.json"
+
+
+def _printable(path: str) -> str:
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _load(job: ShardJob, file: SourceFile) -> tuple[bytes, str]:
+    """Bytes to store and their extension. Raises RejectedImageError with the reason."""
+    if file.label is None:
+        raise RejectedImageError("not in a class folder")
+    suffix = Path(file.path).suffix.lower()
+    if suffix not in EXTENSIONS:
+        raise RejectedImageError(f"extension {suffix or '(none)'} is not one of {', '.join(EXTENSIONS)}")
+    try:
+        data = (Path(job.source) / file.path).read_bytes()
+    except OSError as error:
+        raise RejectedImageError(f"unreadable: {error.strerror}") from error
+    image = decode_image(data, max_pixels=job.max_pixels)
+    if job.crop is not None:
+        return encode_png(to_array(centre_crop(image, job.crop))), "png"
+    with Image.open(io.BytesIO(data)) as header:
+        return data, {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}.get(
+            str(header.format), EXTENSIONS[suffix]
+        )
+
+
+def _publish(
+    work: WorkDir[ShardSetManifest],
+    class_names: list[str],
+    files: Sequence[SourceFile],
+    jobs: Sequence[ShardJob],
+) -> ShardSetManifest:
+    records = [read_json(_record_path(work.path / "records", job.number)) for job in jobs]
+    shards = [ShardFile.model_validate(record["shard"]) for record in records]
+    rejects = [reject for record in records for reject in record["rejected"]]
+    stored = sum((Counter(record["labels"]) for record in records), Counter[str]())
+    empty = [name for label, name in enumerate(class_names) if not stored[str(label)]]
+    if empty:
+        reason = next((r for r in rejects if r["path"].startswith(empty[0] + os.sep)), {"reason": "unknown"})
+        raise ArtifactError(
+            f"{work.path}: class {empty[0]!r}: expected at least one usable image, but all were rejected "
+            f"({reason['reason']}). Remove the class folder and shard into a new directory."
+        )
+    lines = "".join(json.dumps(reject, sort_keys=True) + "\n" for reject in rejects)
+    write_atomic(work.path / "rejected.jsonl", lines.encode())
+    num_images = sum(shard.num_images for shard in shards)
+    if num_images + len(rejects) != len(files):
+        raise AssertionError(f"{len(files)} inputs, but {num_images} stored and {len(rejects)} rejected")
+    manifest = ShardSetManifest(
+        config=work.config,
+        inputs=work.inputs,
+        seconds=work.seconds,
+        class_names=[_printable(name) for name in class_names],
+        num_inputs=len(files),
+        num_images=num_images,
+        num_rejected=len(rejects),
+        num_heldout=sum(shard.num_images for shard in shards if shard.split == "heldout"),
+        content=ShardSetManifest.content_of(shards),
+        shards=shards,
+    ).publish(work.path)
+    remove_tree(work.path / "records")
+    return manifest

@@ -1,0 +1,1 @@
+"""`svgpipe train-autoencoder`: the residual encoder and the decoder."""

@@ -1,0 +1,227 @@
+"""One run of autoencoder training: its images, its state, and what it is watched by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svgpipe.manifests.checkpoint import AUTOENCODER_FILE, Checkpoint, CheckpointStore, save_tensors
+from svgpipe.manifests.recipe import AutoencoderSection
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.storage import Location, make_directory, write_atomic
+
+from ..images.decode import RGBArray, encode_png, psnr, tile
+from ..images.stream import TrainingImages, load_images, training_batches
+from ..images.tensors import as_unit_range
+from ..networks.autoencoder import build_autoencoder, reconstruct, state_digest
+from ..networks.perceptual import load_perceptual
+from ..runtime.selection import evenly_spread
+from ..training.distributed import Team
+from ..training.loop import TrainingRun
+from ..training.memory_estimate import require_memory
+from ..training.supervisor import Supervisor
+from .memory import estimate_autoencoder
+from .trainer import AutoencoderTrainer, Step
+
+GRID_FOLDER = "reconstructions"
+GRID_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run says of the model and of the files that it wrote."""
+
+    grid: int
+    frozen_channels: int
+    residual_channels: int
+    backbone_weights: str
+    alignment: list[float] | None
+    content: str
+    heldout_psnr: float | None
+    reconstruction_grid: str | None
+
+
+def run_training(
+    team: Team,
+    supervisor: Supervisor,
+    *,
+    shards: ShardSet,
+    out: Location,
+    config: AutoencoderSection,
+    wandb_project: str | None,
+) -> Trained:
+    """From the last checkpoint in `out` to the finished weights there; see `train_autoencoder`."""
+    run = AutoencoderRun(team, supervisor, shards, out, config, wandb_project)
+    with closing(run):
+        run.train()
+        return run.finish()
+
+
+class AutoencoderRun(TrainingRun[Tensor, Step]):
+    """The trainer, where its images come from, and what it is watched by."""
+
+    section, item = "autoencoder", "image"
+    config: AutoencoderSection
+
+    def __init__(
+        self,
+        team: Team,
+        supervisor: Supervisor,
+        shards: ShardSet,
+        out: Location,
+        config: AutoencoderSection,
+        wandb_project: str | None,
+    ) -> None:
+        """See `train_autoencoder`, also for what it raises."""
+        self.shards, self.config = shards, config
+        super().__init__(team, supervisor, out, CheckpointStore(out / "checkpoints"))
+        model = build_autoencoder(config)
+        self.backbone_weights = state_digest(model.backbone.state_dict())
+        perceptual = load_perceptual(config.perceptual, model)
+        if config.steps:  # none: the weights are only measured
+            require_memory(
+                estimate_autoencoder(config, team, model, perceptual),
+                team,
+                supervisor,
+                "Use a smaller autoencoder.batch_size, autoencoder.decoder.ch or image, or several --num-workers.",
+            )
+        self.trainer = AutoencoderTrainer(model, config, team, perceptual, self.last_good)
+        self.resume(wandb_project)
+        self.heldout = self._load_heldout() if team.leads else None
+
+    def _load_heldout(self) -> RGBArray | None:
+        rows = np.flatnonzero(self.shards.rows.heldout & ~self.shards.rows.rejected)
+        chosen = [int(rows[i]) for i in evenly_spread(len(rows), self.config.eval_images)]
+        if not chosen:
+            self.supervisor.say("no held-out images in these shards: PSNR is not measured (svgpipe shard --holdout)")
+            return None
+        return load_images(self.shards, chosen, self.config.image_size)
+
+    def load(self, saved: Checkpoint) -> None:
+        self.trainer.load(saved.groups)
+
+    def state(self) -> Checkpoint:
+        return Checkpoint(self.step, self.trainer.state(), {})
+
+    def take_step(self, batch: Tensor) -> Step:
+        return self.trainer(self.step, batch)
+
+    def settle(self) -> None:
+        self.trainer.settle()
+
+    def measure(self) -> None:
+        if self.step % self.config.eval_every == 0:
+            self.evaluate()
+
+    def batches(self) -> Iterator[Tensor]:
+        config = self.config
+        dataset = TrainingImages(
+            self.shards,
+            size=config.image_size,
+            batch_size=config.batch_size,
+            crop=config.crop,
+            flip=config.flip,
+            buffer=config.shuffle_buffer,
+            seed=config.seed,
+            start=self.step,
+            share=self.team.share(config.batch_size),
+        )
+        return training_batches(dataset, config.workers)
+
+    def logged(self, found: Step) -> tuple[dict[str, float], str]:
+        loss = found.generator
+        parts = {
+            "l1": loss.l1,
+            "perceptual": loss.perceptual,
+            "nll": loss.nll,
+            "adversarial": loss.adversarial,
+            "discriminator": found.discriminator,
+        }
+        summed = self.team.sum(torch.stack([part.float() for part in parts.values()])).tolist()
+        values = dict(zip(parts, summed, strict=True)) | {"adaptive_weight": loss.adaptive_weight.item()}
+        return values, f"L1 {values['l1']:.4f}  perceptual {values['perceptual']:.4f}"
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Mean PSNR (dB, on rounded 8-bit images) over the held-out images, and a grid of the first ones."""
+        model = self.trainer.model
+        ready = model.alignment is None or bool(model.alignment.num_tracked > 0)
+        if self.heldout is None or self.log is None or not ready:
+            return None
+        model.eval()
+        reconstructed = reconstruct(model, self.heldout, self.config.batch_size)
+        value = float(psnr(self.heldout, reconstructed).mean())
+        self.log.write(self.step, heldout_psnr=value)
+        count = min(GRID_IMAGES, len(self.heldout))
+        pairs = np.concatenate([self.heldout[:count], reconstructed[:count]])
+        make_directory(self.out / GRID_FOLDER)
+        sheet = tile(pairs, count)
+        write_atomic(self._grid_file, encode_png(sheet))
+        self.log.image(self.step, "reconstructions", sheet)
+        self.supervisor.say(f"step {self.step}: held-out PSNR {value:.2f} dB")
+        return value
+
+    @property
+    def _grid_file(self) -> Location:
+        return self.out / GRID_FOLDER / f"step-{self.step:08d}.png"
+
+    @torch.no_grad()
+    def freeze_alignment(self) -> None:
+        """Measure the four alignment scalars over evenly spread training images, and freeze them."""
+        model, team, config = self.trainer.model, self.team, self.config
+        alignment, residual = model.alignment, model.residual
+        if alignment is None or residual is None:
+            return
+        rows = np.flatnonzero(~self.shards.rows.heldout & ~self.shards.rows.rejected)
+        spread = evenly_spread(len(rows), config.calibration_images)
+        chosen = [int(rows[spread[place]]) for place in team.share(len(spread))]
+        model.eval()
+        frozen = torch.zeros(3, model.backbone.channels, dtype=torch.float64, device=team.device)
+        encoded = torch.zeros(3, residual.channels, dtype=torch.float64, device=team.device)
+        for start in range(0, len(chosen), config.batch_size):
+            pixels = load_images(self.shards, chosen[start : start + config.batch_size], config.image_size)
+            images = as_unit_range(pixels).to(team.device)
+            frozen += _moments(model.backbone(images))
+            encoded += _moments(residual((images - model.imagenet_mean) / model.imagenet_std))
+        scalars = [_scalars(team.sum(moments)) for moments in (frozen, encoded)]
+        alignment.freeze(torch.cat(scalars).float())
+
+    def finish(self) -> Trained:
+        """Freeze the alignment, measure, and write the weights as a file of their own."""
+        self.freeze_alignment()
+        psnr_db = self.evaluate()
+        model, content, grid = self.trainer.model, "", None
+        if self.log is not None:
+            self.log.close()
+            self.supervisor.check()
+            content = save_tensors(self.out / AUTOENCODER_FILE, model.trained_state())
+            grid = f"{GRID_FOLDER}/{self._grid_file.name}" if self._grid_file.exists() else None
+        return Trained(
+            grid=model.backbone.grid,
+            frozen_channels=model.backbone.channels,
+            residual_channels=model.channels - model.backbone.channels,
+            backbone_weights=self.backbone_weights,
+            alignment=None if model.alignment is None else [float(v) for v in model.alignment.scalars],
+            content=content,
+            heldout_psnr=psnr_db,
+            reconstruction_grid=grid,
+        )
+
+
+def _moments(features: Tensor) -> Tensor:
+    """(B,C,h,w) → (3,C) float64: count, sum and sum of squares per channel."""
+    flat = features.double().transpose(0, 1).flatten(1)
+    count = torch.full((len(flat),), flat.shape[1], dtype=torch.float64, device=flat.device)
+    return torch.stack([count, flat.sum(1), flat.square().sum(1)])
+
+
+def _scalars(moments: Tensor) -> Tensor:
+    """(3,C) moments → (2,): per-channel mean and unbiased std over everything, averaged over channels."""
+    count, total, squares = moments
+    variance = (squares - total.square() / count) / (count - 1)
+    return torch.stack([(total / count).mean(), variance.clamp_min(0).sqrt().mean()])

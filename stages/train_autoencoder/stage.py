@@ -1,0 +1,69 @@
+"""`svgpipe train-autoencoder`: the residual encoder and the decoder beside the frozen backbone (phase 1)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.manifest import WorkDir
+from svgpipe.manifests.recipe import AutoencoderSection
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.storage import Location, absolute
+
+from ..runtime.progress import Progress, Recorded
+from ..runtime.runner import Resources
+from ..training.metrics_log import require_wandb
+from ..training.ray_train import run_job
+from .run import run_training
+
+
+def train_autoencoder(
+    shards: ShardSet,
+    out: Location,
+    config: AutoencoderSection,
+    *,
+    resources: Resources | None = None,
+    wandb_project: str | None = None,
+    progress: Progress | None = None,
+) -> AutoencoderManifest:
+    """Train on the training split of `shards` and publish the autoencoder at `out`; run again to resume.
+
+    The backbone is frozen and runs without gradients. Loss, residual dropout and alignment: FACTS §5, §7.
+    After the last step the alignment scalars are measured over `calibration_images` and frozen.
+
+    Args:
+        shards: where training and held-out images lie.
+        out: directory to create or resume.
+        config: section `autoencoder` of a recipe.
+        resources: workers of a connected Ray; None trains in this process. May differ at every resume: what is
+            computed does not depend on it, but by rounding.
+        wandb_project: where Weights & Biases logs too, if it is installed.
+    Raises:
+        UsageError: wandb is not installed, a config that cannot work. ArtifactError: missing weights or images.
+        MismatchError: `out` was begun with another config or other shards.
+        DivergedError: a NaN or infinity in the loss. InterruptedRunError: stopped by a signal, state saved.
+    """
+    if wandb_project is not None:
+        require_wandb()
+    with WorkDir(out, AutoencoderManifest, config.model_dump(mode="json"), {"shards": shards.as_input()}) as work:
+        if work.finished is not None:
+            return work.finished
+        job = partial(
+            run_training, shards=shards.absolute(), out=absolute(out), config=config, wandb_project=wandb_project
+        )
+        trained = run_job(job, resources, Recorded(progress, out), work.check_lock)
+        return AutoencoderManifest(
+            config=work.config,
+            inputs=work.inputs,
+            seconds=work.seconds,
+            steps=config.steps,
+            image_size=config.image_size,
+            grid=(trained.grid, trained.grid),
+            frozen_channels=trained.frozen_channels,
+            residual_channels=trained.residual_channels,
+            backbone_weights=trained.backbone_weights,
+            alignment=trained.alignment,
+            content=trained.content,
+            heldout_psnr=trained.heldout_psnr,
+            reconstruction_grid=trained.reconstruction_grid,
+        ).publish(out)

@@ -1,0 +1,196 @@
+"""One optimiser step of the autoencoder and its discriminator, and the state that it changes.
+
+Knows batches and steps, but no files. Every process of a team calls it with its share of the batch.
+Legend: B images of this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from svgpipe.manifests.recipe import AutoencoderSection
+from svgpipe.manifests.storage import Location
+from svgpipe.models.autoencoder import Autoencoder
+from svgpipe.models.losses import (
+    LPIPS,
+    BackbonePerceptual,
+    GeneratorLoss,
+    PatchDiscriminator,
+    TeamBatchNorm2d,
+    discriminator_loss,
+    generator_loss,
+)
+
+from ..runtime.device import (
+    autocast,
+    learning_rate,
+    optimizer_tensors,
+    restore_optimizer,
+    seed_of,
+    set_learning_rate,
+    to_device,
+)
+from ..train_diffusion.draws import image_draws_at
+from ..training.distributed import Team
+from ..training.divergence import DivergenceGuard
+from ..training.parallel import gradient_norms, replicate
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step found, on the device; of a batch spread over processes, what this one adds to the means."""
+
+    generator: GeneratorLoss
+    discriminator: Tensor  # () 0 before it starts
+
+
+class AutoencoderTrainer:
+    """The autoencoder, its discriminator where the recipe has one, and an optimiser for each."""
+
+    def __init__(
+        self,
+        model: Autoencoder,
+        config: AutoencoderSection,
+        team: Team,
+        perceptual: BackbonePerceptual | LPIPS | None,
+        last_good: Callable[[], Location | None],
+    ) -> None:
+        """`last_good` tells where the last saved state lies, for the message of a run that diverges."""
+        self.config, self.team = config, team
+        self.model, self.perceptual = model.to(team.device), perceptual
+        if perceptual is not None:
+            perceptual.to(team.device)
+        if team.size > 1 and model.alignment is not None:
+            model.alignment.total = team.sum
+        self.reconstruct = replicate(_Reconstruction(model), team)
+        self.discriminator = _new_discriminator(config, team)
+        self.judge = None if self.discriminator is None else replicate(_Judgement(self.discriminator), team)
+        trained = {"generator": [p for p in model.parameters() if p.requires_grad]}
+        if self.discriminator is not None:
+            trained["discriminator"] = list(self.discriminator.parameters())
+        self.parameters = trained
+        self.optimizers = {
+            name: torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.5, 0.9))
+            for name, parameters in trained.items()
+        }
+        names = {id(p): name for part in (model, self.discriminator) if part for name, p in part.named_parameters()}
+        self.guards = {
+            name: DivergenceGuard([names[id(p)] for p in parameters], last_good, what=f"the {name}'s loss")
+            for name, parameters in trained.items()
+        }
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """All that a resumed run needs besides the step's number. Raises DivergedError rather than give a bad one."""
+        self.settle()
+        groups = {name: optimizer_tensors(optimizer) for name, optimizer in self.optimizers.items()}
+        groups["model"] = self.model.trained_state()
+        if self.discriminator is not None:
+            groups["discriminator_model"] = self.discriminator.state_dict()
+        return groups
+
+    def load(self, groups: dict[str, dict[str, Tensor]]) -> None:
+        """Inverse of `state`."""
+        self.model.load_trained_state(groups["model"])
+        for name, optimizer in self.optimizers.items():
+            restore_optimizer(optimizer, groups[name])
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(groups["discriminator_model"])
+
+    def settle(self) -> None:
+        """Judge what the guards still wait for. Raises DivergedError."""
+        for guard in self.guards.values():
+            guard.settle()
+
+    def __call__(self, step: int, pixels: Tensor) -> Step:
+        """Optimiser step number `step` (from 0) on this process's images (B,3,S,S) uint8.
+
+        Raises:
+            DivergedError: a NaN or infinity; on CUDA it may be the step before that is named.
+        """
+        config, team = self.config, self.team
+        for optimizer in self.optimizers.values():
+            set_learning_rate(optimizer, learning_rate(step, config.steps, config.learning_rate, config.schedule))
+        images = to_device(pixels, team.device).float() / 255
+        target = images * 2 - 1
+        draws = image_draws_at(config.seed, step, team.share(config.batch_size), team.device)
+        on = self.discriminator is not None and step >= config.discriminator.start_step
+        self.model.train()
+        with autocast(team.device, config.precision), _frozen(self.discriminator):
+            reconstruction = self.reconstruct(images, *draws)
+            loss = generator_loss(
+                target,
+                reconstruction,
+                perceptual=self.perceptual,
+                perceptual_weight=config.perceptual.weight,
+                discriminator=self.discriminator,
+                last_layer=self.model.decoder.conv_out.weight,
+                discriminator_weight=config.discriminator.weight,
+                discriminator_on=on,
+                count=config.batch_size,
+                total=team.sum,
+            )
+        self._apply("generator", step, loss.total)
+        if self.judge is None or not on:
+            return Step(loss, torch.zeros((), device=team.device))
+        with autocast(team.device, config.precision):
+            judged = self.judge(target, reconstruction.detach(), config.discriminator.loss, config.batch_size)
+        self._apply("discriminator", step, judged)
+        return Step(loss, judged.detach())
+
+    def _apply(self, name: str, step: int, part: Tensor) -> None:
+        """One update from this process's part of a loss; gradients are averaged over processes, parts add up."""
+        optimizer, parameters = self.optimizers[name], self.parameters[name]
+        optimizer.zero_grad(set_to_none=True)
+        (part * self.team.size).backward()
+        self.guards[name].watch(step + 1, self.team.sum(part.detach()), gradient_norms(parameters, self.team))
+        optimizer.step()
+
+
+class _Reconstruction(nn.Module):
+    """Encode and decode in one pass, which is what gradients are averaged for."""
+
+    def __init__(self, model: Autoencoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, mask_draws: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        return self.model.decode(self.model.encode(images, mask_draws, generators)).float()
+
+
+class _Judgement(nn.Module):
+    """The discriminator's loss in one pass."""
+
+    def __init__(self, discriminator: PatchDiscriminator) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, target: Tensor, reconstruction: Tensor, kind: Literal["hinge", "vanilla"], count: int) -> Tensor:
+        return discriminator_loss(self.discriminator, target, reconstruction, kind, count)
+
+
+def _new_discriminator(config: AutoencoderSection, team: Team) -> PatchDiscriminator | None:
+    section = config.discriminator
+    if not section.enabled:
+        return None
+    torch.manual_seed(seed_of(config.seed, "discriminator"))
+    discriminator = PatchDiscriminator(width=section.width, layers=section.layers).to(team.device)
+    for module in discriminator.modules():
+        if isinstance(module, TeamBatchNorm2d) and team.size > 1:
+            module.total = team.sum_with_gradient
+    return discriminator
+
+
+@contextmanager
+def _frozen(module: nn.Module | None) -> Iterator[None]:
+    """The generator is judged, but does not teach its judge; several processes could not tell whose pass it was."""
+    if module is not None:
+        module.requires_grad_(False)
+    yield
+    if module is not None:
+        module.requires_grad_(True)

@@ -1,0 +1,1 @@
+"""`svgpipe train-diffusion`: the diffusion transformer, from the cache alone."""

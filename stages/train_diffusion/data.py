@@ -1,0 +1,79 @@
+"""Training batches out of a cache, several reads ahead of the step that needs them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.recipe import DiffusionSection
+from svgpipe.manifests.store import PendingRead
+
+from ..runtime.retry import patiently
+from .batches import batch_at
+
+
+class CacheBatches:
+    """One process's share of every batch, several reads in flight: tokens (B,T,C) as stored and labels (B,)."""
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        rows: NDArray[np.int64],
+        config: DiffusionSection,
+        start: int,
+        share: range,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Batches from step `start` on.
+
+        Args:
+            rows: cache rows to train on.
+            share: places in the batch that are this process's.
+            say: is told when storage fails and is tried again.
+        """
+        self.cache, self.rows, self.config, self.share, self.say = cache, rows, config, np.asarray(share), say
+        self.num_views = len(cache.views) if config.use_flips else 1
+        self.next_step = start
+        self.in_flight: deque[_Reading] = deque()
+
+    def _request(self) -> None:
+        config = self.config
+        batch = batch_at(
+            self.next_step,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            num_rows=len(self.rows),
+            num_views=self.num_views,
+        )
+        rows, views = self.rows[batch.rows[self.share]], batch.views[self.share]
+        self.in_flight.append(_Reading(self.cache, rows, views))
+        self.next_step += 1
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            while len(self.in_flight) < self.config.read_ahead:
+                patiently(self._request, self.say)
+            reading = self.in_flight.popleft()
+            features = patiently(reading.features, self.say)
+            labels = torch.from_numpy(self.cache.labels[reading.rows].astype(np.int64))
+            yield torch.from_numpy(features).flatten(1, 2), labels
+
+
+class _Reading:
+    """One batch on its way, asked for anew by every call after one that failed."""
+
+    def __init__(self, cache: FeatureCache, rows: NDArray[np.int64], views: NDArray[np.int64]) -> None:
+        self.cache, self.rows, self.views = cache, rows, views
+        self.pending: PendingRead | None = cache.read_async(rows, views)
+
+    def features(self) -> NDArray[Any]:
+        pending = self.pending or self.cache.read_async(self.rows, self.views)
+        self.pending = None
+        return pending.stored()

@@ -1,0 +1,68 @@
+"""What a model's samples are worth straight in latent space: no decoder, no image, no network of others.
+
+Latents are averaged over the grid. Their Fréchet distance to held-out rows says whether they are spread like real
+ones; the share that lies nearest to the mean of its own class says whether labels are obeyed. The same two numbers
+of real rows stand beside them: what a perfect model would get.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.recipe import DiffusionSection
+from svgpipe.models.distances import frechet_distance, nearest_class_accuracy
+from svgpipe.models.dit import DiT
+
+from ..networks.sampling import draw_in_training, labels_of
+from ..runtime.retry import Say, patiently
+from ..runtime.selection import evenly_spread
+from ..training.distributed import Team
+
+READ_ROWS = 256
+
+
+class LatentQuality:
+    """Measures models against the rows of one cache; every process of the team must call it."""
+
+    def __init__(self, cache: FeatureCache, config: DiffusionSection, team: Team, say: Say) -> None:
+        """Read what is compared with: as many training and held-out rows as `quality_rows`, evenly spread."""
+        self.cache, self.config, self.team, self.say = cache, config, team, say
+        self.train, self.train_labels = self._pooled(np.flatnonzero(cache.valid & ~cache.heldout))
+        self.held, self.held_labels = self._pooled(np.flatnonzero(cache.valid & cache.heldout))
+        self.real = self._compare(self.train, self.held, self.held_labels)
+
+    def _pooled(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        chosen = rows[evenly_spread(len(rows), self.config.quality_rows)]
+        mine = chosen[np.asarray(self.team.share(len(chosen)), np.int64)]
+        parts = [torch.zeros(0, self.cache.manifest.feature_shape[-1])]
+        for start in range(0, len(mine), READ_ROWS):
+            rows_now = mine[start : start + READ_ROWS]
+            features = torch.from_numpy(patiently(partial(self.cache.read, rows_now), self.say)).float()
+            parts.append(features.mean((1, 2)))
+        labels = torch.from_numpy(self.cache.labels[chosen].astype(np.int64))
+        return self.team.rows(torch.cat(parts), len(chosen)), labels
+
+    def _compare(self, spread: Tensor, classified: Tensor, labels: Tensor) -> dict[str, float]:
+        found: dict[str, float] = {}
+        if not self.team.leads:  # all have the rows; one computes
+            return found
+        if len(self.held) >= 2 and len(spread) >= 2:
+            found["latent_fd"] = frechet_distance(spread, self.held)
+        if len(classified):
+            accuracy = nearest_class_accuracy(self.train, self.train_labels, classified, labels)
+            if accuracy is not None:
+                found["latent_accuracy"] = accuracy
+        return found
+
+    def measure(self, model: DiT) -> dict[str, float]:
+        """`latent_fd` and `latent_accuracy` of `quality_samples` samples, and the same of real rows with `_real`."""
+        count = self.config.quality_samples
+        samples = draw_in_training(model, count, self.config, self.team, keep=lambda drawn: drawn.mean(1)).cpu()
+        found = self._compare(samples, samples, labels_of(range(count), model.num_classes))
+        return found | {f"{name}_real": value for name, value in self.real.items()}

@@ -1,0 +1,230 @@
+"""One run of diffusion training: its batches, its state, and what it is watched by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.checkpoint import (
+    STATISTICS_FILE,
+    Checkpoint,
+    CheckpointStore,
+    save_tensors,
+    weights_file,
+)
+from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.recipe import DiffusionSection
+from svgpipe.manifests.storage import Location, make_directory, write_atomic
+
+from ..images.decode import encode_png, tile
+from ..networks.sampling import draw_in_training
+from ..training.distributed import Team
+from ..training.loop import TrainingRun
+from ..training.memory_estimate import require_memory
+from ..training.parallel import Strategy
+from ..training.supervisor import Supervisor
+from .data import CacheBatches
+from .gauges import LossByTime
+from .latent_quality import LatentQuality
+from .loss import heldout_loss
+from .memory import estimate_diffusion
+from .trainer import FlowTrainer, Step
+
+GRID_SAMPLES = 32
+Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
+"""Denormalised latents (B,row,column,channel) → (B,H,W,3) uint8."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run says of the files that it wrote."""
+
+    content: dict[str, str]
+    num_parameters: int
+    heldout_loss: float | None
+
+
+def run_training(
+    team: Team,
+    supervisor: Supervisor,
+    *,
+    cache: FeatureCache,
+    out: Location,
+    config: DiffusionSection,
+    decoder: Location | None,
+    strategy: Strategy,
+    wandb_project: str | None,
+) -> Trained:
+    """From the last checkpoint in `out` to the finished weights there; see `train_diffusion`."""
+    run = DiffusionRun(team, supervisor, cache, out, config, decoder, strategy, wandb_project)
+    with closing(run):
+        run.train()
+        return run.finish()
+
+
+class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step]):
+    """The trainer, where its batches come from, and what it is watched by."""
+
+    section, item = "diffusion", "sample"
+    config: DiffusionSection
+
+    def __init__(
+        self,
+        team: Team,
+        supervisor: Supervisor,
+        cache: FeatureCache,
+        out: Location,
+        config: DiffusionSection,
+        decoder: Location | None,
+        strategy: Strategy,
+        wandb_project: str | None,
+    ) -> None:
+        """See `train_diffusion`, also for what it raises."""
+        self.cache, self.config, self.decoder = cache, config, decoder
+        super().__init__(
+            team, supervisor, out, CheckpointStore(out / "checkpoints", config.keep_checkpoints, config.keep_every)
+        )
+        self.rows = self._training_rows()
+        rows, columns, channels = cache.manifest.feature_shape
+        sizes: dict[str, Any] = {"grid": (rows, columns), "channels": channels, "num_classes": len(cache.classes)}
+        require_memory(
+            estimate_diffusion(config, team, strategy, **sizes),
+            team,
+            supervisor,
+            "Use --set diffusion.activation_checkpointing=true, a larger diffusion.accumulate, a smaller batch or model"
+            + (", or --strategy fsdp2." if team.size > 1 else ", or several --num-workers."),
+        )
+        self.trainer = FlowTrainer(
+            config, team, scale=cache.store.feature_scale, last_good=self.last_good, strategy=strategy, **sizes
+        )
+        self.decode = self._load_decoder() if team.leads else None
+        self.by_time = LossByTime(team.device)
+        self.resume(wandb_project)
+
+    def _training_rows(self) -> NDArray[np.int64]:
+        cache, say = self.cache, self.supervisor.say
+        rows = np.flatnonzero(cache.valid & ~cache.heldout)
+        if not len(rows):
+            raise UsageError(f"{cache.path}: expected valid rows to train on, found none that are not held out.")
+        if self.config.batch_size > len(rows):
+            say(f"a batch of {self.config.batch_size} is more than the {len(rows)} rows: some occur twice in it")
+        if not (cache.valid & cache.heldout).any():
+            say("no held-out rows in this cache: held-out loss is not measured (svgpipe shard --holdout)")
+        return rows
+
+    def _load_decoder(self) -> Decode | None:
+        if self.decoder is None:
+            return None
+        from ..networks.decoding import latent_decoder  # loads timm, which training itself does without
+
+        return latent_decoder(self.decoder)
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """What latents are denormalised with."""
+        found = {"channel_mean": self.cache.channel_mean, "channel_std": self.cache.channel_std}
+        return {name: torch.from_numpy(values.copy()) for name, values in found.items()}
+
+    def load(self, saved: Checkpoint) -> None:
+        self.trainer.load(saved.groups)
+        if self.team.leads:  # the line of the log that is begun; the others' part of it is in there
+            self.by_time.sums.copy_(saved.groups["window"]["loss_by_time"])
+
+    def state(self) -> Checkpoint:
+        groups = {**self.trainer.state(), "statistics": self.statistics}
+        groups["window"] = {"loss_by_time": self.team.sum(self.by_time.sums)}
+        grid, channels = self.trainer.model.grid, self.trainer.model.in_channels
+        return Checkpoint(self.step, groups, {"grid": grid, "channels": channels, "class_names": self.cache.classes})
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        share = self.team.share(self.config.batch_size)
+        return iter(CacheBatches(self.cache, self.rows, self.config, self.step, share, self.supervisor.say))
+
+    def take_step(self, batch: tuple[Tensor, Tensor]) -> Step:
+        found = self.trainer(self.step, *batch)
+        self.by_time.add(found.sample_losses, found.times)
+        return found
+
+    def settle(self) -> None:
+        self.trainer.guard.settle()
+
+    def logged(self, found: Step) -> tuple[dict[str, float], str]:
+        by_time = self.by_time.summed(self.team).means()
+        self.by_time = LossByTime(self.team.device)
+        loss, norm = found.loss.item(), found.grad_norm.item()
+        return {"loss": loss, "grad_norm": norm, **by_time}, f"loss {loss:.4f}"
+
+    def measure(self) -> None:
+        config = self.config
+        if self.step % config.eval_every == 0:
+            self.evaluate()
+        if self.step % config.sample_every == 0:
+            self.draw_grid()
+        if self.step % config.quality_every == 0:
+            self.measure_quality()
+
+    def evaluate(self) -> float | None:
+        """Mean loss of the first average of the weights on held-out rows, with noise and times that never change."""
+        value = heldout_loss(self.trainer.averages[0], self.cache, self.config, self.team, self.supervisor.say)
+        if value is not None and self.log is not None:
+            self.log.write(self.step, heldout_loss=value)
+            self.supervisor.say(f"step {self.step}: held-out loss {value:.4f}")
+        return value
+
+    @cached_property
+    def quality(self) -> LatentQuality:
+        """Reads its part of the cache when it is first asked for."""
+        return LatentQuality(self.cache, self.config, self.team, self.supervisor.say)
+
+    def measure_quality(self) -> None:
+        """What samples of the first average of the weights are worth in latent space."""
+        if not self.config.quality_samples:
+            return
+        found = self.quality.measure(self.trainer.averages[0])
+        if self.log is None or not found:
+            return
+        self.log.write(self.step, **found)
+        words = {"latent_fd": "latent Fréchet distance", "latent_accuracy": "in the right class"}
+        told = [f"{words[k]} {found[k]:.3g} (real {found[f'{k}_real']:.3g})" for k in words if f"{k}_real" in found]
+        self.supervisor.say(f"step {self.step}: {', '.join(told)}")
+
+    def draw_grid(self) -> None:
+        """A sheet of samples from the first average of the weights, where a decoder was given."""
+        if self.decoder is None:
+            return
+        latents = draw_in_training(self.trainer.averages[0], GRID_SAMPLES, self.config, self.team)
+        if self.log is None or self.decode is None:
+            return
+        shape = (GRID_SAMPLES, *self.cache.manifest.feature_shape)
+        features = self.cache.denormalize(latents.cpu().numpy().reshape(shape))
+        sheet = tile(self.decode(features), 8)
+        folder = self.out / "samples"
+        make_directory(folder)
+        write_atomic(folder / f"step-{self.step:08d}.png", encode_png(sheet))
+        self.log.image(self.step, "samples", sheet)
+
+    def finish(self) -> Trained:
+        """The last measurements, and all weights as files of their own."""
+        loss = self.evaluate()
+        self.draw_grid()
+        self.measure_quality()
+        weights = self.trainer.weights()
+        content = {}
+        if self.log is not None:
+            self.log.close()
+            self.supervisor.check()
+            content = {
+                weights_file(name): save_tensors(self.out / weights_file(name), state)
+                for name, state in weights.items()
+            }
+            content[STATISTICS_FILE] = save_tensors(self.out / STATISTICS_FILE, self.statistics)
+        return Trained(content, sum(p.numel() for p in self.trainer.parameters), loss)

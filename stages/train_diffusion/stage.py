@@ -1,0 +1,86 @@
+"""`svgpipe train-diffusion`: the diffusion transformer, purely from the cache (phase 2).
+
+No image, no backbone and no timm model is loaded; only sample grids, where asked for, load a decoder.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
+from svgpipe.manifests.manifest import WorkDir, require_same
+from svgpipe.manifests.recipe import DiffusionSection
+from svgpipe.manifests.storage import Location, absolute
+
+from ..runtime.progress import Progress, Recorded
+from ..runtime.runner import Resources
+from ..training.metrics_log import require_wandb
+from ..training.parallel import Strategy
+from ..training.ray_train import run_job
+from .run import run_training
+
+
+def train_diffusion(
+    cache: FeatureCache,
+    out: Location,
+    config: DiffusionSection,
+    *,
+    autoencoder: Location | None = None,
+    resources: Resources | None = None,
+    strategy: Strategy = "ddp",
+    wandb_project: str | None = None,
+    progress: Progress | None = None,
+) -> DiffusionManifest:
+    """Train on the valid, not held-out rows of `cache` and publish the model at `out`; run again to resume.
+
+    Args:
+        cache: finished feature cache; nothing else is read.
+        out: directory to create or resume.
+        config: section `diffusion` of a recipe.
+        autoencoder: whose decoder draws sample grids while training; without it there are none.
+        resources: workers of a connected Ray; None trains in this process. May differ at every resume: what is
+            computed does not depend on it, but by rounding.
+        strategy: how several workers share one model: ddp holds it in each, fsdp2 spreads it over them.
+        wandb_project: where Weights & Biases logs too, if it is installed.
+    Raises:
+        UsageError: wandb is not installed, no training row, or a model, batch or number of workers that does not fit.
+        MismatchError: `out` was begun with another cache or config, or `autoencoder` did not make the cache.
+        DivergedError: a NaN or infinity. InterruptedRunError: stopped by a signal, state saved.
+    """
+    inputs = {"cache": cache.manifest.as_input(cache.path)}
+    if autoencoder is not None:
+        require_same(
+            str(cache.path),
+            cache.manifest.inputs["autoencoder"],
+            AutoencoderManifest.read(autoencoder).as_input(autoencoder),
+            what_to_do="Give the autoencoder that extracted the cache.",
+        )
+    if wandb_project is not None:
+        require_wandb()
+    with WorkDir(out, DiffusionManifest, config.model_dump(mode="json"), inputs) as work:
+        if work.finished is not None:
+            return work.finished
+        job = partial(
+            run_training,
+            cache=FeatureCache(absolute(cache.path)) if resources is not None else cache,
+            out=absolute(out),
+            config=config,
+            decoder=None if autoencoder is None else absolute(autoencoder),
+            strategy=strategy,
+            wandb_project=wandb_project,
+        )
+        trained = run_job(job, resources, Recorded(progress, out), work.check_lock)
+        rows, columns, channels = cache.manifest.feature_shape
+        return DiffusionManifest(
+            config=work.config,
+            inputs=work.inputs,
+            seconds=work.seconds,
+            steps=config.steps,
+            grid=(rows, columns),
+            channels=channels,
+            class_names=cache.classes,
+            content=trained.content,
+            num_parameters=trained.num_parameters,
+            heldout_loss=trained.heldout_loss,
+        ).publish(out)

@@ -1,0 +1,167 @@
+"""One optimiser step of the diffusion transformer, and the state that it changes.
+
+Knows batches and steps, but neither caches nor files. Every process of a team calls it with its share of the batch.
+Legend: B samples of this process, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from svgpipe.manifests.checkpoint import RAW, average_name
+from svgpipe.manifests.recipe import DiffusionSection
+from svgpipe.manifests.storage import Location
+from svgpipe.models.averages import new_average, update_averages
+from svgpipe.models.dit import DiT
+from svgpipe.models.flow import shift_time
+
+from ..networks.sampling import build_dit
+from ..runtime.device import (
+    is_compiled,
+    learning_rate,
+    optimizer_tensors,
+    restore_optimizer,
+    seed_of,
+    set_learning_rate,
+    to_device,
+)
+from ..training.distributed import Team
+from ..training.divergence import DivergenceGuard
+from ..training.parallel import (
+    Strategy,
+    averaging,
+    clip_gradients,
+    gathered,
+    gradient_norms,
+    placed,
+    replicate,
+    shard_parameters,
+)
+from .draws import draws_at
+from .loss import sample_losses
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step found, on the device: nobody has waited for it yet."""
+
+    loss: Tensor  # () mean over the whole batch
+    grad_norm: Tensor  # () before clipping
+    sample_losses: Tensor  # (B,) of this process
+    times: Tensor  # (B,) flow times of its samples, shifted
+
+
+class FlowTrainer:
+    """Weights, their averages and the optimiser; calling it is one step."""
+
+    def __init__(
+        self,
+        config: DiffusionSection,
+        team: Team,
+        *,
+        grid: tuple[int, int],
+        channels: int,
+        num_classes: int,
+        scale: NDArray[np.float32] | None,
+        last_good: Callable[[], Location | None],
+        strategy: Strategy = "ddp",
+    ) -> None:
+        """A new model from the recipe's seed, the same on every process.
+
+        Args:
+            team: those that train it together; `strategy` says how, and changes no result but by rounding.
+            scale: (C,) that turns stored int8 into features, or None.
+            last_good: where the last saved state lies, for the message of a run that diverges.
+        """
+        self.config, self.team, device = config, team, team.device
+        torch.manual_seed(seed_of(config.seed, "initial weights"))
+        self.model = build_dit(config.model, grid=grid, channels=channels, num_classes=num_classes).to(device)
+        self.model.recompute = config.activation_checkpointing
+        self.averages = [new_average(self.model) for _ in config.ema_decays]
+        if team.size > 1 and strategy == "fsdp2":
+            for model in (self.model, *self.averages):
+                shard_parameters(model, list(model.blocks), team)
+            self.averaged: nn.Module = self.model
+        else:
+            self.averaged = replicate(self.model, team)
+        self.velocity = torch.compile(self.averaged) if is_compiled(config.compile, device) else self.averaged
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.scale = None if scale is None else torch.from_numpy(scale).to(device)
+        self.guard = DivergenceGuard([name for name, _ in self.model.named_parameters()], last_good)
+
+    @property
+    def models(self) -> dict[str, DiT]:
+        """The weights as trained and every average of them, by the names that people choose them by."""
+        return {RAW: self.model, **dict(zip(map(average_name, self.config.ema_decays), self.averages, strict=True))}
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """All that a resumed run needs besides the step's number. Raises DivergedError rather than give a bad one."""
+        self.guard.settle()
+        return self.weights() | {"optimizer": gathered(optimizer_tensors(self.optimizer), self.team)}
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """State of every model, by the names of `models`, whole on the process that leads."""
+        return {name: gathered(model.state_dict(), self.team) for name, model in self.models.items()}
+
+    def load(self, groups: dict[str, dict[str, Tensor]]) -> None:
+        """Inverse of `state`, whatever team and strategy it came from."""
+        for name, model in self.models.items():
+            own = model.state_dict()
+            model.load_state_dict({k: placed(v, own.get(k, v)) for k, v in groups[name].items()})
+        of = {key: self.parameters[int(key.split(".")[0])] for key in groups["optimizer"]}
+        restore_optimizer(self.optimizer, {k: placed(v, of[k]) for k, v in groups["optimizer"].items()})
+
+    def __call__(self, step: int, tokens: Tensor, labels: Tensor) -> Step:
+        """Optimiser step number `step` (from 0) on this process's stored latents (B,T,C) and labels (B,).
+
+        Raises:
+            DivergedError: a NaN or infinity; on CUDA it may be the step before that is named.
+        """
+        config, team, size = self.config, self.team, self.config.batch_size
+        set_learning_rate(self.optimizer, learning_rate(step, config.steps, config.learning_rate, config.schedule))
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, times = [], []
+        share = team.share(size)
+        # As many parts on every process, none of them empty: sharded models are gathered for each.
+        parts = np.array_split(np.arange(len(share)), min(config.accumulate, size // team.size))
+        for number, places in enumerate(parts, 1):
+            part = slice(int(places[0]), int(places[-1]) + 1)
+            with averaging(self.averaged, now=number == len(parts)):
+                found, at = self._losses(step, tokens[part], labels[part], share[part])
+                # Parts of any size add up to the mean over all; processes are averaged.
+                (found.sum() / size * team.size).backward()
+            losses.append(found.detach())
+            times.append(at)
+        per_sample = torch.cat(losses)
+        loss, norms = team.sum(per_sample.sum()) / size, gradient_norms(self.parameters, team)
+        self.guard.watch(step + 1, loss, norms)
+        norm = torch.linalg.vector_norm(norms)
+        if config.clip_grad_norm is not None:
+            clip_gradients(self.parameters, config.clip_grad_norm, norm)
+        self.optimizer.step()
+        update_averages(self.averages, config.ema_decays, self.model, step)
+        return Step(loss, norm, per_sample, torch.cat(times))
+
+    def _losses(self, step: int, tokens: Tensor, labels: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        device = self.team.device
+        x1 = to_device(tokens, device).float()
+        if self.scale is not None:  # int8 travels to the device, and becomes a feature there
+            x1 = x1 * self.scale
+        labels = to_device(labels, device)
+        draws = draws_at(self.config.seed, step, positions, x1.shape[1], x1.shape[2], device)
+        losses = sample_losses(self.velocity, x1, labels, draws, self.config, null_label=self.model.null_label)
+        return losses, shift_time(draws.time, self.config.time_shift)

@@ -1,0 +1,77 @@
+"""Checkpoints written beside the training, which waits only for a copy in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.storage import Location
+
+from ..runtime.retry import patiently
+from .distributed import Team
+
+
+class BackgroundSaver:
+    """Writes one checkpoint at a time in a thread; what goes wrong there is raised by the next call."""
+
+    def __init__(self, store: CheckpointStore, say: Callable[[str], None]) -> None:
+        """`say` is told when storage fails and is tried again."""
+        self.store, self.say = store, say
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="svgpipe-checkpoint")
+        self._writing: Future[Location] | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Copy the tensors to the CPU and begin to write; waits for the checkpoint before, if it is not done.
+
+        Takes them out of `checkpoint` one by one: what was gathered for it from several processes is held only once.
+
+        Raises:
+            OSError, SvgpipeError: the checkpoint before could not be written.
+        """
+        self.wait()
+        groups = {name: {k: _copy(group.pop(k)) for k in list(group)} for name, group in checkpoint.groups.items()}
+        copy = Checkpoint(checkpoint.step, groups, checkpoint.values)
+        self._writing = self._pool.submit(patiently, partial(self.store.save, copy), self.say)
+
+    def check(self) -> None:
+        """Raise what went wrong, if that is known already."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on disk. Raises what went wrong."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written be finished, whatever becomes of it, and end the thread."""
+        self._pool.shutdown(wait=True)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """On the CPU, in memory of its own: training goes on changing the original."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def latest_of_all(store: CheckpointStore, team: Team, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest intact checkpoint, the same one on every process.
+
+    Raises:
+        ArtifactError: as `CheckpointStore.latest`; or processes found different ones, which must never be mixed.
+    """
+    found = store.latest(say)
+    steps = team.rows(torch.tensor([-1 if found is None else found.step]), team.size).tolist()
+    if len(set(steps)) > 1:
+        raise ArtifactError(
+            f"{store.directory}: expected all workers to find the same checkpoint, found steps "
+            f"{', '.join(map(str, steps))} (-1 is none). It must lie where all nodes see it: in a shared folder or an "
+            "object store."
+        )
+    return found

@@ -1,0 +1,171 @@
+"""The course of a training, whatever is trained: resume, steps, log, checkpoints, a stop that was asked for.
+
+Every process of a team runs the same code on its share of each batch; the one that leads also writes.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import ClassVar, Generic, TypeVar
+
+from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
+from svgpipe.manifests.errors import InterruptedRunError, UsageError
+from svgpipe.manifests.recipe import AutoencoderSection, DiffusionSection
+from svgpipe.manifests.storage import Location
+
+from ..runtime.device import learning_rate
+from ..runtime.memory import peak_memory
+from .checkpointing import BackgroundSaver, latest_of_all
+from .distributed import Team
+from .metrics_log import MetricsLog
+from .supervisor import Supervisor
+
+B = TypeVar("B")
+S = TypeVar("S")
+
+
+class TrainingRun(ABC, Generic[B, S]):
+    """One run in one process of its team: batches B go in, each step finds an S."""
+
+    section: ClassVar[str]  # of the recipe, which the stage is named after
+    item: ClassVar[str]  # what a batch is made of
+    config: AutoencoderSection | DiffusionSection
+
+    def __init__(self, team: Team, supervisor: Supervisor, out: Location, store: CheckpointStore) -> None:
+        """Of the run in `out`, of which `store` keeps the checkpoints.
+
+        Raises:
+            UsageError: a batch that is too small to share.
+        """
+        self.team, self.supervisor, self.out, self.store = team, supervisor, out, store
+        if self.config.batch_size < team.size:
+            raise UsageError(
+                f"{self.section}.batch_size: expected at least one {self.item} for each of {team.size} workers, "
+                f"found {self.config.batch_size}. Use fewer --num-workers."
+            )
+        self.saver = BackgroundSaver(store, supervisor.say)
+        self.step = 0
+        self.log: MetricsLog | None = None
+        self._since, self._steps, self._wait_s = time.monotonic(), 0, 0.0
+
+    @abstractmethod
+    def load(self, saved: Checkpoint) -> None:
+        """Go back to a checkpoint."""
+
+    @abstractmethod
+    def state(self) -> Checkpoint:
+        """All that `load` needs; every process takes part, only the one that leads keeps it."""
+
+    @abstractmethod
+    def batches(self) -> Iterator[B]:
+        """This process's share of every batch, from `step` on."""
+
+    @abstractmethod
+    def take_step(self, batch: B) -> S:
+        """Optimiser step number `step`, counted from 0."""
+
+    @abstractmethod
+    def logged(self, found: S) -> tuple[dict[str, float], str]:
+        """What a line of the log says, and a short text of it for a person; every process takes part."""
+
+    @abstractmethod
+    def measure(self) -> None:
+        """What is due between two steps: held-out data, samples."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Judge what a guard still waits for. Raises DivergedError."""
+
+    def last_good(self) -> Location | None:
+        """Where the last saved state lies."""
+        self.saver.wait()
+        return self.store.newest
+
+    def resume(self, wandb_project: str | None) -> None:
+        """Go to the last checkpoint, if there is one, and open the log.
+
+        Raises:
+            ArtifactError: no checkpoint is intact, or processes found different ones.
+        """
+        saved = latest_of_all(self.store, self.team, self.supervisor.say)
+        if saved is not None:
+            self.load(saved)
+            self.step = saved.step
+            self.supervisor.say(f"resumed at step {saved.step}")
+        if self.team.leads:
+            self.log = MetricsLog(self.out, self.step, wandb_project, ended=self.step >= self.config.steps)
+
+    def train(self) -> None:
+        """Steps until `config.steps`, with measurements and checkpoints on the way.
+
+        Raises:
+            DivergedError: a NaN or infinity. InterruptedRunError: a stop was asked for; the state is saved.
+        """
+        config = self.config
+        self.supervisor.begin(f"train-{self.section}", config.steps, self.step)
+        batches = self.batches()
+        self._since = time.monotonic()
+        with self.supervisor.stop_requests() as stop:
+            while self.step < config.steps:
+                before = time.monotonic()
+                batch = next(batches)
+                self._wait_s += time.monotonic() - before
+                found = self.take_step(batch)
+                self.step, self._steps = self.step + 1, self._steps + 1
+                due = self.step % config.log_every == 0 or self.step == config.steps
+                self.supervisor.advance(1, self._write(found) if due else "")
+                self._between_steps(self.team.any(stop.seen))
+        self.settle()
+        self.saver.wait()
+
+    def _write(self, found: S) -> str:
+        config = self.config
+        values, text = self.logged(found)
+        now = time.monotonic()
+        seconds, steps, wait_s = now - self._since, self._steps, self._wait_s
+        self._since, self._steps, self._wait_s = now, 0, 0.0
+        if self.log is None:
+            return ""
+        rate = steps / seconds
+        self.log.write(
+            self.step,
+            **values,
+            learning_rate=learning_rate(self.step - 1, config.steps, config.learning_rate, config.schedule),
+            data_wait_share=wait_s / seconds,
+            memory_gb=peak_memory(self.team.device) / 1e9,
+            **{f"{self.item}s_per_s": rate * config.batch_size},
+        )
+        return f"{text}  {rate:.2f} steps/s  {rate * config.batch_size:.0f} {self.item}s/s"
+
+    def _between_steps(self, stopping: bool) -> None:
+        if self.step < self.config.steps:
+            self.measure()
+        self.saver.check()
+        if self.step % self.config.checkpoint_every == 0 or stopping:
+            self._save()
+        if stopping and self.step < self.config.steps:
+            self.saver.wait()
+            if self.log is not None:
+                self.log.close()
+            self.team.wait_for_all()  # the first to leave ends the others
+            raise InterruptedRunError(
+                f"{self.out}: stopped at step {self.step} of {self.config.steps}; saved. The same command resumes."
+            )
+
+    def _save(self) -> None:
+        self.saver.wait()  # before another state is put together: two would lie in memory
+        state = self.state()
+        if self.log is not None:
+            self.supervisor.check()
+            self.log.flush()
+            self.saver.save(state)
+
+    def close(self) -> None:
+        """Let go of files and threads, also after an error, which a second one must not hide."""
+        self.saver.close()
+        if self.log is not None:
+            with suppress(Exception):
+                self.log.close()

@@ -1,0 +1,115 @@
+"""What a training run logs: metrics.jsonl, TensorBoard, and Weights & Biases where it is asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from svgpipe.manifests.errors import UsageError, first_line
+from svgpipe.manifests.manifest import digest, read_plan
+from svgpipe.manifests.metrics_file import METRICS_NAME, read_metrics
+from svgpipe.manifests.storage import Location, write_atomic
+
+from ..runtime.retry import patiently
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard scalars of one run; a resumed run drops what lies past its step.
+
+    An object store cannot append: there metrics.jsonl is written whole at every `flush`, and TensorBoard's
+    files are left out.
+    """
+
+    def __init__(
+        self, directory: Location, start_step: int, wandb_project: str | None = None, *, ended: bool = False
+    ) -> None:
+        """Of the run in `directory`, which has done `start_step` steps, all of them if it has `ended`.
+
+        Raises:
+            UsageError: wandb is asked for, but not installed or not logged in.
+        """
+        self.path = directory / METRICS_NAME
+        self._wandb = None if wandb_project is None else _wandb_run(directory, wandb_project)
+        kept = [entry for entry in read_metrics(self.path) if entry["step"] <= start_step]
+        if ended:  # what is measured after the last step is measured again
+            kept = [entry for entry in kept if entry["step"] < start_step or "learning_rate" in entry]
+        self._lines = [json.dumps(entry) + "\n" for entry in kept]
+        self._write_whole()
+        # Imported here: it is heavy, and encoder workers use this file without ever writing a log.
+        from torch.utils.tensorboard import SummaryWriter
+
+        local = isinstance(directory, Path)
+        self._file = self.path.open("a") if isinstance(self.path, Path) else None
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1) if local else None
+
+    def write(self, step: int, **values: float) -> None:
+        """Append one line and the same scalars; `step` counts finished optimiser steps."""
+        line = json.dumps({"step": step, **values}) + "\n"
+        if self._file is None:
+            self._lines.append(line)
+        else:
+            self._file.write(line)
+            self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def image(self, step: int, name: str, pixels: Any) -> None:
+        """An (H,W,3) uint8 picture."""
+        if self._board is not None:
+            self._board.add_image(name, pixels, step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(pixels)}, step=step)
+
+    def flush(self) -> None:
+        """Everything written so far is on disk; called before a checkpoint names its step."""
+        if self._file is None:
+            patiently(self._write_whole)
+        if self._board is not None:
+            self._board.flush()
+
+    def _write_whole(self) -> None:
+        write_atomic(self.path, "".join(self._lines).encode())
+
+    def close(self) -> None:
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def require_wandb() -> None:
+    """Raises UsageError if Weights & Biases is not installed: better before workers are started than on one of them."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UsageError('--wandb: needs the package wandb. Install it with `pip install "svgpipe[wandb]"`.')
+
+
+def _wandb_run(directory: Location, project: str) -> Any:
+    """The run of this directory, the same one at every resume."""
+    require_wandb()
+    import wandb
+
+    plan = read_plan(directory)
+    try:
+        return wandb.init(
+            project=project,
+            name=f"{directory.parent.name}/{directory.name}",
+            id=digest([str(directory), plan])[:16],
+            resume="allow",
+            dir=str(directory) if isinstance(directory, Path) else None,
+            config=plan["config"],
+            settings=wandb.Settings(silent=True, console="off", save_code=False),
+        )
+    except wandb.errors.Error as error:
+        raise UsageError(
+            f"--wandb {project}: {first_line(error)} Log in with `wandb login`, or set WANDB_MODE=offline."
+        ) from error

@@ -1,0 +1,135 @@
+"""What runs on a worker of a training, and the mailbox between it and the process that started it all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from svgpipe.manifests.errors import SvgpipeError
+from svgpipe.manifests.lock import STALE_S
+from svgpipe.manifests.storage import client_error
+
+from .distributed import Team
+from .supervisor import StopFlag
+
+if TYPE_CHECKING:
+    import ray
+
+POLL_S = 0.2
+GRACE_S = 5.0
+
+
+class Mailbox:
+    """Between worker 0 and the process that started it."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, Any]] = []
+        self.taken_at = time.monotonic()
+        self.stop = self.failed = False
+
+    def post(self, name: str, arguments: Any) -> bool:
+        """Leave an event; returns whether the run is asked to stop."""
+        self.events.append((name, arguments))
+        self.failed |= name == "error"
+        return self.stop
+
+    def has_failed(self) -> bool:
+        """Whether a worker has told of an error."""
+        return self.failed
+
+    def take(self, stop: bool) -> list[tuple[str, Any]]:
+        """All events since the last call."""
+        self.stop, self.taken_at = stop, time.monotonic()
+        events, self.events = self.events, []
+        return events
+
+    def require_reader(self) -> None:
+        """Raise if nobody has read for long: who started this is frozen, and may have lost its lock."""
+        if (silent := time.monotonic() - self.taken_at) > STALE_S / 2:
+            raise TimeoutError(f"whoever started this training has not answered for {silent:.0f} s")
+
+
+def work(config: dict[str, Any]) -> None:
+    """What Ray Train runs on every worker."""
+    import ray.train.torch
+    import torch
+
+    group = torch.distributed
+    team = Team(ray.train.torch.get_device(), group.get_rank(), group.get_world_size())
+    afar = _Afar(config["mailbox"], team)
+    try:
+        result = config["job"](team, afar)
+    except (SvgpipeError, OSError) as error:
+        afar.fail(error)
+        raise
+    except Exception as error:
+        if (refused := client_error(error)) is not None:
+            afar.fail(SvgpipeError(refused))
+        raise
+    if team.leads:
+        afar.deliver("result", result)
+
+
+class _Afar:
+    """The Supervisor of a worker: worker 0 tells, the others are silent."""
+
+    def __init__(self, mailbox: ray.actor.ActorHandle, team: Team) -> None:
+        self.mailbox, self.team = mailbox, team
+        self._answer: Any = None
+        self.seen = False
+
+    def _post(self, name: str, *arguments: object) -> None:
+        if self.team.leads:
+            self.mailbox.post.remote(name, arguments)
+
+    def begin(self, task: str, total: int, done: int = 0) -> None:
+        self._post("begin", task, total, done)
+
+    def say(self, text: str) -> None:
+        self._post("say", text)
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Also looks whether a stop was asked for, without waiting for the answer."""
+        if not self.team.leads:
+            return
+        import ray
+
+        answer = self.mailbox.post.remote("advance", (count, note))
+        if self._answer is None:
+            self._answer = answer
+        elif ray.wait([self._answer], timeout=0)[0]:
+            self.seen = ray.get(self._answer)  # raises when whoever started this is gone
+            self._answer = answer
+
+    def fail(self, error: Exception) -> None:
+        """Tell what went wrong. Worker 0, which also knows what was saved, speaks for all if it fails too."""
+        import ray
+
+        patience = time.monotonic() + (0 if self.team.leads else GRACE_S)
+        while time.monotonic() < patience:
+            if ray.get(self.mailbox.has_failed.remote()):
+                return
+            time.sleep(POLL_S)
+        self.deliver("error", error)
+
+    def deliver(self, name: str, content: object) -> None:
+        """Post what must not be lost, and wait until it has arrived."""
+        import ray
+
+        ray.get(self.mailbox.post.remote(name, content))
+
+    def check(self) -> None:
+        """Raises a Ray error when whoever started this is gone or frozen: another run may be at work by now."""
+        import ray
+
+        ray.get(self.mailbox.require_reader.remote())
+        self._post("saving")
+
+    def stop_requests(self) -> AbstractContextManager[StopFlag]:
+        return self._flag()
+
+    @contextmanager
+    def _flag(self) -> Iterator[StopFlag]:
+        yield self
