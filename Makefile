@@ -11,7 +11,7 @@ FLOORS := pipeline stages models manifests
 help:            ## list the targets
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | column -t -s ':'
 
-install: $(STAMP) ## create .venv and install svgpipe with its demo and development extras
+install: $(STAMP) view ## create .venv and install svgpipe with its demo and development extras
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install    ## run the whole pipeline on photographs into runs/demo
 	$(BIN)/svgpipe demo --workdir runs/demo
 
-lint: install view ## formatting, lint and types
+lint: install ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p svgpipe
@@ -30,7 +30,7 @@ lint: install view ## formatting, lint and types
 test: lint       ## lint, types, floors and the test suite
 	$(BIN)/pytest
 
-# mypy resolves `svgpipe.X` through links, because the folders lie at the top level.
+# mypy and editors resolve `svgpipe.X` through these links, because the folders lie at the top level.
 view:
 	@mkdir -p $(VIEW)
 	@for floor in $(FLOORS); do ln -sfn ../../../$$floor $(VIEW)/$$floor; done

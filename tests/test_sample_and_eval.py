@@ -46,8 +46,7 @@ from svgpipe.stages.evaluate.reference import open_reference
 from svgpipe.stages.evaluate.shared_images import SharedImages
 from svgpipe.stages.images.decode import decode_image, to_array
 from svgpipe.stages.images.image_set import ImageSet
-from svgpipe.stages.networks.autoencoder import build_backbone, state_digest
-from svgpipe.stages.networks.decoding import latent_decoder
+from svgpipe.stages.networks.autoencoder import build_backbone, latent_decoder, state_digest
 from svgpipe.stages.networks.diffusion import open_diffusion
 from svgpipe.stages.networks.sampling import SamplerSettings, draw_latents, initial_noise, keep_as_computed, labels_of
 

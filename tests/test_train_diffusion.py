@@ -24,8 +24,8 @@ from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.recipe import ScheduleSection
 from svgpipe.stages import patience
-from svgpipe.stages.runtime.device import learning_rate
-from svgpipe.stages.train_diffusion.batches import batch_at
+from svgpipe.stages.train_diffusion.data import batch_at
+from svgpipe.stages.training.optimizer import learning_rate
 
 from .conftest import Finished, Outcome, run_and_kill, start, wait_for
 

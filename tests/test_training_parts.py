@@ -16,8 +16,7 @@ from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.recipe import DiffusionSection, DiTSection
 from svgpipe.models.averages import new_average, update_averages, warmed_decay
 from svgpipe.stages import patience
-from svgpipe.stages.train_diffusion.draws import draws_at
-from svgpipe.stages.train_diffusion.gauges import LossByTime
+from svgpipe.stages.train_diffusion.loss import LossByTime, draws_at
 from svgpipe.stages.train_diffusion.trainer import FlowTrainer
 from svgpipe.stages.training.checkpointing import BackgroundSaver
 from svgpipe.stages.training.distributed import Team

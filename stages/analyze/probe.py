@@ -19,9 +19,10 @@ from svgpipe.manifests.figure import Figure, Record
 from svgpipe.manifests.manifest import InputRef, require_same
 from svgpipe.manifests.paper import PAPER_PROBES, PaperProbe
 from svgpipe.models.probes import fit_linear, knn_votes
+from svgpipe.models.seeds import generator
 
 from ..evaluate.intervals import share_figure
-from ..runtime.device import generator, pick_device
+from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Silent
 from ..runtime.selection import evenly_spread
 from .pooling import channel_groups, pooled, spread

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from svgpipe.manifests.figure import Figure, Record
 from svgpipe.models.empirical_flow import empirical_velocity, posterior
+from svgpipe.models.seeds import generator
 
 from ..evaluate.intervals import figure, mean_figure, picks
-from ..runtime.device import generator
 from ..runtime.selection import evenly_spread
 
 # Dense near the noise: of latents of 100,000 numbers, a field soon points at a single image, from t = 0.02 on if these

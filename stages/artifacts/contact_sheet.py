@@ -17,7 +17,7 @@ from svgpipe.manifests.storage import location
 
 from ..images.decode import RGBArray, tile
 from ..images.stream import load_images
-from ..networks.decoding import latent_decoder
+from ..networks.autoencoder import latent_decoder
 from ..runtime.selection import evenly_spread
 
 # Standard deviations that the ends of a colour scale stand for.

@@ -22,8 +22,7 @@ from svgpipe.manifests.manifest import write_json
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.storage import Location, make_directory
 
-from ..networks.diffusion import open_diffusion
-from ..networks.sampling import dit_arguments
+from ..networks.diffusion import dit_arguments, open_diffusion
 
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 

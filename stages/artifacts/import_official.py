@@ -50,7 +50,7 @@ from svgpipe.models.official import (
 )
 
 from ..networks.autoencoder import build_autoencoder, state_digest
-from ..networks.sampling import build_dit
+from ..networks.diffusion import build_dit
 from .official_files import read_official, tensors_of
 
 IMPORT_NAME = "import.json"

@@ -19,7 +19,7 @@ from svgpipe.manifests.storage import Location
 from ..extract.quantization import signal_to_noise
 from ..images.decode import psnr
 from ..images.stream import load_images
-from ..networks.decoding import latent_decoder
+from ..networks.autoencoder import latent_decoder
 from ..networks.diffusion import open_diffusion
 from ..runtime.device import pick_device
 from ..runtime.selection import evenly_spread

@@ -17,8 +17,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from svgpipe.manifests.figure import Figure
-
-from ..runtime.device import generator
+from svgpipe.models.seeds import generator
 
 QUANTILES = (0.025, 0.975)
 

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.shards import ShardFile, ShardSet, refs_of
+from svgpipe.models.seeds import seed_of
 
-from ..runtime.device import seed_of
 from ..runtime.retry import patiently
 from .decode import RejectedImageError, RGBArray, centre_crop, decode_image, random_crop, to_array
 

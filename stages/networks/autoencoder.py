@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from svgpipe.models.residual import ResidualEncoder
 
 from ..images.decode import RGBArray
 from ..images.tensors import as_pixels, as_unit_range
+from ..runtime.device import pick_device
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
@@ -240,3 +242,21 @@ def reconstruct(model: Autoencoder, pixels: RGBArray, batch_size: int, *, residu
         for i in range(0, len(pixels), batch_size)
     ]
     return np.concatenate(parts) if parts else pixels
+
+
+def latent_decoder(autoencoder: Location) -> Callable[[NDArray[np.float32]], NDArray[np.uint8]]:
+    """Denormalised latents (n,row,column,channel) → (n,H,W,3) uint8, with the decoder at `autoencoder`.
+
+    Raises:
+        ArtifactError, MismatchError: as `load_autoencoder`, at once.
+    """
+    device = pick_device()
+    model, _ = load_autoencoder(autoencoder)
+    model.to(device)
+
+    @torch.inference_mode()
+    def decode(latents: NDArray[np.float32]) -> NDArray[np.uint8]:
+        features = torch.from_numpy(latents).permute(0, 3, 1, 2).to(device)
+        return np.concatenate([as_pixels(model.decode(chunk)) for chunk in features.split(64)])
+
+    return decode

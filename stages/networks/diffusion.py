@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +20,9 @@ from svgpipe.manifests.checkpoint import (
 )
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, Json, read_plan
-from svgpipe.manifests.recipe import DiffusionSection
+from svgpipe.manifests.recipe import DiffusionSection, DiTSection
 from svgpipe.manifests.storage import Location, absolute
 from svgpipe.models.dit import DiT
-
-from .sampling import build_dit
 
 
 @dataclass(frozen=True)
@@ -121,3 +120,13 @@ def open_diffusion(source: Location) -> TrainedDiffusion:
         plan["inputs"]["cache"],
         f"step {entry['step']} of a run on cache {plan['inputs']['cache']}",
     )
+
+
+def build_dit(config: DiTSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> DiT:
+    """A new transformer of the recipe's size. Raises ValueError for sizes that do not fit."""
+    return DiT(**dit_arguments(config, grid=grid, channels=channels, num_classes=num_classes))
+
+
+def dit_arguments(config: DiTSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> dict[str, Any]:
+    """What `DiT` is constructed with: the recipe's sizes and what the latents ask for."""
+    return {"grid": grid, "in_channels": channels, "num_classes": num_classes, **config.model_dump()}

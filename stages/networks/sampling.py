@@ -5,21 +5,19 @@ Legend: B batch, T tokens, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from svgpipe.manifests.checkpoint import EMA
 from svgpipe.manifests.precision import Precision
-from svgpipe.manifests.recipe import DiffusionSection, DiTSection, Labels
+from svgpipe.manifests.recipe import Labels
 from svgpipe.models.dit import DiT
 from svgpipe.models.sampler import Guidance, Solver, sample, time_grid
+from svgpipe.models.seeds import generator
 
-from ..runtime.device import autocast, generator
-from ..training.distributed import Team
+from ..runtime.device import autocast
 
 
 @dataclass(frozen=True)
@@ -53,16 +51,6 @@ class SamplerSettings:
     def deciding(self) -> SamplerSettings:
         """The same latents in one way of saying it: where nothing guides, no mode and no guide matter."""
         return self if self.acts else replace(self, guidance=1.0, guidance_mode="constant", guide=None)
-
-
-def build_dit(config: DiTSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> DiT:
-    """A new transformer of the recipe's size. Raises ValueError for sizes that do not fit."""
-    return DiT(**dit_arguments(config, grid=grid, channels=channels, num_classes=num_classes))
-
-
-def dit_arguments(config: DiTSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> dict[str, Any]:
-    """What `DiT` is constructed with: the recipe's sizes and what the latents ask for."""
-    return {"grid": grid, "in_channels": channels, "num_classes": num_classes, **config.model_dump()}
 
 
 def keep_as_computed(model: nn.Module, precision: Precision) -> None:
@@ -107,25 +95,3 @@ def draw_latents(
             guidance=Guidance(settings.guidance, settings.guidance_mode),
             weak=guide,
         ).float()
-
-
-def draw_in_training(
-    model: DiT, count: int, config: DiffusionSection, team: Team, keep: Callable[[Tensor], Tensor] = lambda drawn: drawn
-) -> Tensor:
-    """Samples 0 to `count` - 1 of a model in training, drawn by all processes of its team; each gets them all.
-
-    Args:
-        config: says how to sample, and by its batch how many at a time.
-        keep: (B,T,C) float32 latents → (B,…), what is wanted of them.
-    Returns:
-        (count,…) on the team's device.
-    """
-    settings = SamplerSettings(
-        config.sample_steps, 1.0, "euler", "constant", config.sample_shift, 0, config.precision, EMA
-    )
-    # A sharded model is gathered by all at once, so each process draws as many; what is past its share is dropped.
-    mine, size = team.share(count), -(-config.batch_size // config.accumulate)
-    end = mine.start + team.largest_share(count)
-    chunks = [range(start, min(start + size, end)) for start in range(mine.start, end, size)]
-    drawn = torch.cat([keep(draw_latents(model, indices, settings, team.device)) for indices in chunks])
-    return team.rows(drawn[: len(mine)], count)

@@ -26,19 +26,12 @@ from svgpipe.models.losses import (
     discriminator_loss,
     generator_loss,
 )
+from svgpipe.models.seeds import seed_of
 
-from ..runtime.device import (
-    autocast,
-    learning_rate,
-    optimizer_tensors,
-    restore_optimizer,
-    seed_of,
-    set_learning_rate,
-    to_device,
-)
-from ..train_diffusion.draws import image_draws_at
+from ..runtime.device import autocast, to_device
 from ..training.distributed import Team
 from ..training.divergence import DivergenceGuard
+from ..training.optimizer import learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
 from ..training.parallel import gradient_norms, replicate
 
 
@@ -194,3 +187,12 @@ def _frozen(module: nn.Module | None) -> Iterator[None]:
     yield
     if module is not None:
         module.requires_grad_(True)
+
+
+def image_draws_at(
+    seed: int, step: int, positions: Sequence[int], device: torch.device
+) -> tuple[Tensor, list[torch.Generator]]:
+    """For autoencoder training: (B,) uniform draws for masking, and what every image's dropout is drawn from."""
+    seeds = [seed_of(seed, "image", step, position) for position in positions]
+    mask = torch.cat([torch.rand(1, generator=torch.Generator().manual_seed(number)) for number in seeds])
+    return to_device(mask, device), [torch.Generator(device).manual_seed(number + 1) for number in seeds]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,9 @@ from torch import Tensor
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.store import PendingRead
+from svgpipe.models.seeds import seed_of
 
 from ..runtime.retry import patiently
-from .batches import batch_at
 
 
 class CacheBatches:
@@ -77,3 +79,35 @@ class _Reading:
         pending = self.pending or self.cache.read_async(self.rows, self.views)
         self.pending = None
         return pending.stored()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one step: positions among the training rows, and the view of each."""
+
+    rows: NDArray[np.int64]
+    views: NDArray[np.int64]
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch(seed: int, epoch: int, num_rows: int, num_views: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    rng = np.random.Generator(np.random.Philox(seed_of(seed, "epoch", epoch)))
+    return rng.permutation(num_rows), rng.integers(num_views, size=num_rows)
+
+
+def batch_at(step: int, *, seed: int, batch_size: int, num_rows: int, num_views: int) -> Batch:
+    """Rows of step `step` (from 0), each in range(num_rows), with a view in range(num_views).
+
+    Every row occurs once in every `num_rows` consecutive positions that begin an epoch.
+    Raises ValueError if there are no rows.
+    """
+    if num_rows < 1:
+        raise ValueError(f"expected at least one row to train on, found {num_rows}")
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    rows, views = np.empty_like(positions), np.empty_like(positions)
+    epochs, offsets = np.divmod(positions, num_rows)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        order, view_of = _epoch(seed, int(epoch), num_rows, num_views)
+        rows[here], views[here] = order[offsets[here]], view_of[offsets[here]]
+    return Batch(rows, views)

@@ -7,6 +7,7 @@ of real rows stand beside them: what a perfect model would get.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -15,11 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.checkpoint import EMA
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.distances import frechet_distance, nearest_class_accuracy
 from svgpipe.models.dit import DiT
 
-from ..networks.sampling import draw_in_training, labels_of
+from ..networks.sampling import SamplerSettings, draw_latents, labels_of
 from ..runtime.retry import Say, patiently
 from ..runtime.selection import evenly_spread
 from ..training.distributed import Team
@@ -66,3 +68,25 @@ class LatentQuality:
         samples = draw_in_training(model, count, self.config, self.team, keep=lambda drawn: drawn.mean(1)).cpu()
         found = self._compare(samples, samples, labels_of(range(count), model.num_classes))
         return found | {f"{name}_real": value for name, value in self.real.items()}
+
+
+def draw_in_training(
+    model: DiT, count: int, config: DiffusionSection, team: Team, keep: Callable[[Tensor], Tensor] = lambda drawn: drawn
+) -> Tensor:
+    """Samples 0 to `count` - 1 of a model in training, drawn by all processes of its team; each gets them all.
+
+    Args:
+        config: says how to sample, and by its batch how many at a time.
+        keep: (B,T,C) float32 latents → (B,…), what is wanted of them.
+    Returns:
+        (count,…) on the team's device.
+    """
+    settings = SamplerSettings(
+        config.sample_steps, 1.0, "euler", "constant", config.sample_shift, 0, config.precision, EMA
+    )
+    # A sharded model is gathered by all at once, so each process draws as many; what is past its share is dropped.
+    mine, size = team.share(count), -(-config.batch_size // config.accumulate)
+    end = mine.start + team.largest_share(count)
+    chunks = [range(start, min(start + size, end)) for start in range(mine.start, end, size)]
+    drawn = torch.cat([keep(draw_latents(model, indices, settings, team.device)) for indices in chunks])
+    return team.rows(drawn[: len(mine)], count)

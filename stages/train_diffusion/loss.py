@@ -5,6 +5,8 @@ Legend: B batch, T tokens, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -15,11 +17,11 @@ from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import Velocity, drop_labels, flow_loss, shift_time
+from svgpipe.models.seeds import seed_of
 
-from ..runtime.device import autocast
+from ..runtime.device import autocast, to_device
 from ..runtime.retry import Say, patiently
 from ..training.distributed import Team
-from .draws import Draws, draws_at
 
 
 def sample_losses(
@@ -58,3 +60,57 @@ def heldout_loss(
         draws = draws_at(config.seed, "heldout", places, tokens, channels, team.device)
         total += sample_losses(model, x1, labels, draws, config, null_label=None)[: len(share)].sum()
     return float(team.sum(total)) / len(held)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Of B samples with T tokens of C channels."""
+
+    noise: Tensor  # (B,T,C) standard normal
+    time: Tensor  # (B,) uniform in [0, 1), before any shift
+    drop: Tensor  # (B,) uniform in [0, 1): a label is dropped where it is small
+
+
+def draws_at(
+    seed: int, step: int | str, positions: Sequence[int], tokens: int, channels: int, device: torch.device
+) -> Draws:
+    """Draw for the samples at `positions`.
+
+    Times and label dropout come from the CPU's generator, the same on every device. Noise, which is nearly all of it,
+    is drawn where it is used: the same for all CPUs, and the same for all GPUs.
+    """
+    noise = torch.empty(len(positions), tokens, channels, device=device)
+    uniform = torch.empty(len(positions), 2)
+    on_cpu, on_device = torch.Generator(), torch.Generator(device)
+    for row, position in enumerate(positions):
+        number = seed_of(seed, "step", step, position)
+        uniform[row].uniform_(generator=on_cpu.manual_seed(number))
+        noise[row].normal_(generator=on_device.manual_seed(number + 1))
+    time, drop = to_device(uniform, device).unbind(1)
+    return Draws(noise, time, drop)
+
+
+BUCKETS = 10
+
+
+class LossByTime:
+    """Mean loss in ten equal buckets of the flow's time: near 0 the model sees noise, near 1 data."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, BUCKETS, device=device)  # losses, counts
+
+    def add(self, losses: Tensor, times: Tensor) -> None:
+        """Losses (B,) of samples at times (B,) in [0, 1]."""
+        places = (times * BUCKETS).long().clamp(0, BUCKETS - 1)
+        self.sums.index_add_(1, places, torch.stack([losses.float(), torch.ones_like(losses, dtype=torch.float32)]))
+
+    def summed(self, team: Team) -> LossByTime:
+        """The same over all processes of the team."""
+        total = LossByTime(self.sums.device)
+        total.sums = team.sum(self.sums)
+        return total
+
+    def means(self) -> dict[str, float]:
+        """`loss_t0` (times 0 to 0.1) … `loss_t9`; a bucket that nothing fell into is left out."""
+        sums, counts = self.sums.tolist()
+        return {f"loss_t{i}": sums[i] / counts[i] for i in range(BUCKETS) if counts[i]}

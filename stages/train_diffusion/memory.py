@@ -6,13 +6,12 @@ import torch
 
 from svgpipe.manifests.recipe import DiffusionSection
 
-from ..networks.sampling import build_dit
+from ..networks.diffusion import build_dit
 from ..runtime.memory import resident_memory
 from ..training.distributed import Team
 from ..training.memory_estimate import Kept, MemoryEstimate
 from ..training.parallel import Strategy
-from .draws import Draws
-from .loss import sample_losses
+from .loss import Draws, sample_losses
 
 
 def estimate_diffusion(

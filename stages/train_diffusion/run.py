@@ -26,16 +26,14 @@ from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.storage import Location, make_directory, write_atomic
 
 from ..images.decode import encode_png, tile
-from ..networks.sampling import draw_in_training
 from ..training.distributed import Team
 from ..training.loop import TrainingRun
 from ..training.memory_estimate import require_memory
 from ..training.parallel import Strategy
 from ..training.supervisor import Supervisor
 from .data import CacheBatches
-from .gauges import LossByTime
-from .latent_quality import LatentQuality
-from .loss import heldout_loss
+from .latent_quality import LatentQuality, draw_in_training
+from .loss import LossByTime, heldout_loss
 from .memory import estimate_diffusion
 from .trainer import FlowTrainer, Step
 
@@ -124,7 +122,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step]):
     def _load_decoder(self) -> Decode | None:
         if self.decoder is None:
             return None
-        from ..networks.decoding import latent_decoder  # loads timm, which training itself does without
+        from ..networks.autoencoder import latent_decoder
 
         return latent_decoder(self.decoder)
 

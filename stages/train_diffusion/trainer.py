@@ -20,19 +20,13 @@ from svgpipe.manifests.storage import Location
 from svgpipe.models.averages import new_average, update_averages
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import shift_time
+from svgpipe.models.seeds import seed_of
 
-from ..networks.sampling import build_dit
-from ..runtime.device import (
-    is_compiled,
-    learning_rate,
-    optimizer_tensors,
-    restore_optimizer,
-    seed_of,
-    set_learning_rate,
-    to_device,
-)
+from ..networks.diffusion import build_dit
+from ..runtime.device import is_compiled, to_device
 from ..training.distributed import Team
 from ..training.divergence import DivergenceGuard
+from ..training.optimizer import learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
 from ..training.parallel import (
     Strategy,
     averaging,
@@ -43,8 +37,7 @@ from ..training.parallel import (
     replicate,
     shard_parameters,
 )
-from .draws import draws_at
-from .loss import sample_losses
+from .loss import draws_at, sample_losses
 
 
 @dataclass(frozen=True)

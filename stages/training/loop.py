@@ -16,11 +16,11 @@ from svgpipe.manifests.errors import InterruptedRunError, UsageError
 from svgpipe.manifests.recipe import AutoencoderSection, DiffusionSection
 from svgpipe.manifests.storage import Location
 
-from ..runtime.device import learning_rate
 from ..runtime.memory import peak_memory
 from .checkpointing import BackgroundSaver, latest_of_all
 from .distributed import Team
 from .metrics_log import MetricsLog
+from .optimizer import learning_rate
 from .supervisor import Supervisor
 
 B = TypeVar("B")

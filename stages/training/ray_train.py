@@ -19,11 +19,11 @@ from typing import Any, Generic, TypeVar
 
 from svgpipe.manifests.errors import InterruptedRunError, SvgpipeError, UsageError, first_line
 
-from ..runtime.device import pick_device, stop_on_signal
+from ..runtime.device import pick_device
 from ..runtime.progress import Progress
 from ..runtime.runner import Resources, require_resources
 from .distributed import Team
-from .supervisor import Here, StopFlag, Supervisor
+from .supervisor import Here, StopFlag, Supervisor, stop_on_signal
 from .worker import POLL_S, Mailbox, work
 
 R = TypeVar("R")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import signal
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-from ..runtime.device import stop_on_signal
 from ..runtime.progress import Progress
 
 
@@ -36,3 +38,30 @@ class Here:
 
     def stop_requests(self) -> AbstractContextManager[StopFlag]:
         return stop_on_signal()
+
+
+class StopRequest:
+    """Whether Ctrl-C (or SIGTERM) was seen; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __call__(self, number: int, frame: types.FrameType | None) -> None:
+        if self.seen:
+            signal.default_int_handler(number, frame)
+        self.seen = True
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Within the block, the first SIGINT or SIGTERM only sets a flag, so that a step can be finished and saved."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # signals only reach the main thread; a stage run elsewhere is stopped by its caller
+        return
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

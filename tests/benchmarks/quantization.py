@@ -25,7 +25,7 @@ from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.storage import location
 from svgpipe.stages.extract.quantization import int8_scales, signal_to_noise
 from svgpipe.stages.images.decode import psnr
-from svgpipe.stages.networks.decoding import latent_decoder
+from svgpipe.stages.networks.autoencoder import latent_decoder
 from svgpipe.stages.runtime.selection import evenly_spread
 
 ROWS = 192

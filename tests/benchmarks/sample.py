@@ -38,7 +38,8 @@ from svgpipe.manifests.recipe import DiTSection
 from svgpipe.models.attention import attend, fastest_kernel
 from svgpipe.models.dit import Attention, DiT
 from svgpipe.models.sampler import Guidance, sample, time_grid
-from svgpipe.stages.networks.sampling import build_dit, initial_noise, keep_as_computed
+from svgpipe.stages.networks.diffusion import build_dit
+from svgpipe.stages.networks.sampling import initial_noise, keep_as_computed
 from svgpipe.stages.runtime.device import autocast, pick_device
 from svgpipe.stages.runtime.runner import start_worker
 
