@@ -26,7 +26,7 @@ def fastest_kernel() -> Kernel | None:
         log.info("no CUDA device: attention by PyTorch's scaled_dot_product_attention")
         return None
     try:
-        from xformers.ops import memory_efficient_attention
+        from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError:
         log.info("xformers is not installed: attention by PyTorch's scaled_dot_product_attention")
         return None

@@ -14,8 +14,8 @@ from torch.distributions import Normal
 
 from svgpipe.models.dit import DiT
 from svgpipe.models.empirical_flow import empirical_velocity
-from svgpipe.stages import analyze as analyze_stage
-from svgpipe.stages import velocity_agreement as stage
+from svgpipe.stages.analyze import analyze as analyze_stage
+from svgpipe.stages.analyze import velocity_agreement as stage
 from svgpipe.stages.analyze.class_distances import class_distances
 from svgpipe.stages.analyze.straightness import straightness
 from svgpipe.stages.analyze.velocity_agreement import _groups, _points, velocity_agreement

@@ -17,7 +17,7 @@ from svgpipe.manifests.reconstruction import ReconstructionReport
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.models.losses import LPIPS
 from svgpipe.pipeline.reconstruction_page import _spread_over_classes
-from svgpipe.stages import eval_reconstruction as stage
+from svgpipe.stages.evaluate import reconstruction as stage
 from svgpipe.stages.evaluate.decode import decoded_images
 from svgpipe.stages.images.decode import RGBArray
 from svgpipe.stages.images.stream import load_images

@@ -12,7 +12,6 @@ import torch
 
 from svgpipe.manifests.recipe import DiffusionSection, DiTSection
 from svgpipe.manifests.recipe_files import load_recipe
-from svgpipe.stages import memory_estimate
 from svgpipe.stages.networks.autoencoder import build_autoencoder
 from svgpipe.stages.networks.diffusion import build_dit
 from svgpipe.stages.networks.perceptual import load_perceptual
@@ -20,6 +19,7 @@ from svgpipe.stages.train_autoencoder.memory import estimate_autoencoder
 from svgpipe.stages.train_autoencoder.trainer import AutoencoderTrainer
 from svgpipe.stages.train_diffusion.loss import draws_at, sample_losses
 from svgpipe.stages.train_diffusion.memory import estimate_diffusion
+from svgpipe.stages.training import memory_estimate
 from svgpipe.stages.training.distributed import Team
 from svgpipe.stages.training.memory_estimate import MemoryEstimate
 from svgpipe.stages.training.parallel import Strategy

@@ -14,7 +14,7 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, p
 
 from svgpipe.models import distances
 from svgpipe.models.distances import FrechetTarget, ball_radii, covered, frechet_distance, nearest_class_accuracy
-from svgpipe.stages import metrics
+from svgpipe.stages.evaluate import metrics
 from svgpipe.stages.evaluate.intervals import figure, mean_figure, picks
 from svgpipe.stages.evaluate.metrics import Comparison, Features, inception_score, kernel_distances
 from svgpipe.stages.runtime.selection import evenly_spread

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.precision import computes_bfloat16
 from svgpipe.manifests.recipe_files import builtin_names, load_recipe
-from svgpipe.stages import training
+from svgpipe.stages.runtime import device
 from svgpipe.stages.runtime.device import autocast, warn_if_imitated
 
 
@@ -124,7 +124,7 @@ def test_precision_auto_is_what_the_processor_has(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
     said: list[str] = []
-    monkeypatch.setattr(training.log, "warning", said.append)
+    monkeypatch.setattr(device.log, "warning", said.append)
     demo = load_recipe("demo")
     stages = (demo.autoencoder, demo.diffusion, demo.evaluation)
     assert [stage.model_dump(mode="json")["precision"] for stage in stages] == [dtype] * 3

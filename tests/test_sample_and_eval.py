@@ -37,8 +37,8 @@ from svgpipe.models.sampler import time_grid
 from svgpipe.pipeline import report as report_page
 from svgpipe.pipeline.chart import Value
 from svgpipe.pipeline.page import picture
-from svgpipe.stages import comparison
-from svgpipe.stages import latents as latents_stage
+from svgpipe.stages.evaluate import compare
+from svgpipe.stages.evaluate import sample_latents as latents_stage
 from svgpipe.stages.evaluate.compare import extracted
 from svgpipe.stages.evaluate.decode import ImageJob, decoded_images, missing_units
 from svgpipe.stages.evaluate.features import Extractor, load_extractor
@@ -844,7 +844,7 @@ def test_features_of_a_large_set_are_kept_part_by_part(
     backbone = build_backbone(finished.recipe.autoencoder.backbone, 32)
     extractor = load_extractor(ExtractorSection(kind="backbone"), backbone)
     expected = extractor.features(images, 2)["pooled"]
-    monkeypatch.setattr(comparison, "PART", 2)
+    monkeypatch.setattr(compare, "PART", 2)
     looked: list[int] = []
 
     def until_killed(self: Extractor, part: ImageSet, batch_size: int) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from svgpipe.manifests.checkpoint import DiffusionManifest
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.recipe import ScheduleSection
-from svgpipe.stages import patience
+from svgpipe.stages.runtime import retry
 from svgpipe.stages.train_diffusion.data import batch_at
 from svgpipe.stages.training.optimizer import learning_rate
 
@@ -325,7 +325,7 @@ def test_a_cache_without_training_rows_is_refused(
 def test_a_cache_that_lost_a_shard_stops_with_its_name(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "WAITS_S", (0.0,))
+    monkeypatch.setattr(retry, "WAITS_S", (0.0,))
     copy = tmp_path / "cache"
     shutil.copytree(finished.root / "cache", copy)
     (copy / "features" / "c" / "1" / "0" / "0" / "0" / "0").unlink()

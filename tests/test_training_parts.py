@@ -15,7 +15,7 @@ from svgpipe.manifests.errors import ArtifactError, DivergedError
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.recipe import DiffusionSection, DiTSection
 from svgpipe.models.averages import new_average, update_averages, warmed_decay
-from svgpipe.stages import patience
+from svgpipe.stages.runtime import retry
 from svgpipe.stages.train_diffusion.loss import LossByTime, draws_at
 from svgpipe.stages.train_diffusion.trainer import FlowTrainer
 from svgpipe.stages.training.checkpointing import BackgroundSaver
@@ -80,7 +80,7 @@ def test_which_checkpoints_are_kept(tmp_path: Path, keep: int, every: int | None
 
 def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training goes on changing the weights while the thread writes them."""
-    monkeypatch.setattr(patience, "WAITS_S", (0.0,))
+    monkeypatch.setattr(retry, "WAITS_S", (0.0,))
     store = CheckpointStore(tmp_path)
     saver, weights = BackgroundSaver(store, print), torch.zeros(1_000_000)
     saver.save(Checkpoint(1, {"raw": {"w": weights}}, {}))

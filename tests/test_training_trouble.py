@@ -15,7 +15,7 @@ import torch
 
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
-from svgpipe.stages import patience
+from svgpipe.stages.runtime import retry
 from svgpipe.stages.runtime.retry import patiently
 from svgpipe.stages.training.distributed import Team
 
@@ -43,7 +43,7 @@ def test_storage_that_comes_back_is_waited_for(finished: Finished, tmp_path: Pat
 
 
 def test_patience_ends_and_knows_what_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(retry, "WAITS_S", (0.0, 0.0))
     said: list[str] = []
 
     def failing(error: Exception, times: int) -> Callable[[], str]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from svgpipe.manifests.errors import SvgpipeError
-from svgpipe.stages import units
+from svgpipe.stages.runtime import runner
 from svgpipe.stages.runtime.heap import keep_freed_memory
 from svgpipe.stages.runtime.runner import Resources, run_units
 
@@ -34,7 +34,7 @@ def _steps(deadly: str) -> tuple[Any, Any, Any]:
 
 @pytest.mark.parametrize("deadly", ["read", "worker"])
 def test_a_deadly_unit_is_not_tried_for_ever(ray_session: None, monkeypatch: pytest.MonkeyPatch, deadly: str) -> None:
-    monkeypatch.setattr(units, "RETRIES", 1)
+    monkeypatch.setattr(runner, "RETRIES", 1)
     read, worker, write = _steps(deadly)
     items = [{"unit": unit} for unit in range(2)]
     with pytest.raises(SvgpipeError, match=r"a Ray worker died .* What was finished is kept"):
