@@ -52,19 +52,24 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def memory_error(error: BaseException) -> SvgpipeError | None:
-    """What to raise for a GPU or CPU that ran out of memory, in torch's words; None for any other error.
+MEMORY_ADVICE = (
+    "A smaller batch_size needs less: an evaluation continues with it (--set SECTION.batch_size=N), other stages start "
+    "again in another --out."
+)
 
-    By the error's name, as its class lies in torch, which not every command loads.
+
+def memory_error(error: BaseException, advice: str = MEMORY_ADVICE) -> SvgpipeError | None:
+    """What to raise for a GPU or CPU that ran out of memory; None for any other error.
+
+    The error is recognised by its name, because its class lies in torch, and not every command loads torch.
+
+    Args:
+        advice: last sentence of the message: which options need less memory.
     """
     on_gpu = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.partition(".")[0] == "torch"
     if not on_gpu and "DefaultCPUAllocator: can't allocate" not in str(error):
         return None
-    return SvgpipeError(
-        f"out of memory ({first_line(error)}). What was finished is kept. A smaller batch_size needs less: evaluations "
-        "go on with it (--set SECTION.batch_size=N), other stages begin anew in another --out; for training, a larger "
-        "diffusion.accumulate computes the same batch in parts."
-    )
+    return SvgpipeError(f"out of memory ({first_line(error)}). What was finished is kept. {advice}")
 
 
 def storage_error(path: object, error: Exception) -> Exception:

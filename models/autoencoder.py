@@ -6,8 +6,6 @@ Source: official dino_decoder.py; FACTS §5.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -64,22 +62,19 @@ class Autoencoder(nn.Module):
         """Channels of the latent map, frozen first, residual last."""
         return self.backbone.channels + (self.residual.channels if self.residual is not None else 0)
 
-    def encode(
-        self, images: Tensor, mask_draws: Tensor | None = None, generators: Sequence[torch.Generator] = ()
-    ) -> Tensor:
+    def encode(self, images: Tensor, mask_draws: Tensor | None = None) -> Tensor:
         """(B,3,H,W) in [0,1] → (B,C,h,w) un-normalised.
 
         Args:
             images: RGB in [0,1].
             mask_draws: (B,) uniform draws; in train mode a sample whose draw is below `mask_ratio` has
                 its whole residual replaced by the mask token, before alignment. None masks nothing.
-            generators: in train mode, one per sample: where its dropout comes from.
         """
         with torch.no_grad():
             frozen = self.backbone(images)
         if self.residual is None:
             return frozen
-        residual = self.residual((images - self.imagenet_mean) / self.imagenet_std, generators)
+        residual = self.residual((images - self.imagenet_mean) / self.imagenet_std)
         return self.join(frozen, residual, mask_draws)
 
     def encode_without_residual(self, images: Tensor) -> Tensor:

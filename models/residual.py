@@ -5,35 +5,15 @@ Legend: B batch, R residual channels, C frozen channels, h w grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Self
 
 import torch
-from timm.layers import use_fused_attn
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class SampleDropout(nn.Dropout):
-    """Dropout that can draw every sample's mask from a generator of its own, whatever batch the sample is in.
-
-    Without `generators` it is ordinary dropout.
-    """
-
-    generators: Sequence[torch.Generator] = ()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B,…) → the same shape; uses each generator once."""
-        if not self.training or self.p == 0 or not self.generators:
-            return super().forward(x)
-        draws = torch.empty(x.shape, device=x.device)
-        for row, generator in zip(draws, self.generators, strict=True):
-            row.uniform_(generator=generator)
-        return torch.where(draws < self.p, 0.0, x / (1 - self.p))
 
 
 class ResidualEncoder(nn.Module):
@@ -79,22 +59,10 @@ class ResidualEncoder(nn.Module):
             attn_drop_rate=dropout,
         )
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, channels))
-        self.dropouts = [_replace_dropout(parent, name) for parent, name in _dropouts_of(self.vit)]
 
-    def train(self, mode: bool = True) -> Self:
-        """Train or eval mode; dropout inside of attention needs the weights that a fused kernel never shows."""
-        super().train(mode)
-        for module in self.vit.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = use_fused_attn() and not (mode and self.dropouts)
-        return self
-
-    def forward(self, images: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """(B,3,S,S) ImageNet-normalised → (B,R,h,w).
 
-        Args:
-            images: as said.
-            generators: in train mode, one per sample: where its dropout comes from; () is the global one.
         Raises:
             ValueError: the images are not S pixels square.
         """
@@ -103,24 +71,9 @@ class ResidualEncoder(nn.Module):
                 f"residual encoder: expected images of {self.image_size}x{self.image_size}, "
                 f"found {images.shape[-2]}x{images.shape[-1]}"
             )
-        for dropout in self.dropouts:
-            dropout.generators = generators
         tokens = self.head(self.vit.forward_features(images)[:, 1:])
-        for dropout in self.dropouts:
-            dropout.generators = ()
         side = self.image_size // self.patch_size
         return tokens.transpose(1, 2).reshape(len(images), -1, side, side)
-
-
-def _dropouts_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where dropout happens: parent and name of each module."""
-    return [(p, name) for p in model.modules() for name, m in p.named_children() if type(m) is nn.Dropout and m.p > 0]
-
-
-def _replace_dropout(parent: nn.Module, name: str) -> SampleDropout:
-    found = SampleDropout(getattr(parent, name).p)
-    setattr(parent, name, found)
-    return found
 
 
 def itself(values: Tensor) -> Tensor:

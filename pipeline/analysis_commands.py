@@ -113,7 +113,7 @@ def eval_reconstruction(
     pool: Annotated[
         str | None, typer.Option("--pool", help="Where features are kept and found; default: beside --out.")
     ] = None,
-    num_workers: WorkersOption = 1,
+    num_workers: WorkersOption = None,
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
@@ -124,21 +124,21 @@ def eval_reconstruction(
     from svgpipe.manifests.shards import ShardSet
     from svgpipe.stages.evaluate.reconstruction import eval_reconstruction as run_stage
 
-    from .cluster import connected
+    from .cluster import runner_for
     from .console import ConsoleProgress
     from .reconstruction_page import render_reconstruction, show_reconstruction
 
     config = load_recipe(recipe, overrides or []).reconstruction
     opened, encoder, directory = ShardSet.open(shards), location(autoencoder), location(out)
     resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
-    with connected(address), ConsoleProgress() as progress:
+    with runner_for(resources, address) as runner, ConsoleProgress() as progress:
         run_stage(
             encoder,
             opened,
             directory,
             config,
             pool=None if pool is None else location(pool),
-            resources=resources,
+            runner=runner,
             progress=progress,
         )
     show_reconstruction(ReconstructionReport.read(directory))

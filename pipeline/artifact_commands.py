@@ -101,7 +101,7 @@ def repair(
     cache: Annotated[str, typer.Argument(help="Finished feature cache that `verify` has found damaged.")],
     shards: Annotated[str | None, typer.Option("--shards", help="Its shards, if they have moved.")] = None,
     autoencoder: Annotated[str | None, typer.Option("--autoencoder", help="Its autoencoder, if it has moved.")] = None,
-    num_workers: WorkersOption = 1,
+    num_workers: WorkersOption = None,
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
@@ -110,16 +110,16 @@ def repair(
     from svgpipe.manifests.shards import ShardSet
     from svgpipe.stages.artifacts.repair import repair as run_stage
 
-    from .cluster import connected
+    from .cluster import runner_for
     from .console import ConsoleProgress
 
     resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
-    with connected(address), ConsoleProgress() as progress:
+    with runner_for(resources, address) as runner, ConsoleProgress() as progress:
         findings = run_stage(
             location(cache),
             shards=None if shards is None else ShardSet.open(shards),
             autoencoder=None if autoencoder is None else location(autoencoder),
-            resources=resources,
+            runner=runner,
             progress=progress,
         )
     for finding in findings:
@@ -209,7 +209,7 @@ def plan(
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     sample: Annotated[int, typer.Option("--sample", min=1, help="Images to encode for the estimate.")] = 64,
-    num_workers: WorkersOption = 1,
+    num_workers: Annotated[int, typer.Option("--num-workers", min=1, help="Workers to plan for.")] = 1,
     deadline: Annotated[
         float | None, typer.Option("--deadline", min=0.001, help="Hours until the cache must be there.")
     ] = None,

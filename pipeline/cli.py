@@ -14,6 +14,7 @@ from svgpipe.manifests.manifest import svgpipe_version
 from svgpipe.manifests.storage import client_error
 
 from . import analysis_commands, artifact_commands, stage_commands
+from .cluster import stop_on_sigterm
 
 app = typer.Typer(
     help="Shard images, cache their features, train diffusion from the cache, sample and evaluate.",
@@ -102,4 +103,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 def entry() -> None:
     """Console script."""
+    stop_on_sigterm()
     sys.exit(main())

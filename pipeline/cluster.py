@@ -1,4 +1,4 @@
-"""The connection to Ray: a cluster where one is named, else this machine."""
+"""Where work runs: in this process, or on Ray, on this machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -11,12 +11,45 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from svgpipe.stages.runtime.runner import Resources
+    from svgpipe.stages.runtime.resources import Resources
+    from svgpipe.stages.runtime.runner import Runner
 
 
 def training_cluster(resources: Resources | None, address: str | None) -> AbstractContextManager[None]:
     """Ray where training was asked to use workers, else nothing."""
     return nullcontext() if resources is None else connected(address)
+
+
+@contextmanager
+def runner_for(resources: Resources, address: str | None) -> Iterator[Runner]:
+    """Where units run: in this process, or on Ray for several workers, several GPUs, or a cluster that is named."""
+    from svgpipe.stages.runtime.runner import LocalRunner
+
+    if address is None and "RAY_ADDRESS" not in os.environ and _fits_this_process(resources):
+        cpus = resources.cpus_per_worker
+        threads = None if cpus is None else max(1, int(cpus))
+        yield LocalRunner(use_gpu=resources.gpus_per_worker != 0, threads=threads)
+        return
+    with connected(address):
+        from svgpipe.stages.runtime.ray_runner import RayRunner
+
+        yield RayRunner(resources)
+
+
+def _fits_this_process(resources: Resources) -> bool:
+    """One worker, on one GPU or none. What this machine does not have is left to Ray, which says what it has."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if resources.num_workers is None and resources.gpus_per_worker != 0 and gpus > 1:
+        return False
+    return resources.num_workers in (None, 1) and (resources.gpus_per_worker or 0) <= min(gpus, 1)
+
+
+def stop_on_sigterm() -> None:
+    """Let SIGTERM, which schedulers send, do what Ctrl-C does."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextmanager
@@ -42,9 +75,7 @@ def connected(address: str | None = None) -> Iterator[None]:
     )
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Schedulers send SIGTERM. Ray's handler, set just now, would end the process with dumps of native stacks.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop_on_sigterm()  # again: Ray's handler, set just now, would end the process with dumps of native stacks
     try:
         yield
     finally:

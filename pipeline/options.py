@@ -12,7 +12,7 @@ from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.storage import Location, location, make_directory
 
 if TYPE_CHECKING:
-    from svgpipe.stages.runtime.runner import Resources
+    from svgpipe.stages.runtime.resources import Resources
 
 
 class StrategyName(StrEnum):
@@ -31,7 +31,10 @@ ShardsOption = Annotated[
     str, typer.Option("--shards", help="Shard set, or tars of one: 'path/shard-{000000..000009}.tar'.")
 ]
 AutoencoderOption = Annotated[str, typer.Option("--autoencoder", help="Finished autoencoder.")]
-WorkersOption = Annotated[int, typer.Option("--num-workers", min=1, help="Encoder or sampler actors.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--num-workers", min=1, help="Workers that compute; default: one for each GPU, or one. More use Ray."),
+]
 TrainersOption = Annotated[
     int | None,
     typer.Option("--num-workers", min=1, help="Training workers on Ray; without it, this process, without Ray."),
@@ -41,15 +44,17 @@ WandbOption = Annotated[
 ]
 CpusOption = Annotated[
     float | None,
-    typer.Option("--cpus-per-worker", min=0.1, help="CPUs each actor asks Ray for; default 1 or its share."),
+    typer.Option("--cpus-per-worker", min=0.1, help="CPUs for each worker; default 1 or its share."),
 ]
 GpusOption = Annotated[
-    float | None, typer.Option("--gpus-per-worker", min=0, help="GPUs each actor asks for; default 1 if there is any.")
+    float | None, typer.Option("--gpus-per-worker", min=0, help="GPUs for each worker; default 1 if there is any.")
 ]
 MaxRejectsOption = Annotated[
     float, typer.Option("--max-rejects", min=0, max=1, help="Share of images that may be unusable before it stops.")
 ]
-AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster; without it, this machine.")]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="Ray cluster to run on, as `auto`; without it, this machine.")
+]
 
 
 def read_class_names(path: Path | None) -> list[str] | None:
@@ -96,12 +101,11 @@ def trainers_of(num_workers: int | None, **others: object) -> Resources | None:
     return resources_of(num_workers, cpus, gpus)
 
 
-def resources_of(num_workers: int, cpus: float | None, gpus: float | None) -> Resources:
-    import torch
+def resources_of(num_workers: int | None, cpus: float | None, gpus: float | None) -> Resources:
+    """What the options ask for; None is decided by what the cluster has."""
+    from svgpipe.stages.runtime.resources import Resources
 
-    from svgpipe.stages.runtime.runner import Resources
-
-    return Resources(num_workers, cpus, gpus if gpus is not None else float(torch.cuda.is_available()))
+    return Resources(num_workers, cpus, gpus)
 
 
 def page_at(html: str | None) -> Location | None:

@@ -12,8 +12,8 @@ from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report, S
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.storage import Location, write_atomic
-from svgpipe.stages.evaluate.compare import RECONSTRUCTIONS
 from svgpipe.stages.evaluate.decode import decoded_images
+from svgpipe.stages.evaluate.measure import RECONSTRUCTIONS
 from svgpipe.stages.evaluate.reference import FEWEST, RealSets, Reference
 from svgpipe.stages.images.image_set import ImageSet
 from svgpipe.stages.runtime.selection import evenly_spread

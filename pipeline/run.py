@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +16,12 @@ from svgpipe.stages.evaluate.reference import shard_reference
 from svgpipe.stages.evaluate.stage import sample_and_eval
 from svgpipe.stages.extract.stage import extract
 from svgpipe.stages.runtime.progress import Progress
-from svgpipe.stages.runtime.runner import Resources
+from svgpipe.stages.runtime.resources import Resources
 from svgpipe.stages.shard.from_folder import shard
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
 from svgpipe.stages.train_diffusion.stage import train_diffusion
 
-from .cluster import connected
+from .cluster import runner_for, training_cluster
 from .demo import write_photographs
 from .report import render_report
 
@@ -70,9 +69,9 @@ def run_recipe(
 
     Args:
         source: image folder, instead of the recipe's.
-        resources: of the Ray workers that extract and sample.
+        resources: of the workers that extract and sample.
         trainers: of those that train; None trains in this process.
-        address: of a Ray cluster; None is this machine.
+        address: of a Ray cluster; None is this machine, with Ray only where it is needed.
     Raises:
         UsageError: no source is named anywhere. Whatever the stages raise.
     """
@@ -80,7 +79,7 @@ def run_recipe(
     images = _find_source(source or recipe.source, workdir)
     _stage(layout.shards, progress, lambda: shard(images, layout.shards, recipe.shard, progress=progress))
     shards = ShardSet.open(layout.shards)
-    with nullcontext() if trainers is None else connected(address):
+    with training_cluster(trainers, address):
         _stage(
             layout.autoencoder,
             progress,
@@ -88,19 +87,13 @@ def run_recipe(
                 shards, layout.autoencoder, recipe.autoencoder, resources=trainers, progress=progress
             ),
         )
-    with connected(address):
+    with runner_for(resources, address) as runner:
         _stage(
             layout.cache,
             progress,
-            lambda: extract(
-                shards,
-                layout.autoencoder,
-                layout.cache,
-                recipe.extract,
-                resources=resources,
-                progress=progress,
-            ),
+            lambda: extract(shards, layout.autoencoder, layout.cache, recipe.extract, runner=runner, progress=progress),
         )
+    with training_cluster(trainers, address):
         _stage(
             layout.diffusion,
             progress,
@@ -113,6 +106,7 @@ def run_recipe(
                 progress=progress,
             ),
         )
+    with runner_for(resources, address) as runner:
         _stage(
             layout.evaluation,
             progress,
@@ -122,7 +116,7 @@ def run_recipe(
                 shard_reference(shards),
                 layout.evaluation,
                 recipe.evaluation,
-                resources=resources,
+                runner=runner,
                 progress=progress,
             ),
         )

@@ -136,7 +136,7 @@ def extract(
     out: OutOption,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
-    num_workers: WorkersOption = 1,
+    num_workers: WorkersOption = None,
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
@@ -150,7 +150,7 @@ def extract(
     from svgpipe.manifests.shards import ShardSet
     from svgpipe.stages.extract.stage import extract as run_stage
 
-    from .cluster import connected
+    from .cluster import runner_for
     from .console import ConsoleProgress
     from .tables import show_timings
 
@@ -158,14 +158,14 @@ def extract(
     config = load_recipe(recipe, [*(overrides or []), *extra]).extract
     opened = ShardSet.open(shards)
     resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
-    with connected(address), ConsoleProgress() as progress:
+    with runner_for(resources, address) as runner, ConsoleProgress() as progress:
         manifest = run_stage(
             opened,
             location(autoencoder),
             location(out),
             config,
             max_rejects=max_rejects,
-            resources=resources,
+            runner=runner,
             progress=progress,
         )
     show_timings(manifest.timings)
@@ -256,7 +256,7 @@ def sample_and_eval(
     pool: Annotated[
         str | None, typer.Option("--pool", help="Where latents and features are kept and found; default: beside --out.")
     ] = None,
-    num_workers: WorkersOption = 1,
+    num_workers: WorkersOption = None,
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
@@ -267,7 +267,7 @@ def sample_and_eval(
     from svgpipe.stages.evaluate.reference import open_reference
     from svgpipe.stages.evaluate.stage import sample_and_eval as run_stage
 
-    from .cluster import connected
+    from .cluster import runner_for
     from .console import ConsoleProgress
     from .report import render_report
 
@@ -277,7 +277,7 @@ def sample_and_eval(
     opened = open_reference(reference)
     resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
     model, decoder, directory = location(diffusion), location(autoencoder), location(out)
-    with connected(address), ConsoleProgress() as progress:
+    with runner_for(resources, address) as runner, ConsoleProgress() as progress:
         run_stage(
             model,
             decoder,
@@ -286,7 +286,7 @@ def sample_and_eval(
             config,
             guide=None if guide is None else location(guide),
             pool=None if pool is None else location(pool),
-            resources=resources,
+            runner=runner,
             progress=progress,
         )
         written = [*(export_npz(directory, progress) if npz else []), *(export_png(directory, progress) if png else [])]
@@ -301,7 +301,7 @@ def run(
     workdir: Annotated[str, typer.Option("--workdir", help="Holds one directory per stage.")],
     source: Annotated[str | None, typer.Option("--source", help="Image folder, instead of the recipe's.")] = None,
     overrides: SetOption = None,
-    num_workers: WorkersOption = 1,
+    num_workers: WorkersOption = None,
     train_workers: Annotated[
         int | None, typer.Option("--train-workers", min=1, help="Training workers on Ray; without it, this process.")
     ] = None,

@@ -97,7 +97,7 @@ def test_damaged_images_keep_their_row_and_are_counted(
 def test_a_record_that_outlived_its_shard_is_not_believed(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """After a restore in part, or a clean-up by hand: half-done, and the journal says more than is there."""
+    """After a restore in part, or a clean-up by hand: the journal says more, or other things, than is there."""
     out = tmp_path / "cache"
     shutil.copytree(finished.root / "cache", out)
     before = tree_bytes(out, *STORE)
@@ -108,7 +108,8 @@ def test_a_record_that_outlived_its_shard_is_not_believed(
     kept[0].unlink()
     kept[1].write_bytes(kept[1].read_bytes()[:-1])
     (out / "journal" / "unit-000002.json").write_text('{"sha256": "ab')
-    (out / "journal" / "unit-000003.npy").unlink()
+    altered = out / "journal" / "unit-000003.json"
+    altered.write_text(altered.read_text().replace('"count": ', '"count": 1'))
     found = svgpipe(*extract_args(finished, out))
     assert found.code == 0, found.err
     assert tree_bytes(out, *STORE) == before
@@ -130,21 +131,6 @@ def test_a_scheduler_stops_it_as_ctrl_c_does(finished: Finished, tmp_path: Path)
     assert "Traceback" not in text
     assert not (out / "lock.json").exists()
     assert 2 <= units_done(out) < 36
-
-
-def test_statistics_that_were_altered_cost_one_unit(
-    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
-) -> None:
-    out = tmp_path / "cache"
-    shutil.copytree(finished.root / "cache", out)
-    (out / "manifest.json").unlink()
-    attachment = out / "journal" / "unit-000002.npy"
-    attachment.write_bytes(attachment.read_bytes()[:-8] + b"12345678")
-    stopped = svgpipe(*extract_args(finished, out))
-    assert stopped.code == 1
-    assert "it makes unit 2 anew, and no other" in stopped.err
-    assert svgpipe(*extract_args(finished, out)).code == 0
-    assert FeatureCache(out).manifest.content == finished.cache.manifest.content
 
 
 @pytest.mark.parametrize(
@@ -231,11 +217,11 @@ def test_moments_merge_to_those_of_everything() -> None:
     flat = values.reshape(-1, 4)
     np.testing.assert_allclose(merged.mean, flat.mean(0))
     np.testing.assert_allclose(merged.std, flat.std(0))
-    np.testing.assert_allclose(merged.covariance, np.cov(flat.T, bias=True), atol=1e-12)
     assert (merged.minimum == flat.min(0)).all()
     assert (merged.maximum == flat.max(0)).all()
-    again = Moments.from_bytes(merged.to_bytes(), 4)
-    assert (again.comoment == merged.comoment).all()
+    again = Moments.from_json(json.loads(json.dumps(merged.to_json())), 4)
+    assert (again.squares == merged.squares).all()
     assert (again.count, again.mean.tolist()) == (merged.count, merged.mean.tolist())
-    with pytest.raises(ArtifactError, match="float64 moments"):
-        Moments.from_bytes(merged.to_bytes(), 5)
+    for damaged in (merged.to_json(), {}, None, {"count": 1, "values": "?"}):
+        with pytest.raises(ArtifactError, match="statistics of 5 channels"):
+            Moments.from_json(damaged, 5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import errno
 import io
 import json
 import os
@@ -27,23 +26,23 @@ from svgpipe.manifests.checkpoint import STATISTICS_FILE, AutoencoderManifest, s
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.recipe import ExtractorSection
 from svgpipe.manifests.reconstruction import ReconstructionReport
-from svgpipe.manifests.shards import ShardFile, TarImage, shard_name, write_tar
+from svgpipe.manifests.shards import TarImage, shard_name, write_tar
 from svgpipe.manifests.storage import file_sha256, write_atomic
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.models.sampler import time_grid
 from svgpipe.pipeline import report as report_page
 from svgpipe.pipeline.chart import Value
 from svgpipe.pipeline.page import picture
-from svgpipe.stages.evaluate import compare
+from svgpipe.stages.evaluate import measure
 from svgpipe.stages.evaluate import sample_latents as latents_stage
-from svgpipe.stages.evaluate.compare import extracted
+from svgpipe.stages.evaluate.cpu_tasks import LatentsUnit
 from svgpipe.stages.evaluate.decode import ImageJob, decoded_images, missing_units
 from svgpipe.stages.evaluate.features import Extractor, load_extractor
+from svgpipe.stages.evaluate.measure import extracted
+from svgpipe.stages.evaluate.plan import Sampler
 from svgpipe.stages.evaluate.reference import open_reference
-from svgpipe.stages.evaluate.shared_images import SharedImages
 from svgpipe.stages.images.decode import decode_image, to_array
 from svgpipe.stages.images.image_set import ImageSet
 from svgpipe.stages.networks.autoencoder import build_backbone, latent_decoder, state_digest
@@ -389,12 +388,12 @@ def drawn_by_a_worker(finished: Finished, *, guided: bool = False, **changes: ob
     """The first unit of the last setting, in this process."""
     config = finished.recipe.evaluation.model_copy(update=changes)
     model = open_diffusion(finished.root / "diffusion")
-    sampler = latents_stage.Sampler(model, model if guided else None)
+    sampler = Sampler(model, model if guided else None)
     settings = sampler.settings(config)
     spec = FeatureStore.open(latents_of(finished.root / "evaluation", SETTINGS[-1])).spec
-    worker = latents_stage._Draw(sampler, settings, config, [spec] * len(settings), torch.get_num_threads())
-    latents: np.ndarray = worker({"unit": 0, "setting": len(settings) - 1, "number": 0})["latents"]
-    return latents.astype(np.float32)
+    specs = [spec] * len(settings)
+    worker = latents_stage._Draw(torch.device("cpu"), sampler=sampler, settings=settings, config=config, specs=specs)
+    return worker(LatentsUnit(len(settings) - 1, 0)).latents.astype(np.float32)
 
 
 def test_bfloat16_weights_change_nothing_that_autocast_does_not(finished: Finished) -> None:
@@ -564,9 +563,9 @@ def test_without_guidance_its_mode_and_guide_do_not_matter(finished: Finished) -
     """Such sweeps share their latents; cfg_star, which changes the first steps at any guidance, does not."""
     model = open_diffusion(finished.root / "diffusion")
     config = finished.recipe.evaluation.model_copy(update={"steps": [2], "guidance": [1.0, 1.5]})
-    plain = latents_stage.Sampler(model)
+    plain = Sampler(model)
 
-    def drawn(mode: str, sampler: latents_stage.Sampler = plain) -> list[tuple[str, np.ndarray]]:
+    def drawn(mode: str, sampler: Sampler = plain) -> list[tuple[str, np.ndarray]]:
         settings = sampler.settings(config.model_copy(update={"guidance_mode": mode}))
         guides = [] if sampler.guide is None else [sampler.guide.load("raw")]
         return [
@@ -579,7 +578,7 @@ def test_without_guidance_its_mode_and_guide_do_not_matter(finished: Finished) -
 
     (key, latents), (guided_key, guided) = drawn("constant")
     others = [drawn(mode) for mode in ("interval-0.2-0.9", "linear", "late", "early-0.5")]
-    others.append(drawn("constant", latents_stage.Sampler(model, model)))
+    others.append(drawn("constant", Sampler(model, model)))
     for (same_key, same), (other_key, other) in others:
         assert same_key == key and np.array_equal(same, latents)
         assert other_key != guided_key and not np.array_equal(other, guided)
@@ -616,50 +615,6 @@ def test_latents_that_are_damaged_within_are_named(
     assert svgpipe(*arguments).code == 0
 
 
-def test_another_evaluation_of_the_same_latents_decodes_nothing(
-    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
-) -> None:
-    """By another extractor, say; its images are its own, whatever becomes of the first one's."""
-    extractor = ["--set", "evaluation.extractor={kind: timm, name: resnet10t, weights: random}"]
-    pool = tmp_path / "pool"
-    for name in ("latents", "decoded"):
-        shutil.copytree(finished.root / name, pool / name)
-    cut = next(path for path in sorted((pool / "decoded").glob("*.tar")))
-    cut.write_bytes(cut.read_bytes()[:-1024])
-    out = tmp_path / "out"
-    found = svgpipe(*eval_args(finished, out, *extractor, "--pool", pool))
-    assert found.code == 0, found.err
-    assert "decode: 12 (11 done before)" in found.err  # all but the tar that was cut
-    assert "resnet10t" in Report.read(out).metric
-    shutil.rmtree(pool / "decoded")
-    assert tree_bytes(out, "images/**/*") == tree_bytes(finished.root / "evaluation", "images/**/*")
-    assert svgpipe("verify", out, "--deep").code == 0
-
-
-def test_where_files_cannot_be_linked_nothing_is_shared(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tar = sorted((finished.root / "evaluation" / "images" / SETTINGS[0]).glob("*.tar"))[0]
-    shard = ShardFile.model_validate(
-        read_json(finished.root / "evaluation" / "journal" / "decode" / "unit-000000.json")["shard"]
-    )
-    shared = SharedImages(tmp_path / "pool")
-    shared.give("key", tar, shard)
-    target = tmp_path / "other.tar"
-    assert shared.take("none", target) is None
-    assert shared.take("key", target) == shard.model_copy(update={"name": "other.tar"})
-    assert shared.take("key", target) is not None  # over what is there already
-    assert target.read_bytes() == tar.read_bytes() and target.with_suffix(".parquet").exists()
-
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-    monkeypatch.setattr(os, "link", refuse)
-    shared.give("later", tar, shard)
-    assert shared.take("key", tmp_path / "third.tar") is None and shared.take("later", target) is None
-    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".partial"]
-
-
 @pytest.mark.slow
 def test_autoguidance_by_a_checkpoint(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     """v_weak + 2 (v - v_weak), by hand, with labels drawn and a multistep solver."""
@@ -690,18 +645,18 @@ def test_autoguidance_by_a_checkpoint(finished: Finished, tmp_path: Path, svgpip
 
 def test_a_guide_that_does_not_belong_is_refused(finished: Finished, tmp_path: Path) -> None:
     model = open_diffusion(finished.root / "diffusion")
-    latents_stage.Sampler(model, model).require_match()
+    Sampler(model, model).require_match()
     with pytest.raises(MismatchError, match="another shape or other classes"):
-        latents_stage.Sampler(model, replace(model, class_names=model.class_names[::-1])).require_match()
+        Sampler(model, replace(model, class_names=model.class_names[::-1])).require_match()
     other = replace(model, directory=tmp_path, content={**model.content})
     mean, std = model.statistics()
     statistics = {"channel_mean": torch.from_numpy(mean) + 1, "channel_std": torch.from_numpy(std)}
     other.content[STATISTICS_FILE] = save_tensors(tmp_path / STATISTICS_FILE, statistics)
     with pytest.raises(MismatchError, match="another cache"):
-        latents_stage.Sampler(model, other).require_match()
+        Sampler(model, other).require_match()
     config = finished.recipe.evaluation.model_copy(update={"guidance_mode": "cfg_star-1-2"})
     with pytest.raises(UsageError, match="a guide has none"):
-        latents_stage.Sampler(model, model).settings(config)
+        Sampler(model, model).settings(config)
 
 
 def test_labels_are_equal_per_class_or_drawn() -> None:
@@ -844,7 +799,7 @@ def test_features_of_a_large_set_are_kept_part_by_part(
     backbone = build_backbone(finished.recipe.autoencoder.backbone, 32)
     extractor = load_extractor(ExtractorSection(kind="backbone"), backbone)
     expected = extractor.features(images, 2)["pooled"]
-    monkeypatch.setattr(compare, "PART", 2)
+    monkeypatch.setattr(measure, "PART", 2)
     looked: list[int] = []
 
     def until_killed(self: Extractor, part: ImageSet, batch_size: int) -> dict[str, torch.Tensor]:
@@ -908,16 +863,17 @@ def test_units_of_another_list_of_sets_are_made_anew(tmp_path: Path) -> None:
     """An alignment that there is now puts reconstructions where the noise was."""
     journal = Journal(tmp_path / "journal")
     noise, rebuilt = ImageJob("decoded-noise", 6), ImageJob("reconstructions", 6)
-    for number, unit in enumerate(noise.units(4)):
-        tar = tmp_path / unit["set"] / shard_name(unit["number"])
+    units = noise.units(4, 0)
+    for unit in units:
+        tar = tmp_path / unit.set_name / shard_name(unit.shard)
         tar.parent.mkdir(exist_ok=True)
-        shard = write_tar(tar, [TarImage(str(i), b"pixels", "png", 0) for i in unit["indices"]], "train")
-        journal.record(number, {"set": unit["set"], "shard": shard.model_dump()})
-    path = tar.with_suffix(".parquet")
-    assert missing_units(journal, noise.units(4), tmp_path) == []
-    assert missing_units(journal, [*rebuilt.units(4), *noise.units(4)], tmp_path) == [0, 1, 2, 3]
-    path.unlink()  # the index of the last tar
-    assert missing_units(journal, noise.units(4), tmp_path) == [1]
+        shard = write_tar(tar, [TarImage(str(i), b"pixels", "png", 0) for i in unit.indices], "train")
+        journal.record(unit.number, {"set": unit.set_name, "shard": shard.model_dump()})
+    assert missing_units(journal, units, tmp_path) == []
+    with_rebuilt = [*rebuilt.units(4, 0), *noise.units(4, 2)]
+    assert missing_units(journal, with_rebuilt, tmp_path) == with_rebuilt
+    tar.with_suffix(".parquet").unlink()  # the index of the last tar
+    assert missing_units(journal, units, tmp_path) == units[1:]
 
 
 def test_an_image_that_cannot_be_evaluated_is_named(finished: Finished, tmp_path: Path) -> None:

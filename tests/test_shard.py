@@ -196,7 +196,7 @@ def test_crop_stores_square_pngs(photographs: Path, tmp_path: Path, svgpipe: Cal
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     source = write_crops(tmp_path / "source", per_class=80)
     options = ["--set", "shard.images_per_shard=10", "--workers", "1"]
-    out, records = tmp_path / "killed", tmp_path / "killed" / "records"
+    out, records = tmp_path / "killed", tmp_path / "killed" / "journal"
     run_and_kill(["shard", source, out, *options], lambda: len(list(records.glob("*.json"))) >= 3)
     done = len(list(records.glob("*.json")))
     assert 3 <= done < 24
@@ -224,7 +224,7 @@ def test_a_killed_worker_is_one_message_and_the_same_command_resumes(
         text=True,
     )
     deadline = time.monotonic() + 60
-    while len(list((out / "records").glob("*.json"))) < 2:
+    while len(list((out / "journal").glob("*.json"))) < 2:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -57,7 +57,7 @@ def lose_record(cache: Path) -> None:
 
 
 def flip_statistics(cache: Path) -> None:
-    flip_bit(cache / "journal" / "unit-000000.npy", 300)
+    flip_bit(cache / "journal" / "unit-000000.json", 300)
 
 
 def lose_metadata(cache: Path) -> None:

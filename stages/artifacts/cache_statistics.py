@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 
 from svgpipe.manifests.cache import FeatureCache
 
-from ..extract.moments import effective_rank
-
 # Beyond these a normalised channel is called off.
 MEAN_LIMIT, STD_LOW, STD_HIGH = 0.05, 0.95, 1.05
 NAMED = 8
@@ -72,3 +70,13 @@ class CacheStatistics:
             f"{len(off)} of {len(self.mean)} channels are off what calibration promised (|mean| > {MEAN_LIMIT} or std "
             f"outside {STD_LOW}–{STD_HIGH}): {worst}{more}. Calibrate over more images (extract.calibration_images)."
         ]
+
+
+def effective_rank(covariance: NDArray[np.float64]) -> float:
+    """exp of the entropy of the normalised eigenvalues, between 1 and C. Source: Roy & Vetterli 2007."""
+    eigenvalues = np.clip(np.linalg.eigvalsh(covariance), 0, None)
+    total = eigenvalues.sum()
+    if total == 0:
+        return 0.0
+    shares = eigenvalues[eigenvalues > 0] / total
+    return float(np.exp(-(shares * np.log(shares)).sum()))

@@ -24,7 +24,7 @@ from svgpipe.manifests.store import FeatureStore
 
 from ..extract.stage import extract
 from ..runtime.progress import Progress, Silent
-from ..runtime.runner import Resources
+from ..runtime.runner import Runner
 from .requantize import requantize
 from .verify import Finding, verify
 
@@ -36,10 +36,10 @@ def repair(
     *,
     shards: ShardSet | None = None,
     autoencoder: Location | None = None,
-    resources: Resources | None = None,
+    runner: Runner | None = None,
     progress: Progress | None = None,
 ) -> list[Finding]:
-    """Mend the cache at `path`; returns what was wrong with it. Ray must be connected.
+    """Mend the cache at `path`; returns what was wrong with it.
 
     Args:
         shards, autoencoder: where the cache's inputs lie now, if not where they lay.
@@ -59,7 +59,7 @@ def repair(
         _compare(path, before)
         return []
     damaged = {finding.unit for finding in findings if finding.unit is not None}
-    again = _maker(path, before, damaged, shards, autoencoder, resources, progress)
+    again = _maker(path, before, damaged, shards, autoencoder, runner, progress)
     if not resumed:
         with locked(path):
             _take_apart(path, before, damaged)
@@ -146,7 +146,7 @@ def _maker(
     damaged: set[int],
     shards: ShardSet | None,
     autoencoder: Location | None,
-    resources: Resources | None,
+    runner: Runner | None,
     progress: Progress,
 ) -> Callable[[Location], CacheManifest]:
     """The stage that made a cache, with its inputs opened and checked before anything is taken apart."""
@@ -171,4 +171,4 @@ def _maker(
     config = ExtractSection.model_validate(manifest.config)
     _require_images(path, manifest, damaged, opened)
     # Rejects that the finished cache already had were accepted when it was made.
-    return lambda path: extract(opened, encoder, path, config, max_rejects=1.0, resources=resources, progress=progress)
+    return lambda path: extract(opened, encoder, path, config, max_rejects=1.0, runner=runner, progress=progress)

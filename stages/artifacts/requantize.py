@@ -1,7 +1,7 @@
 """`svgpipe requantize`: a cache → the same cache in another dtype.
 
 Reads and writes outer shards whole, one journal record each, as an extraction does; a killed run resumes.
-What it costs is measured by price.py.
+What it costs is measured by requantize_cost.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreDtype
 
 from ..extract.quantization import SAMPLED_VECTORS, int8_scales
+from ..extract.rejects import Reject
 from ..extract.unit_writer import (
     REJECTS_NAME,
     all_records,
@@ -84,8 +85,8 @@ def requantize(
             progress.advance()
         for name in ("label", "valid", "heldout"):
             store.put(name, cache.store.array(name), "sample")
-        put_statistics(store, journal)
         records = all_records(store, journal)
+        put_statistics(store, records, cache.valid)
         write_atomic(out / REJECTS_NAME, reject_lines(records, spec))
         manifest = CacheManifest.model_validate(
             {
@@ -122,12 +123,12 @@ def _calibration(cache: FeatureCache, dtype: StoreDtype, path: Location, progres
 
 @dataclass(frozen=True)
 class _Convert:
-    """One outer shard, whole, then its statistics, then its journal record."""
+    """One outer shard, whole, then its journal record."""
 
     source: FeatureStore
     target: FeatureStore
 
     def __call__(self, unit: int) -> None:
         features = self.source.decode(self.source.read_unit(unit)).astype(np.float16, copy=False)
-        rejects = Journal(self.source.path / "journal").read(unit)["rejects"]
+        rejects = [Reject(**entry) for entry in Journal(self.source.path / "journal").read(unit)["rejects"]]
         write_unit(self.target, Journal(self.target.path / "journal"), unit, features, rejects)

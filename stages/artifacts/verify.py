@@ -225,9 +225,9 @@ def _verify_latents(path: Location, manifest: EvaluationManifest, deep: bool) ->
         if not (store / "zarr.json").exists():
             continue
         try:
-            rows = 0
+            rows, journal = 0, Journal(store / "journal")
             while rows < manifest.num_samples:
-                record = LatentsRecord.model_validate(read_json(store / "journal" / f"unit-{len(hashes):06d}.json"))
+                record = LatentsRecord.model_validate(journal.read(len(hashes)))
                 file = unit_file(store, len(hashes))
                 hashes.append(record.sha256)
                 rows += record.rows

@@ -91,7 +91,7 @@ class _UnitCheck:
         try:
             record = self.journal.read(unit)
             rejects = [int(reject["row"]) for reject in record["rejects"]]
-            moments = Moments.from_bytes(self.journal.attachment(unit), self.store.spec.channels)
+            moments = Moments.from_json(record.get("moments"), self.store.spec.channels)
             sha256, num_bytes = record["sha256"], record["num_bytes"]
         except (ArtifactError, KeyError, TypeError, ValueError) as error:
             return [wrong(f"its record is damaged: {error}")]

@@ -1,13 +1,12 @@
-"""The CPU tasks around the sampling and decoding actors of an evaluation.
+"""The CPU steps around sampling and decoding: read what is decoded, write latents and images; and their records.
 
-Apart from sample_and_eval.py so that the processes that run them need not load torch.
+Apart from what computes, so that the processes that run them need not load torch.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,19 +17,59 @@ from svgpipe.manifests.figure import Record
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import TarImage, shard_name, write_tar
-from svgpipe.manifests.storage import Location, file_sha256, location
+from svgpipe.manifests.storage import Location, file_sha256
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
 
-from ..images.decode import centre_crop, decode_member, encode_png, to_array
-from .shared_images import SharedImages
-
-Row = dict[str, Any]
+from ..images.decode import RGBArray, centre_crop, decode_member, encode_png, to_array
 
 
-def pass_on(row: Row) -> Row:
-    """Nothing to read."""
-    return row
+@dataclass(frozen=True)
+class LatentsUnit:
+    """An outer shard of one setting's latents: numbers of the setting in the sweep, and of the shard in its store."""
+
+    setting: int
+    unit: int
+
+
+@dataclass(frozen=True)
+class DrawnUnit:
+    """Latents (n,1,row,column,channel) float16 of a unit."""
+
+    setting: int
+    unit: int
+    latents: NDArray[np.float16]
+
+
+@dataclass(frozen=True)
+class ImageUnit:
+    """One tar of decoded images: from a store of latents, from real images, or, without either, from noise."""
+
+    number: int  # in the journal
+    set_name: str
+    shard: int  # in its set
+    indices: Sequence[int]
+    labels: Sequence[int]
+    store: Location | None = None
+    originals: Sequence[ImageRef] = ()
+    residual: bool = True  # of real images: False encodes them without the residual branch
+
+
+@dataclass(frozen=True)
+class ImageSources:
+    """What a unit is decoded from: latents (n,row,column,channel) float32, or crops (n,S,S,3); None: from noise."""
+
+    unit: ImageUnit
+    latents: NDArray[np.float32] | None = None
+    pixels: RGBArray | None = None
+
+
+@dataclass(frozen=True)
+class DecodedUnit:
+    """Images (n,H,W,3) of a unit."""
+
+    unit: ImageUnit
+    images: RGBArray
 
 
 class LatentsRecord(Record):
@@ -41,24 +80,28 @@ class LatentsRecord(Record):
     rows: PositiveInt
 
 
+def pass_on(unit: LatentsUnit) -> LatentsUnit:
+    """Nothing to read."""
+    return unit
+
+
 @dataclass(frozen=True)
 class WriteLatents:
-    """CPU task: one outer shard of one setting, then its record in that store's journal."""
+    """One outer shard of one setting, then its record in that store's journal."""
 
     paths: list[Location]
     specs: list[StoreSpec]
 
-    def __call__(self, row: Row) -> Row:
-        setting, number = int(row["setting"]), int(row["number"])
-        store = FeatureStore(self.paths[setting], self.specs[setting])
-        store.write_unit(number, np.ascontiguousarray(row["latents"]))
-        file = store.unit_file(number)
-        record = LatentsRecord(sha256=file_sha256(file), num_bytes=file.stat().st_size, rows=len(row["latents"]))
-        Journal(store.path / "journal").record(number, record.model_dump())
-        return {"unit": row["unit"]}
+    def __call__(self, drawn: DrawnUnit) -> LatentsUnit:
+        store = FeatureStore(self.paths[drawn.setting], self.specs[drawn.setting])
+        store.write_unit(drawn.unit, np.ascontiguousarray(drawn.latents))
+        file = store.unit_file(drawn.unit)
+        record = LatentsRecord(sha256=file_sha256(file), num_bytes=file.stat().st_size, rows=len(drawn.latents))
+        Journal(store.path / "journal").record(drawn.unit, record.model_dump())
+        return LatentsUnit(drawn.setting, drawn.unit)
 
 
-def _latents(store: FeatureStore, indices: list[int]) -> NDArray[np.float32]:
+def _latents(store: FeatureStore, indices: Sequence[int]) -> NDArray[np.float32]:
     """Raises ArtifactError for damage within files of the right size: what has another size was drawn anew."""
     try:
         return store.read(indices).astype(np.float32)
@@ -69,38 +112,32 @@ def _latents(store: FeatureStore, indices: list[int]) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class ReadForDecoding:
-    """CPU task: latents of a store, or pixels of real images, or nothing for noise."""
+    """Latents of a store, or crops of real images, or nothing for noise."""
 
     size: int
 
-    def __call__(self, row: Row) -> Row:
-        job = json.loads(row["job"])
-        empty = np.zeros((0,), np.float32)
-        latents = pixels = empty
-        if job["store"] is not None:
-            latents = _latents(FeatureStore.open(location(job["store"])), job["indices"])
-        if job["refs"]:
-            images = (decode_member(ImageRef(location(tar), *where)) for tar, *where in job["refs"])
-            pixels = np.stack([to_array(centre_crop(image, self.size)) for image in images])
-        return {**row, "latents": latents, "pixels": pixels}
+    def __call__(self, unit: ImageUnit) -> ImageSources:
+        if unit.store is not None:
+            return ImageSources(unit, latents=_latents(FeatureStore.open(unit.store), unit.indices))
+        if unit.originals:
+            images = (decode_member(ref) for ref in unit.originals)
+            return ImageSources(unit, pixels=np.stack([to_array(centre_crop(image, self.size)) for image in images]))
+        return ImageSources(unit)
 
 
 @dataclass(frozen=True)
 class WriteImages:
-    """CPU task: one tar, then its journal record, then other evaluations may find it."""
+    """One tar, then its journal record."""
 
     out: Location
     journal: Location
-    shared: SharedImages
 
-    def __call__(self, row: Row) -> Row:
-        job = json.loads(row["job"])
-        folder = self.out / "images" / job["set"]
+    def __call__(self, decoded: DecodedUnit) -> int:
+        unit = decoded.unit
         members = [
             TarImage(f"{index:08d}", encode_png(pixels), "png", label)
-            for index, label, pixels in zip(job["indices"], job["labels"], np.asarray(row["images"]), strict=True)
+            for index, label, pixels in zip(unit.indices, unit.labels, decoded.images, strict=True)
         ]
-        shard = write_tar(folder / shard_name(job["number"]), members, "train")
-        Journal(self.journal).record(int(row["unit"]), {"set": job["set"], "shard": shard.model_dump()})
-        self.shared.give(job["key"], folder / shard.name, shard)
-        return {"unit": row["unit"]}
+        shard = write_tar(self.out / "images" / unit.set_name / shard_name(unit.shard), members, "train")
+        Journal(self.journal).record(unit.number, {"set": unit.set_name, "shard": shard.model_dump()})
+        return unit.number

@@ -1,13 +1,14 @@
 """`svgpipe eval-reconstruction`: what an autoencoder loses of held-out images, with its residual branch and without.
 
-decode    both sets of reconstructions into WebDataset tars, on Ray workers, unit by unit with a journal
+decode    both sets of reconstructions into WebDataset tars, unit by unit with a journal
 measure   image against image, and set against set, from the 8-bit images
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +22,9 @@ from torch import Tensor
 from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, UsageError
+from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import WorkDir, digest
+from svgpipe.manifests.manifest import InputRef, WorkDir, digest
 from svgpipe.manifests.recipe import AutoencoderSection, PerceptualSection, ReconstructionSection
 from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.report_file import REPORT_NAME
@@ -37,17 +39,17 @@ from ..networks.autoencoder import build_backbone, read_weight_file, state_diges
 from ..networks.perceptual import load_lpips
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Recorded
-from ..runtime.runner import Resources
+from ..runtime.runner import LocalRunner, Runner
 from ..runtime.selection import evenly_spread
-from .compare import RECONSTRUCTIONS, extracted
-from .decode import ImageJob, decode
+from .decode import DecoderOptions, ImageJob, decode
 from .features import POOLED, Extractor, load_extractor, software, weight_inputs
 from .intervals import mean_figure
+from .measure import RECONSTRUCTIONS, extracted
 from .metrics import Comparison, Features
 from .reference import require_decodable, was_decoded
 
 WITHOUT_RESIDUAL = "without-residual"
-FEWEST = 2
+MIN_IMAGES = 2
 
 
 class Lpips(NamedTuple):
@@ -57,6 +59,87 @@ class Lpips(NamedTuple):
     weights: str
 
 
+@dataclass(frozen=True)
+class ReconstructionPlan:
+    """What an evaluation of an autoencoder does, decided before it starts."""
+
+    out: Location
+    pool: Location  # holds `features`, which other evaluations find there
+    config: ReconstructionSection
+    autoencoder: Location
+    encoder: AutoencoderManifest
+    shards: ShardSet
+    chosen: list[ImageRef]
+    inputs: dict[str, InputRef]
+
+    @classmethod
+    def resolve(
+        cls,
+        autoencoder: Location,
+        shards: ShardSet,
+        out: Location,
+        config: ReconstructionSection,
+        pool: Location | None,
+    ) -> ReconstructionPlan:
+        """Choose the images. Raises UsageError for fewer than two held-out ones."""
+        encoder, heldout = AutoencoderManifest.read(autoencoder), shards.usable("heldout")
+        if len(heldout) < MIN_IMAGES:
+            raise UsageError(
+                f"{shards.directory}: expected at least {MIN_IMAGES} held-out images, found {len(heldout)}. Make the "
+                "shards with --holdout, so that reconstructions are measured on images that no training has seen."
+            )
+        inputs = {
+            "autoencoder": encoder.as_input(autoencoder),
+            "shards": shards.as_input(),
+            **weight_inputs(extractor=config.extractor.weights, vgg=config.vgg_weights, lpips=config.lpips_weights),
+        }
+        chosen = [heldout[i] for i in evenly_spread(len(heldout), config.num_images)]
+        return cls(out, pool or out.parent, config, autoencoder, encoder, shards, chosen, inputs)
+
+    @property
+    def section(self) -> AutoencoderSection:
+        """The autoencoder's own recipe section."""
+        return AutoencoderSection.model_validate(self.encoder.config)
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        """Raises ArtifactError for weights that cannot be had."""
+        backbone = build_backbone(self.section.backbone, self.encoder.image_size, self.autoencoder)
+        return load_extractor(self.config.extractor, backbone, "reconstruction.extractor")
+
+    @property
+    def originals(self) -> ImageSet:
+        """The held-out images."""
+        return ImageSet(self.chosen, self.encoder.image_size)
+
+    def jobs(self) -> list[ImageJob]:
+        """Sets to decode: with the residual branch, where there is one, then without."""
+        count, channels = len(self.chosen), self.encoder.residual_channels
+        with_residual = [ImageJob(RECONSTRUCTIONS, count, originals=self.chosen)] if channels else []
+        return [*with_residual, ImageJob(WITHOUT_RESIDUAL, count, originals=self.chosen, residual=False)]
+
+    def not_measured(self) -> list[str]:
+        """What cannot be measured of this autoencoder, and why."""
+        if not self.encoder.residual_channels:
+            return ["reconstructions with the residual branch on: this autoencoder has none"]
+        if self.section.residual.mask_ratio == 0:
+            return ["a fair reconstruction without residual: it was never masked in training (mask_ratio 0)"]
+        return []
+
+    def decoder_options(self) -> DecoderOptions:
+        """Nothing is decoded from normalised latents here, so mean and std are neutral."""
+        channels, config = self.encoder.frozen_channels + self.encoder.residual_channels, self.config
+        return DecoderOptions(
+            self.autoencoder,
+            mean=np.zeros(channels, np.float32),
+            std=np.ones(channels, np.float32),
+            size=self.encoder.image_size,
+            seed=config.seed,
+            unit_rows=config.unit_rows,
+            batch_size=config.batch_size,
+        )
+
+
 def eval_reconstruction(
     autoencoder: Location,
     shards: ShardSet,
@@ -64,10 +147,10 @@ def eval_reconstruction(
     config: ReconstructionSection,
     *,
     pool: Location | None = None,
-    resources: Resources | None = None,
+    runner: Runner | None = None,
     progress: Progress | None = None,
 ) -> ReconstructionManifest:
-    """Reconstruct held-out images and publish what was measured at `out`; run again to resume. Ray must be connected.
+    """Reconstruct held-out images and publish what was measured at `out`; run again to resume.
 
     No number depends on `batch_size` but by the rounding of single pixels.
 
@@ -75,92 +158,56 @@ def eval_reconstruction(
         autoencoder: finished one.
         shards: whose held-out images are taken. By its training images the alignment of an imported autoencoder is
             measured, if nobody has yet.
-        pool: holds `decoded` and `features`, which other evaluations find there; without it, where `out` lies.
+        pool: holds `features`, which other evaluations find there; without it, where `out` lies.
+        runner: where units run; by default in this process.
     Raises:
         UsageError: no held-out images.
         ArtifactError: missing weights or images. MismatchError: `out` holds another evaluation.
     """
-    resources = resources or Resources()
-    encoder = AutoencoderManifest.read(autoencoder)
-    heldout = shards.usable("heldout")
-    if len(heldout) < FEWEST:
-        raise UsageError(
-            f"{shards.directory}: expected at least {FEWEST} held-out images, found {len(heldout)}. Make the shards "
-            "with --holdout, so that reconstructions are measured on images that no training has seen."
-        )
-    chosen = [heldout[i] for i in evenly_spread(len(heldout), config.num_images)]
-    inputs = {
-        "autoencoder": encoder.as_input(autoencoder),
-        "shards": shards.as_input(),
-        **weight_inputs(extractor=config.extractor.weights, vgg=config.vgg_weights, lpips=config.lpips_weights),
-    }
-    with WorkDir(out, ReconstructionManifest, config.model_dump(mode="json"), inputs) as work:
+    plan = ReconstructionPlan.resolve(autoencoder, shards, out, config, pool)
+    with WorkDir(out, ReconstructionManifest, config.model_dump(mode="json"), plan.inputs) as work:
         require_same_alignment(autoencoder, out)
         if work.finished is not None:
             ReconstructionReport.require_published(out, work.finished.report)
             return work.finished
-        section = AutoencoderSection.model_validate(encoder.config)
-        backbone = build_backbone(section.backbone, encoder.image_size, autoencoder)
-        extractor = load_extractor(config.extractor, backbone, "reconstruction.extractor")
-        missing: list[str] = []
-        lpips = _lpips(config, missing)
-        progress = Recorded(progress, out)
-        if not was_decoded(shards):
-            require_decodable(chosen, Journal(out / "journal" / "looked"), progress)
-        if needs_alignment(autoencoder, encoder):
-            align_for_evaluation(shards, autoencoder, encoder, config.batch_size, resources, progress)
-        keep_alignment(autoencoder, out)
-        jobs = [ImageJob(WITHOUT_RESIDUAL, len(chosen), originals=chosen, residual=False)]
-        if encoder.residual_channels:
-            jobs.insert(0, ImageJob(RECONSTRUCTIONS, len(chosen), originals=chosen))
-            if section.residual.mask_ratio == 0:
-                missing.append("a fair reconstruction without residual: it was never masked in training (mask_ratio 0)")
-        else:
-            missing.append("reconstructions with the residual branch on: this autoencoder has none")
-        channels = encoder.frozen_channels + encoder.residual_channels
-        tars = decode(
-            jobs,
-            autoencoder,
-            out,
-            pool=pool or out.parent,
-            mean=np.zeros(channels, np.float32),
-            std=np.ones(channels, np.float32),
-            size=encoder.image_size,
-            seed=config.seed,
-            unit_rows=config.unit_rows,
-            batch_size=config.batch_size,
-            resources=resources,
-            progress=progress,
-        )
-        originals = ImageSet(chosen, encoder.image_size)
-        sets = {
-            name: ImageSet(refs_of(out / "images" / name, shards_of), encoder.image_size)
-            for name, shards_of in tars.items()
-        }
-        measured = Journal(out / "journal" / "measure")
-        features = (pool or out.parent) / "features"
-        results = _measure(originals, sets, extractor, lpips, measured, features, config, progress)
-        report = ReconstructionReport(
-            inputs={name: ref.fingerprint for name, ref in work.inputs.items()},
-            software=software(),
-            metric=extractor.metric,
-            extractor=extractor.description,
-            lpips_weights=None if lpips is None else lpips.weights,
-            image_size=encoder.image_size,
-            num_images=len(chosen),
-            images=originals.digest,
-            results=results,
-            not_measured=missing,
-        )
-        report.write(out)
-        return ReconstructionManifest(
-            config=work.config,
-            inputs=work.inputs,
-            seconds=work.seconds,
-            num_images=len(chosen),
-            content=digest({name: [tar.sha256 for tar in found] for name, found in tars.items()}),
-            report=file_sha256(out / REPORT_NAME),
-        ).publish(out)
+        return _evaluate(plan, work, runner or LocalRunner(), Recorded(progress, out))
+
+
+def _evaluate(
+    plan: ReconstructionPlan, work: WorkDir[ReconstructionManifest], runner: Runner, progress: Progress
+) -> ReconstructionManifest:
+    """Decode, then measure."""
+    config, out, missing = plan.config, plan.out, plan.not_measured()
+    extractor = plan.extractor  # weights that are missing should stop it before it has decoded for long
+    lpips = _lpips(config, missing)
+    if not was_decoded(plan.shards):
+        require_decodable(plan.chosen, Journal(out / "journal" / "looked"), progress)
+    if needs_alignment(plan.autoencoder, plan.encoder):
+        align_for_evaluation(plan.shards, plan.autoencoder, plan.encoder, config.batch_size, runner, progress)
+    keep_alignment(plan.autoencoder, out)
+    tars = decode(plan.jobs(), plan.decoder_options(), out, runner, progress)
+    size = plan.encoder.image_size
+    sets = {name: ImageSet(refs_of(out / "images" / name, found), size) for name, found in tars.items()}
+    ReconstructionReport(
+        inputs={name: ref.fingerprint for name, ref in plan.inputs.items()},
+        software=software(),
+        metric=extractor.metric,
+        extractor=extractor.description,
+        lpips_weights=None if lpips is None else lpips.weights,
+        image_size=size,
+        num_images=len(plan.chosen),
+        images=plan.originals.digest,
+        results=_measure(plan, sets, lpips, progress),
+        not_measured=missing,
+    ).write(out)
+    return ReconstructionManifest(
+        config=work.config,
+        inputs=work.inputs,
+        seconds=work.seconds,
+        num_images=len(plan.chosen),
+        content=digest({name: [tar.sha256 for tar in found] for name, found in tars.items()}),
+        report=file_sha256(out / REPORT_NAME),
+    ).publish(out)
 
 
 def _lpips(config: ReconstructionSection, missing: list[str]) -> Lpips | None:
@@ -189,36 +236,20 @@ def _lpips(config: ReconstructionSection, missing: list[str]) -> Lpips | None:
 
 
 def _measure(
-    originals: ImageSet,
-    sets: dict[str, ImageSet],
-    extractor: Extractor,
-    lpips: Lpips | None,
-    journal: Journal,
-    pool: Location,
-    config: ReconstructionSection,
-    progress: Progress,
+    plan: ReconstructionPlan, sets: dict[str, ImageSet], lpips: Lpips | None, progress: Progress
 ) -> list[Reconstructed]:
-    """Figures of every set; what was compared image by image is kept in `journal`, unit by unit."""
-    reference = extracted(pool, originals, extractor, config.batch_size)
+    """Figures of every set against the originals."""
+    config, originals, pool = plan.config, plan.originals, plan.pool / "features"
+    reference = extracted(pool, originals, plan.extractor, config.batch_size)
     comparison = Comparison(Features(reference[POOLED]), config.bootstrap, config.seed)
     progress.begin("measure", len(sets) * len(originals))
     results = []
-    starts = range(0, len(originals), config.unit_rows)
     for number, (name, images) in enumerate(sets.items()):
-        measures: dict[str, list[float | None]] = {}
-        for part, start in enumerate(starts):
-            rows = range(start, min(start + config.unit_rows, len(originals)))
-            shown = [ref.sha256 for source in (originals, images) for ref in source.refs[start : rows.stop]]
-            key = digest([software(), CROP, originals.size, shown, None if lpips is None else lpips.weights])
-            compare = partial(_compare_all, originals, images, rows, lpips)
-            for measure, values in journal.kept(number * len(starts) + part, key, compare).items():
-                measures.setdefault(measure, []).extend(values)
-            progress.advance(len(rows), name)
         figures = {
-            key: mean_figure(kept, config.bootstrap, config.seed) if len(kept := _finite(values)) else None
-            for key, values in measures.items()
+            key: mean_figure(finite, config.bootstrap, config.seed) if len(finite := _finite(values)) else None
+            for key, values in _compared(plan, number, name, images, lpips, progress).items()
         }
-        features = extracted(pool, images, extractor, config.batch_size)[POOLED]
+        features = extracted(pool, images, plan.extractor, config.batch_size)[POOLED]
         results.append(
             Reconstructed(
                 name=name,
@@ -229,6 +260,24 @@ def _measure(
             )
         )
     return results
+
+
+def _compared(
+    plan: ReconstructionPlan, number: int, name: str, images: ImageSet, lpips: Lpips | None, progress: Progress
+) -> dict[str, list[float | None]]:
+    """Values of every measure, image by image; kept in the journal, `unit_rows` images a unit."""
+    originals, journal, rows = plan.originals, Journal(plan.out / "journal" / "measure"), plan.config.unit_rows
+    measures: dict[str, list[float | None]] = {}
+    starts = range(0, len(originals), rows)
+    for part, start in enumerate(starts):
+        chosen = range(start, min(start + rows, len(originals)))
+        shown = [ref.sha256 for source in (originals, images) for ref in source.refs[start : chosen.stop]]
+        key = digest([software(), CROP, originals.size, shown, None if lpips is None else lpips.weights])
+        compare = partial(_compare_all, originals, images, chosen, lpips)
+        for measure, values in journal.kept(number * len(starts) + part, key, compare).items():
+            measures.setdefault(measure, []).extend(values)
+        progress.advance(len(chosen), name)
+    return measures
 
 
 def _compare_all(

@@ -1,4 +1,4 @@
-"""Latents drawn on Ray workers, kept where several sweeps find them.
+"""Latents of every setting of a sweep, kept where several sweeps find them.
 
     POOL/steps-025_guidance-1.5_0123abcd4567/    one Zarr group in the cache's own format for each setting and model
         journal/                                 one record per outer shard, with its hash
@@ -13,28 +13,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from pydantic import ValidationError
 
-from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
+from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.lock import Lock
-from svgpipe.manifests.manifest import InputRef, digest
+from svgpipe.manifests.manifest import digest
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.storage import Location, absolute, file_size, make_directory
 from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
-from svgpipe.models.sampler import Guidance
 
 from ..networks.diffusion import TrainedDiffusion
 from ..networks.sampling import SamplerSettings, draw_latents, keep_as_computed, labels_of
 from ..runtime.device import is_compiled, warn_if_imitated
 from ..runtime.progress import Progress
-from ..runtime.runner import Resources, Row, run_units, start_worker
-from .cpu_tasks import LatentsRecord, WriteLatents, pass_on
+from ..runtime.runner import Runner, Steps
+from .cpu_tasks import DrawnUnit, LatentsRecord, LatentsUnit, WriteLatents, pass_on
+from .plan import EvaluationPlan, Sampler
 
 DESCRIPTION = "sampler"
 
@@ -47,121 +47,62 @@ class DrawnLatents:
     store: FeatureStore
     hashes: list[str]  # of the outer shards that they lie in
 
-    def content(self, first: int, end: int) -> str:
-        """Digest of the outer shards that hold the latents from `first` on, up to `end`."""
-        rows = self.store.spec.unit_rows
-        return digest(self.hashes[first // rows : -(-end // rows)])
-
 
 @dataclass(frozen=True)
-class Sampler:
-    """The model that draws, and the worse one that guides it, if there is one."""
+class _Store:
+    """Latents of one setting: their store, its journal, and how many outer shards the sweep needs."""
 
-    model: TrainedDiffusion
-    guide: TrainedDiffusion | None = None
+    setting: SamplerSettings
+    store: FeatureStore
+    journal: Journal
+    count: int
 
-    def settings(self, config: EvaluationSection) -> list[SamplerSettings]:
-        """Every point of the sweep.
+    def missing(self) -> list[int]:
+        """Outer shards without a record, or whose file is not of the size that was recorded."""
+        records = _records(self.journal)
+        sizes = {unit: file_size(self.store.unit_file(unit)) for unit in range(self.count) if unit in records}
+        return [unit for unit in range(self.count) if unit not in sizes or sizes[unit] != records[unit].num_bytes]
 
-        Raises:
-            UsageError: a guidance mode that does not exist, or that has no meaning with a guide.
-        """
-        try:
-            guidance = Guidance(1.0, config.guidance_mode)
-        except ValueError as error:
-            raise UsageError(f"evaluation.guidance_mode: {error}") from error
-        if self.guide is not None and guidance.kind == "cfg_star":
-            raise UsageError("evaluation.guidance_mode: cfg_star is about unconditional velocities; a guide has none.")
-        return [
-            SamplerSettings(
-                steps=steps,
-                guidance=scale,
-                solver=config.solver,
-                guidance_mode=config.guidance_mode,
-                time_shift=config.time_shift,
-                seed=config.seed,
-                precision=config.precision,
-                weights=self.model.weights_name(config.weights),
-                labels=config.labels,
-                guide=None if self.guide is None else self.guide.described(config.guide_weights),
-            )
-            for scale in config.guidance
-            for steps in config.steps
-        ]
-
-    def require_match(self) -> None:
-        """Raise MismatchError unless both models draw latents of the same kind."""
-        if self.guide is None:
-            return
-        ours, theirs = self.model, self.guide
-        same_shape = (ours.grid, ours.channels, ours.class_names) == (theirs.grid, theirs.channels, theirs.class_names)
-        pairs = zip(ours.statistics(), theirs.statistics(), strict=True)
-        if not same_shape or not all(np.array_equal(a, b) for a, b in pairs):
-            raise MismatchError(
-                f"--guide {theirs.directory}: expected a model of the same latents as {ours.directory}, found one of "
-                f"another {'cache' if same_shape else 'shape or other classes'}. Train both on one cache."
-            )
-
-    def guide_input(self, config: EvaluationSection) -> dict[str, InputRef]:
-        """What the guide adds to an evaluation's inputs."""
-        guide = self.guide
-        if guide is None:
-            return {}
-        about = {"weights": guide.weights_name(config.guide_weights), "step": guide.step, "made_from": guide.made_from}
-        sha256 = guide.weights_sha256(config.guide_weights)
-        return {"guide": InputRef(kind="diffusion", fingerprint=sha256, path=str(guide.directory), config=about)}
+    def drawn(self) -> DrawnLatents:
+        """All of them, once they are there."""
+        records = _records(self.journal)
+        return DrawnLatents(self.setting, self.store, [records[unit].sha256 for unit in range(self.count)])
 
 
-def draw(
-    sampler: Sampler,
-    settings: Sequence[SamplerSettings],
-    config: EvaluationSection,
-    pool: Location,
-    *,
-    resources: Resources,
-    progress: Progress,
-) -> list[DrawnLatents]:
-    """Draw what `pool` does not hold yet of `config.num_samples` latents for each of `settings`. Ray must be connected.
+def draw(plan: EvaluationPlan, runner: Runner, progress: Progress) -> list[DrawnLatents]:
+    """Draw what the plan's pool does not hold yet of the latents of every setting.
 
     Raises:
         BusyError: another process draws the same latents now. ArtifactError: latents that are not finite.
     """
-    if not resources.gpus_per_worker:
-        warn_if_imitated(config.precision)  # here, since nobody reads what a worker logs
+    if runner.computes_on_cpu:
+        warn_if_imitated(plan.config.precision)  # here, since nobody reads what a worker logs
     with ExitStack() as locks:
-        stores = []
-        for setting in settings:
-            path = pool / f"{setting.name}_{_key(sampler, setting, config)}"
-            make_directory(path)
-            locks.callback(Lock(path).release)
-            stores.append(_prepare(path, sampler.model, setting, config.num_samples, config.unit_rows))
-        specs, journals = [store.spec for store in stores], [Journal(store.path / "journal") for store in stores]
-        # Whole outer shards: what another sweep adds must not change what is there.
-        counts = [-(-config.num_samples // spec.unit_rows) for spec in specs]
-        units = [(number, unit) for number, count in enumerate(counts) for unit in range(count)]
-        there = [_drawn(store, journal) for store, journal in zip(stores, journals, strict=True)]
-        missing = [
-            {"unit": place, "setting": number, "number": unit}
-            for place, (number, unit) in enumerate(units)
-            if unit not in there[number]
-        ]
-        progress.begin("sample", len(units), len(units) - len(missing))
-        args: dict[str, Any] = {
-            "sampler": _absolute(sampler),
-            "settings": settings,
-            "config": config,
-            "specs": specs,
-            "threads": resources.threads,
-        }
-        writer = WriteLatents([absolute(store.path) for store in stores], specs)
-        in_all = sum(specs[number].unit_rows for number, _ in units)
-        for _ in run_units(missing, pass_on, _Draw, args, writer, resources):
+        stores = [_open(plan, setting, locks) for setting in plan.settings]
+        missing = [LatentsUnit(number, unit) for number, store in enumerate(stores) for unit in store.missing()]
+        total = sum(store.count for store in stores)
+        progress.begin("sample", total, total - len(missing))
+        specs = [store.store.spec for store in stores]
+        steps = Steps(
+            pass_on,
+            partial(_Draw, sampler=plan.sampler.absolute(), settings=plan.settings, config=plan.config, specs=specs),
+            WriteLatents([absolute(store.store.path) for store in stores], specs),
+        )
+        in_all = sum(store.count * store.store.spec.unit_rows for store in stores)
+        for _ in runner.run(missing, steps):
             progress.advance(1, f"{in_all} latents in all")
-        hashes = [
-            [records[unit].sha256 for unit in range(count)]
-            for count, records in zip(counts, map(_records, journals), strict=True)
-        ]
-    return [DrawnLatents(*drawn) for drawn in zip(settings, stores, hashes, strict=True)]
+        return [store.drawn() for store in stores]
+
+
+def _open(plan: EvaluationPlan, setting: SamplerSettings, locks: ExitStack) -> _Store:
+    """Lock and prepare the store of one setting."""
+    config = plan.config
+    path = plan.pool / "latents" / f"{setting.name}_{_key(plan.sampler, setting, config)}"
+    make_directory(path)
+    locks.callback(Lock(path).release)
+    store = _prepare(path, plan.sampler.model, setting, config.num_samples, config.unit_rows)
+    # Whole outer shards: what another sweep adds must not change what is there.
+    return _Store(setting, store, Journal(path / "journal"), -(-config.num_samples // store.spec.unit_rows))
 
 
 def _key(sampler: Sampler, setting: SamplerSettings, config: EvaluationSection) -> str:
@@ -208,42 +149,32 @@ def _records(journal: Journal) -> dict[int, LatentsRecord]:
     return found
 
 
-def _drawn(store: FeatureStore, journal: Journal) -> set[int]:
-    """Units with a record whose file is of the size that was recorded."""
-    records = _records(journal)
-    return {unit for unit, record in records.items() if file_size(store.unit_file(unit)) == record.num_bytes}
-
-
-def _absolute(sampler: Sampler) -> Sampler:
-    return Sampler(sampler.model.absolute(), None if sampler.guide is None else sampler.guide.absolute())
-
-
 class _Draw:
-    """Actor: a unit of one setting's latents."""
+    """Draws a unit of one setting's latents."""
 
     def __init__(
         self,
+        device: torch.device,
+        *,
         sampler: Sampler,
         settings: Sequence[SamplerSettings],
         config: EvaluationSection,
         specs: Sequence[StoreSpec],
-        threads: int,
     ) -> None:
-        self.device = start_worker(threads)
-        self.settings, self.config, self.specs = settings, config, specs
+        self.device, self.settings, self.config, self.specs = device, settings, config, specs
         models = [sampler.model.load(config.weights)]
         if sampler.guide is not None:
             models.append(sampler.guide.load(config.guide_weights))
         for model in models:
             keep_as_computed(model, config.precision)
-        self.models = [model.to(self.device) for model in models]
-        if is_compiled(config.compile, self.device):
+        self.models = [model.to(device) for model in models]
+        if is_compiled(config.compile, device):
             for model in self.models:
                 model.compile()
 
-    def __call__(self, row: Row) -> Row:
-        setting, spec = self.settings[row["setting"]], self.specs[row["setting"]]
-        start, size = int(row["number"]) * spec.unit_rows, self.config.batch_size
+    def __call__(self, wanted: LatentsUnit) -> DrawnUnit:
+        setting, spec = self.settings[wanted.setting], self.specs[wanted.setting]
+        start, size = wanted.unit * spec.unit_rows, self.config.batch_size
         indices = range(start, start + spec.unit_rows)
         parts = [
             draw_latents(self.models[0], indices[i : i + size], setting, self.device, *self.models[1:]).cpu()
@@ -253,4 +184,4 @@ class _Draw:
         if not np.isfinite(latents).all():
             raise ArtifactError(f"{setting.name}: the model drew latents that are not finite; train longer or anew.")
         shape = (len(indices), 1, *spec.grid, spec.channels)
-        return {**row, "latents": latents.reshape(shape)}
+        return DrawnUnit(wanted.setting, wanted.unit, latents.reshape(shape))

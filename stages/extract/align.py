@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,8 +14,9 @@ from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, absolute
 
 from ..runtime.progress import Progress
-from ..runtime.runner import Resources
+from ..runtime.runner import Runner
 from .calibrate import measure_features, training_rows
+from .encoder_actor import EncoderOptions
 
 
 def needs_alignment(autoencoder: Location, manifest: AutoencoderManifest) -> bool:
@@ -29,14 +30,14 @@ def measure_alignment(
     shards: ShardSet,
     autoencoder: Location,
     manifest: AutoencoderManifest,
-    worker_args: dict[str, Any],
-    resources: Resources,
+    options: EncoderOptions,
+    runner: Runner,
     progress: Progress,
 ) -> None:
     """Measure the four scalars over evenly spread training images and put them beside the weights, once and for all.
 
     Mean and unbiased standard deviation of every channel over images and grid, each averaged over the backbone's and
-    over the residual's channels, as `Alignment.statistics` has them for one batch. Ray must be connected.
+    over the residual's channels, as `Alignment.statistics` has them for one batch.
 
     Raises:
         BusyError: another extraction is measuring them. ArtifactError: no image can be decoded.
@@ -46,8 +47,8 @@ def measure_alignment(
         if MeasuredAlignment.read(autoencoder) is not None:
             return
         chosen = training_rows(shards, AutoencoderSection.model_validate(manifest.config).calibration_images)
-        arguments = {**worker_args, "aligned": False}
-        total, _ = measure_features(shards, chosen, manifest.image_size, arguments, resources, progress, "align")
+        unaligned = replace(options, aligned=False)
+        total, _ = measure_features(shards, chosen, manifest.image_size, unaligned, runner, progress, "align")
         std = total.std * np.sqrt(total.count / max(1, total.count - 1))
         groups = slice(0, manifest.frozen_channels), slice(manifest.frozen_channels, None)
         frozen, residual = ((float(total.mean[g].mean()), float(std[g].mean())) for g in groups)
@@ -65,15 +66,9 @@ def align_for_evaluation(
     autoencoder: Location,
     manifest: AutoencoderManifest,
     batch_size: int,
-    resources: Resources,
+    runner: Runner,
     progress: Progress,
 ) -> None:
     """`measure_alignment` in float32, as evaluations reconstruct."""
-    arguments = {
-        "autoencoder": absolute(autoencoder),
-        "batch_size": batch_size,
-        "precision": "float32",
-        "compiled": False,
-        "threads": resources.threads,
-    }
-    measure_alignment(shards, autoencoder, manifest, arguments, resources, progress)
+    options = EncoderOptions(absolute(autoencoder), batch_size, "float32")
+    measure_alignment(shards, autoencoder, manifest, options, runner, progress)

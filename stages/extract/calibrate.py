@@ -5,7 +5,7 @@ Kept in calibration.json by the extraction, so that every resume normalises with
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,10 @@ from svgpipe.manifests.recipe import ExtractSection
 from svgpipe.manifests.shards import ShardSet
 
 from ..runtime.progress import Progress
-from ..runtime.runner import Resources, run_units
+from ..runtime.runner import Runner, Steps
 from ..runtime.selection import evenly_spread
-from .cpu_tasks import CollectMoments, ReadImages
-from .encoder_actor import EncodeUnits
+from .cpu_tasks import CollectMoments, ReadImages, UnitRows
+from .encoder_actor import EncoderOptions, EncodeUnits
 from .moments import Moments
 from .quantization import SAMPLED_VECTORS, int8_scales
 
@@ -30,18 +30,18 @@ SMALLEST_STD = 1e-6
 def calibrate(
     shards: ShardSet,
     image_size: int,
-    worker_args: dict[str, Any],
+    options: EncoderOptions,
     config: ExtractSection,
-    resources: Resources,
+    runner: Runner,
     progress: Progress,
 ) -> Calibration:
-    """Measure the calibration. Ray must be connected.
+    """Measure the calibration.
 
     Raises:
         ArtifactError: none of the chosen images can be decoded.
     """
     chosen = training_rows(shards, config.calibration_images)
-    total, vectors = measure_features(shards, chosen, image_size, worker_args, resources, progress, "calibrate")
+    total, vectors = measure_features(shards, chosen, image_size, options, runner, progress, "calibrate")
     mean, std = total.mean.astype(np.float32), total.std.astype(np.float32)
     constant = np.flatnonzero(std < SMALLEST_STD)
     if constant.size:
@@ -64,35 +64,36 @@ def measure_features(
     shards: ShardSet,
     chosen: list[int],
     image_size: int,
-    worker_args: dict[str, Any],
-    resources: Resources,
+    options: EncoderOptions,
+    runner: Runner,
     progress: Progress,
     name: str,
 ) -> tuple[Moments, NDArray[np.float32]]:
-    """Moments of the features of the chosen rows, and some of their vectors (n,C). Ray must be connected.
+    """Moments of the features of the chosen rows, and some of their vectors (n,C).
 
     Raises:
         ArtifactError: none of them can be decoded.
     """
-    size = int(worker_args["batch_size"])
-    chunks = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-    items = [{"unit": i, "rows": chunk} for i, chunk in enumerate(chunks)]
+    size = options.batch_size
+    units = [UnitRows(number, chosen[i : i + size]) for number, i in enumerate(range(0, len(chosen), size))]
     progress.begin(name, len(chosen))
     # Merged in their order; only what comes too early is kept until its turn.
     early: dict[int, Moments] = {}
     total: Moments | None = None
     merged = 0
     samples: dict[int, NDArray[np.float32]] = {}
-    collect = CollectMoments(-(-SAMPLED_VECTORS // max(1, len(chunks))))
-    for done in run_units(items, ReadImages(shards, image_size), EncodeUnits, worker_args, collect, resources):
-        chunk, sample = int(done["unit"]), np.asarray(done["sample"])
-        samples[chunk] = sample
-        early[chunk] = Moments.from_bytes(done["moments"], sample.shape[1])
+    steps = Steps(
+        ReadImages(shards, image_size),
+        partial(EncodeUnits, options=options),
+        CollectMoments(-(-SAMPLED_VECTORS // max(1, len(units)))),
+    )
+    for done in runner.run(units, steps):
+        early[done.unit], samples[done.unit] = done.moments, done.sample
         while merged in early:
             part = early.pop(merged)
             total = (Moments.empty(len(part.mean)) if total is None else total).merge(part)
             merged += 1
-        progress.advance(len(chunks[chunk]))
+        progress.advance(len(units[done.unit].rows))
     if total is None or total.count == 0:
         raise ArtifactError(f"{shards.directory}: none of {len(chosen)} calibration images could be decoded.")
     return total, np.concatenate([samples[i] for i in sorted(samples)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -21,11 +20,10 @@ from svgpipe.manifests.store import INT8_LIMIT, ZSTD_LEVEL
 
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Silent
-from ..runtime.runner import Resources
 from ..runtime.selection import evenly_spread
 from .align import needs_alignment
-from .cpu_tasks import ReadImages
-from .encoder_actor import EncodeUnits
+from .cpu_tasks import ReadImages, UnitRows
+from .encoder_actor import EncoderOptions, EncodeUnits
 from .quantization import int8_scales
 
 # crc32c and index entry of every inner chunk.
@@ -87,18 +85,18 @@ def plan_extract(
     batch = min(config.batch_size if pick_device().type == "cuda" else CPU_BATCH, len(rows))
     rows = rows[: len(rows) // batch * batch]
     progress.say(f"encoding {len(rows)} of {len(shards)} images")
-    read = ReadImages(shards, encoder.image_size)({"unit": 0, "rows": rows})
-    seconds = _seconds(read)
-    worker = EncodeUnits(
+    read = ReadImages(shards, encoder.image_size)(UnitRows(0, rows))
+    seconds = read.timings[0].seconds
+    options = EncoderOptions(
         autoencoder,
         batch,
         config.precision,
         config.compile,
-        Resources().threads,
         views=config.views,
         aligned=not needs_alignment(autoencoder, encoder),
     )
-    pixels = read["pixels"]
+    worker = EncodeUnits(pick_device(), options)
+    pixels = read.pixels
     worker.encode(pixels[:batch])
     started = time.perf_counter()
     features = worker.encode(pixels)
@@ -110,16 +108,11 @@ def plan_extract(
         sampled_images=len(rows),
         shard_bytes=sum(shard.num_bytes for shard in shards.shards),
         row_shape=(rows_, columns, channels),
-        read_s=seconds["read"] / len(rows),
-        decode_s=seconds["decode"] / len(rows),
+        read_s=seconds.get("read", 0.0) / len(rows),
+        decode_s=seconds.get("decode", 0.0) / len(rows),
         encode_s=encode_s,
         bytes_per_row=_bytes_per_row(features),
     )
-
-
-def _seconds(row: dict[str, Any]) -> dict[str, float]:
-    (entry,) = json.loads(row["timings"])
-    return {"read": entry["seconds"].get("read", 0.0), "decode": entry["seconds"].get("decode", 0.0)}
 
 
 def _bytes_per_row(features: NDArray[Any]) -> dict[str, float]:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from svgpipe.manifests.errors import SvgpipeError
 
 # A run is going wrong once this many rejects come at this many times the rate that was accepted.
 EARLY_COUNT, EARLY_FACTOR = 10, 5.0
+
+
+@dataclass(frozen=True)
+class Reject:
+    """An image that could not be used: its row, where it lies, and why."""
+
+    row: int  # inside its unit in the journal, in the whole cache in rejected.jsonl
+    tar: str
+    offset: int
+    key: str
+    reason: str
 
 
 class TooManyRejectsError(SvgpipeError):
@@ -24,14 +35,14 @@ class RejectTally:
         self.seen = 0
         self.reasons: Counter[str] = Counter()
 
-    def add(self, rows: int, rejects: Sequence[dict[str, Any]]) -> None:
-        """`rows` more rows were looked at, of which `rejects` could not be used.
+    def add(self, rows: int, reasons: Sequence[str]) -> None:
+        """`rows` more rows were looked at; `reasons` says why some of them could not be used.
 
         Raises:
             TooManyRejectsError: with the tally by reason.
         """
         self.seen += rows
-        self.reasons.update(kind_of(reject["reason"]) for reject in rejects)
+        self.reasons.update(map(kind_of, reasons))
         rejected = sum(self.reasons.values())
         certain = rejected > self.limit * self.total
         likely = rejected >= EARLY_COUNT and rejected > EARLY_FACTOR * self.limit * self.seen

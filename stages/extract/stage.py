@@ -1,6 +1,6 @@
-"""`svgpipe extract`: shard set → normalised feature cache, on Ray workers.
+"""`svgpipe extract`: shard set → normalised feature cache.
 
-    read + decode (CPU tasks) → encoder actors → write (CPU tasks)
+    read + decode (CPU threads) → encode (device) → write (CPU threads)
 
 The unit of work is one outer Zarr shard. A calibration pass over an evenly spread subset fixes the channel
 statistics before anything is written; each unit is then written whole, by one writer, followed by its journal
@@ -9,8 +9,8 @@ record. A run that was interrupted does the missing units and ends in the same b
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,11 @@ from svgpipe.manifests.store_spec import StoreSpec
 
 from ..runtime.device import warn_if_imitated
 from ..runtime.progress import Progress, Recorded
-from ..runtime.runner import Resources, run_units
+from ..runtime.runner import LocalRunner, Runner, Steps
 from .align import measure_alignment, needs_alignment
 from .calibrate import calibrate
-from .cpu_tasks import ReadImages, WriteUnit
-from .encoder_actor import EncodeUnits
+from .cpu_tasks import ReadImages, UnitRows, WriteUnit
+from .encoder_actor import EncoderOptions, EncodeUnits
 from .rejects import RejectTally
 from .timings import Timings
 from .unit_writer import (
@@ -58,16 +58,17 @@ def extract(
     config: ExtractSection,
     *,
     max_rejects: float = MAX_REJECTS,
-    resources: Resources | None = None,
+    runner: Runner | None = None,
     progress: Progress | None = None,
 ) -> CacheManifest:
     """Encode every image of `shards` once and publish the cache at `out`; run again to resume.
 
-    Ray must be connected. An image that cannot be decoded is recorded as a reject and keeps its row,
+    An image that cannot be decoded is recorded as a reject and keeps its row,
     with `valid` False and zeros: samples = valid + rejected.
 
     Args:
         max_rejects: share of the images that may be unusable; outside the cache's identity.
+        runner: where units run; by default in this process.
     Raises:
         MismatchError: `out` was begun with another encoder or alignment, other shards or another config.
         BusyError: another process works in `out`.
@@ -82,7 +83,7 @@ def extract(
             return work.finished
         if not len(shards):
             raise ArtifactError(f"{shards.directory}: expected images to extract, found none.")
-        job = _Job(shards, autoencoder, encoder, config, resources or Resources(), Recorded(progress, out), max_rejects)
+        job = _Job(shards, autoencoder, encoder, config, runner or LocalRunner(), Recorded(progress, out), max_rejects)
         return job.run(work)
 
 
@@ -92,7 +93,7 @@ class _Job:
     autoencoder: Location
     encoder: AutoencoderManifest
     config: ExtractSection
-    resources: Resources
+    runner: Runner
     progress: Progress
     max_rejects: float
 
@@ -109,70 +110,63 @@ class _Job:
         )
 
     @property
-    def worker_args(self) -> dict[str, Any]:
+    def options(self) -> EncoderOptions:
+        """The encoder before calibration."""
         # Short batches are filled up, so a batch should not exceed what a unit holds.
-        return {
-            "autoencoder": absolute(self.autoencoder),
-            "batch_size": min(self.config.batch_size, self.config.unit_rows, len(self.shards)),
-            "precision": self.config.precision,
-            "compiled": self.config.compile,
-            "threads": self.resources.threads,
-        }
+        batch_size = min(self.config.batch_size, self.config.unit_rows, len(self.shards))
+        return EncoderOptions(absolute(self.autoencoder), batch_size, self.config.precision, self.config.compile)
 
     def run(self, work: WorkDir[CacheManifest]) -> CacheManifest:
-        spec, out = self.spec, work.path
-        if not self.resources.gpus_per_worker:
+        self._require_few_rejects()
+        if self.runner.computes_on_cpu:
             warn_if_imitated(self.config.precision)  # here, since nobody reads what a worker logs
-        # What indexing has rejected is known before anything is encoded.
-        known = int(self.shards.rows.rejected.sum())
-        RejectTally(spec.num_samples, self.max_rejects).add(
-            spec.num_samples, [{"reason": "rejected when indexed"}] * known
-        )
-        tally = RejectTally(spec.num_samples, self.max_rejects)
-        size = self.encoder.image_size
         if needs_alignment(self.autoencoder, self.encoder):
-            measure_alignment(
-                self.shards, self.autoencoder, self.encoder, self.worker_args, self.resources, self.progress
-            )
-        keep_alignment(self.autoencoder, out)
-        calibration = self._calibration(work, size)
-        journal = Journal(out / "journal")
+            measure_alignment(self.shards, self.autoencoder, self.encoder, self.options, self.runner, self.progress)
+        keep_alignment(self.autoencoder, work.path)
+        calibration = self._calibration(work)
+        journal = Journal(work.path / "journal")
         remove_partials(journal.directory)
-        store = FeatureStore.create(out, spec, calibration.mean, calibration.std, calibration.scale)
-        finished = take_stock(store, journal)
-        for unit, record in finished.items():
-            tally.add(len(spec.rows_of(unit)), record["rejects"])
-        self.progress.begin("extract", spec.num_samples, tally.seen)
-        items = [
-            {"unit": unit, "rows": list(spec.rows_of(unit))} for unit in range(spec.num_units) if unit not in finished
-        ]
-        worker_args = {**self.worker_args, "mean": calibration.mean, "std": calibration.std, "views": spec.views}
-        timings = Timings()
-        units = run_units(
-            items,
-            ReadImages(self.shards, size),
-            EncodeUnits,
-            worker_args,
-            WriteUnit(store, journal),
-            self.resources,
-            calls_per_actor=2,
-        )
-        for done in units:
-            work.check_lock()
-            unit = int(done["unit"])
-            _require_seen(store, journal, unit)
-            count = len(spec.rows_of(unit))
-            timings.add(count, json.loads(done["timings"]))
-            self.progress.advance(count)
-            tally.add(count, json.loads(done["rejects"]))
+        store = FeatureStore.create(work.path, self.spec, calibration.mean, calibration.std, calibration.scale)
+        timings = self._extract(work, store, journal, calibration)
         return self._publish(work, store, journal, timings.summary())
 
-    def _calibration(self, work: WorkDir[CacheManifest], image_size: int) -> Calibration:
+    def _require_few_rejects(self) -> None:
+        """What indexing has rejected is known before anything is encoded. Raises TooManyRejectsError."""
+        total, known = self.spec.num_samples, int(self.shards.rows.rejected.sum())
+        RejectTally(total, self.max_rejects).add(total, ["rejected when indexed"] * known)
+
+    def _extract(
+        self, work: WorkDir[CacheManifest], store: FeatureStore, journal: Journal, calibration: Calibration
+    ) -> Timings:
+        """Make the units that are missing."""
+        spec, tally, timings = store.spec, RejectTally(store.spec.num_samples, self.max_rejects), Timings()
+        finished = take_stock(store, journal)
+        for unit, record in finished.items():
+            tally.add(len(spec.rows_of(unit)), [reject["reason"] for reject in record["rejects"]])
+        self.progress.begin("extract", spec.num_samples, tally.seen)
+        units = [UnitRows(unit, spec.rows_of(unit)) for unit in range(spec.num_units) if unit not in finished]
+        options = replace(self.options, mean=calibration.mean, std=calibration.std, views=spec.views)
+        steps = Steps(
+            ReadImages(self.shards, self.encoder.image_size),
+            partial(EncodeUnits, options=options),
+            WriteUnit(store, journal),
+        )
+        for done in self.runner.run(units, steps):
+            work.check_lock()
+            _require_seen(store, journal, done.unit)
+            count = len(spec.rows_of(done.unit))
+            timings.add(count, done.timings)
+            self.progress.advance(count)
+            tally.add(count, [reject.reason for reject in done.rejects])
+        return timings
+
+    def _calibration(self, work: WorkDir[CacheManifest]) -> Calibration:
         """The one that this cache was begun with, or one measured now."""
         path = work.path / CALIBRATION_NAME
         if path.exists():
             return Calibration.read(path)
-        found = calibrate(self.shards, image_size, self.worker_args, self.config, self.resources, self.progress)
+        size = self.encoder.image_size
+        found = calibrate(self.shards, size, self.options, self.config, self.runner, self.progress)
         work.check_lock()
         found.write(path)
         return found
@@ -184,14 +178,14 @@ class _Job:
         records = all_records(store, journal)
         rejected = rejects_of(records, spec)
         valid = np.ones(len(rows), bool)
-        valid[[reject["row"] for reject in rejected]] = False
+        valid[[reject.row for reject in rejected]] = False
         store.put("label", rows.label, "sample")
         store.put("valid", valid, "sample")
         store.put("heldout", rows.heldout, "sample")
-        put_statistics(store, journal)
+        put_statistics(store, records, valid)
         write_atomic(work.path / REJECTS_NAME, reject_lines(records, spec))
         for reject in rejected[:20]:
-            self.progress.say(f"row {reject['row']} is not valid: {reject['reason']}")
+            self.progress.say(f"row {reject.row} is not valid: {reject.reason}")
         if len(rejected) > 20:
             self.progress.say(f"… and {len(rejected) - 20} more rows, see {work.path / REJECTS_NAME}")
         backbone = self.encoder.config["backbone"]

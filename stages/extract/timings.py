@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,16 @@ from typing import Any
 # Phases in the order of the pipeline, by the role whose workers spend time in them.
 PHASES = {"reader": ("read", "decode"), "encoder": ("encode", "wait"), "writer": ("statistics", "write")}
 BUSY = 0.9
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that one worker spent on one unit, by phase, and when it was done with it (seconds since the epoch)."""
+
+    role: str
+    worker: str
+    seconds: Mapping[str, float]
+    at: float
 
 
 @dataclass
@@ -32,10 +42,9 @@ class Stopwatch:
         finally:
             self.seconds[name] += time.perf_counter() - started
 
-    def entry(self) -> dict[str, Any]:
+    def timing(self) -> Timing:
         """What travels with the unit."""
-        worker = f"{socket.gethostname()}:{os.getpid()}"
-        return {"role": self.role, "worker": worker, "seconds": dict(self.seconds), "at": time.time()}
+        return Timing(self.role, f"{socket.gethostname()}:{os.getpid()}", dict(self.seconds), time.time())
 
 
 class Timings:
@@ -48,16 +57,16 @@ class Timings:
         self._written = 0.0
         self._images = 0
 
-    def add(self, images: int, entries: list[Mapping[str, Any]]) -> None:
-        """A unit of `images` has been written; `entries` are its workers' stopwatches."""
+    def add(self, images: int, timings: Sequence[Timing]) -> None:
+        """A unit of `images` has been written; `timings` are of its workers."""
         self._images += images
-        for entry in entries:
-            if entry["role"] == "encoder":
-                self._encoded.append((entry["at"], images))
-            self._written = max(self._written, entry["at"])
-            sums = self._workers.setdefault((entry["role"], entry["worker"]), defaultdict(float))
+        for timing in timings:
+            if timing.role == "encoder":
+                self._encoded.append((timing.at, images))
+            self._written = max(self._written, timing.at)
+            sums = self._workers.setdefault((timing.role, timing.worker), defaultdict(float))
             sums["images"] += images
-            for phase, seconds in entry["seconds"].items():
+            for phase, seconds in timing.seconds.items():
                 sums[phase] += seconds
 
     @property

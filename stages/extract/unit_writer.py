@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from svgpipe.manifests.cache import CacheManifest
 from svgpipe.manifests.errors import ArtifactError
@@ -18,17 +20,21 @@ from svgpipe.manifests.storage import file_sha256, file_size
 from svgpipe.manifests.store import Features, FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
 
+from ..runtime.selection import evenly_spread
 from .moments import Moments, merge_all
+from .rejects import Reject
 from .timings import Stopwatch
 
 REJECTS_NAME = "rejected.jsonl"
 LOOKS_AT_ONCE = 16
+# Rows that the covariance is taken over: with 256 tokens each, 300 vectors per entry of a row of 392 channels.
+COVARIANCE_ROWS = 512
 
 
 def write_unit(
-    store: FeatureStore, journal: Journal, unit: int, features: Features, rejects: Sequence[dict[str, Any]]
+    store: FeatureStore, journal: Journal, unit: int, features: Features, rejects: Sequence[Reject]
 ) -> Stopwatch:
-    """Write one outer shard whole, then its statistics, then its journal record; returns where the time went.
+    """Write one outer shard whole, then its journal record with its statistics; returns where the time went.
 
     Args:
         features: (rows, views, row, column, channel) float16, normalised; zeros where rejected.
@@ -39,20 +45,25 @@ def write_unit(
         stored = store.write_unit(unit, features)
     with watch.phase("statistics"):
         valid = np.ones(len(features), bool)
-        valid[[reject["row"] for reject in rejects]] = False
+        valid[[reject.row for reject in rejects]] = False
         moments = Moments.of(stored[valid], store.feature_scale)
     with watch.phase("write"):
         file = store.unit_file(unit)
-        entry = {"sha256": file_sha256(file), "num_bytes": file_size(file), "rejects": list(rejects)}
-        journal.record(unit, entry, moments.to_bytes())
+        entry = {
+            "sha256": file_sha256(file),
+            "num_bytes": file_size(file),
+            "rejects": [asdict(reject) for reject in rejects],
+            "moments": moments.to_json(),
+        }
+        journal.record(unit, entry)
     return watch
 
 
 def unit_record(store: FeatureStore, journal: Journal, unit: int) -> Json:
-    """The record of a unit that is there: its shard file has the size that was recorded, its statistics lie beside.
+    """The record of a unit that is there: its shard file has the size that was recorded.
 
     Raises:
-        ArtifactError: any of the three is missing or not what it was.
+        ArtifactError: either is missing or not what it was.
     """
     record = journal.read(unit)
     if not isinstance(record.get("num_bytes"), int) or not isinstance(record.get("rejects"), list):
@@ -61,8 +72,6 @@ def unit_record(store: FeatureStore, journal: Journal, unit: int) -> Json:
     if (size := file_size(file)) != record["num_bytes"]:
         found = "no such file" if size is None else f"{size}"
         raise ArtifactError(f"{file}: expected {record['num_bytes']} bytes, found {found}.")
-    if not journal.has_attachment(unit):
-        raise ArtifactError(f"{journal.directory}: unit {unit}: expected its statistics, found none.")
     return record
 
 
@@ -105,10 +114,10 @@ def all_records(store: FeatureStore, journal: Journal) -> list[Json]:
     return [records[unit] for unit in range(store.spec.num_units)]
 
 
-def rejects_of(records: Sequence[Json], spec: StoreSpec) -> list[dict[str, Any]]:
+def rejects_of(records: Sequence[Json], spec: StoreSpec) -> list[Reject]:
     """Rejects of all units, `row` counted in the whole cache."""
     return [
-        {**reject, "row": spec.rows_of(unit)[reject["row"]]}
+        Reject(**{**reject, "row": spec.rows_of(unit)[reject["row"]]})
         for unit, record in enumerate(records)
         for reject in record["rejects"]
     ]
@@ -116,27 +125,29 @@ def rejects_of(records: Sequence[Json], spec: StoreSpec) -> list[dict[str, Any]]
 
 def reject_lines(records: Sequence[Json], spec: StoreSpec) -> bytes:
     """Content of rejected.jsonl."""
-    return "".join(json.dumps(reject, sort_keys=True) + "\n" for reject in rejects_of(records, spec)).encode()
+    return "".join(json.dumps(asdict(reject), sort_keys=True) + "\n" for reject in rejects_of(records, spec)).encode()
 
 
-def put_statistics(store: FeatureStore, journal: Journal) -> None:
-    """Merge the statistics of all units in their order, and store them."""
+def put_statistics(store: FeatureStore, records: Sequence[Json], valid: NDArray[np.bool_]) -> None:
+    """Store the statistics of what was written.
+
+    Mean, std, min and max are exact: the records' moments, merged in the order of the units. The covariance is that
+    of the original view of a sample of rows, because (C,C) sums over everything would cost more CPU time than decoding the images.
+
+    Args:
+        records: of all units, in their order. valid: (samples,)
+    """
     channels = store.spec.channels
-    total = merge_all((_moments(journal, unit, channels) for unit in range(store.spec.num_units)), channels)
+    total = merge_all((Moments.from_json(record.get("moments"), channels) for record in records), channels)
     finite = total if total.count else Moments.of(np.zeros((1, channels)))
     store.put("stored_mean", finite.mean.astype(np.float32), "channel")
     store.put("stored_std", finite.std.astype(np.float32), "channel")
     store.put("stored_min", finite.minimum.astype(np.float32), "channel")
     store.put("stored_max", finite.maximum.astype(np.float32), "channel")
-    store.put("stored_covariance", finite.covariance, "channel", "other_channel")
-
-
-def _moments(journal: Journal, unit: int, channels: int) -> Moments:
-    try:
-        return Moments.from_bytes(journal.attachment(unit), channels)
-    except ArtifactError as error:
-        journal.forget(unit)
-        raise ArtifactError(f"{error} Run the command again: it makes unit {unit} anew, and no other.") from error
+    usable = np.flatnonzero(valid)
+    rows = [int(usable[i]) for i in evenly_spread(len(usable), COVARIANCE_ROWS)]
+    vectors = store.read(rows).reshape(-1, channels) if rows else np.zeros((1, channels))
+    store.put("stored_covariance", covariance_of(vectors), "channel", "other_channel")
 
 
 def publish_cache(manifest: CacheManifest, store: FeatureStore) -> CacheManifest:
@@ -145,3 +156,10 @@ def publish_cache(manifest: CacheManifest, store: FeatureStore) -> CacheManifest
     outside = {"finished_at", "seconds", "timings"}
     store.describe({"svgpipe": sealed.model_dump(mode="json", exclude=outside)})
     return sealed.publish(store.path)
+
+
+def covariance_of(vectors: NDArray[Any]) -> NDArray[np.float64]:
+    """(n,C) values → (C,C) population covariance."""
+    deviations = vectors.astype(np.float64)
+    deviations -= deviations.mean(axis=0)
+    return deviations.T @ deviations / max(1, len(deviations))

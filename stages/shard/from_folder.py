@@ -18,14 +18,17 @@ from pathlib import Path
 from PIL import Image
 
 from svgpipe.manifests.errors import ArtifactError, UsageError
-from svgpipe.manifests.manifest import InputRef, WorkDir, digest, read_json, write_json
+from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.manifest import InputRef, Json, WorkDir, digest
 from svgpipe.manifests.recipe import ShardSection
 from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split, TarImage, shard_name, write_tar
-from svgpipe.manifests.storage import Location, children, location, make_directory, remove_tree, write_atomic
+from svgpipe.manifests.storage import Location, location, remove_tree, write_atomic
 
 from ..images.decode import EXTENSIONS, RejectedImageError, centre_crop, decode_image, encode_png, to_array
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress, Recorded
+
+JOURNAL_NAME = "journal"  # removed when all is published: the indexes say the same
 
 
 @dataclass(frozen=True)
@@ -74,15 +77,14 @@ def shard(
         if work.finished is not None:
             return work.finished
         jobs = list(plan(files, source, out, config))
-        records = out / "records"
-        make_directory(records)
-        done = {path.name for path in children(records)}
-        missing = [job for job in jobs if _record_path(records, job.number).name not in done]
+        journal = Journal(out / JOURNAL_NAME)
+        done = journal.finished()
+        missing = [job for job in jobs if job.number not in done]
         progress = Recorded(progress, out)
         progress.begin("shard", len(jobs), len(jobs) - len(missing))
         for _ in map_in_processes(write_shard, missing, workers or os.cpu_count() or 1):
             progress.advance()
-        return _publish(work, class_names, files, jobs)
+        return _publish(work, class_names, files, [journal.read(job.number) for job in jobs])
 
 
 def scan(source: Path) -> tuple[list[str], list[SourceFile]]:
@@ -170,11 +172,7 @@ def write_shard(job: ShardJob) -> None:
 
     entry = write_tar(out / shard_name(job.number), images(), job.split)
     record = {"shard": entry.model_dump(), "rejected": rejects, "labels": labels}
-    write_json(_record_path(out / "records", job.number), record)
-
-
-def _record_path(records: Location, number: int) -> Location:
-    return records / f"{number:06d}.json"
+    Journal(out / JOURNAL_NAME).record(job.number, record)
 
 
 def _printable(path: str) -> str:
@@ -205,9 +203,8 @@ def _publish(
     work: WorkDir[ShardSetManifest],
     class_names: list[str],
     files: Sequence[SourceFile],
-    jobs: Sequence[ShardJob],
+    records: Sequence[Json],
 ) -> ShardSetManifest:
-    records = [read_json(_record_path(work.path / "records", job.number)) for job in jobs]
     shards = [ShardFile.model_validate(record["shard"]) for record in records]
     rejects = [reject for record in records for reject in record["rejected"]]
     stored = sum((Counter(record["labels"]) for record in records), Counter[str]())
@@ -235,5 +232,5 @@ def _publish(
         content=ShardSetManifest.content_of(shards),
         shards=shards,
     ).publish(work.path)
-    remove_tree(work.path / "records")
+    remove_tree(work.path / JOURNAL_NAME)
     return manifest

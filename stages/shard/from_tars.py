@@ -19,12 +19,12 @@ from typing import Any
 
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.index import ImageRef, write_index
-from svgpipe.manifests.manifest import InputRef, WorkDir, digest, read_json, write_json
+from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.manifest import InputRef, Json, WorkDir, digest
 from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split
 from svgpipe.manifests.storage import (
     Location,
     absolute,
-    children,
     file_sha256,
     file_size,
     location,
@@ -38,6 +38,7 @@ from ..images.decode import EXTENSIONS, RejectedImageError, check_header, decode
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress, Recorded
 
+JOURNAL_NAME = "journal"  # removed when all is published: the indexes say the same
 SCAN_BYTES = 1 << 22
 # A class number above this is taken for a mistake, not for that many classes.
 LARGEST_LABEL = 10_000_000
@@ -93,19 +94,18 @@ def index_tars(
     with WorkDir(out, ShardSetManifest, recorded, {"source": origin}) as work:
         if work.finished is not None:
             return work.finished
-        records = out / "records"
-        make_directory(records)
+        journal = Journal(out / JOURNAL_NAME)
         make_directory(out / "index")
-        done = {child.name for child in children(records)}
-        missing = [i for i in range(len(splits)) if _record_name(i) not in done]
+        missing = journal.missing(len(splits))
         progress = Recorded(progress, out)
         progress.begin("index", len(splits), len(splits) - len(missing))
-        jobs = [_Scan(str(splits[i][0]), i, str(absolute(records)), config) for i in missing]
+        jobs = [_Scan(str(splits[i][0]), i, str(absolute(journal.directory)), config) for i in missing]
         for note in map_in_processes(_Scan.__call__, jobs, processes or os.cpu_count() or 1):
             if note:
                 progress.say(note)
             progress.advance()
-        return _publish(work, splits, config, records)
+        entries = [journal.read(i) for i in range(len(splits))]
+        return _publish(work, splits, config, entries)
 
 
 def _require_plain_tar(tar: Location) -> int:
@@ -152,17 +152,13 @@ def _left_unread(path: Location, offset: int, size: int) -> tuple[int, str] | No
     return None
 
 
-def _record_name(number: int) -> str:
-    return f"{number:06d}.json"
-
-
 @dataclass(frozen=True)
 class _Scan:
     """One tar → one record: a row per image member, with its label as it was found."""
 
     tar: str
     number: int
-    records: str
+    journal: str
     config: IndexConfig
 
     def __call__(self) -> str:
@@ -189,7 +185,7 @@ class _Scan:
                 row["reject"] = None if row["label"] is not None else "no label: expected KEY.cls or KEY.json with one"
         _reject_duplicates(images)
         entry = {"sha256": sha256, "num_bytes": size, "images": images}
-        write_json(location(self.records) / _record_name(self.number), entry)
+        Journal(location(self.journal)).record(self.number, entry)
         return note
 
     def _look_at(
@@ -282,9 +278,8 @@ def _printable(name: str) -> str:
 
 
 def _publish(
-    work: WorkDir[ShardSetManifest], splits: list[tuple[Location, Split]], config: IndexConfig, records: Location
+    work: WorkDir[ShardSetManifest], splits: list[tuple[Location, Split]], config: IndexConfig, entries: list[Json]
 ) -> ShardSetManifest:
-    entries = [read_json(records / _record_name(i)) for i in range(len(splits))]
     class_names = _class_names(entries, config)
     numbers = {name: i for i, name in enumerate(class_names)}
     shards, rejected, rows, heldout = [], [], 0, 0
@@ -327,7 +322,7 @@ def _publish(
         content=ShardSetManifest.content_of(shards),
         shards=shards,
     ).publish(work.path)
-    remove_tree(records)
+    remove_tree(work.path / JOURNAL_NAME)
     return manifest
 
 

@@ -22,14 +22,13 @@ from ..networks.autoencoder import build_autoencoder, reconstruct, state_digest
 from ..networks.perceptual import load_perceptual
 from ..runtime.selection import evenly_spread
 from ..training.distributed import Team
-from ..training.loop import TrainingRun
-from ..training.memory_estimate import require_memory
+from ..training.loop import TrainingRun, explained_out_of_memory
 from ..training.supervisor import Supervisor
-from .memory import estimate_autoencoder
 from .trainer import AutoencoderTrainer, Step
 
 GRID_FOLDER = "reconstructions"
 GRID_IMAGES = 16
+MEMORY_ADVICE = "Use a smaller autoencoder.batch_size, autoencoder.decoder.ch or image, or several --num-workers."
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,11 @@ def run_training(
     wandb_project: str | None,
 ) -> Trained:
     """From the last checkpoint in `out` to the finished weights there; see `train_autoencoder`."""
-    run = AutoencoderRun(team, supervisor, shards, out, config, wandb_project)
-    with closing(run):
-        run.train()
-        return run.finish()
+    with explained_out_of_memory(MEMORY_ADVICE):
+        run = AutoencoderRun(team, supervisor, shards, out, config, wandb_project)
+        with closing(run):
+            run.train()
+            return run.finish()
 
 
 class AutoencoderRun(TrainingRun[Tensor, Step]):
@@ -83,13 +83,6 @@ class AutoencoderRun(TrainingRun[Tensor, Step]):
         model = build_autoencoder(config)
         self.backbone_weights = state_digest(model.backbone.state_dict())
         perceptual = load_perceptual(config.perceptual, model)
-        if config.steps:  # none: the weights are only measured
-            require_memory(
-                estimate_autoencoder(config, team, model, perceptual),
-                team,
-                supervisor,
-                "Use a smaller autoencoder.batch_size, autoencoder.decoder.ch or image, or several --num-workers.",
-            )
         self.trainer = AutoencoderTrainer(model, config, team, perceptual, self.last_good)
         self.resume(wandb_project)
         self.heldout = self._load_heldout() if team.leads else None

@@ -11,7 +11,7 @@ from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import Location, absolute
 
 from ..runtime.progress import Progress, Recorded
-from ..runtime.runner import Resources
+from ..runtime.resources import Resources
 from ..training.metrics_log import require_wandb
 from ..training.ray_train import run_job
 from .run import run_training

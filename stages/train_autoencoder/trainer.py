@@ -26,7 +26,7 @@ from svgpipe.models.losses import (
     discriminator_loss,
     generator_loss,
 )
-from svgpipe.models.seeds import seed_of
+from svgpipe.models.seeds import generator, seed_of
 
 from ..runtime.device import autocast, to_device
 from ..training.distributed import Team
@@ -111,11 +111,13 @@ class AutoencoderTrainer:
             set_learning_rate(optimizer, learning_rate(step, config.steps, config.learning_rate, config.schedule))
         images = to_device(pixels, team.device).float() / 255
         target = images * 2 - 1
-        draws = image_draws_at(config.seed, step, team.share(config.batch_size), team.device)
+        mask_draws = mask_draws_at(config.seed, step, team.share(config.batch_size), team.device)
+        # Dropout draws from the global generator: the same in a resumed run on as many workers.
+        torch.manual_seed(seed_of(config.seed, "dropout", step, team.rank))
         on = self.discriminator is not None and step >= config.discriminator.start_step
         self.model.train()
         with autocast(team.device, config.precision), _frozen(self.discriminator):
-            reconstruction = self.reconstruct(images, *draws)
+            reconstruction = self.reconstruct(images, mask_draws)
             loss = generator_loss(
                 target,
                 reconstruction,
@@ -152,8 +154,8 @@ class _Reconstruction(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, mask_draws: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        return self.model.decode(self.model.encode(images, mask_draws, generators)).float()
+    def forward(self, images: Tensor, mask_draws: Tensor) -> Tensor:
+        return self.model.decode(self.model.encode(images, mask_draws)).float()
 
 
 class _Judgement(nn.Module):
@@ -189,10 +191,7 @@ def _frozen(module: nn.Module | None) -> Iterator[None]:
         module.requires_grad_(True)
 
 
-def image_draws_at(
-    seed: int, step: int, positions: Sequence[int], device: torch.device
-) -> tuple[Tensor, list[torch.Generator]]:
-    """For autoencoder training: (B,) uniform draws for masking, and what every image's dropout is drawn from."""
-    seeds = [seed_of(seed, "image", step, position) for position in positions]
-    mask = torch.cat([torch.rand(1, generator=torch.Generator().manual_seed(number)) for number in seeds])
-    return to_device(mask, device), [torch.Generator(device).manual_seed(number + 1) for number in seeds]
+def mask_draws_at(seed: int, step: int, positions: Sequence[int], device: torch.device) -> Tensor:
+    """(B,) uniform draws in [0, 1) that decide which samples are masked; a function of (seed, step, position)."""
+    draws = [torch.rand(1, generator=generator(seed, "image", step, position)) for position in positions]
+    return to_device(torch.cat(draws), device)

@@ -27,17 +27,19 @@ from svgpipe.manifests.storage import Location, make_directory, write_atomic
 
 from ..images.decode import encode_png, tile
 from ..training.distributed import Team
-from ..training.loop import TrainingRun
-from ..training.memory_estimate import require_memory
+from ..training.loop import TrainingRun, explained_out_of_memory
 from ..training.parallel import Strategy
 from ..training.supervisor import Supervisor
 from .data import CacheBatches
 from .latent_quality import LatentQuality, draw_in_training
 from .loss import LossByTime, heldout_loss
-from .memory import estimate_diffusion
 from .trainer import FlowTrainer, Step
 
 GRID_SAMPLES = 32
+MEMORY_ADVICE = (
+    "Use --set diffusion.activation_checkpointing=true, a larger diffusion.accumulate, a smaller diffusion.batch_size "
+    "or model, several --num-workers, or --strategy fsdp2."
+)
 Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
 """Denormalised latents (B,row,column,channel) → (B,H,W,3) uint8."""
 
@@ -63,10 +65,11 @@ def run_training(
     wandb_project: str | None,
 ) -> Trained:
     """From the last checkpoint in `out` to the finished weights there; see `train_diffusion`."""
-    run = DiffusionRun(team, supervisor, cache, out, config, decoder, strategy, wandb_project)
-    with closing(run):
-        run.train()
-        return run.finish()
+    with explained_out_of_memory(MEMORY_ADVICE):
+        run = DiffusionRun(team, supervisor, cache, out, config, decoder, strategy, wandb_project)
+        with closing(run):
+            run.train()
+            return run.finish()
 
 
 class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step]):
@@ -94,13 +97,6 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step]):
         self.rows = self._training_rows()
         rows, columns, channels = cache.manifest.feature_shape
         sizes: dict[str, Any] = {"grid": (rows, columns), "channels": channels, "num_classes": len(cache.classes)}
-        require_memory(
-            estimate_diffusion(config, team, strategy, **sizes),
-            team,
-            supervisor,
-            "Use --set diffusion.activation_checkpointing=true, a larger diffusion.accumulate, a smaller batch or model"
-            + (", or --strategy fsdp2." if team.size > 1 else ", or several --num-workers."),
-        )
         self.trainer = FlowTrainer(
             config, team, scale=cache.store.feature_scale, last_good=self.last_good, strategy=strategy, **sizes
         )

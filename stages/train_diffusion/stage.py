@@ -14,7 +14,7 @@ from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.storage import Location, absolute
 
 from ..runtime.progress import Progress, Recorded
-from ..runtime.runner import Resources
+from ..runtime.resources import Resources
 from ..training.metrics_log import require_wandb
 from ..training.parallel import Strategy
 from ..training.ray_train import run_job

@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import ClassVar, Generic, TypeVar
 
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
-from svgpipe.manifests.errors import InterruptedRunError, UsageError
+from svgpipe.manifests.errors import InterruptedRunError, UsageError, memory_error
 from svgpipe.manifests.recipe import AutoencoderSection, DiffusionSection
 from svgpipe.manifests.storage import Location
 
@@ -25,6 +25,21 @@ from .supervisor import Supervisor
 
 B = TypeVar("B")
 S = TypeVar("S")
+
+
+@contextmanager
+def explained_out_of_memory(advice: str) -> Iterator[None]:
+    """Turn running out of memory in the block into a message that ends with `advice`.
+
+    Raises:
+        SvgpipeError: the GPU or the CPU ran out of memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (explained := memory_error(error, advice)) is None:
+            raise
+        raise explained from error
 
 
 class TrainingRun(ABC, Generic[B, S]):
@@ -107,7 +122,7 @@ class TrainingRun(ABC, Generic[B, S]):
         config = self.config
         self.supervisor.begin(f"train-{self.section}", config.steps, self.step)
         batches = self.batches()
-        self._since = time.monotonic()
+        self._since, reported_memory = time.monotonic(), False
         with self.supervisor.stop_requests() as stop:
             while self.step < config.steps:
                 before = time.monotonic()
@@ -115,6 +130,9 @@ class TrainingRun(ABC, Generic[B, S]):
                 self._wait_s += time.monotonic() - before
                 found = self.take_step(batch)
                 self.step, self._steps = self.step + 1, self._steps + 1
+                if not reported_memory:
+                    self.supervisor.say(f"peak memory after one step: {peak_memory(self.team.device) / 1e9:.2f} GB")
+                    reported_memory = True
                 due = self.step % config.log_every == 0 or self.step == config.steps
                 self.supervisor.advance(1, self._write(found) if due else "")
                 self._between_steps(self.team.any(stop.seen))

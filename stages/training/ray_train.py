@@ -21,7 +21,7 @@ from svgpipe.manifests.errors import InterruptedRunError, SvgpipeError, UsageErr
 
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress
-from ..runtime.runner import Resources, require_resources
+from ..runtime.resources import Reserved, Resources
 from .distributed import Team
 from .supervisor import Here, StopFlag, Supervisor, stop_on_signal
 from .worker import POLL_S, Mailbox, work
@@ -58,13 +58,13 @@ class _Launch(Generic[R]):
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        if 0 < resources.gpus_per_worker < 1 and resources.num_workers > 1:
-            raise UsageError(
-                f"--gpus-per-worker {resources.gpus_per_worker:g}: workers cannot share a GPU in training."
-            )
+        cluster = ray.cluster_resources()
+        reserved = resources.resolved(cluster)
+        if 0 < reserved.gpus_per_worker < 1 and reserved.num_workers > 1:
+            raise UsageError(f"--gpus-per-worker {reserved.gpus_per_worker:g}: workers cannot share a GPU in training.")
         self.job, self.progress, self.check = job, progress, check
-        self.resources = _with_threads(resources)
-        self.cpus = require_resources(self.resources, ray.cluster_resources())
+        self.reserved = _with_threads(reserved)
+        self.cpus = self.reserved.require(cluster)
         # Beside this process: the death of another node is none of its concern.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
@@ -100,7 +100,7 @@ class _Launch(Generic[R]):
 
     @property
     def _count(self) -> str:
-        return f"{self.resources.num_workers} worker" + "s" * (self.resources.num_workers > 1)
+        return f"{self.reserved.num_workers} worker" + "s" * (self.reserved.num_workers > 1)
 
     def _attempt(self, stop: StopFlag) -> BaseException | None:
         """Workers until they have all ended, well (None) or not."""
@@ -136,14 +136,14 @@ class _Launch(Generic[R]):
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        gpus = self.resources.gpus_per_worker
+        gpus = self.reserved.gpus_per_worker
         return TorchTrainer(
             work,
             train_loop_config={"job": self.job, "mailbox": self.mailbox},
             # Hosts agree through gloo also where gradients go through NCCL.
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=self.resources.num_workers,
+                num_workers=self.reserved.num_workers,
                 use_gpu=gpus > 0,
                 resources_per_worker={"CPU": self.cpus} | ({"GPU": gpus} if gpus else {}),
             ),
@@ -166,7 +166,7 @@ class _Launch(Generic[R]):
                 getattr(self.progress, name)(*arguments)
 
 
-def _with_threads(resources: Resources) -> Resources:
+def _with_threads(resources: Reserved) -> Reserved:
     """Without a GPU a worker computes with the CPUs that it reserves: all of a single machine's, if none are named."""
     import ray
 

@@ -4,9 +4,9 @@
 
 DINOv3 ViT-S/16+ at 256 pixels with both branches, random weights (speed does not depend on them), bfloat16, both
 views, CPU or whatever GPU is there. The limit is the same encoder on the same images, decoded and in memory
-beforehand, measured before and after the extraction in the same run. The extraction's rate counts from the first
-unit encoded to the last one written, so that the start of Ray and of the workers is left out. Prints the bottleneck
-table and, as the last line, JSON.
+beforehand, measured before and after each extraction in the same run. One extraction runs in this process (local), one
+on Ray. The rate counts from the first unit encoded to the last one written, so that the start of Ray and of the
+workers is left out. Prints the bottleneck tables and, as the last line, JSON.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import argparse
 import json
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import skimage
-import torch
 from PIL import Image
 
 from svgpipe.manifests.recipe import Recipe
@@ -27,10 +27,12 @@ from svgpipe.manifests.recipe_files import load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.pipeline.cluster import connected
 from svgpipe.pipeline.tables import show_timings
-from svgpipe.stages.extract.encoder_actor import EncodeUnits
+from svgpipe.stages.extract.encoder_actor import EncoderOptions, EncodeUnits
 from svgpipe.stages.extract.stage import extract
 from svgpipe.stages.images.stream import load_images
-from svgpipe.stages.runtime.runner import Resources
+from svgpipe.stages.runtime.device import pick_device
+from svgpipe.stages.runtime.ray_runner import RayRunner
+from svgpipe.stages.runtime.runner import LocalRunner
 from svgpipe.stages.shard.from_folder import shard
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
 
@@ -65,18 +67,17 @@ def write_images(folder: Path, count: int) -> Path:
     return folder
 
 
-def bare_rate(autoencoder: Path, recipe: Recipe, pixels: np.ndarray, resources: Resources) -> float:
+def bare_rate(autoencoder: Path, recipe: Recipe, pixels: np.ndarray) -> float:
     """Images/s of the encoder alone, over whole units as the extraction has them."""
-    encoder = EncodeUnits(
+    options = EncoderOptions(
         autoencoder,
         recipe.extract.batch_size,
         recipe.extract.precision,
-        False,
-        resources.threads,
-        np.zeros(392, np.float32),
-        np.ones(392, np.float32),
-        recipe.extract.views,
+        mean=np.zeros(392, np.float32),
+        std=np.ones(392, np.float32),
+        views=recipe.extract.views,
     )
+    encoder = EncodeUnits(pick_device(), options)
     encoder.encode(pixels[:UNIT])
     started = time.perf_counter()
     for start in range(0, len(pixels), UNIT):
@@ -90,24 +91,30 @@ def main() -> None:
     count = parser.parse_args().images
     more = [f"extract.unit_rows={UNIT}", f"extract.batch_size={UNIT}"]
     recipe = load_recipe(None, [*UNTRAINED, *more])
-    resources = Resources(gpus_per_worker=float(torch.cuda.is_available()))
+    bare: list[float] = []
+    rates: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         shard(write_images(root / "images", count), root / "shards", recipe.shard)
         shards = ShardSet.open(root / "shards")
         train_autoencoder(shards, root / "autoencoder", recipe.autoencoder)
-        half = range(0, len(shards), 2)
-        pixels = load_images(shards, half, 256)
-        before = bare_rate(root / "autoencoder", recipe, pixels, resources)
-        with connected():
-            manifest = extract(shards, root / "autoencoder", root / "cache", recipe.extract, resources=resources)
-        after = bare_rate(root / "autoencoder", recipe, pixels, resources)
-    show_timings(manifest.timings)
-    steady, bare = manifest.timings["steady_images_per_s"], (before + after) / 2
-    print(f"{'bare encoder, before':32}{before:8.2f} images/s")
-    print(f"{'extraction, once under way':32}{steady:8.2f} images/s")
-    print(f"{'bare encoder, after':32}{after:8.2f} images/s")
-    print(json.dumps({"pipeline_over_encoder": round(steady / bare, 3)}))
+        pixels = load_images(shards, range(0, len(shards), 2), 256)
+        bare.append(bare_rate(root / "autoencoder", recipe, pixels))
+        for name in ("local", "ray"):
+            with nullcontext() if name == "local" else connected():
+                runner = LocalRunner() if name == "local" else RayRunner()
+                manifest = extract(shards, root / "autoencoder", root / name, recipe.extract, runner=runner)
+            show_timings(manifest.timings)
+            rates[name] = manifest.timings["steady_images_per_s"]
+            bare.append(bare_rate(root / "autoencoder", recipe, pixels))
+    print(f"{'bare encoder, three times':32}{', '.join(f'{rate:.2f}' for rate in bare)} images/s")
+    for name, rate in rates.items():
+        print(f"{f'extraction, {name} runner':32}{rate:.2f} images/s")
+    ratios = {
+        "local_over_encoder": rates["local"] / np.mean(bare[:2]),
+        "pipeline_over_encoder": rates["ray"] / np.mean(bare[1:]),
+    }
+    print(json.dumps({name: round(float(ratio), 3) for name, ratio in ratios.items()}))
 
 
 if __name__ == "__main__":

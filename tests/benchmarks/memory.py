@@ -27,6 +27,7 @@ from svgpipe.manifests.recipe_files import load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.pipeline.cluster import connected
 from svgpipe.stages.extract.stage import extract
+from svgpipe.stages.runtime.ray_runner import RayRunner
 from svgpipe.stages.shard.from_folder import shard
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
 
@@ -69,7 +70,7 @@ def measure(root: Path, rows: int) -> None:
         thread = threading.Thread(target=watch, args=(peaks, stop), daemon=True)
         thread.start()
         shards = repeated(ShardSet.open(root / "shards"), root / f"many-{rows}", rows, rows // 500)
-        extract(shards, root / "autoencoder", root / f"cache-{rows}", recipe_of().extract)
+        extract(shards, root / "autoencoder", root / f"cache-{rows}", recipe_of().extract, runner=RayRunner())
         stop.set()
         thread.join()
         summary = ray._private.internal_api.memory_summary(stats_only=True)

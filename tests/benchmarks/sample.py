@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -41,7 +40,6 @@ from svgpipe.models.sampler import Guidance, sample, time_grid
 from svgpipe.stages.networks.diffusion import build_dit
 from svgpipe.stages.networks.sampling import initial_noise, keep_as_computed
 from svgpipe.stages.runtime.device import autocast, pick_device
-from svgpipe.stages.runtime.runner import start_worker
 
 BATCH, STEPS, SHIFT, SCALE = 8, 12, 0.15, 1.5
 INTERVAL = "interval-0.2-0.5"
@@ -83,7 +81,6 @@ def official() -> Callable[[], Tensor]:
 
 def ours(precision: Precision, guidance: Guidance, *, compiled: bool = False) -> Callable[[], Tensor]:
     """As a worker of an evaluation draws."""
-    start_worker(os.cpu_count() or 1)
     model, noise, labels = build()
     keep_as_computed(model, precision)
     if compiled:
@@ -100,7 +97,6 @@ def ours(precision: Precision, guidance: Guidance, *, compiled: bool = False) ->
 
 def limit(precision: Precision) -> Callable[[], Tensor]:
     """What no fusing of the rest can beat: the products of both halves, in the dtype that they compute in."""
-    start_worker(os.cpu_count() or 1)
     model, noise, labels = build()
     keep_as_computed(model, precision)
     products: list[tuple[Tensor, Tensor, Tensor]] = []

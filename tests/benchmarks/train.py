@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.precision import Precision
 from svgpipe.manifests.recipe import DiffusionSection, Recipe
 from svgpipe.manifests.recipe_files import load_recipe
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.pipeline.cluster import connected
-from svgpipe.stages.extract.encoder_actor import EncodeUnits
+from svgpipe.stages.extract.encoder_actor import EncoderOptions, EncodeUnits
 from svgpipe.stages.extract.stage import extract
 from svgpipe.stages.images.decode import RGBArray
 from svgpipe.stages.images.stream import load_images
@@ -43,16 +43,12 @@ from svgpipe.stages.networks.autoencoder import build_autoencoder
 from svgpipe.stages.networks.perceptual import load_perceptual
 from svgpipe.stages.runtime.device import pick_device
 from svgpipe.stages.runtime.memory import peak_memory
-from svgpipe.stages.runtime.runner import Resources
 from svgpipe.stages.shard.from_folder import shard
-from svgpipe.stages.train_autoencoder.memory import estimate_autoencoder
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
 from svgpipe.stages.train_autoencoder.trainer import AutoencoderTrainer
 from svgpipe.stages.train_diffusion.data import CacheBatches
-from svgpipe.stages.train_diffusion.memory import estimate_diffusion
 from svgpipe.stages.train_diffusion.trainer import FlowTrainer
 from svgpipe.stages.training.distributed import Team
-from svgpipe.stages.training.memory_estimate import MemoryEstimate
 
 from .extract import UNTRAINED, write_images
 
@@ -84,20 +80,19 @@ def finished() -> None:
         torch.cuda.synchronize()
 
 
-def print_peak(expected: MemoryEstimate, device: torch.device) -> None:
-    """Bytes, as estimated before and as held by this process at most."""
+def print_peak(device: torch.device) -> None:
+    """Most bytes that this process held."""
     finished()
-    print(json.dumps([expected.total - expected.checkpoint, peak_memory(device)]))  # nothing is saved here
+    print(peak_memory(device))
 
 
 def peak_of_one_step(recompute: bool) -> None:
     """Of diffusion training, in this process."""
     config = DiffusionSection(batch_size=PEAK_BATCH, activation_checkpointing=recompute)
     device = pick_device()
-    expected = estimate_diffusion(config, Team(device), "ddp", grid=(16, 16), channels=392, num_classes=4)
     trainer = trainer_of(config)
     trainer(0, torch.randn(PEAK_BATCH, 256, 392).half(), torch.zeros(PEAK_BATCH, dtype=torch.int64))
-    print_peak(expected, device)
+    print_peak(device)
 
 
 def peak_of_the_autoencoder() -> None:
@@ -105,19 +100,18 @@ def peak_of_the_autoencoder() -> None:
     config = load_recipe(None, [*FROZEN_ONLY, f"autoencoder.batch_size={PEAK_IMAGES}"]).autoencoder
     team, model = Team(pick_device()), build_autoencoder(config)
     perceptual = load_perceptual(config.perceptual, model)
-    expected = estimate_autoencoder(config, team, model, perceptual)
     trainer = AutoencoderTrainer(model, config, team, perceptual, lambda: None)
     trainer(config.discriminator.start_step, torch.zeros(PEAK_IMAGES, 3, 256, 256, dtype=torch.uint8))
-    print_peak(expected, team.device)
+    print_peak(team.device)
 
 
-def peaks() -> dict[str, list[float]]:
-    """GB, estimated and measured, of each kind of step."""
+def peaks() -> dict[str, float]:
+    """GB of each kind of step."""
     found = {}
     for name in PEAKS:
         command = [sys.executable, "-m", "tests.benchmarks.train", "--peak", name]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[name] = [value / 1e9 for value in json.loads(done.stdout.splitlines()[-1])]
+        found[name] = int(done.stdout.splitlines()[-1]) / 1e9
     return found
 
 
@@ -125,19 +119,18 @@ def prepare(root: Path, recipe: Recipe) -> tuple[FeatureCache, ShardSet]:
     shard(write_images(root / "images", IMAGES), root / "shards", recipe.shard)
     shards = ShardSet.open(root / "shards")
     train_autoencoder(shards, root / "autoencoder", recipe.autoencoder)
-    with connected():
-        extract(shards, root / "autoencoder", root / "cache", recipe.extract)
+    extract(shards, root / "autoencoder", root / "cache", recipe.extract)
     return FeatureCache(root / "cache"), shards
 
 
 class Online:
     """Batches as the official loop has them: images are decoded and encoded at every step."""
 
-    def __init__(self, root: Path, shards: ShardSet, cache: FeatureCache, recipe: Recipe, precision: str) -> None:
+    def __init__(self, root: Path, shards: ShardSet, cache: FeatureCache, recipe: Recipe, precision: Precision) -> None:
         self.shards, self.labels = shards, torch.from_numpy(cache.labels.astype(np.int64))
         statistics = (cache.channel_mean, cache.channel_std)
-        threads = Resources().threads
-        self.encoder = EncodeUnits(root / "autoencoder", BATCH, precision, False, threads, *statistics)  # type: ignore[arg-type]
+        options = EncoderOptions(root / "autoencoder", BATCH, precision, False, *statistics)
+        self.encoder = EncodeUnits(pick_device(), options)
         self.rng = np.random.default_rng(0)
 
     def __call__(self) -> tuple[Tensor, Tensor]:
@@ -191,15 +184,14 @@ def compare(turns: int) -> None:
     for name, value in medians.items():
         print(f"{name:10}{value:8.3f} s per step of {BATCH}{BATCH / value:10.2f} samples/s")
     memory = peaks()
-    for name, (expected, found) in memory.items():
-        print(f"one step of {PEAKS[name]}: {found:.2f} GB, estimated {expected:.2f}")
+    for name, found in memory.items():
+        print(f"one step of {PEAKS[name]}: {found:.2f} GB")
     ratios = {
         "cache_over_memory": medians["memory"] / medians["cache"],
         "cache_over_online": medians["online"] / medians["cache"],
         "cache_over_official": medians["official"] / medians["cache"],
         "data_wait_share": wait,
-        "checkpointed_over_held": memory["checkpointed"][1] / memory["held"][1],
-        **{f"estimated_over_{name}": expected / found for name, (expected, found) in memory.items()},
+        "checkpointed_over_held": memory["checkpointed"] / memory["held"],
     }
     print(json.dumps({name: round(value, 4) for name, value in ratios.items()}))
 

@@ -1,0 +1,236 @@
+"""Decoded and real image sets → the numbers of an evaluation report."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svgpipe.manifests.checkpoint import load_tensors, save_tensors
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.evaluation import Measured, ReferenceRecord, SamplerRecord
+from svgpipe.manifests.figure import Figure
+from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.manifest import Json, digest
+from svgpipe.manifests.recipe import EvaluationSection
+from svgpipe.manifests.shards import ShardFile, refs_of
+from svgpipe.manifests.storage import ABANDONED_S, Location, children, make_directory, remove_partials
+from svgpipe.models.distances import FrechetTarget
+
+from ..images.decode import psnr
+from ..images.image_set import ImageSet
+from ..networks.sampling import SamplerSettings
+from ..runtime.device import pick_device
+from ..runtime.progress import Progress
+from .features import LOGITS, POOLED, Extractor, software
+from .intervals import mean_figure
+from .metrics import NEIGHBOURS, Comparison, Features
+from .plan import EvaluationPlan
+from .reference import Reference
+
+HELDOUT, RECONSTRUCTIONS, NOISE = "heldout", "reconstructions", "decoded-noise"
+LINES = (HELDOUT, RECONSTRUCTIONS, NOISE)  # to read the samples by, each a role of its own name
+REFERENCE = "reference"
+PART = 5000  # images: the unit of resume of extracted features
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a report says of the sets that were compared."""
+
+    reference: ReferenceRecord
+    results: list[Measured]
+    not_measured: list[str]
+
+
+def measure(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]], progress: Progress) -> Compared:
+    """Features of every set, then its figures against the reference; run again to resume.
+
+    Args:
+        images: tars of every decoded set, by name.
+    """
+    work = _Measurement(plan, _image_sets(plan, images))
+    progress.begin("measure", len(work.sets))
+    for name in work.sets:
+        work.extracted(name)
+        progress.advance(1, name)
+    names = [*work.drawn, *(line for line in LINES if line in work.sets)]
+    journal = Journal(plan.out / "journal" / "compare")  # of 50,000 images, the intervals take minutes
+    progress.begin("compare", len(names))
+    results = []
+    for number, name in enumerate(names):
+        found = journal.kept(number, work.key(name), functools.partial(work.measured, name))
+        results.append(Measured.model_validate(found))
+        progress.advance(1, name)
+    return Compared(work.reference, results, work.not_measured())
+
+
+def _image_sets(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]]) -> dict[str, ImageSet]:
+    """The reference, every decoded set, and held-out images, by name."""
+    real, size = plan.sets, plan.sets.size
+    sets = {REFERENCE: ImageSet(real.reference, size)} if real.reference else {}
+    sets |= {name: ImageSet(refs_of(plan.out / "images" / name, shards), size) for name, shards in images.items()}
+    if len(real.heldout) >= 2:
+        sets[HELDOUT] = ImageSet(real.heldout, size)
+    return sets
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """The sets of one evaluation, and what is measured of each."""
+
+    plan: EvaluationPlan
+    sets: dict[str, ImageSet]
+
+    @cached_property
+    def drawn(self) -> dict[str, SamplerSettings]:
+        """Settings of the sweep by the names of their images."""
+        return {setting.name: setting for setting in self.plan.settings}
+
+    @property
+    def same_classes(self) -> bool:
+        """Whether labels of samples and of the reference mean the same."""
+        return self.plan.sets.class_names == self.plan.class_names
+
+    @cached_property
+    def reference(self) -> ReferenceRecord:
+        """What is measured against, for the report."""
+        reference, real = self.plan.reference, self.plan.sets.reference
+        return ReferenceRecord(
+            kind=reference.kind,
+            description=reference.description,
+            num_images=len(real) or None,
+            content=self.sets[REFERENCE].digest if real else reference.ref.fingerprint,
+        )
+
+    @cached_property
+    def comparison(self) -> Comparison:
+        """Made when it is first asked for: where all results are kept, the reference need not be loaded."""
+        config = self.plan.config
+        real = self.features(REFERENCE) if REFERENCE in self.sets else None
+        return Comparison(real, config.bootstrap, config.seed, _target(self.plan.reference))
+
+    def extracted(self, name: str) -> dict[str, Tensor]:
+        """Features of a set, extracted now or kept. Those of all sets at a time may be more than memory holds."""
+        plan = self.plan
+        return extracted(plan.pool / "features", self.sets[name], plan.extractor, plan.config.batch_size)
+
+    def features(self, name: str) -> Features:
+        """Features of a set, with labels where these are the reference's."""
+        found = self.extracted(name)
+        labelled = name != NOISE and (self.same_classes or name not in self.drawn)
+        labels = torch.from_numpy(self.sets[name].labels) if labelled else None
+        return Features(found[POOLED], found.get(LOGITS) if name != REFERENCE else None, labels)
+
+    def key(self, name: str) -> str:
+        """Digest of all that decides the figures of a set."""
+        plan, config = self.plan, self.plan.config
+        measured_by = [software(), plan.extractor.description.model_dump(), config.bootstrap, config.seed]
+        against = [self.reference.model_dump(), self.same_classes]
+        return digest([measured_by, against, name, self.sets[name].digest])
+
+    def measured(self, name: str) -> Json:
+        """All figures of a set, as JSON of `Measured`."""
+        setting, more = self.drawn.get(name), {}
+        if name == RECONSTRUCTIONS:
+            originals = ImageSet(self.plan.sets.reconstructed, self.plan.sets.size)
+            more["psnr"] = _psnr(originals, self.sets[name], self.plan.config)
+        found = Measured(
+            name=name,
+            role="samples" if setting is not None else name,
+            num_images=len(self.sets[name]),
+            sampler=None if setting is None else SamplerRecord(**asdict(setting)),
+            **self.comparison.measure(self.features(name)),
+            **more,
+        )
+        return found.model_dump(mode="json")
+
+    def not_measured(self) -> list[str]:
+        """What is missing, and why."""
+        smallest = min(map(len, self.sets.values()))
+        idle = [setting for setting in self.plan.settings if setting.guidance != 1 and not setting.acts]
+        return _not_measured(self.sets, self.plan.extractor, smallest, same_classes=self.same_classes) + [
+            f"what guidance {s.guidance:g} does in {s.steps} steps: {s.guidance_mode} acts at none of their times"
+            for s in idle
+        ]
+
+
+def _not_measured(
+    everything: dict[str, ImageSet], extractor: Extractor, smallest: int, *, same_classes: bool
+) -> list[str]:
+    """What is missing, and why."""
+    reasons = []
+    if HELDOUT not in everything:
+        reasons.append("held-out real images (the floor): the reference has fewer than two; shard with a holdout")
+    if REFERENCE not in everything:
+        reasons.append(
+            "kernel distance, precision, recall and nearest classes: the reference is statistics, not images"
+        )
+    if RECONSTRUCTIONS not in everything:
+        reasons.append("reconstructions: the reference has no images, or the autoencoder no alignment yet")
+    if REFERENCE in everything and not same_classes:
+        reasons.append("share of samples nearest to their own class: the reference has other classes")
+    if LOGITS not in extractor.layers:
+        reasons.append("Inception Score: it is defined by Inception's classes, and another extractor was chosen")
+    if smallest <= NEIGHBOURS and REFERENCE in everything:
+        reasons.append(f"precision and recall of sets of {NEIGHBOURS} images or fewer")
+    return reasons
+
+
+def _target(reference: Reference) -> FrechetTarget | None:
+    statistics, device = reference.statistics, pick_device()
+    return None if statistics is None else FrechetTarget(statistics.mean.to(device), statistics.covariance.to(device))
+
+
+def extracted(
+    pool: Location, images: ImageSet, extractor: Extractor, batch_size: int, prefix: str = ""
+) -> dict[str, Tensor]:
+    """Features of a set, kept in `pool` by the content of images and extractor.
+
+    pool/DIGEST.safetensors    the features; DIGEST.json is their journal record, with the file's hash
+
+    Args:
+        prefix: of the file's name, for parts.
+    """
+    key = digest([images.digest, extractor.description.model_dump(), extractor.layers])[:16]
+    name, journal = f"{prefix}{key}", Journal(pool)
+    if (whole := _kept(journal, name)) is not None:
+        return whole
+    remove_partials(pool, idle_s=ABANDONED_S)
+    if len(images) <= PART:
+        return _keep(journal, name, extractor.features(images, batch_size))
+    # Kept part by part, so that a kill does not cost the hours that a large set takes.
+    parts = [ImageSet(images.refs[start : start + PART], images.size) for start in range(0, len(images), PART)]
+    pieces = [extracted(pool / "parts", part, extractor, batch_size, f"{key}-") for part in parts]
+    found = _keep(journal, name, {layer: torch.cat([piece[layer] for piece in pieces]) for layer in extractor.layers})
+    for part_file in children(pool / "parts"):
+        if part_file.name.startswith(f"{key}-"):
+            part_file.unlink(missing_ok=True)
+    return found
+
+
+def _keep(journal: Journal, name: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Write features, then their record."""
+    make_directory(journal.directory)
+    journal.record(name, {"sha256": save_tensors(journal.directory / f"{name}.safetensors", found)})
+    return found
+
+
+def _kept(journal: Journal, name: str) -> dict[str, Tensor] | None:
+    """Features as they were written; None where there are none, or others than these."""
+    try:
+        return load_tensors(journal.directory / f"{name}.safetensors", str(journal.read(name)["sha256"]))
+    except (ArtifactError, KeyError):
+        return None
+
+
+def _psnr(originals: ImageSet, reconstructions: ImageSet, config: EvaluationSection) -> Figure | None:
+    """dB, mean over the images that are not reproduced exactly; None where all are."""
+    values = [psnr(originals.pixels(i)[None], reconstructions.pixels(i)[None])[0] for i in range(len(originals))]
+    finite = torch.tensor([float(value) for value in values if np.isfinite(value)], dtype=torch.float64)
+    return mean_figure(finite, config.bootstrap, config.seed) if len(finite) else None

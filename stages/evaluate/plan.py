@@ -1,0 +1,171 @@
+"""What an evaluation does, decided once, before it starts: sample → decode → measure only follow this plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
+from svgpipe.manifests.errors import MismatchError, UsageError
+from svgpipe.manifests.manifest import InputRef, require_same
+from svgpipe.manifests.recipe import AutoencoderSection, EvaluationSection
+from svgpipe.manifests.storage import Location
+from svgpipe.models.sampler import Guidance
+
+from ..networks.autoencoder import build_backbone
+from ..networks.diffusion import TrainedDiffusion, open_diffusion
+from ..networks.sampling import SamplerSettings
+from .features import Extractor, load_extractor, weight_inputs
+from .reference import RealSets, Reference, require_extractor
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The model that draws, and the worse one that guides it, if there is one."""
+
+    model: TrainedDiffusion
+    guide: TrainedDiffusion | None = None
+
+    def settings(self, config: EvaluationSection) -> list[SamplerSettings]:
+        """Every point of the sweep.
+
+        Raises:
+            UsageError: a guidance mode that does not exist, or that has no meaning with a guide.
+        """
+        try:
+            guidance = Guidance(1.0, config.guidance_mode)
+        except ValueError as error:
+            raise UsageError(f"evaluation.guidance_mode: {error}") from error
+        if self.guide is not None and guidance.kind == "cfg_star":
+            raise UsageError("evaluation.guidance_mode: cfg_star is about unconditional velocities; a guide has none.")
+        return [
+            SamplerSettings(
+                steps=steps,
+                guidance=scale,
+                solver=config.solver,
+                guidance_mode=config.guidance_mode,
+                time_shift=config.time_shift,
+                seed=config.seed,
+                precision=config.precision,
+                weights=self.model.weights_name(config.weights),
+                labels=config.labels,
+                guide=None if self.guide is None else self.guide.described(config.guide_weights),
+            )
+            for scale in config.guidance
+            for steps in config.steps
+        ]
+
+    def require_match(self) -> None:
+        """Raise MismatchError unless both models draw latents of the same kind."""
+        if self.guide is None:
+            return
+        ours, theirs = self.model, self.guide
+        same_shape = (ours.grid, ours.channels, ours.class_names) == (theirs.grid, theirs.channels, theirs.class_names)
+        pairs = zip(ours.statistics(), theirs.statistics(), strict=True)
+        if not same_shape or not all(np.array_equal(a, b) for a, b in pairs):
+            raise MismatchError(
+                f"--guide {theirs.directory}: expected a model of the same latents as {ours.directory}, found one of "
+                f"another {'cache' if same_shape else 'shape or other classes'}. Train both on one cache."
+            )
+
+    def guide_input(self, config: EvaluationSection) -> dict[str, InputRef]:
+        """What the guide adds to an evaluation's inputs."""
+        guide = self.guide
+        if guide is None:
+            return {}
+        about = {"weights": guide.weights_name(config.guide_weights), "step": guide.step, "made_from": guide.made_from}
+        sha256 = guide.weights_sha256(config.guide_weights)
+        return {"guide": InputRef(kind="diffusion", fingerprint=sha256, path=str(guide.directory), config=about)}
+
+    def absolute(self) -> Sampler:
+        """The same for a process with another current directory."""
+        return Sampler(self.model.absolute(), None if self.guide is None else self.guide.absolute())
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """Inputs, settings and places of one evaluation."""
+
+    out: Location
+    pool: Location  # holds `latents` and `features`, which other evaluations find there
+    config: EvaluationSection
+    diffusion: DiffusionManifest
+    autoencoder: Location
+    encoder: AutoencoderManifest
+    sampler: Sampler
+    settings: tuple[SamplerSettings, ...]
+    reference: Reference
+    inputs: dict[str, InputRef]
+
+    @classmethod
+    def resolve(
+        cls,
+        diffusion: Location,
+        autoencoder: Location,
+        reference: Reference,
+        out: Location,
+        config: EvaluationSection,
+        *,
+        guide: Location | None = None,
+        pool: Location | None = None,
+    ) -> EvaluationPlan:
+        """Open all inputs and check that they belong together.
+
+        Raises:
+            MismatchError: the autoencoder is not the one that made the cache, or the guide draws other latents.
+            ArtifactError: an input that is missing or damaged.
+            UsageError: a guidance mode or weights that do not exist.
+        """
+        manifest, encoder = DiffusionManifest.read(diffusion), AutoencoderManifest.read(autoencoder)
+        sampler = Sampler(open_diffusion(diffusion), None if guide is None else open_diffusion(guide))
+        sampler.require_match()
+        require_same(
+            str(diffusion),
+            manifest.inputs["cache"].inputs["autoencoder"],
+            encoder.as_input(autoencoder),
+            what_to_do="Sample with the autoencoder that extracted the cache; another one decodes to noise.",
+        )
+        inputs = {
+            "diffusion": manifest.as_input(diffusion),
+            "autoencoder": encoder.as_input(autoencoder),
+            "reference": reference.ref,
+            **sampler.guide_input(config),
+            **weight_inputs(extractor=config.extractor.weights),
+        }
+        return cls(
+            out=out,
+            pool=pool or out.parent,
+            config=config,
+            diffusion=manifest,
+            autoencoder=autoencoder,
+            encoder=encoder,
+            sampler=sampler,
+            settings=tuple(sampler.settings(config)),
+            reference=reference,
+            inputs=inputs,
+        )
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        """The feature extractor, loaded when it is first asked for.
+
+        Raises:
+            ArtifactError: weights that cannot be had. UsageError: the reference is statistics of other features.
+        """
+        section = AutoencoderSection.model_validate(self.encoder.config).backbone
+        backbone = build_backbone(section, self.encoder.image_size, self.autoencoder)
+        extractor = load_extractor(self.config.extractor, backbone)
+        require_extractor(self.reference, extractor.dimensions, extractor.description.name)
+        return extractor
+
+    @cached_property
+    def sets(self) -> RealSets:
+        """The real images that are measured."""
+        return RealSets.of(self.reference, self.config, self.encoder.image_size)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Of the diffusion model, in the order of its labels."""
+        return self.diffusion.class_names

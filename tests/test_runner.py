@@ -1,0 +1,199 @@
+"""Units through the two runners: the same results, errors as they were raised, and an end where a process dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from svgpipe.manifests.errors import ArtifactError, SvgpipeError, UsageError
+from svgpipe.stages.runtime import ray_runner
+from svgpipe.stages.runtime.ray_runner import RayRunner
+from svgpipe.stages.runtime.resources import Resources
+from svgpipe.stages.runtime.runner import READ_AHEAD, WRITE_BEHIND, LocalRunner, Runner, Steps
+
+Failures = dict[tuple[str, int], Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What travels between the steps: an array, and something that is none."""
+
+    unit: int
+    values: np.ndarray
+    words: tuple[str, ...] = ()
+
+
+def steps_with(failures: Failures, seen: list[str] | None = None) -> Steps[int, Record, Record, Record]:
+    """Steps that multiply a unit's number and leave their name; some of them fail. Nested: Ray takes them along."""
+
+    def fail(step: str, unit: int) -> None:
+        if seen is not None:
+            seen.append(f"{step} {unit}")
+        if (failure := failures.get((step, unit))) is not None:
+            failure()
+
+    def read(unit: int) -> Record:
+        fail("read", unit)
+        return Record(unit, np.full(1000, unit))
+
+    def make_worker(device: torch.device) -> Callable[[Record], Record]:
+        fail("make", -1)
+
+        def compute(record: Record) -> Record:
+            fail("compute", record.unit)
+            return Record(record.unit, record.values * 2, (device.type,))
+
+        return compute
+
+    def write(record: Record) -> Record:
+        fail("write", record.unit)
+        return Record(record.unit, record.values + 1, (*record.words, "written"))
+
+    return Steps(read, make_worker, write)
+
+
+def raising(error: Exception) -> Callable[[], object]:
+    def throw() -> object:
+        raise error
+
+    return throw
+
+
+def kill() -> object:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return None
+
+
+@pytest.fixture(params=["local", "ray"])
+def runner(request: pytest.FixtureRequest) -> Runner:
+    if request.param == "local":
+        return LocalRunner()
+    request.getfixturevalue("ray_session")
+    return RayRunner()
+
+
+def test_all_units_come_through(runner: Runner) -> None:
+    found = sorted(runner.run(range(7), steps_with({})), key=lambda record: record.unit)
+    assert [record.unit for record in found] == list(range(7))
+    for record in found:
+        np.testing.assert_array_equal(record.values, np.full(1000, record.unit * 2 + 1))
+        assert record.words == ("cuda" if torch.cuda.is_available() else "cpu", "written")
+    assert list(runner.run([], steps_with({("make", -1): raising(AssertionError("no unit, no worker"))}))) == []
+
+
+@pytest.mark.parametrize("step", ["read", "make", "compute", "write"])
+def test_an_error_for_a_person_arrives_as_it_was_raised(runner: Runner, step: str) -> None:
+    place = (step, -1 if step == "make" else 1)
+    with pytest.raises(ArtifactError, match="unit 1 is damaged"):
+        list(runner.run(range(3), steps_with({place: raising(ArtifactError("unit 1 is damaged"))})))
+    with pytest.raises(OSError, match="No space left") as full:
+        list(runner.run(range(3), steps_with({place: raising(OSError(28, "No space left", "/a/file"))})))
+    assert (full.value.errno, full.value.filename) == (28, "/a/file")
+
+
+def test_memory_that_ran_out_is_told_without_a_traceback(ray_session: None) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(SvgpipeError, match=r"out of memory .*2.00 GiB.* smaller batch_size needs less"):
+        list(RayRunner().run([0], steps_with({("compute", 0): raising(error)})))
+
+
+@pytest.mark.parametrize("deadly", ["read", "compute"])
+def test_a_unit_that_kills_its_process_ends_the_run(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch, deadly: str
+) -> None:
+    monkeypatch.setattr(ray_runner, "RETRIES", 1)
+    with pytest.raises(SvgpipeError, match=r"a Ray worker died .* What was finished is kept"):
+        list(RayRunner().run(range(2), steps_with({(deadly, 1): kill})))
+
+
+def test_a_unit_whose_process_dies_once_is_tried_again(ray_session: None, tmp_path: Path) -> None:
+    def die_once() -> object:
+        if not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            kill()
+        return None
+
+    found = RayRunner().run(range(3), steps_with({("compute", 1): die_once}))
+    assert sorted(record.unit for record in found) == [0, 1, 2]
+    assert (tmp_path / "died").exists()
+
+
+def test_local_units_in_flight_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the writer is: what is read and not yet written lies in memory."""
+    seen: list[str] = []
+    slow: Failures = {("write", unit): lambda: time.sleep(0.01) for unit in range(20)}
+    steps, ahead = steps_with(slow, seen), []
+    for record in LocalRunner().run(range(20), steps):
+        reads = sum(name.startswith("read") for name in seen)
+        ahead.append(reads - record.unit)
+    assert max(ahead) <= READ_AHEAD + WRITE_BEHIND + 3
+
+
+def test_local_steps_overlap_and_the_caller_computes() -> None:
+    threads: dict[str, set[int]] = {"read": set(), "compute": set(), "write": set()}
+    notes: Failures = {
+        (step, unit): (lambda step=step: threads[step].add(threading.get_ident()))  # type: ignore[misc]
+        for step in threads
+        for unit in range(8)
+    }
+    list(LocalRunner().run(range(8), steps_with(notes)))
+    assert threads["compute"] == {threading.get_ident()}
+    assert not threads["read"] & threads["write"] and threading.get_ident() not in threads["read"] | threads["write"]
+
+
+def test_a_local_run_that_fails_leaves_no_thread() -> None:
+    before = threading.active_count()
+    with pytest.raises(ArtifactError):
+        list(LocalRunner().run(range(50), steps_with({("compute", 3): raising(ArtifactError("damaged"))})))
+    assert threading.active_count() == before
+    first = LocalRunner().run(range(50), steps_with({}))
+    next(first)
+    first.close()  # type: ignore[attr-defined]  # a consumer that stops half-way
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("asked", "cluster", "expected"),
+    [
+        (Resources(), {"CPU": 2}, (1, 0.0)),
+        (Resources(), {"CPU": 64, "GPU": 8}, (8, 1.0)),  # also where the driver has none
+        (Resources(gpus_per_worker=0.5), {"CPU": 8, "GPU": 2}, (4, 0.5)),
+        (Resources(num_workers=3), {"CPU": 8, "GPU": 4}, (3, 1.0)),
+        (Resources(gpus_per_worker=0), {"CPU": 8, "GPU": 4}, (1, 0.0)),
+    ],
+)
+def test_defaults_are_what_the_cluster_has(
+    asked: Resources, cluster: dict[str, float], expected: tuple[int, float]
+) -> None:
+    found = asked.resolved(cluster)
+    assert (found.num_workers, found.gpus_per_worker) == expected
+
+
+def test_what_the_cluster_does_not_have_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"500 workers of 1 CPUs need 500\.5 CPUs"):
+        Resources(500, 1.0).resolved({"CPU": 2.0}).require({"CPU": 2.0}, beside=0.5)
+    with pytest.raises(UsageError, match="2 workers of 1 GPUs need 2, but Ray has 1"):
+        Resources(2).resolved({"CPU": 8.0, "GPU": 1.0}).require({"CPU": 8.0, "GPU": 1.0})
+
+
+def test_a_worker_without_a_gpu_computes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor that reserves no GPU sees all of the machine's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    devices: list[Any] = []
+
+    def make_worker(device: torch.device) -> Callable[[Any], Any]:
+        devices.append(device)
+        return lambda record: record
+
+    ray_runner._GuardedWorker(make_worker, False, 1)
+    assert devices == [torch.device("cpu")]
