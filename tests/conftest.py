@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +91,6 @@ def golden() -> Any:
 
 PHOTOGRAPHS = {"astronaut": "astronaut.png", "cat": "chelsea.png", "coffee": "coffee.png"}
 IMAGES_PER_CLASS = 12
-DEADLINE_S = 300.0
 
 TINY = {
     "name": "tiny",
@@ -206,9 +201,7 @@ def ray_session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, photographs: Path, tiny_recipe: Path, ray_session: None
-) -> Finished:
+def finished(tmp_path_factory: pytest.TempPathFactory, photographs: Path, tiny_recipe: Path) -> Finished:
     root = tmp_path_factory.mktemp("finished") / "work"
     assert main(["run", str(tiny_recipe), "--workdir", str(root), "--source", str(photographs)]) == 0
     return Finished(root, tiny_recipe)
@@ -239,13 +232,6 @@ def undisturbed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
-def start(arguments: list[object], log: Path) -> subprocess.Popen[bytes]:
-    """A command in a session of its own, so that all its processes can be killed."""
-    command = [sys.executable, "-c", "from svgpipe.pipeline.cli import entry; entry()", *map(str, arguments)]
-    with log.open("ab") as file:
-        return subprocess.Popen(command, start_new_session=True, stdout=file, stderr=file)
-
-
 def units_done(out: Path) -> int:
     """Units that the journal of a cache calls finished."""
     return len(list((out / "journal").glob("unit-*.json")))
@@ -270,32 +256,6 @@ def svgpipe(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(code, text.out, text.err)
 
     return call
-
-
-def wait_for(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until `ready()` is true of a command that runs on; it may take long on a machine that is busy."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not ready():
-        assert process.poll() is None, f"ended too early: {log.read_text()}"
-        assert time.monotonic() < deadline, f"never became ready: {log.read_text()}"
-        time.sleep(0.01)
-
-
-def run_and_kill(arguments: list[object], ready: Callable[[], bool]) -> None:
-    """Start the command in a process group of its own and SIGKILL the whole group once `ready()` is true."""
-    command = [sys.executable, "-c", "from svgpipe.pipeline.cli import entry; entry()", *map(str, arguments)]
-    process = subprocess.Popen(
-        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + DEADLINE_S
-    while not ready():
-        assert process.poll() is None, f"ended before it could be killed: {process.stderr and process.stderr.read()}"
-        assert time.monotonic() < deadline, "never became ready"
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stderr is not None:
-        process.stderr.close()
 
 
 def tree_bytes(folder: Path, *patterns: str) -> dict[str, bytes]:

@@ -17,101 +17,75 @@ import pytest
 
 from svgpipe.manifests import FeatureCache
 
-from .conftest import (
-    DEADLINE_S,
-    SMALL_UNITS,
-    STORE,
-    Finished,
-    Outcome,
-    extract_args,
-    start,
-    tree_bytes,
-    units_done,
-    wait_for,
-)
+from .commands import Command
+from .conftest import SMALL_UNITS, STORE, Finished, Outcome, extract_args, tree_bytes, units_done
 
 KILLS = int(os.environ.get("SVGPIPE_KILLS", "5"))
 SEED = 20261122
-TARGETS = ("everything", "worker", "driver")
+ON_RAY = ("--num-workers", 2, "--cpus-per-worker", 0.7)
+
+
+def require_undisturbed(out: Path, undisturbed: Path) -> None:
+    """The same bytes as a cache that nothing was done to."""
+    assert FeatureCache(out).manifest.content == FeatureCache(undisturbed).manifest.content
+    assert tree_bytes(out, *STORE) == tree_bytes(undisturbed, *STORE)
+    assert not list(out.rglob("*.partial"))
+
+
+def test_kills_at_random_moments(
+    finished: Finished, undisturbed: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """Seeded: every second kill comes at some moment before a unit is written, the others after some units."""
+    rng = random.Random(SEED)
+    out, arguments = tmp_path / "cache", extract_args(finished, tmp_path / "cache", *SMALL_UNITS)
+    for number in range(KILLS):
+        command = Command(arguments, tmp_path / "log")
+        early, before = number % 2 == 0, units_done(out)
+        goal, moment = before + (1 if early else rng.randint(1, 10)), time.monotonic() + rng.uniform(0.0, 1.0)
+
+        def is_time(early: bool = early, goal: int = goal, moment: float = moment) -> bool:
+            return units_done(out) >= goal or (early and time.monotonic() > moment)
+
+        command.wait_for(is_time)
+        command.kill_all()
+        print(f"kill {number}: at {units_done(out)} units")
+    assert not (out / "manifest.json").exists()
+    ended = svgpipe(*arguments)
+    assert ended.code == 0, ended.err
+    assert svgpipe("verify", out, "--deep").code == 0
+    require_undisturbed(out, undisturbed)
 
 
 def ray_workers(session: int) -> list[int]:
-    """Processes of the pipeline's tasks and actors in the session of a command; Ray's agents are a node's death."""
-    ours = (b"ray::MapWorker", b"ray::Map(", b"ray::IDLE")
+    """Processes of the pipeline's actors in the session of a command."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if os.getsid(int(entry.name)) == session and (entry / "cmdline").read_bytes().startswith(ours):
+                if os.getsid(int(entry.name)) == session and (entry / "cmdline").read_bytes().startswith(b"ray::MapW"):
                     found.append(int(entry.name))
             except OSError:
                 continue
     return found
 
 
-def kill_group(process: subprocess.Popen[bytes]) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 @pytest.mark.slow
-def test_kills_at_random_moments(
+def test_a_worker_then_the_driver_of_a_run_on_ray_are_killed(
     finished: Finished, undisturbed: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """Seeded: each kill takes the driver, one worker, or everything, before or after some units were written."""
-    rng = random.Random(SEED)
-    out, log = tmp_path / "cache", tmp_path / "log"
-    arguments = extract_args(finished, out, *SMALL_UNITS)
-    story = []
-    process: subprocess.Popen[bytes] | None = None
-    for number in range(KILLS):
-        target = TARGETS[number] if number < len(TARGETS) else rng.choice(TARGETS)
-        # Every other kill comes while Ray is starting, when nothing was written yet by this run.
-        early, more = number % 2 == 1, rng.randint(1, 2)
-        if process is None:
-            process = start(arguments, log)
-        before, deadline = units_done(out), time.monotonic() + DEADLINE_S
-        pause = rng.uniform(0.5, 6.0)
-        began = time.monotonic()
-        while process.poll() is None and time.monotonic() < deadline:
-            if (early and time.monotonic() - began > pause) or units_done(out) >= before + more:
-                break
-            time.sleep(0.002)
-        if process.poll() is not None:
-            assert (out / "manifest.json").exists(), log.read_text()
-            break
-        if target == "worker" and (workers := ray_workers(process.pid)):
-            victim = rng.choice(workers)
-            os.kill(victim, signal.SIGKILL)
-            story.append(f"kill {number}: worker {victim} at {units_done(out)} units")
-            continue  # the same run goes on without it
-        if target == "worker":
-            target = "everything, as no worker was there yet"
-        if target == "driver":
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-        story.append(f"kill {number}: {target} at {units_done(out)} units")
-        kill_group_quietly(process)
-        process = None
-    if process is not None:
-        process.wait(timeout=300)
-    ended = svgpipe(*arguments)
-    assert ended.code == 0, ended.err
-    assert svgpipe("verify", out, "--deep").code == 0
-    print("\n".join(story))
-    assert len(story) >= KILLS, story
-    assert FeatureCache(out).manifest.content == FeatureCache(undisturbed).manifest.content
-    assert tree_bytes(out, *STORE) == tree_bytes(undisturbed, *STORE)
-    assert not list(out.rglob("*.partial"))
-
-
-def kill_group_quietly(process: subprocess.Popen[bytes]) -> None:
-    """Whatever is left of a command: Ray's own processes outlive a killed driver for a moment."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
+    """The run goes on without the worker; what the driver leaves is finished in one process, without Ray."""
+    out = tmp_path / "cache"
+    command = Command(extract_args(finished, out, *SMALL_UNITS, *ON_RAY), tmp_path / "log")
+    command.wait_for(lambda: units_done(out) >= 1 and bool(ray_workers(command.pid)))
+    os.kill(ray_workers(command.pid)[0], signal.SIGKILL)
+    done = units_done(out)
+    command.wait_for(lambda: units_done(out) >= done + 3)
+    command.send(signal.SIGKILL)
+    command.wait()
+    command.kill_all()
+    assert not (out / "manifest.json").exists()
+    assert svgpipe(*extract_args(finished, out, *SMALL_UNITS)).code == 0
+    require_undisturbed(out, undisturbed)
 
 
 @contextmanager
@@ -134,7 +108,7 @@ def test_a_full_disk_loses_nothing(finished: Finished, tmp_path: Path, svgpipe: 
     size = sum(path.stat().st_size for path in (finished.root / "cache").rglob("*")) // 1024
     with small_disk(tmp_path / "disk", size * 2) as disk:
         ballast = disk / "ballast"
-        ballast.write_bytes(b"x" * (size * 1400))
+        ballast.write_bytes(b"x" * (size * 1650))
         out = disk / "cache"
         full = svgpipe(*extract_args(finished, out))
         assert full.code == 1
@@ -156,16 +130,16 @@ def test_a_second_extract_on_a_cache_in_use_is_refused(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     out = tmp_path / "cache"
-    process = start(extract_args(finished, out), tmp_path / "log")
+    process = Command(extract_args(finished, out), tmp_path / "log")
     try:
-        wait_for((out / "lock.json").exists, process, tmp_path / "log")
+        process.wait_for((out / "lock.json").exists)
         assert f"in use by process {process.pid}" in " ".join(svgpipe("inspect", out, "--json").out.split())
         second = svgpipe(*extract_args(finished, out))
         assert second.code == 1
         assert f"in use by process {process.pid} of " in second.err
         assert "last sign of life" in second.err
     finally:
-        kill_group(process)
+        process.kill_all()
     assert json.loads((out / "lock.json").read_text())["pid"] == process.pid
     shutil.rmtree(out / "journal", ignore_errors=True)
     assert svgpipe(*extract_args(finished, out)).code == 0

@@ -12,7 +12,8 @@ from ray.cluster_utils import Cluster
 
 from svgpipe.manifests import FeatureCache
 
-from .conftest import SMALL_UNITS, STORE, Finished, extract_args, start, tree_bytes, units_done, wait_for
+from .commands import Command
+from .conftest import SMALL_UNITS, STORE, Finished, extract_args, tree_bytes, units_done
 
 NODE = {"num_cpus": 2, "object_store_memory": 100 << 20}
 # One thread per worker, as many as the single-node run of `undisturbed` has cores, may round other last bits.
@@ -47,15 +48,15 @@ def test_a_node_and_an_encoder_are_killed_in_mid_run(
     nodes = [cluster.add_node(**NODE) for _ in range(2)]
     cluster.wait_for_nodes()
     others = set(encoders())
-    process = start(extract_args(finished, out, *SMALL_UNITS, *WORKERS, "--address", cluster.address), log)
-    wait_for(lambda: units_done(out) >= 2, process, log)
+    process = Command(extract_args(finished, out, *SMALL_UNITS, *WORKERS, "--address", cluster.address), log)
+    process.wait_for(lambda: units_done(out) >= 2)
     victims = set(encoders()) - others
     assert victims, "no encoder was found"
     os.kill(min(victims), signal.SIGKILL)
     done = units_done(out)
-    wait_for(lambda: units_done(out) > done, process, log)
+    process.wait_for(lambda: units_done(out) > done)
     cluster.remove_node(nodes[0], allow_graceful=False)
-    process.wait(timeout=240)
+    process.wait(240)
     assert process.returncode == 0, log.read_text()
     assert done < 36
     assert FeatureCache(out).manifest.content == FeatureCache(undisturbed).manifest.content

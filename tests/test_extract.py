@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from svgpipe.stages.extract.moments import Moments, merge_all
 from svgpipe.stages.images.stream import load_images
 from svgpipe.stages.networks.autoencoder import load_autoencoder
 
-from .conftest import SMALL_UNITS, STORE, Finished, Outcome, extract_args, start, tree_bytes, units_done, wait_for
+from .commands import Command
+from .conftest import SMALL_UNITS, STORE, Finished, Outcome, extract_args, tree_bytes, units_done
 
 
 def test_features_are_what_the_autoencoder_gives(finished: Finished) -> None:
@@ -121,10 +123,10 @@ def test_a_record_that_outlived_its_shard_is_not_believed(
 def test_a_scheduler_stops_it_as_ctrl_c_does(finished: Finished, tmp_path: Path) -> None:
     out, log = tmp_path / "cache", tmp_path / "log"
     arguments = extract_args(finished, out, *SMALL_UNITS)
-    process = start(arguments, log)
-    wait_for(lambda: units_done(out) >= 2, process, log)
-    process.terminate()
-    assert process.wait(timeout=60) == 130
+    process = Command(arguments, log)
+    process.wait_for(lambda: units_done(out) >= 2)
+    process.send(signal.SIGTERM)
+    assert process.wait(60) == 130
     text = log.read_text()
     assert "stopped. What was finished is kept; the same command resumes." in text
     assert "SIGTERM received" not in text

@@ -27,7 +27,8 @@ from svgpipe.manifests.storage import (
     zarr_store,
 )
 
-from .conftest import Finished, Outcome, extract_args, run_and_kill
+from .commands import run_and_kill
+from .conftest import Finished, Outcome, extract_args
 
 UNITS = 5  # 36 rows by eight
 

@@ -195,5 +195,5 @@ def test_a_worker_without_a_gpu_computes_on_the_cpu(monkeypatch: pytest.MonkeyPa
         devices.append(device)
         return lambda record: record
 
-    ray_runner._GuardedWorker(make_worker, False, 1)
+    ray_runner._GuardedWorker(make_worker, False, torch.get_num_threads())
     assert devices == [torch.device("cpu")]

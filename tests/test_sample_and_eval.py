@@ -49,7 +49,8 @@ from svgpipe.stages.networks.autoencoder import build_backbone, latent_decoder, 
 from svgpipe.stages.networks.diffusion import open_diffusion
 from svgpipe.stages.networks.sampling import SamplerSettings, draw_latents, initial_noise, keep_as_computed, labels_of
 
-from .conftest import Finished, Outcome, run_and_kill, tree_bytes
+from .commands import run_and_kill
+from .conftest import Finished, Outcome, tree_bytes
 
 SETTINGS = ["steps-001_guidance-1", "steps-002_guidance-1", "steps-001_guidance-1.5", "steps-002_guidance-1.5"]
 

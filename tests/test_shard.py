@@ -26,7 +26,8 @@ from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.stages.images.decode import RejectedImageError, decode_image, to_array
 
-from .conftest import Finished, Outcome, run_and_kill, tree_bytes, write_crops
+from .commands import run_and_kill
+from .conftest import Finished, Outcome, tree_bytes, write_crops
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
 
@@ -225,7 +226,7 @@ def test_a_killed_worker_is_one_message_and_the_same_command_resumes(
     )
     deadline = time.monotonic() + 60
     while len(list((out / "journal").glob("*.json"))) < 2:
-        assert process.poll() is None
+        assert process.returncode is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +15,8 @@ import pytest
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.progress_file import ProgressEntry, read_progress
 
-from .conftest import Finished, Outcome, start, wait_for
+from .commands import Command
+from .conftest import Finished, Outcome
 
 
 def test_time_left_follows_from_the_pace_of_this_run() -> None:
@@ -53,9 +53,9 @@ def test_a_running_and_a_killed_training(finished: Finished, tmp_path: Path, svg
     work = tmp_path / "work"
     shutil.copytree(finished.root / "cache", work / "cache")
     arguments = ["train-diffusion", "--cache", work / "cache", "--out", work / "diffusion", "--recipe"]
-    process = start([*arguments, finished.recipe_file, "--set", "diffusion.steps=50000"], tmp_path / "log")
+    process = Command([*arguments, finished.recipe_file, "--set", "diffusion.steps=50000"], tmp_path / "log")
     try:
-        wait_for(lambda: steps_done(work / "diffusion") >= 20, process, tmp_path / "log")
+        process.wait_for(lambda: steps_done(work / "diffusion") >= 20)
         running = json.loads(svgpipe("status", work, "--json").out)[-1]
         assert (running["state"], running["progress"]["task"]) == ("running", "train-diffusion")
         assert 20 <= running["progress"]["done"] < running["progress"]["total"] == 50000
@@ -67,8 +67,7 @@ def test_a_running_and_a_killed_training(finished: Finished, tmp_path: Path, svg
         assert "train-diffusion" in screen
         assert "held-out loss" in screen
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill_all()
     stopped = svgpipe("status", work)
     assert stopped.code == 0
     assert "not running and not finished: the command that made it resumes it" in stopped.out

@@ -22,7 +22,8 @@ from svgpipe.stages.images.decode import psnr
 from svgpipe.stages.images.stream import TrainingImages, load_images, training_batches
 from svgpipe.stages.networks.autoencoder import load_autoencoder, reconstruct
 
-from .conftest import Finished, Outcome, run_and_kill
+from .commands import run_and_kill
+from .conftest import Finished, Outcome
 
 
 def train_args(finished: Finished, out: Path, *more: object) -> list[object]:

@@ -27,7 +27,8 @@ from svgpipe.stages.runtime import retry
 from svgpipe.stages.train_diffusion.data import batch_at
 from svgpipe.stages.training.optimizer import learning_rate
 
-from .conftest import Finished, Outcome, run_and_kill, start, wait_for
+from .commands import Command, run_and_kill
+from .conftest import Finished, Outcome
 
 WEIGHTS = ("ema-0.9.safetensors", "ema-0.5.safetensors", "raw.safetensors")
 
@@ -271,11 +272,11 @@ def test_ctrl_c_finishes_the_step_saves_and_resumes(
 ) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     more = ["--set", "diffusion.steps=5000", "--set", "diffusion.checkpoint_every=100000"]
-    process = start(train_args(finished, out, *more), log)
+    process = Command(train_args(finished, out, *more), log)
     metrics = out / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, process, log)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    process.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3)
+    process.send(signal.SIGINT)
+    assert process.wait(60) == 130
     err = log.read_text()
     assert "saved. The same command resumes." in err
     assert "Traceback" not in err

@@ -19,7 +19,8 @@ from svgpipe.stages.runtime import retry
 from svgpipe.stages.runtime.retry import patiently
 from svgpipe.stages.training.distributed import Team
 
-from .conftest import Finished, Outcome, start, wait_for
+from .commands import Command
+from .conftest import Finished, Outcome
 from .test_train_diffusion import same_weights, train_args
 
 ALONE = Team(torch.device("cpu"))
@@ -34,8 +35,8 @@ def test_storage_that_comes_back_is_waited_for(finished: Finished, tmp_path: Pat
     shard.rename(tmp_path / "away")
     arguments = train_args(finished, tmp_path / "out")
     arguments[2] = cache
-    process = start(arguments, log)
-    wait_for(lambda: "storage failed" in log.read_text(), process, log)
+    process = Command(arguments, log)
+    process.wait_for(lambda: "storage failed" in log.read_text())
     (tmp_path / "away").rename(shard)
     assert process.wait(60) == 0, log.read_text()
     assert "trying again in" in log.read_text()
@@ -100,13 +101,13 @@ def test_ctrl_c_twice_stops_in_the_middle_of_a_step(
     """Steps of several seconds: the second one does not wait for the end of it, and what was saved stays."""
     log, out = tmp_path / "log", tmp_path / "out"
     slow = ("batch_size=3000", "model.width=128", "model.depth=8", "eval_every=1000", "checkpoint_every=1")
-    process = start(train_args(finished, out, *(p for v in slow for p in ("--set", f"diffusion.{v}"))), log)
+    process = Command(train_args(finished, out, *(p for v in slow for p in ("--set", f"diffusion.{v}"))), log)
     latest = out / "checkpoints" / "latest.json"
-    wait_for(latest.exists, process, log)
-    process.send_signal(signal.SIGINT)
+    process.wait_for(latest.exists)
+    process.send(signal.SIGINT)
     time.sleep(0.3)
-    assert process.poll() is None  # it is finishing its step
-    process.send_signal(signal.SIGINT)
+    assert process.returncode is None  # it is finishing its step
+    process.send(signal.SIGINT)
     assert process.wait(60) == 130
     text = log.read_text()
     assert "stopped. What was finished is kept" in text

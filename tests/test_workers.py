@@ -25,7 +25,8 @@ from svgpipe.stages.training.checkpointing import latest_of_all
 from svgpipe.stages.training.distributed import Team
 from svgpipe.stages.training.worker import Mailbox
 
-from .conftest import Finished, Outcome, run_and_kill, start, wait_for
+from .commands import Command, run_and_kill
+from .conftest import Finished, Outcome
 
 CPU = torch.device("cpu")
 TWO = ("--num-workers", 2)
@@ -112,17 +113,17 @@ def test_a_killed_worker_is_replaced_and_one_process_continues(
 ) -> None:
     """Two workers, one of them killed; new ones go on; Ctrl-C stops them after a step; one process does the rest."""
     out, log = tmp_path / "out", tmp_path / "log"
-    process = start(diffusion_args(finished, out, *TWO), log)
-    wait_for(lambda: reached(out, 8), process, log)
+    process = Command(diffusion_args(finished, out, *TWO), log)
+    process.wait_for(lambda: reached(out, 8))
     workers = training_workers(process.pid)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
-    wait_for(lambda: "resumed at step" in log.read_text(), process, log)
+    process.wait_for(lambda: "resumed at step" in log.read_text())
     assert "a worker died" in log.read_text()
     again = int(re.findall(r"resumed at step (\d+)", log.read_text())[-1])
-    wait_for(lambda: reached(out, again + 4), process, log)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    process.wait_for(lambda: reached(out, again + 4))
+    process.send(signal.SIGINT)
+    assert process.wait(60) == 130
     text = log.read_text()
     assert "saved. The same command resumes." in text
     assert "Traceback" not in text
@@ -169,10 +170,10 @@ def test_an_autoencoder_begun_by_two_is_finished_by_one(
 @pytest.mark.slow
 def test_ctrl_c_while_workers_start_needs_no_step_to_finish(finished: Finished, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
-    process = start(diffusion_args(finished, out, *TWO), log)
-    wait_for(lambda: bool(training_workers(process.pid)), process, log)  # which are loading torch by now
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130, log.read_text()
+    process = Command(diffusion_args(finished, out, *TWO), log)
+    process.wait_for(lambda: bool(training_workers(process.pid)))  # which are loading torch by now
+    process.send(signal.SIGINT)
+    assert process.wait(60) == 130, log.read_text()
     assert "Traceback" not in log.read_text()
     assert not (out / "checkpoints").exists()
     assert not training_workers(process.pid)

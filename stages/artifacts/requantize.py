@@ -6,7 +6,6 @@ What it costs is measured by requantize_cost.py.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +33,7 @@ from ..extract.unit_writer import (
 )
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress, Recorded
+from ..runtime.resources import cpu_count
 from ..runtime.selection import evenly_spread
 
 # Rows that int8 steps are chosen over; each gives an even share of its vectors.
@@ -80,7 +80,7 @@ def requantize(
         progress.begin("requantize", spec.num_units, spec.num_units - len(missing))
         places = (absolute(place) for place in (source, out))
         convert = _Convert(*(FeatureStore(place, s) for place, s in zip(places, (before.spec, spec), strict=True)))
-        for _ in map_in_processes(convert, missing, processes or os.cpu_count() or 1):
+        for _ in map_in_processes(convert, missing, processes or cpu_count()):
             work.check_lock()
             progress.advance()
         for name in ("label", "valid", "heldout"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from ..extract.moments import Moments
 from ..extract.unit_writer import REJECTS_NAME, reject_lines
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress
+from ..runtime.resources import cpu_count
 
 Found = tuple[str, str, int | None]
 # Relative difference between a mean computed again and the recorded one: float64 rounding, in another order.
@@ -68,7 +68,7 @@ def verify_cache(
 def _verify_units(check: _UnitCheck, units: list[int], progress: Progress, processes: int | None) -> Iterator[Found]:
     progress.begin("verify", len(units))
     num_bytes = len(units) * np.prod(check.store.spec.shape_of(0)) * (2 if check.store.spec.dtype == "float16" else 1)
-    workers = min(processes or os.cpu_count() or 1, int(num_bytes // BYTES_PER_PROCESS) + 1) if check.deep else 1
+    workers = min(processes or cpu_count(), int(num_bytes // BYTES_PER_PROCESS) + 1) if check.deep else 1
     for found in map_in_processes(check, units, workers):
         yield from found
         progress.advance()

@@ -132,7 +132,7 @@ def put_statistics(store: FeatureStore, records: Sequence[Json], valid: NDArray[
     """Store the statistics of what was written.
 
     Mean, std, min and max are exact: the records' moments, merged in the order of the units. The covariance is that
-    of the original view of a sample of rows, because (C,C) sums over everything would cost more CPU time than decoding the images.
+    of the original view of some rows: over everything it would cost more CPU time than decoding the images.
 
     Args:
         records: of all units, in their order. valid: (samples,)

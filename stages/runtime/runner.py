@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -78,6 +79,10 @@ class LocalRunner:
         """See `Runner.run`; units come in their order."""
         if not units:
             return
+        with self._compute_threads():
+            yield from self._run(units, steps)
+
+    def _run(self, units: Sequence[Unit], steps: Steps[Unit, Loaded, Computed, Written]) -> Iterator[Written]:
         readers = ThreadPoolExecutor(READERS, thread_name_prefix="svgpipe-read")
         writer = ThreadPoolExecutor(1, thread_name_prefix="svgpipe-write")
         waiting = iter(units)
@@ -92,7 +97,6 @@ class LocalRunner:
         try:
             for _ in range(READ_AHEAD):
                 read_next()
-            self._set_threads()
             compute = steps.make_worker(self.device)
             while reading:
                 loaded = reading.popleft().result()
@@ -106,8 +110,14 @@ class LocalRunner:
             readers.shutdown(cancel_futures=True)
             writer.shutdown(cancel_futures=True)
 
-    def _set_threads(self) -> None:
-        if self.threads is not None and self.computes_on_cpu:
-            import torch
+    @contextmanager
+    def _compute_threads(self) -> Iterator[None]:
+        """Within the block torch computes with as many threads as were asked for."""
+        import torch
 
-            torch.set_num_threads(self.threads)
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)

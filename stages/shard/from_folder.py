@@ -27,6 +27,7 @@ from svgpipe.manifests.storage import Location, location, remove_tree, write_ato
 from ..images.decode import EXTENSIONS, RejectedImageError, centre_crop, decode_image, encode_png, to_array
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress, Recorded
+from ..runtime.resources import cpu_count
 
 JOURNAL_NAME = "journal"  # removed when all is published: the indexes say the same
 
@@ -82,7 +83,7 @@ def shard(
         missing = [job for job in jobs if job.number not in done]
         progress = Recorded(progress, out)
         progress.begin("shard", len(jobs), len(jobs) - len(missing))
-        for _ in map_in_processes(write_shard, missing, workers or os.cpu_count() or 1):
+        for _ in map_in_processes(write_shard, missing, workers or cpu_count()):
             progress.advance()
         return _publish(work, class_names, files, [journal.read(job.number) for job in jobs])
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tarfile
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ from svgpipe.manifests.storage import (
 from ..images.decode import EXTENSIONS, RejectedImageError, check_header, decode_image
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress, Recorded
+from ..runtime.resources import cpu_count
 
 JOURNAL_NAME = "journal"  # removed when all is published: the indexes say the same
 SCAN_BYTES = 1 << 22
@@ -100,7 +100,7 @@ def index_tars(
         progress = Recorded(progress, out)
         progress.begin("index", len(splits), len(splits) - len(missing))
         jobs = [_Scan(str(splits[i][0]), i, str(absolute(journal.directory)), config) for i in missing]
-        for note in map_in_processes(_Scan.__call__, jobs, processes or os.cpu_count() or 1):
+        for note in map_in_processes(_Scan.__call__, jobs, processes or cpu_count()):
             if note:
                 progress.say(note)
             progress.advance()
