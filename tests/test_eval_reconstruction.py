@@ -128,11 +128,11 @@ def test_lpips_of_given_weights_is_measured(
 
 
 @pytest.mark.slow
-def test_another_batch_size_and_two_workers_give_the_same(
+def test_other_batches_and_units_give_the_same(
     evaluated: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     out = tmp_path / "other"
-    more = ("--set", "reconstruction.batch_size=3", "--set", "reconstruction.unit_rows=5", "--num-workers", "2")
+    more = ("--set", "reconstruction.batch_size=3", "--set", "reconstruction.unit_rows=5")
     assert svgpipe(*arguments(finished, out, *more)).code == 0
     for one, two in zip(
         ReconstructionReport.read(evaluated).results, ReconstructionReport.read(out).results, strict=True

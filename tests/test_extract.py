@@ -37,13 +37,12 @@ def test_features_are_what_the_autoencoder_gives(finished: Finished) -> None:
             np.testing.assert_allclose(cache.read([row], view)[0], expected, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.slow
-def test_a_feature_does_not_depend_on_batch_unit_or_worker(
+def test_a_feature_does_not_depend_on_batch_or_unit(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     """To float16 rounding: other batch sizes meet other kernels, which differ in the last float32 bits."""
-    options = ["--set", "extract.unit_rows=5", "--set", "extract.batch_size=3", "--num-workers", 2]
-    options += ["--set", "extract.calibration_images=1000", "--cpus-per-worker", 0.5]
+    changes = ("unit_rows=5", "batch_size=3", "calibration_images=1000")
+    options = [part for change in changes for part in ("--set", f"extract.{change}")]
     found = svgpipe(*extract_args(finished, tmp_path / "other", *options))
     assert found.code == 0, found.err
     one, two = finished.cache, FeatureCache(tmp_path / "other")

@@ -1,0 +1,25 @@
+"""What workers of Ray write is, byte for byte, what one process writes without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .conftest import STORE, Finished, Outcome, extract_args, tree_bytes
+from .test_sample_and_eval import eval_args
+
+TWO = ("--num-workers", 2, "--cpus-per-worker", 0.7)
+
+
+def test_an_extraction(finished: Finished, ray_session: None, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    out = tmp_path / "cache"
+    found = svgpipe(*extract_args(finished, out, *TWO))
+    assert found.code == 0, found.err
+    assert tree_bytes(out, *STORE) == tree_bytes(finished.root / "cache", *STORE)
+
+
+def test_an_evaluation(finished: Finished, ray_session: None, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    found = svgpipe(*eval_args(finished, tmp_path / "evaluation", *TWO))
+    assert found.code == 0, found.err
+    patterns = ("evaluation/images/**/*", "evaluation/report.json", "latents/**/features/c/**/*")
+    assert tree_bytes(tmp_path, *patterns) == tree_bytes(finished.root, *patterns)
