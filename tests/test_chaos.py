@@ -18,7 +18,7 @@ import pytest
 from svgpipe.manifests import FeatureCache
 
 from .commands import Command
-from .conftest import SMALL_UNITS, STORE, Finished, Outcome, extract_args, tree_bytes, units_done
+from .conftest import SMALL_UNITS, STORE, Finished, Outcome, begin_calibrated, extract_args, tree_bytes, units_done
 
 KILLS = int(os.environ.get("SVGPIPE_KILLS", "5"))
 SEED = 20261122
@@ -74,7 +74,7 @@ def test_a_worker_then_the_driver_of_a_run_on_ray_are_killed(
     finished: Finished, undisturbed: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     """The run goes on without the worker; what the driver leaves is finished in one process, without Ray."""
-    out = tmp_path / "cache"
+    out = begin_calibrated(undisturbed, tmp_path / "cache")
     command = Command(extract_args(finished, out, *SMALL_UNITS, *ON_RAY), tmp_path / "log")
     command.wait_for(lambda: units_done(out) >= 1 and bool(ray_workers(command.pid)))
     os.kill(ray_workers(command.pid)[0], signal.SIGKILL)
