@@ -28,7 +28,7 @@ lint: install ## formatting, lint and types
 	$(BIN)/mypy tests
 
 test: lint       ## lint, types, floors and the test suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 # mypy and editors resolve `svgpipe.X` through these links, because the folders lie at the top level.
 view:
