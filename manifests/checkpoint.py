@@ -3,7 +3,7 @@
     checkpoints/latest.json             the checkpoints that exist, oldest first, with the hash of every file
     checkpoints/step-00001000/*.safetensors
     autoencoder.safetensors             trained part of the autoencoder (residual, alignment, mask token, decoder)
-    backbone.safetensors                the frozen part, of imported autoencoders only
+    backbone.safetensors                the frozen part, where it was imported or read from a file
     ema-0.9999.safetensors, …           diffusion transformer, one file per average of its weights
     raw.safetensors                     the same as trained
     statistics.safetensors              channel_mean, channel_std of the cache it was trained on
@@ -14,6 +14,7 @@ Nothing is ever unpickled. A checkpoint becomes visible by one rename of latest.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -47,7 +48,9 @@ def choose_weights(decays: Sequence[float], choice: str) -> str:
         UsageError: a model with averages of these decays holds no such weights.
     """
     names = [*map(average_name, decays), RAW]
-    name = names[0] if choice == EMA else f"{EMA}-{choice}" if choice[:1].isdigit() else choice
+    name = names[0] if choice == EMA else choice
+    with suppress(ValueError):  # 0.90 and ema-0.90 mean the decay 0.9
+        name = average_name(float(choice.removeprefix(f"{EMA}-")))
     if name not in names:
         raise UsageError(f"weights {choice!r}: expected one of {EMA}, {', '.join(names)}.")
     return name

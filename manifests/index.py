@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from .errors import ArtifactError
-from .storage import Location, read_range, write_atomic
+from .storage import Location, read_range, read_ranges, write_atomic
 
 _SCHEMA = pa.schema(
     [
@@ -48,7 +48,7 @@ class ImageRef:
 
     def read(self) -> bytes:
         """The image's bytes, checked. Raises ArtifactError where they are not the recorded ones."""
-        return read_member(self.tar, self.offset, self.size, self.sha256)
+        return _checked(read_range(self.tar, self.offset, self.size), self)
 
 
 def write_index(path: Location, refs: Iterable[ImageRef]) -> str:
@@ -97,13 +97,31 @@ def refs_of_table(table: pa.Table, tar: Location) -> list[ImageRef]:
     ]
 
 
-def read_member(tar: Location, offset: int, size: int, sha256: str) -> bytes:
-    """One range read, checked. Raises ArtifactError where the bytes are not the recorded ones."""
-    data = read_range(tar, offset, size)
+def read_images(refs: Sequence[ImageRef]) -> list[bytes | ArtifactError]:
+    """Checked bytes of many images, or the error of those that are not what was recorded; tar by tar in few reads.
+
+    Raises:
+        OSError: storage that fails.
+    """
+    by_tar: dict[Location, list[int]] = {}
+    for number, ref in enumerate(refs):
+        by_tar.setdefault(ref.tar, []).append(number)
+    found: dict[int, bytes | ArtifactError] = {}
+    for tar, numbers in by_tar.items():
+        datas = read_ranges(tar, [(refs[number].offset, refs[number].size) for number in numbers])
+        for number, data in zip(numbers, datas, strict=True):
+            try:
+                found[number] = _checked(data, refs[number])
+            except ArtifactError as error:
+                found[number] = error
+    return [found[number] for number in range(len(refs))]
+
+
+def _checked(data: bytes, ref: ImageRef) -> bytes:
     found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
+    if found != ref.sha256:
         raise ArtifactError(
-            f"{tar}: offset {offset}: expected {size} bytes with sha256 {sha256[:12]}, "
+            f"{ref.tar}: offset {ref.offset}: expected {ref.size} bytes with sha256 {ref.sha256[:12]}, "
             f"found {len(data)} bytes with {found[:12]}. The tar was altered or cut short."
         )
     return data

@@ -28,6 +28,7 @@ LOCK_NAME = "lock.json"
 BEAT_S = 15.0
 STALE_S = 120.0
 HIDDEN = "hidden"
+CLAIM_WAIT_S = 0.1
 
 
 class BusyError(SvgpipeError):
@@ -72,21 +73,30 @@ class Lock:
                 continue  # released in between
             if not is_dead(owner):
                 raise BusyError(f"{self.path.parent}: {describe(owner)} Wait for it, or stop it and run this again.")
-            self._take_over(owner)
+            if self._take_over(owner):
+                return
         raise BusyError(f"{self.path}: several processes are fighting for this lock; try again.")
 
-    def _take_over(self, owner: dict[str, Any]) -> None:
-        """Remove the lock of a dead owner, but not the one that somebody else may just have put in its place."""
-        if not isinstance(self.path, Path):
-            self.path.unlink(missing_ok=True)
-            return
-        aside = self.path.with_name(f".{LOCK_NAME}.{self.token}.partial")
-        with suppress(FileNotFoundError):
-            self.path.rename(aside)
-            if (_read(aside) or {}).get("token") != owner.get("token"):
-                with suppress(FileExistsError):
-                    os.link(aside, self.path)
-            aside.unlink()
+    def _take_over(self, owner: dict[str, Any]) -> bool:
+        """Replace the lock of a dead owner by ours; False if somebody else may just be doing so, or has done so.
+
+        Only the holder of a claim on this very owner may replace its lock. Whoever comes later, with a reading of the
+        lock from before, finds another token under it.
+        """
+        claim = self.path.with_name(f".{LOCK_NAME}.{owner.get('token')}.claim")
+        if not create_exclusively(claim, self._mine()):
+            claimant = _read(claim)
+            if claimant is not None and is_dead(claimant):
+                claim.unlink(missing_ok=True)
+            time.sleep(CLAIM_WAIT_S)
+            return False
+        try:
+            if (_read(self.path) or {}).get("token") != owner.get("token"):
+                return False
+            write_atomic(self.path, self._mine())
+            return True
+        finally:
+            claim.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_S) and self._lost is None:

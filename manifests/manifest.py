@@ -240,7 +240,7 @@ def _holds_nothing(path: Location) -> bool:
     if not path.exists():
         return True
     names = {entry.name for entry in children(path)} - {PLAN_NAME, LOCK_NAME, PROGRESS_NAME}
-    return all(name.startswith(".") and name.endswith(".partial") for name in names)
+    return all(name.startswith(".") and name.endswith((".partial", ".claim")) for name in names)
 
 
 class WorkDir(Generic[M]):

@@ -63,6 +63,11 @@ class BackboneSection(Section):
     )
     seed: Natural = Field(0, description="Of random weights; ignored otherwise.")
 
+    @property
+    def is_file(self) -> bool:
+        """Whether `weights` names a file."""
+        return self.weights not in ("hub", "random", "beside") and not self.weights.startswith("package:")
+
 
 class ResidualSection(Section):
     """The residual encoder, a timm VisionTransformer (FACTS: official values are the defaults)."""

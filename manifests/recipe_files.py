@@ -21,6 +21,8 @@ from pydantic import BaseModel, ValidationError
 from .errors import UsageError
 from .recipe import Recipe, Section
 
+YAML_SUFFIXES = {".yaml", ".yml"}
+
 
 def builtin_names() -> list[str]:
     """Names of the recipes that come with svgpipe."""
@@ -56,12 +58,15 @@ def _brief(value: object) -> str:
 
 
 def _read_with_base(name_or_file: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
+    """A recipe merged over those that it extends, and where it is from. A base file lies relative to its recipe."""
     raw, where = _read_source(name_or_file)
     base_name = raw.pop("extends", None)
     if base_name is None:
         return raw, where
     if base_name in seen or not isinstance(base_name, str):
         raise UsageError(f"{where}: extends: expected another recipe, found {base_name!r}.")
+    if Path(base_name).suffix in YAML_SUFFIXES:
+        base_name = str(Path(name_or_file).parent / base_name)
     base, _ = _read_with_base(base_name, (*seen, base_name))
     return _merge(base, raw), where
 
@@ -77,7 +82,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _read_source(name_or_file: str) -> tuple[dict[str, Any], str]:
     builtin = resources.files("svgpipe.manifests").joinpath("recipes", f"{name_or_file}.yaml")
     path = Path(name_or_file)
-    if path.suffix in {".yaml", ".yml"}:
+    if path.suffix in YAML_SUFFIXES:
         if not path.is_file():
             raise UsageError(f"{path}: expected a recipe file, found none.")
         text, where = path.read_text(errors="replace"), str(path)
@@ -110,10 +115,13 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     target = raw
     *sections, key = name.split(".")
     for section in sections:
-        inner = target.setdefault(section, {})
+        inner = target.get(section, {})
         if not isinstance(inner, dict):
             raise UsageError(f"--set {override!r}: {section} holds a value, not a section.")
-        target = inner
+        # A copy: a YAML alias (`a: &x {…}`, `b: *x`) makes two sections one object, and only one of them is meant.
+        copy = dict(inner)
+        target[section] = copy
+        target = copy
     # YAML 1.1 reads 1e-4 as a string; numbers written so are meant as numbers, unless they stand in quotes.
     if isinstance(value, str) and value == text.strip():
         with contextlib.suppress(ValueError):

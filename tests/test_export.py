@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from svgpipe.manifests.manifest import read_json
 from svgpipe.models.dit import DiT
 
-from .conftest import Finished, Outcome
+from .conftest import Finished, Outcome, tree_bytes
 
 
 @pytest.mark.parametrize(
-    ("choice", "name"), [("ema", "ema-0.9"), ("0.5", "ema-0.5"), ("ema-0.5", "ema-0.5"), ("raw", "raw")]
+    ("choice", "name"), [("ema", "ema-0.9"), ("0.50", "ema-0.5"), ("ema-0.5", "ema-0.5"), ("raw", "raw")]
 )
 def test_export_of_every_weights(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], choice: str, name: str
@@ -57,3 +57,17 @@ def test_export_of_a_run_in_progress_and_of_one_checkpoint(
     unknown = svgpipe("export", run, tmp_path / "none", "--ema", "0.7")
     assert unknown.code == 2
     assert "expected one of ema, ema-0.9, ema-0.5, raw" in unknown.err
+
+
+def test_a_killed_export_is_done_again(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    whole, left = tmp_path / "whole", tmp_path / "left"
+    assert svgpipe("export", finished.root / "diffusion", whole).code == 0
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    (left / ".statistics.safetensors.0123.partial").write_bytes(b"less")
+    again = svgpipe("export", finished.root / "diffusion", left)
+    assert again.code == 0, again.err
+    assert tree_bytes(left, "*", ".*") == tree_bytes(whole, "*", ".*")
+    (left / "notes.txt").write_text("somebody's")
+    (left / "config.json").unlink()
+    assert svgpipe("export", finished.root / "diffusion", left).code == 1

@@ -9,11 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from upath import UPath
 
 from svgpipe.manifests import lock as module
 from svgpipe.manifests.lock import LOCK_NAME, BusyError, Lock, locked
+from svgpipe.manifests.storage import Location, children
 
 HOLD = """
 import sys, time
@@ -141,3 +144,38 @@ def test_a_lock_cut_short_by_a_full_disk_is_nobodys(tmp_path: Path) -> None:
     (tmp_path / LOCK_NAME).write_text('{"token": "abc"')
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_of_two_that_find_a_dead_owner_one_gets_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
+) -> None:
+    """The second one reads the dead owner's lock before the first takes it over, and goes on afterwards."""
+    folder: Location = UPath(f"memory://{tmp_path.name}") if remote else tmp_path
+    dead = {"token": "t", "host": "far", "pid": 1, "process": {"namespace": "far"}, "since": 0, "beat_at": 0}
+    (folder / LOCK_NAME).write_bytes(json.dumps(dead).encode())
+    first: list[Lock] = []
+    real = module.is_dead
+
+    def first_comes_in_between(owner: dict[str, Any]) -> bool:
+        if owner.get("token") == "t" and not first:
+            monkeypatch.setattr(module, "is_dead", real)
+            first.append(Lock(folder))
+        return real(owner)
+
+    monkeypatch.setattr(module, "is_dead", first_comes_in_between)
+    with pytest.raises(BusyError, match="in use by process"):
+        Lock(folder)
+    first[0].check()
+    assert json.loads((folder / LOCK_NAME).read_bytes())["token"] == first[0].token
+    first[0].release()
+    assert children(folder) == []
+
+
+def test_a_claim_of_a_process_that_died_is_no_obstacle(tmp_path: Path) -> None:
+    dead = {"token": "t", "host": "far", "pid": 1, "process": {"namespace": "far"}, "since": 0, "beat_at": 0}
+    (tmp_path / LOCK_NAME).write_text(json.dumps(dead))
+    (tmp_path / f".{LOCK_NAME}.t.claim").write_text(json.dumps(dead))
+    with locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import zarr
 from moto.server import ThreadedMotoServer
 
 from svgpipe.manifests import FeatureCache
-from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.errors import ArtifactError, UsageError
+from svgpipe.manifests.index import read_images
 from svgpipe.manifests.lock import BusyError, Lock, locked
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import (
@@ -172,6 +174,30 @@ def test_ranges_may_end_after_the_object(bucket: Location) -> None:
     assert read_range(bucket / "ten", 8, 5) == b"89"
     assert read_range(bucket / "ten", 10, 5) == b""
     assert read_range(bucket / "ten", 50, 5) == b""
+
+
+def test_neighbouring_images_come_in_few_requests(
+    uploaded: Location, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit's images, some of one tar twice and out of order, as bytes and as errors."""
+    assert not isinstance(uploaded, Path)
+    shards, asked = ShardSet.open(uploaded / "shards"), []
+    real = type(uploaded.fs)._cat_file
+
+    async def counted(*arguments: object, **options: object) -> bytes:
+        asked.append(arguments)
+        return await real(*arguments, **options)
+
+    monkeypatch.setattr(type(uploaded.fs), "_cat_file", counted)
+    rows = [3, 0, 1, 9, 3, *range(16, 24)]
+    found = read_images(shards.refs(rows))
+    assert found == [finished.shards.read_image(row) for row in rows]
+    assert len(asked) <= 3  # one for each tar, of 13 images
+    ref = shards.refs([0])[0]
+    beyond = replace(ref, offset=10**7)
+    one, other = read_images([ref, beyond])
+    assert one == finished.shards.read_image(0)
+    assert isinstance(other, ArtifactError) and "was altered or cut short" in str(other)
 
 
 def test_roots_that_cannot_work_are_refused(bucket: Location, svgpipe: Callable[..., Outcome]) -> None:

@@ -99,6 +99,21 @@ def test_a_file_may_extend_and_a_circle_is_refused(tmp_path: Path) -> None:
         load_recipe(str(mine))
 
 
+def test_a_base_file_lies_relative_to_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "base.yaml").write_text("extends: demo\ndiffusion: {steps: 11}\n")
+    (tmp_path / "lab" / "mine.yaml").write_text("extends: ../base.yaml\nname: mine\n")
+    monkeypatch.chdir("/")
+    assert load_recipe(str(tmp_path / "lab" / "mine.yaml")).diffusion.steps == 11
+
+
+def test_an_override_changes_one_of_two_aliased_sections(tmp_path: Path) -> None:
+    recipe = tmp_path / "aliased.yaml"
+    recipe.write_text("evaluation: {extractor: &e {kind: backbone}}\nreconstruction: {extractor: *e}\n")
+    found = load_recipe(str(recipe), ["evaluation.extractor.kind=inception"])
+    assert (found.evaluation.extractor.kind, found.reconstruction.extractor.kind) == ("inception", "backbone")
+
+
 def test_a_number_in_quotes_stays_text() -> None:
     """As `--ema 0.9999` hands it on."""
     recipe = load_recipe(None, ['evaluation.weights="0.9999"', "diffusion.learning_rate=3e-4"])

@@ -23,7 +23,7 @@ from svgpipe.stages.images.stream import TrainingImages, load_images, training_b
 from svgpipe.stages.networks.autoencoder import load_autoencoder, reconstruct
 
 from .commands import run_and_kill
-from .conftest import Finished, Outcome
+from .conftest import Finished, Outcome, extract_args
 
 
 def train_args(finished: Finished, out: Path, *more: object) -> list[object]:
@@ -114,6 +114,26 @@ def test_a_killed_run_ends_with_the_same_weights(
     assert all(torch.equal(whole[key], found[key]) for key in whole)
     steps = [e["step"] for e in read_metrics(out / "metrics.jsonl") if "l1" in e]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_backbone_from_a_file_lies_beside_the_autoencoder(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named relative to a folder that is another one later, and gone by then."""
+    model, _ = load_autoencoder(finished.root / "autoencoder")
+    monkeypatch.chdir(tmp_path)
+    save_file(model.backbone.model.state_dict(), "weights.safetensors")
+    given = ("--set", "autoencoder.backbone.weights=weights.safetensors", "--set", "autoencoder.steps=1")
+    made = svgpipe(*train_args(finished, tmp_path / "autoencoder", *given))
+    assert made.code == 0, made.err
+    Path("weights.safetensors").unlink()
+    monkeypatch.chdir("/")
+    arguments = extract_args(finished, tmp_path / "cache")
+    arguments[4] = tmp_path / "autoencoder"
+    assert svgpipe(*arguments).code == 0
+    assert svgpipe("verify", tmp_path / "autoencoder", "--deep").code == 0
+    (tmp_path / "autoencoder" / "backbone.safetensors").write_bytes(b"altered")
+    assert "backbone.safetensors" in svgpipe("verify", tmp_path / "autoencoder", "--deep").out
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.stages.runtime import retry
 from svgpipe.stages.runtime.retry import patiently
+from svgpipe.stages.train_diffusion import run
 from svgpipe.stages.training.distributed import Team
 
 from .commands import Command
@@ -92,6 +95,37 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
         assert same_weights(disk / "out", finished.root / "diffusion")
     finally:
         subprocess.run(["umount", str(disk)], check=True)  # nothing holds a file open, after errors neither
+
+
+def test_a_disk_too_full_for_the_final_weights_loses_no_step(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten steps, a checkpoint every fourth: the last two are in one more, written before the weights."""
+    out, options = tmp_path / "out", ("--set", "diffusion.steps=10")
+
+    def full(path: Path, tensors: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_tensors", full)
+        stopped = svgpipe(*train_args(finished, out, *options))
+    assert stopped.code == 1 and "no space left on the device" in stopped.err
+    again = svgpipe(*train_args(finished, out, *options))
+    assert again.code == 0 and "resumed at step 10" in again.err, again.err
+    assert svgpipe(*train_args(finished, tmp_path / "whole", *options)).code == 0
+    assert same_weights(out, tmp_path / "whole")
+
+
+def test_a_model_too_large_for_this_machine_says_which_options_help(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """A matrix of 200 GB: the allocation is refused at once."""
+    found = svgpipe(*train_args(finished, tmp_path / "out", "--set", "diffusion.model.width=131072"))
+    assert found.code == 1
+    for word in ("out of memory", "activation_checkpointing=true", "accumulate", "fsdp2"):
+        assert word in found.err
+    ended = svgpipe(*train_args(finished, tmp_path / "out2"))
+    assert "peak memory after one step: " in ended.err
 
 
 @pytest.mark.slow

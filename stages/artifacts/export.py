@@ -18,11 +18,12 @@ from svgpipe.manifests.checkpoint import (
     weights_file,
 )
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.manifest import write_json
+from svgpipe.manifests.lock import LOCK_NAME, locked
+from svgpipe.manifests.manifest import Json, write_json
 from svgpipe.manifests.recipe import DiffusionSection
-from svgpipe.manifests.storage import Location, make_directory
+from svgpipe.manifests.storage import Location, children, make_directory, remove_partials
 
-from ..networks.diffusion import dit_arguments, open_diffusion
+from ..networks.diffusion import TrainedDiffusion, dit_arguments, open_diffusion
 
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
@@ -45,21 +46,38 @@ def export(source: Location, out: Location, weights: str = EMA) -> Exported:
         weights: `ema` (the recipe's first average), `ema-DECAY` or `raw`.
     Raises:
         ArtifactError: no diffusion model there, a damaged file, or files in `out`. UsageError: no such weights.
+        BusyError: another process exports to `out`.
     """
     found = open_diffusion(source)
     config = DiffusionSection.model_validate(found.config)
     name = found.weights_name(weights)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ArtifactError(f"{out}: expected a new or empty folder, found something there. Give another.")
+    _require_free(out)
     tensors = load_tensors(found.directory / weights_file(name), found.content[weights_file(name)])
     statistics = load_tensors(found.directory / STATISTICS_FILE, found.content[STATISTICS_FILE])
     make_directory(out)
-    save_tensors(out / MODEL_FILE, tensors)
-    save_tensors(out / STATISTICS_FILE, statistics)
+    with locked(out):
+        remove_partials(out)
+        save_tensors(out / MODEL_FILE, tensors)
+        save_tensors(out / STATISTICS_FILE, statistics)
+        write_json(out / CONFIG_FILE, _config(found, config, name))
+    return Exported(name, found.step, out)
+
+
+def _require_free(out: Location) -> None:
+    """Raise ArtifactError unless `out` is new, empty, or holds what a killed export left: no config.json yet."""
+    left = {MODEL_FILE, STATISTICS_FILE, LOCK_NAME}
+    names = {path.name for path in children(out)}
+    foreign = [name for name in names - left if not name.endswith((".partial", ".claim"))]
+    if foreign or (out.exists() and not out.is_dir()):
+        raise ArtifactError(f"{out}: expected a new or empty folder, found something there. Give another.")
+
+
+def _config(found: TrainedDiffusion, config: DiffusionSection, name: str) -> Json:
+    """Content of config.json, which is written last."""
     arguments: dict[str, Any] = dit_arguments(
         config.model, grid=found.grid, channels=found.channels, num_classes=len(found.class_names)
     )
-    entry = {
+    return {
         "model": arguments,
         "class_names": found.class_names,
         "weights": name,
@@ -67,5 +85,3 @@ def export(source: Location, out: Location, weights: str = EMA) -> Exported:
         "time_shift": {"training": config.time_shift, "sampling": config.sample_shift},
         "made_from": found.made_from,
     }
-    write_json(out / CONFIG_FILE, entry)
-    return Exported(name, found.step, out)

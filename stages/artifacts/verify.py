@@ -138,16 +138,16 @@ def _verify_autoencoder(path: Location, manifest: Any, *, deep: bool, progress: 
     assert isinstance(manifest, AutoencoderManifest)
     progress.begin("verify", 1)
     yield from _verify_tensors(path / AUTOENCODER_FILE, manifest.content, deep)
-    if manifest.config["backbone"]["weights"] == "beside":
-        yield from _verify_imported(path, manifest, deep)
+    if manifest.config["backbone"]["weights"] == "beside" or (path / BACKBONE_FILE).exists():
+        yield from _verify_backbone(path, manifest, deep)
     yield from _verify_checkpoints(path, deep)
     if manifest.alignment is not None and not np.isfinite(manifest.alignment).all():
         yield _wrong(path / MANIFEST_NAME, "an alignment scalar is not finite")
     progress.advance()
 
 
-def _verify_imported(path: Location, manifest: AutoencoderManifest, deep: bool) -> Found:
-    """The backbone beside an imported autoencoder, and its alignment, if it was measured."""
+def _verify_backbone(path: Location, manifest: AutoencoderManifest, deep: bool) -> Found:
+    """The backbone beside an autoencoder, and the alignment of an imported one, if it was measured."""
     file = path / BACKBONE_FILE
     if file_size(file) is None:
         yield _wrong(file, "expected the imported backbone, found no such file")

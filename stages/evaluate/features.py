@@ -28,17 +28,17 @@ from svgpipe.models.backbone import Backbone, own_input
 
 from ..images.image_set import ImageSet
 from ..networks.autoencoder import build_backbone, read_weight_file, state_digest
+from ..networks.downloads import Download
 from ..runtime.device import pick_device
 
 POOLED, LOGITS = "pooled", "logits"
 INCEPTION_LAYERS = {POOLED: "2048", LOGITS: "logits_unbiased"}
 INCEPTION = "inception-v3-compat"
 INCEPTION_SIZE = 299
-INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_WEIGHTS = Download(
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    "6726825d",
 )
-
-
 SOFTWARE = ("torch", "torch-fidelity", "timm", "pillow", "scikit-image", "scipy", "numpy")
 
 
@@ -115,21 +115,19 @@ def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "e
             _record(config.kind, name, backbone, backbone.input_size, "timm"),
             int(backbone.model.head_hidden_size),
         )
-    path = None if config.weights == "hub" else Path(config.weights)
-    state = None if path is None else read_weight_file(path)
+    state = None if config.weights == "hub" else read_weight_file(Path(config.weights))
     try:
         with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
             # torch-fidelity unpickles whatever file it is given, so it is given one of tensors and nothing else.
-            safe = None if state is None else str(Path(folder) / "inception.pth")
-            if safe is not None:
-                torch.save(state, safe)
+            safe = Path(folder) / "inception.pth"
+            torch.save(INCEPTION_WEIGHTS.load() if state is None else state, safe)
             module = FeatureExtractorInceptionV3(
-                INCEPTION, list(INCEPTION_LAYERS.values()), feature_extractor_weights_path=safe
+                INCEPTION, list(INCEPTION_LAYERS.values()), feature_extractor_weights_path=str(safe)
             )
     except Exception as error:  # urllib's kinds and torch's for a damaged file
         raise ArtifactError(
             f"{where}: Inception weights could not be loaded ({first_line(error)}). "
-            f"Download {INCEPTION_URL} and give it with --set {where}.weights=FILE, or measure in the "
+            f"Download {INCEPTION_WEIGHTS.url} and give it with --set {where}.weights=FILE, or measure in the "
             f"backbone's space with --set {where}.kind=backbone."
         ) from error
     return Extractor(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.index import ImageRef
+from svgpipe.manifests.index import ImageRef, read_images
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.storage import absolute
@@ -89,14 +89,14 @@ class ReadImages:
         watch = Stopwatch("reader")
         with watch.phase("read"):
             refs = self.shards.refs(list(unit.rows))
+            datas = iter(read_images([ref for ref in refs if ref.reject is None]))
         pixels = np.zeros((len(refs), self.image_size, self.image_size, 3), np.uint8)
         rejects = []
         for row, ref in enumerate(refs):
             try:
                 if ref.reject is not None:
                     raise RejectedImageError(ref.reject)
-                with watch.phase("read"):
-                    data = _bytes_of(ref)
+                data = _again_if_altered(ref, next(datas))
                 with watch.phase("decode"):
                     pixels[row] = to_array(centre_crop(decode_image(data), self.image_size))
             except RejectedImageError as error:
@@ -104,15 +104,14 @@ class ReadImages:
         return UnitPixels(unit.unit, pixels, tuple(rejects), (watch.timing(),))
 
 
-def _bytes_of(ref: ImageRef) -> bytes:
+def _again_if_altered(ref: ImageRef, data: bytes | ArtifactError) -> bytes:
     """What was indexed. Read twice before it is rejected: a network file system may give a short read once."""
+    if isinstance(data, bytes):
+        return data
     try:
         return ref.read()
-    except ArtifactError:
-        try:
-            return ref.read()
-        except ArtifactError as error:
-            raise RejectedImageError(f"other bytes than indexed: {error}") from error
+    except ArtifactError as error:
+        raise RejectedImageError(f"other bytes than indexed: {error}") from error
 
 
 class WriteUnit:

@@ -16,7 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from svgpipe.manifests.alignment import MeasuredAlignment
-from svgpipe.manifests.checkpoint import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest, load_tensors
+from svgpipe.manifests.checkpoint import (
+    AUTOENCODER_FILE,
+    BACKBONE_FILE,
+    AutoencoderManifest,
+    load_tensors,
+    save_tensors,
+)
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError, first_line
 from svgpipe.manifests.recipe import AutoencoderSection, BackboneSection
 from svgpipe.manifests.storage import Location
@@ -79,6 +85,8 @@ def build_backbone(
 
 
 def _find_weights(config: BackboneSection, directory: Location | None, where: str) -> dict[str, Tensor]:
+    if directory is not None and config.is_file and (directory / BACKBONE_FILE).exists():
+        return load_tensors(directory / BACKBONE_FILE)
     if config.weights == "beside":
         if directory is None:
             raise UsageError(
@@ -96,6 +104,16 @@ def _find_weights(config: BackboneSection, directory: Location | None, where: st
         except ValueError as error:
             raise ArtifactError(f"{where}.weights {config.weights}: {error}") from error
     return read_weight_file(Path(config.weights))
+
+
+def keep_backbone(config: BackboneSection, directory: Location) -> None:
+    """Copy weights that the recipe names by file into `directory`, where every other folder and node finds them.
+
+    Raises:
+        ArtifactError: a missing or unreadable file.
+    """
+    if config.is_file and not (directory / BACKBONE_FILE).exists():
+        save_tensors(directory / BACKBONE_FILE, read_weight_file(Path(config.weights)))
 
 
 def _from_hub(name: str, where: str) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from svgpipe.manifests.errors import ArtifactError, UsageError, first_line
@@ -13,6 +12,13 @@ from svgpipe.models.autoencoder import Autoencoder
 from svgpipe.models.losses import LPIPS, BackbonePerceptual
 
 from .autoencoder import read_weight_file
+from .downloads import Download
+
+VGG = Download("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
+LINEAR = Download(
+    "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
+    "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+)
 
 
 def load_perceptual(config: PerceptualSection, model: Autoencoder) -> BackbonePerceptual | LPIPS | None:
@@ -41,28 +47,20 @@ def load_lpips(config: PerceptualSection, where: str) -> LPIPS:
     """
     lpips = LPIPS()
     try:
-        lpips.load(
-            _weights(config.vgg_weights, "https://download.pytorch.org/models/vgg16-397923af.pth", where),
-            _weights(
-                config.lpips_weights,
-                "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
-                where,
-            ),
-        )
+        lpips.load(_weights(config.vgg_weights, VGG, where), _weights(config.lpips_weights, LINEAR, where))
     except ValueError as error:
         raise ArtifactError(f"{where}: {error}") from error
     return lpips.eval()
 
 
-def _weights(source: str, url: str, where: str) -> dict[str, Tensor]:
+def _weights(source: str, download: Download, where: str) -> dict[str, Tensor]:
     if source != "hub":
         return read_weight_file(Path(source))
     try:
-        state: dict[str, Tensor] = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        return download.load()
     except Exception as error:  # urllib's many kinds; all mean that the file cannot be had
         choice = "" if where == "reconstruction" else f", or choose --set {where}.kind=backbone"
         raise ArtifactError(
-            f"{where}: could not download {url} ({first_line(error)}). Give local files with "
+            f"{where}: could not download {download.url} ({first_line(error)}). Give local files with "
             f"--set {where}.vgg_weights=FILE and {where}.lpips_weights=FILE{choice}."
         ) from error
-    return state

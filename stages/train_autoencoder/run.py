@@ -80,7 +80,7 @@ class AutoencoderRun(TrainingRun[Tensor, Step]):
         """See `train_autoencoder`, also for what it raises."""
         self.shards, self.config = shards, config
         super().__init__(team, supervisor, out, CheckpointStore(out / "checkpoints"))
-        model = build_autoencoder(config)
+        model = build_autoencoder(config, out)
         self.backbone_weights = state_digest(model.backbone.state_dict())
         perceptual = load_perceptual(config.perceptual, model)
         self.trainer = AutoencoderTrainer(model, config, team, perceptual, self.last_good)

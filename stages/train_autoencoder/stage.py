@@ -48,6 +48,10 @@ def train_autoencoder(
     with WorkDir(out, AutoencoderManifest, config.model_dump(mode="json"), {"shards": shards.as_input()}) as work:
         if work.finished is not None:
             return work.finished
+        if config.backbone.is_file:
+            from ..networks.autoencoder import keep_backbone  # here, as it loads timm
+
+            keep_backbone(config.backbone, out)
         job = partial(
             run_training, shards=shards.absolute(), out=absolute(out), config=config, wandb_project=wandb_project
         )

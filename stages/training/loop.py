@@ -162,7 +162,8 @@ class TrainingRun(ABC, Generic[B, S]):
         if self.step < self.config.steps:
             self.measure()
         self.saver.check()
-        if self.step % self.config.checkpoint_every == 0 or stopping:
+        # The last state too: the final weights may not fit on a disk that is nearly full.
+        if self.step % self.config.checkpoint_every == 0 or stopping or self.step == self.config.steps:
             self._save()
         if stopping and self.step < self.config.steps:
             self.saver.wait()
