@@ -23,7 +23,7 @@ from pydantic import Field
 from .errors import ArtifactError
 from .manifest import Json, Manifest, digest
 from .storage import Location, location
-from .store import Decoded, FeatureStore, PendingRead
+from .store import Decoded, FeatureStore
 from .store_spec import StoreDtype, StoreSpec
 
 STATISTICS = ("stored_mean", "stored_std", "stored_min", "stored_max", "stored_covariance")
@@ -180,9 +180,9 @@ class FeatureCache(Sequence[CachedRow]):
         """Rows in any order with duplicates; see `FeatureStore.read`."""
         return self.store.read(indices, view)
 
-    def read_async(self, indices: ArrayLike, view: str | ArrayLike = "original") -> PendingRead:
-        """As `read`, but returns at once with a future."""
-        return self.store.read_async(indices, view)
+    def read_stored(self, indices: ArrayLike, view: str | ArrayLike = "original") -> NDArray[Any]:
+        """As `read`, but int8 as it lies on disk; see `FeatureStore.read_stored`."""
+        return self.store.read_stored(indices, view)
 
     def denormalize(self, features: NDArray[Any]) -> NDArray[np.float32]:
         """Stored (…, channel) values → features as encoded, float32."""

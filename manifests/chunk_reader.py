@@ -3,7 +3,7 @@
 A Zarr shard ends with its index: offset and length of every inner chunk (little-endian uint64), then the index's
 crc32c. A float16 chunk is its values followed by their crc32c, an int8 chunk the zstd frame of its values followed
 by the frame's crc32c. float16 rows are read straight into the result, where tensorstore copies three times; and
-tensorstore aborts a forked process whose parent has used it. Oracle: FeatureStore.read_async, in a test.
+tensorstore aborts a forked process whose parent has used it. A test compares the two.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@
     channel_mean/ _std/     (channel) float32: normalised = (feature - channel_mean) / channel_std
     feature_scale/          (channel) float32, int8 stores only: normalised = stored * feature_scale
 
-float16 chunks are plain; int8 chunks are compressed with zstd. Bulk reads and writes go through tensorstore
-(60 times faster here than zarr-python's fancy indexing); zarr describes and inspects. A shard that was never
-written is an error to read here, not zeros.
+float16 chunks are plain; int8 chunks are compressed with zstd. Shards are written by tensorstore, and rows are read by
+our own reader (chunk_reader.py), from object stores by tensorstore; zarr describes and inspects. A shard that was
+never written is an error to read here, not zeros.
 """
 
 from __future__ import annotations
@@ -49,25 +49,6 @@ _tensorstore_pid: int | None = None
 
 def _forked_after_use() -> bool:
     return _tensorstore_pid is not None and _tensorstore_pid != os.getpid()
-
-
-class PendingRead:
-    """Rows that are on their way; `result` waits for them."""
-
-    def __init__(self, store: FeatureStore, wait: Callable[[], Any]) -> None:
-        self._store, self._wait = store, wait
-
-    def stored(self) -> NDArray[Any]:
-        """As they lie on disk. Raises ArtifactError for a shard that is missing or whose checksum is wrong."""
-        try:
-            return np.asarray(self._wait())
-        except ValueError as error:  # tensorstore's word for missing and corrupt chunks
-            self._store.forget()
-            raise ArtifactError(f"{self._store.path}: cannot read features: {error}") from error
-
-    def result(self) -> Decoded:
-        """Normalised, see `FeatureStore.decode`. Raises as `stored`."""
-        return self._store.decode(self.stored())
 
 
 class FeatureStore:
@@ -262,21 +243,7 @@ class FeatureStore:
     def read_unit(self, unit: int) -> NDArray[Any]:
         """Outer shard `unit` as stored, every checksum verified. Raises ArtifactError if it cannot be read."""
         rows = self.spec.rows_of(unit)
-        return PendingRead(self, self._tensorstore()[rows.start : rows.stop].read().result).stored()
-
-    def read_async(self, indices: ArrayLike, view: str | ArrayLike = "original") -> PendingRead:
-        """Start reading; `.result()` gives what `read` would. Raises IndexError or ValueError at once."""
-        rows = self._check_indices(indices)
-        views = self._check_views(view, rows)
-        if _forked_after_use() and isinstance(self.path, Path):
-            reader = self._chunks(self.path)
-            return PendingRead(self, lambda: reader.read(rows, views))
-        return PendingRead(self, self._tensorstore().vindex[rows, views].read().result)
-
-    def _chunks(self, path: Path) -> ChunkReader:
-        if self._reader is None or self._reader.pid != os.getpid():
-            self._reader = ChunkReader(path, self.spec)
-        return self._reader
+        return self._by_tensorstore(lambda features: features[rows.start : rows.stop])
 
     def read(self, indices: ArrayLike, view: str | ArrayLike = "original") -> Decoded:
         """Rows in any order, duplicates and negative indices allowed: (n, row, column, channel), see `decode`.
@@ -288,10 +255,31 @@ class FeatureStore:
             IndexError: an index or view number out of range. ValueError: an unknown view name.
             ArtifactError: a shard that is missing or whose checksum is wrong.
         """
-        if not isinstance(self.path, Path):
-            return self.read_async(indices, view).result()
+        return self.decode(self.read_stored(indices, view))
+
+    def read_stored(self, indices: ArrayLike, view: str | ArrayLike = "original") -> NDArray[Any]:
+        """As `read`, but as the rows lie on disk. Folders are read by `ChunkReader`, object stores by tensorstore."""
         rows = self._check_indices(indices)
-        return self.decode(self._chunks(self.path).read(rows, self._check_views(view, rows)))
+        views = self._check_views(view, rows)
+        if not isinstance(self.path, Path):
+            return self._by_tensorstore(lambda features: features.vindex[rows, views])
+        try:
+            return self._chunks(self.path).read(rows, views)
+        except (OSError, ArtifactError):
+            self.forget()
+            raise
+
+    def _by_tensorstore(self, choose: Callable[[Any], Any]) -> NDArray[Any]:
+        try:
+            return np.asarray(choose(self._tensorstore()).read().result())
+        except ValueError as error:  # tensorstore's word for missing and corrupt chunks
+            self.forget()
+            raise ArtifactError(f"{self.path}: cannot read features: {error}") from error
+
+    def _chunks(self, path: Path) -> ChunkReader:
+        if self._reader is None or self._reader.pid != os.getpid():
+            self._reader = ChunkReader(path, self.spec)
+        return self._reader
 
     def _check_indices(self, indices: ArrayLike) -> NDArray[np.int64]:
         rows = np.atleast_1d(np.asarray(indices))

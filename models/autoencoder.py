@@ -104,25 +104,3 @@ class Autoencoder(nn.Module):
         """Strictly load `trained_state`. Raises ValueError naming keys or shapes that do not fit."""
         require_fit("autoencoder", self.trained_state(), state)
         self.load_state_dict(state, strict=False)  # strict above; the backbone is not in `state`
-
-
-def tokens_from_map(latents: Tensor) -> Tensor:
-    """(B,C,h,w) → (B,h*w,C), row-major."""
-    return latents.flatten(2).transpose(1, 2)
-
-
-def map_from_tokens(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B,h*w,C) → (B,C,h,w), row-major. Raises ValueError if the grid does not hold the tokens."""
-    if tokens.shape[1] != grid[0] * grid[1]:
-        raise ValueError(f"tokens: expected {grid[0]}x{grid[1]} of them, found {tokens.shape[1]}")
-    return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
-
-
-def normalise(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(value - mean) / std over the last axis (channels), without epsilon, as the official code does."""
-    return (values - mean) / std
-
-
-def denormalise(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Inverse of `normalise`."""
-    return values * std + mean

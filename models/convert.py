@@ -1,7 +1,6 @@
 """Official key names → svgpipe's, and weights that come in other packages' order.
 
-Where the names are the same, the converter says so; strictness then is load_state_dict's. A key that a renaming
-converter has no rule for is an error.
+Transformers and discriminators have the official names. A key that a renaming converter has no rule for is an error.
 """
 
 from __future__ import annotations
@@ -38,19 +37,9 @@ def residual_from_official(state: State) -> dict[str, Tensor]:
     return {_rename(key, _RESIDUAL_RULES): value for key, value in state.items()}
 
 
-def dit_from_official(state: State) -> dict[str, Tensor]:
-    """Official DiT keys → DiT's: they are the same, the position table included."""
-    return dict(state)
-
-
 def decoder_from_official(state: State) -> dict[str, Tensor]:
     """Official Decoder keys (prefix decoder. removed) → Decoder's: the same, in float32."""
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-
-
-def discriminator_from_official(state: State) -> dict[str, Tensor]:
-    """taming NLayerDiscriminator keys → PatchDiscriminator's: they are the same."""
-    return dict(state)
 
 
 def in_order(state: State, own: State) -> dict[str, Tensor]:

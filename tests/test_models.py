@@ -15,7 +15,7 @@ from PIL import Image
 from svgpipe.manifests.recipe import BackboneSection
 from svgpipe.models import attention
 from svgpipe.models.attention import attend
-from svgpipe.models.autoencoder import Autoencoder, map_from_tokens, tokens_from_map
+from svgpipe.models.autoencoder import Autoencoder
 from svgpipe.models.backbone import Backbone, own_input
 from svgpipe.models.convert import in_order, residual_from_official
 from svgpipe.models.decoder import Decoder
@@ -88,7 +88,7 @@ def test_position_tables_of_another_size_are_resampled_as_timm_does() -> None:
     trained.eval().set_input_size(img_size=96)
     images = torch.rand(1, 3, 96, 96)
     expected = trained.forward_features(backbone.prepare(images))[:, 1:]
-    torch.testing.assert_close(tokens_from_map(backbone(images)), expected)
+    torch.testing.assert_close(backbone(images).flatten(2).transpose(1, 2), expected)
 
 
 def test_default_dinov3_has_the_published_size() -> None:
@@ -193,17 +193,6 @@ def test_parts_that_do_not_fit_are_named() -> None:
     assert PatchDiscriminator(layers=2)(torch.zeros(1, 3, 12, 12)).shape[-1] >= 1
     with pytest.raises(ValueError, match="has no place"):
         residual_from_official({"surprise": torch.zeros(1)})
-
-
-@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (16, 16)])
-def test_tokens_and_maps_are_inverse_and_row_major(grid: tuple[int, int]) -> None:
-    latents = torch.randn(2, 3, *grid)
-    tokens = tokens_from_map(latents)
-    assert torch.equal(map_from_tokens(tokens, grid), latents)
-    row, column = grid[0] - 1, grid[1] // 2
-    assert torch.equal(tokens[:, row * grid[1] + column], latents[:, :, row, column])
-    with pytest.raises(ValueError, match="of them, found"):
-        map_from_tokens(tokens, (grid[0] + 1, grid[1]))
 
 
 def test_attention_is_softmax_attention() -> None:

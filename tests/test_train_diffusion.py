@@ -334,4 +334,4 @@ def test_a_cache_that_lost_a_shard_stops_with_its_name(
     arguments[2] = copy
     found = svgpipe(*arguments)
     assert found.code == 1
-    assert f"{copy}: cannot read features" in found.err
+    assert f"{copy}/features/c/1/0/0/0/0: cannot read features: no such shard was written" in found.err

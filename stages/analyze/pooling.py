@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from svgpipe.manifests.cache import FeatureCache
 from ..runtime.progress import Progress, Silent
 
 BLOCK_ROWS = 128
-READ_AHEAD = 3
+READERS = 3
 # A channel that does not vary is left as it is: divided by next to nothing, it would be all that other rows show.
 SMALLEST_SPREAD = 1e-6
 BACKBONE, RESIDUAL, BOTH = "backbone", "residual", "both"
@@ -28,7 +29,7 @@ def channel_groups(cache: FeatureCache) -> dict[str, slice]:
 
 
 def pooled(cache: FeatureCache, rows: Sequence[int], progress: Progress | None = None) -> NDArray[np.float32]:
-    """(n,C) means over the grid, denormalised, so that caches of other statistics compare; several reads in flight.
+    """(n,C) means over the grid, denormalised, so that caches of other statistics compare; read by several threads.
 
     Raises:
         ArtifactError: a shard that is missing or damaged.
@@ -36,14 +37,11 @@ def pooled(cache: FeatureCache, rows: Sequence[int], progress: Progress | None =
     progress = progress or Silent()
     progress.begin("read", len(rows))
     blocks = [rows[start : start + BLOCK_ROWS] for start in range(0, len(rows), BLOCK_ROWS)]
-    pending = [cache.read_async(block) for block in blocks[:READ_AHEAD]]
-    found = []
-    for number, block in enumerate(blocks):
-        features = pending.pop(0).result()
-        if number + READ_AHEAD < len(blocks):
-            pending.append(cache.read_async(blocks[number + READ_AHEAD]))
-        found.append(features.mean(axis=(1, 2), dtype=np.float32))
-        progress.advance(len(block))
+    found: list[NDArray[np.float32]] = []
+    with ThreadPoolExecutor(READERS) as readers:
+        for means in readers.map(lambda block: cache.read(block).mean(axis=(1, 2), dtype=np.float32), blocks):
+            found.append(means)
+            progress.advance(len(means))
     return cache.denormalize(np.concatenate(found)) if found else np.zeros((0, cache.shape[-1]), np.float32)
 
 

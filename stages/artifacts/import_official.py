@@ -39,7 +39,7 @@ from svgpipe.manifests.recipe import (
     ResidualSection,
 )
 from svgpipe.manifests.storage import Location, file_sha256
-from svgpipe.models.convert import decoder_from_official, dit_from_official, require_fit, residual_from_official
+from svgpipe.models.convert import decoder_from_official, require_fit, residual_from_official
 from svgpipe.models.official import (
     DiTSizes,
     backbone_name,
@@ -204,7 +204,7 @@ def _import_diffusion(
         raise ArtifactError(f"{path}: sizes that cannot be: {error}") from error
     files = {}
     for name, state in states.items():
-        converted = dit_from_official(state)
+        converted = dict(state)  # the official names are ours
         try:
             require_fit(name, model.state_dict(), converted)
         except ValueError as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,14 +17,13 @@ from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.recipe import DiffusionSection
-from svgpipe.manifests.store import PendingRead
 from svgpipe.models.seeds import seed_of
 
 from ..runtime.retry import patiently
 
 
 class CacheBatches:
-    """One process's share of every batch, several reads in flight: tokens (B,T,C) as stored and labels (B,)."""
+    """This process's part of every batch, read ahead by a thread: tokens (B,T,C) as stored and labels (B,)."""
 
     def __init__(
         self,
@@ -42,43 +43,36 @@ class CacheBatches:
         """
         self.cache, self.rows, self.config, self.share, self.say = cache, rows, config, np.asarray(share), say
         self.num_views = len(cache.views) if config.use_flips else 1
-        self.next_step = start
-        self.in_flight: deque[_Reading] = deque()
+        self.start = start
 
-    def _request(self) -> None:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        ahead: deque[tuple[int, Future[tuple[Tensor, Tensor]]]] = deque()
+        reader = ThreadPoolExecutor(1, thread_name_prefix="svgpipe-read")
+        try:
+            for step in itertools.count(self.start):
+                ahead.append((step, reader.submit(self._read, step)))
+                if len(ahead) >= self.config.read_ahead:
+                    yield self._result(*ahead.popleft())
+        finally:
+            reader.shutdown(cancel_futures=True)
+
+    def _result(self, step: int, reading: Future[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """What the thread has read; read again where that failed."""
+        calls = iter([reading.result])
+        return patiently(lambda: next(calls, partial(self._read, step))(), self.say)
+
+    def _read(self, step: int) -> tuple[Tensor, Tensor]:
         config = self.config
         batch = batch_at(
-            self.next_step,
+            step,
             seed=config.seed,
             batch_size=config.batch_size,
             num_rows=len(self.rows),
             num_views=self.num_views,
         )
         rows, views = self.rows[batch.rows[self.share]], batch.views[self.share]
-        self.in_flight.append(_Reading(self.cache, rows, views))
-        self.next_step += 1
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            while len(self.in_flight) < self.config.read_ahead:
-                patiently(self._request, self.say)
-            reading = self.in_flight.popleft()
-            features = patiently(reading.features, self.say)
-            labels = torch.from_numpy(self.cache.labels[reading.rows].astype(np.int64))
-            yield torch.from_numpy(features).flatten(1, 2), labels
-
-
-class _Reading:
-    """One batch on its way, asked for anew by every call after one that failed."""
-
-    def __init__(self, cache: FeatureCache, rows: NDArray[np.int64], views: NDArray[np.int64]) -> None:
-        self.cache, self.rows, self.views = cache, rows, views
-        self.pending: PendingRead | None = cache.read_async(rows, views)
-
-    def features(self) -> NDArray[Any]:
-        pending = self.pending or self.cache.read_async(self.rows, self.views)
-        self.pending = None
-        return pending.stored()
+        features = torch.from_numpy(self.cache.read_stored(rows, views)).flatten(1, 2)
+        return features, torch.from_numpy(self.cache.labels[rows].astype(np.int64))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ DiT-S on 16x16x392, batch 8, DINOv3 ViT-S/16+ at 256 pixels with both branches f
 does not depend on them), CPU or whatever GPU is there. In turns, within one run, each step of the same trainer:
 
 - memory: the batch is a tensor already, the limit;
-- cache: read ahead from the feature cache by tensorstore, as `train-diffusion` does;
+- cache: read ahead from the feature cache by a thread, as `train-diffusion` does;
 - online: eight JPEGs are decoded and encoded first, at the same precision, as the official loop does at every step;
 - official: that loop in float32, as the official code runs it.
 
