@@ -11,8 +11,8 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ArtifactError, MismatchError
+from .filesystem import Location
 from .manifest import read_json, summarise, write_json
-from .storage import Location
 
 ALIGNMENT_NAME = "alignment.json"
 

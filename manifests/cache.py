@@ -21,9 +21,9 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from .errors import ArtifactError
+from .feature_store import Decoded, FeatureStore
+from .filesystem import Location, location
 from .manifest import Json, Manifest, digest
-from .storage import Location, location
-from .store import Decoded, FeatureStore
 from .store_spec import StoreDtype, StoreSpec
 
 STATISTICS = ("stored_mean", "stored_std", "stored_min", "stored_max", "stored_covariance")

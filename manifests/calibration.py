@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ArtifactError
+from .filesystem import Location
 from .manifest import read_json, write_json
-from .storage import Location
 
 CALIBRATION_NAME = "calibration.json"
 

@@ -25,8 +25,8 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from .errors import ArtifactError, UsageError, storage_error
+from .filesystem import Location, children, file_sha256, make_directory, remove_tree, staged
 from .manifest import Json, Manifest, read_json, write_json
-from .storage import Location, children, file_sha256, make_directory, remove_tree, staged
 
 AUTOENCODER_FILE = "autoencoder.safetensors"
 BACKBONE_FILE = "backbone.safetensors"

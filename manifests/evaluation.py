@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from .figure import Figure, Record
+from .estimate import Estimate, Record
 from .manifest import Manifest
 from .paper import PAPER_ROWS, PaperRow
 from .report_file import ExtractorRecord, WrittenReport
@@ -62,23 +62,23 @@ class Measured(Record):
         "noise (the ceiling)."
     )
     num_images: int = Field(description="In the set.")
-    frechet_distance: Figure = Field(description="Against the reference; FID only where the metric is named so.")
-    kernel_distance: Figure | None = Field(
+    frechet_distance: Estimate = Field(description="Against the reference; FID only where the metric is named so.")
+    kernel_distance: Estimate | None = Field(
         description="Polynomial MMD², mean over 50 subsets of at most 1000 (KID for Inception); the interval is over "
         "the images, to first order."
     )
-    inception_score: Figure | None = Field(description="Inception only.")
-    precision: Figure | None = Field(
+    inception_score: Estimate | None = Field(description="Inception only.")
+    precision: Estimate | None = Field(
         description="Share of the images that lie within the reference, of which 50,000 count, evenly spread."
     )
-    recall: Figure | None = Field(
+    recall: Estimate | None = Field(
         description="Share of the reference that lies within the images, over at most 50,000 of either; the interval "
         "is over the reference's, of these images."
     )
-    class_accuracy: Figure | None = Field(
+    class_accuracy: Estimate | None = Field(
         description="Share whose nearest class mean of the reference, in this feature space, is their own class."
     )
-    psnr: Figure | None = Field(None, description="dB against the originals; reconstructions only.")
+    psnr: Estimate | None = Field(None, description="dB against the originals; reconstructions only.")
     sampler: SamplerRecord | None = Field(None, description="Everything that decides a sample; samples only.")
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from .errors import ArtifactError
-from .storage import Location, read_range, read_ranges, write_atomic
+from .filesystem import Location, read_range, read_ranges, write_atomic
 
 _SCHEMA = pa.schema(
     [

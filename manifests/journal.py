@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable
 
 from .errors import ArtifactError
+from .filesystem import Location, children, make_directory
 from .manifest import Json, digest, read_json, write_json
-from .storage import Location, children, make_directory
 
 
 class Journal:

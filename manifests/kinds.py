@@ -6,10 +6,10 @@ from .cache import CacheManifest
 from .checkpoint import AutoencoderManifest, DiffusionManifest
 from .errors import ArtifactError
 from .evaluation import EvaluationManifest
+from .filesystem import Location, children
 from .manifest import MANIFEST_NAME, PLAN_NAME, Manifest, read_json
 from .reconstruction import ReconstructionManifest
 from .shards import ShardSetManifest
-from .storage import Location, children
 
 KINDS: dict[str, type[Manifest]] = {
     kind.KIND: kind

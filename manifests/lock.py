@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SvgpipeError
-from .storage import Location, create_exclusively, write_atomic
+from .filesystem import Location, create_exclusively, write_atomic
 
 LOCK_NAME = "lock.json"
 BEAT_S = 15.0

@@ -25,9 +25,9 @@ from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ArtifactError, MismatchError
+from .filesystem import Location, children, make_directory, remove_partials, write_atomic
 from .lock import LOCK_NAME, Lock
 from .progress_file import PROGRESS_NAME
-from .storage import Location, children, make_directory, remove_partials, write_atomic
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from .errors import ArtifactError
-from .storage import Location
+from .filesystem import Location
 
 METRICS_NAME = "metrics.jsonl"
 

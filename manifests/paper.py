@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from .figure import Record
+from .estimate import Record
 
 
 class PaperRow(Record):

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .storage import Location
+from .filesystem import Location
 
 PROGRESS_NAME = "progress.json"
 

@@ -10,12 +10,12 @@ from .precision import Precision
 
 Labels = Literal["equal", "drawn"]
 WEIGHTS = r"^(raw|ema|(ema-)?0(\.\d+)?)$"
-FEWEST_RESAMPLINGS = 20  # below, a 95 % interval has no quantiles to lie between
+MIN_RESAMPLINGS = 20  # below, a 95 % interval has no quantiles to lie between
 
 
 def _enough(resamplings: int) -> int:
-    if resamplings != 0 and resamplings < FEWEST_RESAMPLINGS:
-        raise ValueError(f"expected 0, for no intervals, or at least {FEWEST_RESAMPLINGS}")
+    if resamplings != 0 and resamplings < MIN_RESAMPLINGS:
+        raise ValueError(f"expected 0, for no intervals, or at least {MIN_RESAMPLINGS}")
     return resamplings
 
 

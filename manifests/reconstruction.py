@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from .figure import Figure, Record
+from .estimate import Estimate, Record
 from .manifest import Manifest
 from .report_file import ExtractorRecord, WrittenReport
 
@@ -20,12 +20,12 @@ class Reconstructed(Record):
 
     name: str = Field(description="Folder of the images.")
     residual: bool = Field(description="Whether the residual branch was on; off, the mask token stands in its place.")
-    psnr: Figure | None = Field(description="dB, mean over images; None where all are reproduced exactly.")
-    ssim: Figure = Field(description="Mean over images; Gaussian window of 1.5 pixels (Wang 2004).")
-    lpips: Figure | None = Field(description="VGG16, lower is better.")
-    colour_difference: Figure = Field(description="CIEDE2000, mean over pixels and images; 1 is just noticeable.")
-    frechet_distance: Figure = Field(description="To the originals; FID only where the metric is named so.")
-    kernel_distance: Figure | None = Field(description="To the originals, as in the report of samples.")
+    psnr: Estimate | None = Field(description="dB, mean over images; None where all are reproduced exactly.")
+    ssim: Estimate = Field(description="Mean over images; Gaussian window of 1.5 pixels (Wang 2004).")
+    lpips: Estimate | None = Field(description="VGG16, lower is better.")
+    colour_difference: Estimate = Field(description="CIEDE2000, mean over pixels and images; 1 is just noticeable.")
+    frechet_distance: Estimate = Field(description="To the originals; FID only where the metric is named so.")
+    kernel_distance: Estimate | None = Field(description="To the originals, as in the report of samples.")
 
 
 class ReconstructionReport(WrittenReport):

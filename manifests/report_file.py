@@ -7,9 +7,9 @@ from typing import ClassVar, Self
 from pydantic import Field, ValidationError
 
 from .errors import ArtifactError
-from .figure import Record
+from .estimate import Record
+from .filesystem import Location, has_sha256
 from .manifest import MANIFEST_NAME, read_json, summarise, write_json
-from .storage import Location, has_sha256
 
 REPORT_NAME = "report.json"
 SCHEMA_NAME = "report.schema.json"

@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import ArtifactError, UsageError
+from .filesystem import Location, absolute, file_sha256, file_size, location, staged
 from .index import ImageRef, read_index, refs_of_table, write_index
 from .manifest import MANIFEST_NAME, InputRef, Manifest, digest
-from .storage import Location, absolute, file_sha256, file_size, location, staged
 
 Split = Literal["train", "heldout"]
 # Opened indexes that one process keeps: neighbouring units lie in the same tars.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .storage import Location
+from .filesystem import Location
 
 StoreDtype = Literal["float16", "int8"]
 

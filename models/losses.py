@@ -24,7 +24,7 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]
 """x, r (B,3,H,W) in [-1,1] → (B,1,1,1) distance."""
 
 
-class TeamBatchNorm2d(nn.BatchNorm2d):
+class SyncedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over a batch that may be spread over processes; torch's SyncBatchNorm does not run on the CPU.
 
     `total` adds up over them and must carry gradients; None is one process, by torch's own kernel.
@@ -67,7 +67,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if i < layers else 1
             parts += [
                 nn.Conv2d(before, after, 4, stride, 1, bias=False),
-                TeamBatchNorm2d(after),
+                SyncedBatchNorm2d(after),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
             before = after

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from svgpipe.manifests.figure import Figure
-from svgpipe.manifests.storage import Location, write_atomic
+from svgpipe.manifests.estimate import Estimate
+from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.stages.analyze.analyze import Analysis, CacheAnalysis
 
 from .chart import Chart, Value, chart
@@ -121,11 +121,11 @@ def _plots(one: CacheAnalysis) -> CachePlots:
     return CachePlots(one, points, agreement, rows)
 
 
-def _value(f: Figure) -> Value:
+def _value(f: Estimate) -> Value:
     return Value(f.value, f.low, f.high)
 
 
-def _text(f: Figure | None) -> str:
+def _text(f: Estimate | None) -> str:
     if f is None:
         return "–"
     return f"{f.value:.3f}" + ("" if f.low is None or f.high is None else f" ({f.low:.3f} – {f.high:.3f})")

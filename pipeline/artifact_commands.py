@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from svgpipe.manifests.storage import location
+from svgpipe.manifests.filesystem import location
 
 from .options import (
     AddressOption,
@@ -144,10 +144,10 @@ def requantize(
     from svgpipe.manifests.errors import UsageError
     from svgpipe.manifests.manifest import MANIFEST_NAME, write_json
     from svgpipe.stages.artifacts.requantize import requantize as run_stage
-    from svgpipe.stages.artifacts.requantize_cost import PRICE_NAME, as_json, price
+    from svgpipe.stages.artifacts.requantize_cost import COST_NAME, as_json, measure_cost
 
     from .console import ConsoleProgress
-    from .tables import show_price
+    from .tables import show_cost
 
     if store_dtype not in ("int8", "float16"):
         raise UsageError(f"--store-dtype {store_dtype!r}: expected int8 or float16.")
@@ -156,14 +156,14 @@ def requantize(
         run_stage(source, target, store_dtype, progress=progress)  # type: ignore[arg-type]
     reference = FeatureCache(source)
     where = location(autoencoder or reference.manifest.inputs["autoencoder"].path)
-    found = price(
+    found = measure_cost(
         reference,
         FeatureCache(target),
         autoencoder=where if autoencoder or (where / MANIFEST_NAME).exists() else None,
         diffusion=None if diffusion is None else location(diffusion),
     )
-    write_json(target / PRICE_NAME, as_json(found))
-    show_price(as_json(found))
+    write_json(target / COST_NAME, as_json(found))
+    show_cost(as_json(found))
 
 
 @app.command()
@@ -218,14 +218,14 @@ def plan(
     """What `extract` will take: hours, gigabytes per view and dtype, workers for a deadline. Writes nothing."""
     from svgpipe.manifests.recipe_files import load_recipe
     from svgpipe.manifests.shards import ShardSet
-    from svgpipe.stages.extract.estimate import plan_extract
+    from svgpipe.stages.extract.cost import estimate_cost
 
     from .console import ConsoleProgress
     from .tables import show_plan
 
     config = load_recipe(recipe, overrides or []).extract
     with ConsoleProgress() as progress:
-        found = plan_extract(
+        found = estimate_cost(
             ShardSet.open(shards),
             location(autoencoder),
             config,

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.storage import Location, write_atomic
+from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.stages.artifacts.cache_statistics import CacheStatistics
 from svgpipe.stages.artifacts.contact_sheet import HISTOGRAM_RANGE, contact_sheet
 from svgpipe.stages.images.decode import RGBArray

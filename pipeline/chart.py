@@ -9,7 +9,7 @@ from dataclasses import dataclass
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 62, 130, 14, 40
 LINE_HEIGHT = 13
-MOST_TICKS = 9
+MAX_TICKS = 9
 COLOURS = (
     *("#b3460e", "#1f5fa8", "#2e7d4f", "#7b3fa0", "#8a6d00"),
     *("#a8326b", "#00798c", "#5d5048", "#c0392b", "#47568f"),
@@ -172,7 +172,7 @@ def _logarithmic(values: Sequence[float]) -> _Axis:
     powers = range(math.floor(math.log10(bottom)), math.ceil(math.log10(top)) + 1)
     for factors in ((1, 2, 5), (1,)):
         ticks = tuple(f * 10.0**p for p in powers for f in factors if bottom <= f * 10.0**p <= top)
-        if len(ticks) <= MOST_TICKS:
+        if len(ticks) <= MAX_TICKS:
             break
     return _Axis(bottom, top, ticks or (min(values),), math.log)
 

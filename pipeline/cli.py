@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from svgpipe.manifests.errors import SvgpipeError, memory_error
+from svgpipe.manifests.filesystem import client_error
 from svgpipe.manifests.manifest import svgpipe_version
-from svgpipe.manifests.storage import client_error
 
 from . import analysis_commands, artifact_commands, stage_commands
 from .cluster import stop_on_sigterm

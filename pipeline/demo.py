@@ -23,8 +23,8 @@ CROPS_PER_PHOTOGRAPH = 200
 CROP_SIZE = 128
 # Crops are about the photograph's centre square, a little shifted and scaled: eight photographs and some minutes
 # of training are enough to draw something that a person recognises, not to learn a world.
-SMALLEST_CROP = 0.8  # of the short side
-LARGEST_SHIFT = 0.1  # of the short side, in each direction
+MIN_CROP = 0.8  # of the short side
+MAX_SHIFT = 0.1  # of the short side, in each direction
 
 
 def write_photographs(folder: Path) -> Path:
@@ -50,8 +50,8 @@ def write_photographs(folder: Path) -> Path:
 def _crop_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of a square crop inside an image of `size`."""
     short = min(size)
-    side = int(short * rng.uniform(SMALLEST_CROP, 1.0))
-    shifts = rng.uniform(-LARGEST_SHIFT, LARGEST_SHIFT, 2) * short
+    side = int(short * rng.uniform(MIN_CROP, 1.0))
+    shifts = rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2) * short
     left, top = (
         int(np.clip((full - side) / 2 + shift, 0, full - side)) for full, shift in zip(size, shifts, strict=True)
     )

@@ -17,8 +17,9 @@ from svgpipe.manifests.alignment import MeasuredAlignment
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
-from svgpipe.manifests.figure import Figure
+from svgpipe.manifests.filesystem import Location, children
 from svgpipe.manifests.journal import finished_units
 from svgpipe.manifests.kinds import artifacts_below, read_any
 from svgpipe.manifests.lock import describe as describe_owner
@@ -26,7 +27,6 @@ from svgpipe.manifests.lock import owner_of
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, read_json, read_plan
 from svgpipe.manifests.reconstruction import ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.shards import ShardSet, ShardSetManifest
-from svgpipe.manifests.storage import Location, children
 from svgpipe.stages.artifacts.cache_statistics import CacheStatistics
 
 
@@ -173,7 +173,7 @@ def _reconstruction_facts(path: Location, manifest: Any) -> Json:
     return {"metric": report.metric, "held-out images": manifest.num_images, **found}
 
 
-def _rounded(figure: Figure | None) -> float | None:
+def _rounded(figure: Estimate | None) -> float | None:
     return None if figure is None else round(figure.value, 4)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from svgpipe.manifests.errors import UsageError
-from svgpipe.manifests.storage import Location, location, make_directory
+from svgpipe.manifests.filesystem import Location, location, make_directory
 
 if TYPE_CHECKING:
     from svgpipe.stages.runtime.resources import Resources

@@ -58,16 +58,16 @@ def render(template: str, **values: Any) -> bytes:
 
 
 # Pages are to be mailed and opened anywhere: a picture of this size takes about 26 kB of its page.
-LARGEST_PICTURE = 256
+MAX_PICTURE = 256
 QUALITY = 92  # WebP's
 
 
 def picture(pixels: RGBArray, caption: str, *, quality: int = QUALITY, lossless: bool = False) -> Picture:
-    """(H,W,3) uint8 → WebP inside the page, at most LARGEST_PICTURE a side; feature maps are kept exactly."""
+    """(H,W,3) uint8 → WebP inside the page, at most MAX_PICTURE a side; feature maps are kept exactly."""
     buffer = io.BytesIO()
     image = Image.fromarray(pixels)
     if not lossless:
-        image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE), Image.Resampling.LANCZOS)
+        image.thumbnail((MAX_PICTURE, MAX_PICTURE), Image.Resampling.LANCZOS)
     image.save(buffer, "WEBP", quality=quality, lossless=lossless)
     return Picture("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), caption)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from svgpipe.manifests.figure import Figure
-from svgpipe.manifests.storage import Location, write_atomic
+from svgpipe.manifests.estimate import Estimate
+from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.stages.analyze.probe import Probe
 
 from .chart import Value, chart
@@ -49,10 +49,10 @@ def render_probe(found: Probe, out: Location) -> None:
     write_atomic(out, render("probe_template.html", probe=found, chart=drawn))
 
 
-def _value(f: Figure) -> Value:
+def _value(f: Estimate) -> Value:
     return Value(100 * f.value, *(None if end is None else 100 * end for end in (f.low, f.high)))
 
 
-def _percent(f: Figure) -> str:
+def _percent(f: Estimate) -> str:
     interval = "" if f.low is None or f.high is None else f" ({100 * f.low:.1f} – {100 * f.high:.1f})"
     return f"{100 * f.value:.1f} %{interval}"

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from svgpipe.manifests.checkpoint import AutoencoderManifest
-from svgpipe.manifests.figure import Figure
+from svgpipe.manifests.estimate import Estimate
+from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import Location, write_atomic
 from svgpipe.stages.evaluate.decode import decoded_images
 from svgpipe.stages.images.image_set import ImageSet
 from svgpipe.stages.runtime.selection import evenly_spread
@@ -98,7 +98,7 @@ def _title(result: Reconstructed) -> str:
     return "residual on" if result.residual else "residual off"
 
 
-def _text(figure: Figure | None, form: str, unit: str) -> str:
+def _text(figure: Estimate | None, form: str, unit: str) -> str:
     if figure is None:
         return "–"
     interval = "" if figure.low is None or figure.high is None else f" ({form % figure.low} – {form % figure.high})"

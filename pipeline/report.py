@@ -9,12 +9,12 @@ import numpy as np
 
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report, SamplerRecord
+from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.recipe import EvaluationSection
-from svgpipe.manifests.storage import Location, write_atomic
 from svgpipe.stages.evaluate.decode import decoded_images
 from svgpipe.stages.evaluate.measure import RECONSTRUCTIONS
-from svgpipe.stages.evaluate.reference import FEWEST, RealSets, Reference
+from svgpipe.stages.evaluate.reference import MIN_IMAGES, RealSets, Reference
 from svgpipe.stages.images.image_set import ImageSet
 from svgpipe.stages.runtime.selection import evenly_spread
 
@@ -26,7 +26,7 @@ MAX_COLUMNS = 10
 ROWS = 4
 LINEAR_UP_TO = 8  # times the least distance of samples: beyond, the chart is logarithmic
 SIDE_BY_SIDE = 160  # pictures of all settings together, where they leave a row at least
-LARGEST_PAGE = 10_000_000  # bytes: to be mailed and opened anywhere
+MAX_PAGE = 10_000_000  # bytes: to be mailed and opened anywhere
 QUALITIES = (QUALITY, 80, 60, 30)  # of the pictures, from the first on that keeps the page within that
 
 
@@ -55,7 +55,7 @@ def render_report(evaluation: Location, autoencoder: Location, diffusion: Locati
             diffusion=DiffusionManifest.read(diffusion),
             manifest=manifest,
         )
-        if len(page) <= LARGEST_PAGE:
+        if len(page) <= MAX_PAGE:
             break
     path = evaluation / REPORT_PAGE
     write_atomic(path, page)
@@ -99,7 +99,7 @@ def _grids(
         captions = [_caption(originals, i, reference.class_names) for i in chosen]
         pairs = [picture(originals.pixels(i), what, quality=quality) for i, what in zip(chosen, captions, strict=True)]
         pairs += [picture(rebuilt.pixels(i), "rebuilt", quality=quality) for i in chosen]
-        kind = "held-out" if len(sets.heldout) >= FEWEST else "reference"
+        kind = "held-out" if len(sets.heldout) >= MIN_IMAGES else "reference"
         note = f"{kind} images above, encoded and decoded below"
         grids.append(Grid("Reconstructions", note, len(chosen) or 1, pairs))
     rows = max(1, min(MAX_COLUMNS, SIDE_BY_SIDE // len(samples)))

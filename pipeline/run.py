@@ -8,10 +8,10 @@ from pathlib import Path
 
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import MANIFEST_NAME, Manifest
 from svgpipe.manifests.recipe import Recipe
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import Location
 from svgpipe.stages.evaluate.reference import shard_reference
 from svgpipe.stages.evaluate.stage import sample_and_eval
 from svgpipe.stages.extract.stage import extract

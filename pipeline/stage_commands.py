@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from svgpipe.manifests.storage import location
+from svgpipe.manifests.filesystem import location
 
 from .options import (
     AddressOption,

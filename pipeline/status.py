@@ -15,12 +15,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.kinds import KINDS, artifacts_below, read_any
 from svgpipe.manifests.lock import describe, owner_of
 from svgpipe.manifests.manifest import MANIFEST_NAME, Json, read_plan
 from svgpipe.manifests.metrics_file import METRICS_NAME, read_metrics
 from svgpipe.manifests.progress_file import ProgressEntry, read_progress
-from svgpipe.manifests.storage import Location
 
 # What of the last line of a log is shown, in this order, where it is there.
 SHOWN = (

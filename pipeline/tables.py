@@ -29,25 +29,25 @@ def show_timings(timings: Mapping[str, Any]) -> None:
     console.print(timings["advice"], markup=False, soft_wrap=True)
 
 
-def show_price(price: Mapping[str, Any]) -> None:
+def show_cost(cost: Mapping[str, Any]) -> None:
     """Print what `requantize` saved and lost."""
-    table = Table(title="price of the smaller cache", title_justify="left", box=None, show_header=False, pad_edge=False)
-    sizes = f"{price['small_bytes'] / 1e6:.1f} of {price['reference_bytes'] / 1e6:.1f} MB: {price['bytes_ratio']:.3f}"
+    table = Table(title="cost of the smaller cache", title_justify="left", box=None, show_header=False, pad_edge=False)
+    sizes = f"{cost['small_bytes'] / 1e6:.1f} of {cost['reference_bytes'] / 1e6:.1f} MB: {cost['bytes_ratio']:.3f}"
     table.add_row("bytes", sizes)
     for group in ("backbone", "residual"):
-        if (value := price[f"{group}_snr"]) is not None:
+        if (value := cost[f"{group}_snr"]) is not None:
             table.add_row(f"signal to noise, {group} channels", f"{value:.1f} dB")
-    if price["decoded_psnr"] is not None:
-        table.add_row("decoded images against those of the larger cache", f"{price['decoded_psnr']:.1f} dB PSNR")
-    if price["psnr_change"] is not None:
-        pair = f"{price['source_psnr_reference']:.3f} → {price['source_psnr_small']:.3f} dB"
-        table.add_row("decoded images against their sources", f"{pair}: {-price['psnr_change']:+.3f} dB")
-    if price["loss_change"] is not None:
-        pair = f"{price['heldout_loss_reference']:.5f} → {price['heldout_loss_small']:.5f}"
-        table.add_row("held-out loss of the trained model", f"{pair}: {price['loss_change']:+.3%}")
+    if cost["decoded_psnr"] is not None:
+        table.add_row("decoded images against those of the larger cache", f"{cost['decoded_psnr']:.1f} dB PSNR")
+    if cost["psnr_change"] is not None:
+        pair = f"{cost['source_psnr_reference']:.3f} → {cost['source_psnr_small']:.3f} dB"
+        table.add_row("decoded images against their sources", f"{pair}: {-cost['psnr_change']:+.3f} dB")
+    if cost["loss_change"] is not None:
+        pair = f"{cost['heldout_loss_reference']:.5f} → {cost['heldout_loss_small']:.5f}"
+        table.add_row("held-out loss of the trained model", f"{pair}: {cost['loss_change']:+.3%}")
     console = Console(highlight=False)
     console.print(table)
-    for reason in price["not_measured"]:
+    for reason in cost["not_measured"]:
         console.print(f"not measured: {reason}", markup=False, soft_wrap=True)
 
 

@@ -108,7 +108,7 @@ def test_of_many_classes_some_fields_are_enough(monkeypatch: pytest.MonkeyPatch)
         return empirical_velocity(z, t, data, likely)
 
     monkeypatch.setattr(stage, "empirical_velocity", counted)
-    monkeypatch.setattr(stage, "MOST_FIELDS", 3)
+    monkeypatch.setattr(stage, "MAX_FIELDS", 3)
     some = velocity_agreement(latents, labels, 20, 0)
     assert looked.count(max(looked)) == 3 * len(some.at_times)  # at all points, at each time
     for a, b in zip(some.at_times, whole.at_times, strict=True):
@@ -193,7 +193,7 @@ def test_a_model_of_another_cache_is_refused(
     assert svgpipe("requantize", finished.root / "cache", small).code == 0
     done = svgpipe("analyze", small, "--diffusion", finished.root / "diffusion")
     assert done.code == 1 and "none of those given" in done.err
-    monkeypatch.setattr(analyze_stage, "MOST_IMAGES", 20)
+    monkeypatch.setattr(analyze_stage, "MAX_IMAGES", 20)
     many = svgpipe("analyze", small, "--classes", 1000, "--per-class", 50)
     assert many.code == 2 and "at most 20 images of a cache, found 36" in many.err
     useless = svgpipe("analyze", small, "--ema", "raw")

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.store import FeatureStore
+from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
 from svgpipe.stages.extract.quantization import int8_scales
 

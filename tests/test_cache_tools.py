@@ -1,4 +1,4 @@
-"""The commands around a cache: requantize with its price, diff, plan, and the page to look at."""
+"""The commands around a cache: requantize and what it costs, diff, plan, and the page to look at."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest
-from svgpipe.manifests.store import FeatureStore
+from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.stages.artifacts.cache_statistics import CacheStatistics, effective_rank
 from svgpipe.stages.artifacts.contact_sheet import HISTOGRAM_RANGE, contact_sheet
-from svgpipe.stages.artifacts.requantize_cost import as_json, price
+from svgpipe.stages.artifacts.requantize_cost import as_json, measure_cost
 
 from .conftest import Finished, Outcome, extract_args, tree_bytes
 
@@ -32,15 +32,15 @@ def small(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_requantize_tells_its_price(finished: Finished, small: Path) -> None:
+def test_requantize_tells_what_it_costs(finished: Finished, small: Path) -> None:
     cache, other = finished.cache, FeatureCache(small)
-    price = json.loads((small / "price.json").read_text())
-    assert price["bytes_ratio"] == other.manifest.num_bytes / cache.manifest.num_bytes < 0.5
-    assert price["not_measured"] == []
-    assert price["backbone_snr"] > 35
-    assert price["residual_snr"] > 35
-    assert abs(price["psnr_change"]) < 0.05
-    assert abs(price["loss_change"]) < 0.01
+    cost = json.loads((small / "cost.json").read_text())
+    assert cost["bytes_ratio"] == other.manifest.num_bytes / cache.manifest.num_bytes < 0.5
+    assert cost["not_measured"] == []
+    assert cost["backbone_snr"] > 35
+    assert cost["residual_snr"] > 35
+    assert abs(cost["psnr_change"]) < 0.05
+    assert abs(cost["loss_change"]) < 0.01
     assert other.manifest.store_dtype == "int8"
     rows = list(range(len(cache)))
     scale = other.store.feature_scale
@@ -82,9 +82,9 @@ def test_a_small_cache_is_as_good_as_any_other(
     assert "expected int8 or float16" in wrong.err
 
 
-def test_a_price_without_any_noise_can_be_written(small: Path) -> None:
+def test_a_cost_without_any_noise_can_be_written(small: Path) -> None:
     cache = FeatureCache(small)
-    found = as_json(price(cache, cache, autoencoder=None, diffusion=None))
+    found = as_json(measure_cost(cache, cache, autoencoder=None, diffusion=None))
     assert found["backbone_snr"] is None
     assert json.loads(json.dumps(found, allow_nan=False))["bytes_ratio"] == 1
 

@@ -15,8 +15,8 @@ import pytest
 from upath import UPath
 
 from svgpipe.manifests import lock as module
+from svgpipe.manifests.filesystem import Location, children
 from svgpipe.manifests.lock import LOCK_NAME, BusyError, Lock, locked
-from svgpipe.manifests.storage import Location, children
 
 HOLD = """
 import sys, time

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svgpipe.manifests.errors import ArtifactError, MismatchError
+from svgpipe.manifests.filesystem import write_atomic
 from svgpipe.manifests.manifest import (
     InputRef,
     WorkDir,
@@ -21,7 +22,6 @@ from svgpipe.manifests.manifest import (
     write_json,
 )
 from svgpipe.manifests.shards import ShardFile, ShardSetManifest
-from svgpipe.manifests.storage import write_atomic
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -15,7 +15,7 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, p
 from svgpipe.models import distances
 from svgpipe.models.distances import FrechetTarget, ball_radii, covered, frechet_distance, nearest_class_accuracy
 from svgpipe.stages.evaluate import metrics
-from svgpipe.stages.evaluate.intervals import figure, mean_figure, picks
+from svgpipe.stages.evaluate.intervals import estimate, mean_estimate, picks
 from svgpipe.stages.evaluate.metrics import Comparison, Features, inception_score, kernel_distances
 from svgpipe.stages.runtime.selection import evenly_spread
 
@@ -104,7 +104,7 @@ def test_large_tables_of_distances_are_made_in_parts(monkeypatch: pytest.MonkeyP
 def test_precision_and_recall_of_very_many_images_are_those_of_some(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every image is compared with every other; the figures say how many they are over."""
     samples, reference = gaussians(60, 90)
-    monkeypatch.setattr(metrics, "MOST_BALLS", 30)
+    monkeypatch.setattr(metrics, "MAX_BALLS", 30)
     found = Comparison(Features(reference), 0, 0).measure(Features(samples))
     some, less = reference[evenly_spread(90, 30)], samples[evenly_spread(60, 30)]
     for name, inside in (
@@ -128,14 +128,14 @@ def test_inception_score_is_torch_fidelitys() -> None:
 
 def test_the_interval_of_a_mean_is_two_standard_errors() -> None:
     values = torch.randn(400, generator=torch.Generator().manual_seed(3))
-    found = mean_figure(values, replicates=2000, seed=0)
+    found = mean_estimate(values, replicates=2000, seed=0)
     assert found.value == pytest.approx(float(values.mean()), abs=1e-6)
     assert found.low is not None
     assert found.high is not None
     error = float(values.std()) / 20
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.1)
     assert found.low < found.value < found.high
-    assert mean_figure(values, replicates=0, seed=0).low is None
+    assert mean_estimate(values, replicates=0, seed=0).low is None
 
 
 def test_the_interval_of_a_distance_covers_other_draws() -> None:
@@ -152,7 +152,7 @@ def test_the_interval_of_a_distance_covers_other_draws() -> None:
     assert 0.5 < width / (4 * others.std()) < 2
     itself = comparison.measure(Features(reference))["frechet_distance"]
     assert itself is not None and itself.low == 0 and itself.high is not None and itself.high > 0
-    assert figure(2.0, [], 5).model_dump() == {"value": 2.0, "low": None, "high": None, "num_images": 5}
+    assert estimate(2.0, [], 5).model_dump() == {"value": 2.0, "low": None, "high": None, "num_images": 5}
 
 
 def test_what_cannot_be_measured_is_none() -> None:
@@ -197,7 +197,7 @@ def test_what_an_image_adds_to_the_kernel_distance_is_its_derivative(monkeypatch
 
 def test_the_interval_of_a_mean_stays_within_its_values() -> None:
     values = torch.tensor([1.0] * 5 + [0.0])
-    found, opposite = mean_figure(values, 100, 0), mean_figure(1 - values, 100, 0)
+    found, opposite = mean_estimate(values, 100, 0), mean_estimate(1 - values, 100, 0)
     assert found.high == 1 and found.low is not None and 0.3 < found.low < 5 / 6
     assert opposite.low == 0 and opposite.high is not None and 1 / 6 < opposite.high < 0.7
 

@@ -16,10 +16,7 @@ from moto.server import ThreadedMotoServer
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.errors import ArtifactError, UsageError
-from svgpipe.manifests.index import read_images
-from svgpipe.manifests.lock import BusyError, Lock, locked
-from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import (
+from svgpipe.manifests.filesystem import (
     Location,
     children,
     create_exclusively,
@@ -28,6 +25,9 @@ from svgpipe.manifests.storage import (
     write_atomic,
     zarr_store,
 )
+from svgpipe.manifests.index import read_images
+from svgpipe.manifests.lock import BusyError, Lock, locked
+from svgpipe.manifests.shards import ShardSet
 
 from .commands import run_and_kill
 from .conftest import Finished, Outcome, extract_args

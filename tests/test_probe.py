@@ -17,7 +17,7 @@ from torch import Tensor
 
 from svgpipe.models import probes
 from svgpipe.models.probes import KNN_TEMPERATURE, fit_linear, knn_votes
-from svgpipe.stages.evaluate.intervals import share_figure
+from svgpipe.stages.evaluate.intervals import share_estimate
 
 from .conftest import Finished, Outcome, extract_args, write_crops
 
@@ -81,7 +81,7 @@ def test_more_neighbours_than_rows_are_all_rows() -> None:
 
 
 def test_a_share_without_a_miss_still_has_an_interval() -> None:
-    found = share_figure(torch.ones(256, dtype=torch.bool))
+    found = share_estimate(torch.ones(256, dtype=torch.bool))
     assert found.value == 1 and found.low is not None and 0.98 < found.low < 0.99  # 1 - 1.96²/(n + 1.96²)
 
 

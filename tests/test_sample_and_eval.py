@@ -25,12 +25,12 @@ from svgpipe.manifests import store as store_module
 from svgpipe.manifests.checkpoint import STATISTICS_FILE, AutoencoderManifest, save_tensors
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
+from svgpipe.manifests.feature_store import FeatureStore
+from svgpipe.manifests.filesystem import file_sha256, write_atomic
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.recipe import ExtractorSection
 from svgpipe.manifests.reconstruction import ReconstructionReport
 from svgpipe.manifests.shards import TarImage, shard_name, write_tar
-from svgpipe.manifests.storage import file_sha256, write_atomic
-from svgpipe.manifests.store import FeatureStore
 from svgpipe.models.sampler import time_grid
 from svgpipe.pipeline import report as report_page
 from svgpipe.pipeline.chart import Value
@@ -259,7 +259,7 @@ def test_a_page_of_a_large_sweep_stays_small(
     places = (finished.root / "autoencoder", finished.root / "diffusion", open_reference(str(finished.root / "shards")))
     page = report_page.render_report(out, *places).read_text()
     assert page.count("<figure ") == 6 + 6 + 2 * (2 * 2) + 6
-    monkeypatch.setattr(report_page, "LARGEST_PAGE", len(page.encode()) - 1)
+    monkeypatch.setattr(report_page, "MAX_PAGE", len(page.encode()) - 1)
     smaller = report_page.render_report(out, *places).read_text()
     assert smaller.count("<figure ") == page.count("<figure ") and len(smaller) < len(page)
     large = picture(np.zeros((300, 600, 3), np.uint8), "")

@@ -313,7 +313,7 @@ def test_a_cache_without_training_rows_is_refused(
 ) -> None:
     copy = tmp_path / "cache"
     shutil.copytree(finished.root / "cache", copy)
-    from svgpipe.manifests.store import FeatureStore
+    from svgpipe.manifests.feature_store import FeatureStore
 
     FeatureStore.open(copy).put("heldout", np.ones(36, bool))
     arguments = train_args(finished, tmp_path / "out")

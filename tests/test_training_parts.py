@@ -14,16 +14,15 @@ from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
 from svgpipe.manifests.errors import ArtifactError, DivergedError
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.recipe import DiffusionSection, DiTSection
-from svgpipe.models.averages import new_average, update_averages, warmed_decay
+from svgpipe.models.ema import new_average, update_averages, warmed_decay
 from svgpipe.stages.runtime import retry
 from svgpipe.stages.train_diffusion.loss import LossByTime, draws_at
 from svgpipe.stages.train_diffusion.trainer import FlowTrainer
 from svgpipe.stages.training.checkpointing import BackgroundSaver
-from svgpipe.stages.training.distributed import Team
+from svgpipe.stages.training.distributed import ProcessGroup, gradient_norms
 from svgpipe.stages.training.divergence import DivergenceGuard
-from svgpipe.stages.training.parallel import gradient_norms
 
-ALONE = Team(torch.device("cpu"))
+ALONE = ProcessGroup(torch.device("cpu"))
 
 
 @settings(max_examples=30, deadline=None)

@@ -18,15 +18,15 @@ import torch
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.stages.runtime import retry
-from svgpipe.stages.runtime.retry import patiently
+from svgpipe.stages.runtime.retry import call_with_retries
 from svgpipe.stages.train_diffusion import run
-from svgpipe.stages.training.distributed import Team
+from svgpipe.stages.training.distributed import ProcessGroup
 
 from .commands import Command
 from .conftest import Finished, Outcome
 from .test_train_diffusion import same_weights, train_args
 
-ALONE = Team(torch.device("cpu"))
+ALONE = ProcessGroup(torch.device("cpu"))
 SIZES: dict[str, Any] = {"grid": (4, 4), "channels": 12, "num_classes": 3}
 
 
@@ -60,14 +60,14 @@ def test_patience_ends_and_knows_what_does_not_pass(monkeypatch: pytest.MonkeyPa
 
         return call
 
-    assert patiently(failing(OSError(5, "Input/output error"), 2), said.append) == "done"
+    assert call_with_retries(failing(OSError(5, "Input/output error"), 2), said.append) == "done"
     assert len(said) == 2
     with pytest.raises(OSError, match="Input/output"):
-        patiently(failing(OSError(5, "Input/output error"), 3), said.append)
+        call_with_retries(failing(OSError(5, "Input/output error"), 3), said.append)
     for error in (OSError(28, "No space left on device"), ValueError("a bug")):
         said.clear()
         with pytest.raises(type(error)):
-            patiently(failing(error, 1), said.append)
+            call_with_retries(failing(error, 1), said.append)
         assert not said
 
 

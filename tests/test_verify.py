@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.store import FeatureStore
 
 from .conftest import STORE, Finished, Outcome, tree_bytes
 

@@ -19,11 +19,11 @@ from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
-from svgpipe.models.losses import TeamBatchNorm2d
+from svgpipe.models.losses import SyncedBatchNorm2d
 from svgpipe.models.residual import Alignment
 from svgpipe.stages.training.checkpointing import latest_of_all
-from svgpipe.stages.training.distributed import Team
-from svgpipe.stages.training.worker import Mailbox
+from svgpipe.stages.training.distributed import ProcessGroup
+from svgpipe.stages.training.worker import EventQueue
 
 from .commands import Command, run_and_kill
 from .conftest import Finished, Outcome
@@ -79,18 +79,18 @@ def training_workers(session: int) -> list[int]:
 
 @given(st.integers(0, 200), st.integers(1, 9))
 def test_shares_make_up_the_whole(count: int, size: int) -> None:
-    team = [Team(CPU, rank, size) for rank in range(size)]
-    assert [place for member in team for place in member.share(count)] == list(range(count))
-    lengths = [len(member.share(count)) for member in team]
+    group = [ProcessGroup(CPU, rank, size) for rank in range(size)]
+    assert [place for member in group for place in member.local_slice(count)] == list(range(count))
+    lengths = [len(member.local_slice(count)) for member in group]
     assert max(lengths) - min(lengths) <= 1
-    assert {member.largest_share(count) for member in team} == {max(lengths)}
+    assert {member.largest_slice(count) for member in group} == {max(lengths)}
 
 
 def test_batch_norm_and_alignment_by_totals_are_torchs() -> None:
     """The way that several processes go, taken by one: values, gradients, and what is tracked."""
     torch.manual_seed(0)
     x = torch.randn(5, 3, 4, 4, requires_grad=True)
-    ours, theirs = TeamBatchNorm2d(3), torch.nn.BatchNorm2d(3)
+    ours, theirs = SyncedBatchNorm2d(3), torch.nn.BatchNorm2d(3)
     ours.total = lambda values: values
     for layer in (ours, theirs):
         torch.nn.init.normal_(layer.weight)
@@ -181,25 +181,25 @@ def test_ctrl_c_while_workers_start_needs_no_step_to_finish(finished: Finished, 
 
 def test_a_starter_that_is_frozen_is_not_written_for() -> None:
     """By the time that it wakes, its lock may be another's."""
-    mailbox = Mailbox()
-    mailbox.require_reader()
-    mailbox.taken_at -= 61
+    event_queue = EventQueue()
+    event_queue.require_reader()
+    event_queue.taken_at -= 61
     with pytest.raises(TimeoutError, match="has not answered for 61 s"):
-        mailbox.require_reader()
-    assert mailbox.take(stop=True) == []
-    mailbox.require_reader()
+        event_queue.require_reader()
+    assert event_queue.take(stop=True) == []
+    event_queue.require_reader()
 
 
 def test_checkpoints_of_different_steps_are_never_mixed(tmp_path: Path) -> None:
     """As when the folder is not shared between nodes: the other worker finds nothing."""
 
-    class OfTwo(Team):
-        def rows(self, mine: torch.Tensor, count: int) -> torch.Tensor:
+    class OfTwo(ProcessGroup):
+        def gather_rows(self, mine: torch.Tensor, count: int) -> torch.Tensor:
             return torch.cat([mine, torch.tensor([-1])])
 
     store = CheckpointStore(tmp_path)
     store.save(Checkpoint(4, {"raw": {"w": torch.zeros(1)}}, {}))
-    found = latest_of_all(store, Team(CPU), print)
+    found = latest_of_all(store, ProcessGroup(CPU), print)
     assert found is not None
     assert found.step == 4
     with pytest.raises(ArtifactError, match="found steps 4, -1"):

@@ -16,8 +16,8 @@ from pydantic import Field
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import EMA
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
-from svgpipe.manifests.figure import Figure, Record
-from svgpipe.manifests.storage import Location
+from svgpipe.manifests.estimate import Estimate, Record
+from svgpipe.manifests.filesystem import Location
 
 from ..networks.diffusion import TrainedDiffusion, open_diffusion
 from ..runtime.device import pick_device
@@ -29,7 +29,7 @@ from .straightness import Straightness, straightness
 from .velocity_agreement import Agreement, velocity_agreement
 
 CLASSES, PER_CLASS = 10, 64
-MOST_IMAGES = 4096  # every pair of them is looked at
+MAX_IMAGES = 4096  # every pair of them is looked at
 RESAMPLINGS = 100
 
 
@@ -53,7 +53,7 @@ class CacheAnalysis(Record):
     num_images: int
     distances: list[Distances]
     agreement: list[Agreement] = Field(description="At a row of times from noise (0) to data (1); whole latents.")
-    mean_parted: Figure | None = Field(description="Mean of `parted` over the times, which are dense near the noise.")
+    mean_parted: Estimate | None = Field(description="Mean of `parted` over the times, which are dense near the noise.")
     map: list[MappedImage] = Field(description="t-SNE of pooled, standardised features.")
     straightness: Straightness | None
     not_measured: list[str]
@@ -96,9 +96,9 @@ def analyze(
     for model in trained.values():
         model.weights_name(weights)
     chosen = [_choose(cache, classes, per_class) for cache in caches]
-    if (most := max(map(len, chosen))) > MOST_IMAGES:
+    if (most := max(map(len, chosen))) > MAX_IMAGES:
         raise UsageError(
-            f"--classes {classes} and --per-class {per_class}: expected at most {MOST_IMAGES} images of a cache, found "
+            f"--classes {classes} and --per-class {per_class}: expected at most {MAX_IMAGES} images of a cache, found "
             f"{most}. Every pair of them is compared; fewer say as much."
         )
     found = []

@@ -8,20 +8,20 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from svgpipe.manifests.figure import Figure, Record
+from svgpipe.manifests.estimate import Estimate, Record
 
-from ..evaluate.intervals import figure, picks
+from ..evaluate.intervals import estimate, picks
 
-SMALLEST_MAP = 5
+MIN_MAP = 5
 
 
 class Distances(Record):
     """Mean Euclidean distances between pooled, standardised features of one group of channels."""
 
     group: str
-    within: Figure = Field(description="Between two images of a class.")
-    between: Figure = Field(description="Between two images of different classes.")
-    ratio: Figure = Field(description="between / within: 1 where classes do not matter.")
+    within: Estimate = Field(description="Between two images of a class.")
+    between: Estimate = Field(description="Between two images of different classes.")
+    ratio: Estimate = Field(description="between / within: 1 where classes do not matter.")
 
 
 def class_distances(group: str, features_nD: Tensor, labels_n: Tensor, replicates: int, seed: int) -> Distances:
@@ -40,9 +40,9 @@ def class_distances(group: str, features_nD: Tensor, labels_n: Tensor, replicate
     resampled = [pair for pair in found if np.isfinite(pair).all() and pair[0] > 0]
     return Distances(
         group=group,
-        within=figure(within, [w for w, _ in resampled], n),
-        between=figure(between, [b for _, b in resampled], n),
-        ratio=figure(between / within, [b / w for w, b in resampled], n),
+        within=estimate(within, [w for w, _ in resampled], n),
+        between=estimate(between, [b for _, b in resampled], n),
+        ratio=estimate(between / within, [b / w for w, b in resampled], n),
     )
 
 
@@ -59,7 +59,7 @@ def tsne(features_nD: Tensor, seed: int) -> NDArray[np.float64] | None:
     from sklearn.manifold import TSNE
 
     n = len(features_nD)
-    if n < SMALLEST_MAP or features_nD.shape[1] < 2:
+    if n < MIN_MAP or features_nD.shape[1] < 2:
         return None
     perplexity = min(30.0, (n - 1) / 3)
     found = TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=-1).fit_transform(features_nD.numpy())

@@ -16,7 +16,7 @@ from ..runtime.progress import Progress, Silent
 BLOCK_ROWS = 128
 READERS = 3
 # A channel that does not vary is left as it is: divided by next to nothing, it would be all that other rows show.
-SMALLEST_SPREAD = 1e-6
+MIN_SPREAD = 1e-6
 BACKBONE, RESIDUAL, BOTH = "backbone", "residual", "both"
 
 
@@ -48,4 +48,4 @@ def pooled(cache: FeatureCache, rows: Sequence[int], progress: Progress | None =
 def spread(features_nD: Tensor) -> Tensor:
     """(D,) standard deviations to divide (n,D) rows by; 1 for what does not vary."""
     std = features_nD.std(0)
-    return std.where(std > SMALLEST_SPREAD, 1.0)
+    return std.where(std > MIN_SPREAD, 1.0)

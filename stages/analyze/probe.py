@@ -15,13 +15,13 @@ from torch import Tensor
 from svgpipe.manifests.alignment import require_same_alignment
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
-from svgpipe.manifests.figure import Figure, Record
+from svgpipe.manifests.estimate import Estimate, Record
 from svgpipe.manifests.manifest import InputRef, require_same
 from svgpipe.manifests.paper import PAPER_PROBES, PaperProbe
 from svgpipe.models.probes import fit_linear, knn_votes
 from svgpipe.models.seeds import generator
 
-from ..evaluate.intervals import share_figure
+from ..evaluate.intervals import share_estimate
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Silent
 from ..runtime.selection import evenly_spread
@@ -37,8 +37,8 @@ class GroupProbe(Record):
 
     group: str = Field(description="backbone, residual or both.")
     channels: int
-    linear: Figure
-    knn: Figure
+    linear: Estimate
+    knn: Estimate
     weight_decay: float = Field(description="Of the linear map; the best on a tenth of the training rows.")
 
 
@@ -52,7 +52,7 @@ class Probe(Record):
     training_images: int
     test_images: int
     neighbours: int
-    most_frequent: Figure = Field(description="Accuracy of always naming the training rows' most frequent class.")
+    most_frequent: Estimate = Field(description="Accuracy of always naming the training rows' most frequent class.")
     groups: list[GroupProbe]
     paper: list[PaperProbe] = Field(
         default_factory=PAPER_PROBES.copy,
@@ -141,8 +141,8 @@ def probe(
     )
 
 
-def _accuracy(found: Tensor, labels: Tensor) -> Figure:
-    return share_figure(found == labels)
+def _accuracy(found: Tensor, labels: Tensor) -> Estimate:
+    return share_estimate(found == labels)
 
 
 def _best_decay(x: Tensor, y: Tensor, num_classes: int, seed: int) -> float:

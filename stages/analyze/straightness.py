@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from svgpipe.manifests.figure import Figure, Record
+from svgpipe.manifests.estimate import Estimate, Record
 from svgpipe.models.dit import DiT
 from svgpipe.models.sampler import time_grid
 
-from ..evaluate.intervals import mean_figure
+from ..evaluate.intervals import mean_estimate
 from ..networks.sampling import initial_noise, labels_of
 
 STEPS = 50
@@ -26,12 +26,12 @@ class Straightness(Record):
 
     weights: str
     times: list[float]
-    deviation: list[Figure] = Field(description="At each of `times`, mean distance from the straight line's point.")
-    largest_deviation: Figure = Field(description="Mean over samples of the largest one.")
-    curvature: Figure = Field(
+    deviation: list[Estimate] = Field(description="At each of `times`, mean distance from the straight line's point.")
+    largest_deviation: Estimate = Field(description="Mean over samples of the largest one.")
+    curvature: Estimate = Field(
         description="Integral of |v - (end - start)|² over time, over |end - start|² (arXiv 2209.03003, eq. 7)."
     )
-    one_step: Figure = Field(description="How far a single step from the noise lands from the trajectory's end.")
+    one_step: Estimate = Field(description="How far a single step from the noise lands from the trajectory's end.")
 
 
 @torch.no_grad()
@@ -53,10 +53,10 @@ def straightness(model: DiT, weights: str, replicates: int, seed: int) -> Straig
     return Straightness(
         weights=weights,
         times=[round(float(t), 6) for t in time_grid(STEPS, 1.0)],
-        deviation=[mean_figure(at_one_time, replicates, seed) for at_one_time in deviation],
-        largest_deviation=mean_figure(deviation.amax(0), replicates, seed),
-        curvature=mean_figure(torch.cat(curvatures), replicates, seed),
-        one_step=mean_figure(torch.cat(one_steps), replicates, seed),
+        deviation=[mean_estimate(at_one_time, replicates, seed) for at_one_time in deviation],
+        largest_deviation=mean_estimate(deviation.amax(0), replicates, seed),
+        curvature=mean_estimate(torch.cat(curvatures), replicates, seed),
+        one_step=mean_estimate(torch.cat(one_steps), replicates, seed),
     )
 
 

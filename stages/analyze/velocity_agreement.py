@@ -18,36 +18,36 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from svgpipe.manifests.figure import Figure, Record
+from svgpipe.manifests.estimate import Estimate, Record
 from svgpipe.models.empirical_flow import empirical_velocity, posterior
 from svgpipe.models.seeds import generator
 
-from ..evaluate.intervals import figure, mean_figure, picks
+from ..evaluate.intervals import estimate, mean_estimate, picks
 from ..runtime.selection import evenly_spread
 
 # Dense near the noise: of latents of 100,000 numbers, a field soon points at a single image, from t = 0.02 on if these
 # have nothing in common.
 TIMES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.9)
 POINTS_PER_CLASS = 8
-SMALLEST_CLASS = 3
+MIN_CLASS = 3
 # As all fields are of as many images as the smallest class allows, one far smaller would make them all next to nothing.
-SMALLEST_SHARE = 0.5  # of the median class
-MOST_FIELDS = 32  # classes whose fields are looked at from all points: with all of 1000, the work would take days
+MIN_SHARE = 0.5  # of the median class
+MAX_FIELDS = 32  # classes whose fields are looked at from all points: with all of 1000, the work would take days
 
 
 class Agreement(Record):
     """At one time."""
 
     time: float
-    within: Figure = Field(description="Mean cosine between the fields of two halves of a class.")
-    between: Figure = Field(
+    within: Estimate = Field(description="Mean cosine between the fields of two halves of a class.")
+    between: Estimate = Field(
         description="Mean cosine between the fields of half a class and of half another, over at most 32 others."
     )
-    parted: Figure = Field(
+    parted: Estimate = Field(
         description="(1 - between) / (1 - within): how much further apart fields of two classes are; 1 where "
         "classes do not matter."
     )
-    rows: Figure = Field(
+    rows: Estimate = Field(
         description="How many images of half a class make up its field (1 / sum of squared weights); at 1 the field "
         "points at the likeliest image alone, and what is compared is where single images lie."
     )
@@ -57,7 +57,7 @@ class VelocityAgreement(NamedTuple):
     """At all times, and over them."""
 
     at_times: list[Agreement]
-    mean_parted: Figure
+    mean_parted: Estimate
     left_out: list[int]  # classes with too few images
 
 
@@ -75,7 +75,7 @@ def velocity_agreement(latents_nD: Tensor, labels_n: Tensor, replicates: int, se
     cosines, rows_TP = [], []
     rows = torch.cat([points for points, _, _ in groups.values()])
     classes = labels_n[rows].cpu()
-    fields = [list(groups)[i] for i in evenly_spread(len(groups), MOST_FIELDS)]
+    fields = [list(groups)[i] for i in evenly_spread(len(groups), MAX_FIELDS)]
     for t in TIMES:
         z = _points(latents_nD, rows, t, seed)
         own, twin, effective = torch.empty_like(z), torch.empty_like(z), torch.empty(len(z), dtype=torch.float64)
@@ -100,7 +100,7 @@ def velocity_agreement(latents_nD: Tensor, labels_n: Tensor, replicates: int, se
     )
 
 
-def _summarised(cosines_T2P: Tensor, rows_TP: Tensor, replicates: int, seed: int) -> tuple[list[Agreement], Figure]:
+def _summarised(cosines_T2P: Tensor, rows_TP: Tensor, replicates: int, seed: int) -> tuple[list[Agreement], Estimate]:
     """Figures of the cosines within and between, of every time; points are resampled at all times alike."""
     count = cosines_T2P.shape[2]
 
@@ -113,20 +113,20 @@ def _summarised(cosines_T2P: Tensor, rows_TP: Tensor, replicates: int, seed: int
     at_times = [
         Agreement(
             time=t,
-            within=mean_figure(within, replicates, seed),
-            between=mean_figure(between, replicates, seed),
-            parted=figure(float(value[i]), [float(r[i]) for r in resampled], count),
-            rows=mean_figure(rows_TP[i], replicates, seed),
+            within=mean_estimate(within, replicates, seed),
+            between=mean_estimate(between, replicates, seed),
+            parted=estimate(float(value[i]), [float(r[i]) for r in resampled], count),
+            rows=mean_estimate(rows_TP[i], replicates, seed),
         )
         for i, (t, (within, between)) in enumerate(zip(TIMES, cosines_T2P, strict=True))
     ]
-    return at_times, figure(float(value.mean()), [float(r.mean()) for r in resampled], count)
+    return at_times, estimate(float(value.mean()), [float(r.mean()) for r in resampled], count)
 
 
 def _groups(labels: Tensor, seed: int) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
     """For each class: rows that give points, and two halves of the rest, of equal size in all classes."""
     members = {int(c): torch.nonzero(labels == c).flatten() for c in labels.unique()}
-    enough = max(SMALLEST_CLASS, SMALLEST_SHARE * statistics.median(map(len, members.values())))
+    enough = max(MIN_CLASS, MIN_SHARE * statistics.median(map(len, members.values())))
     members = {c: rows for c, rows in members.items() if len(rows) >= enough}
     if not members:
         return {}

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, SvgpipeError
+from svgpipe.manifests.filesystem import location
 from svgpipe.manifests.manifest import require_same
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import location
 
 from ..images.decode import RGBArray, tile
 from ..images.stream import load_images

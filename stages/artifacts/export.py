@@ -18,10 +18,10 @@ from svgpipe.manifests.checkpoint import (
     weights_file,
 )
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.filesystem import Location, children, make_directory, remove_partials
 from svgpipe.manifests.lock import LOCK_NAME, locked
 from svgpipe.manifests.manifest import Json, write_json
 from svgpipe.manifests.recipe import DiffusionSection
-from svgpipe.manifests.storage import Location, children, make_directory, remove_partials
 
 from ..networks.diffusion import TrainedDiffusion, dit_arguments, open_diffusion
 

@@ -29,6 +29,7 @@ from svgpipe.manifests.checkpoint import (
     weights_file,
 )
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
+from svgpipe.manifests.filesystem import Location, file_sha256
 from svgpipe.manifests.manifest import InputRef, WorkDir, digest, read_json, write_json
 from svgpipe.manifests.recipe import (
     AutoencoderSection,
@@ -38,7 +39,6 @@ from svgpipe.manifests.recipe import (
     DiTSection,
     ResidualSection,
 )
-from svgpipe.manifests.storage import Location, file_sha256
 from svgpipe.models.convert import decoder_from_official, require_fit, residual_from_official
 from svgpipe.models.official import (
     DiTSizes,

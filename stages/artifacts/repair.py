@@ -14,13 +14,13 @@ from svgpipe.manifests.cache import CacheManifest
 from svgpipe.manifests.calibration import CALIBRATION_NAME, Calibration
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, MismatchError
+from svgpipe.manifests.feature_store import FeatureStore
+from svgpipe.manifests.filesystem import Location, location, sync_directory
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.lock import locked
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, require_same, write_json
 from svgpipe.manifests.recipe import ExtractSection
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import Location, location, sync_directory
-from svgpipe.manifests.store import FeatureStore
 
 from ..extract.stage import extract
 from ..runtime.progress import Progress, Silent

@@ -14,10 +14,10 @@ from svgpipe.manifests.alignment import keep_alignment
 from svgpipe.manifests.cache import CacheManifest, FeatureCache
 from svgpipe.manifests.calibration import CALIBRATION_NAME, Calibration
 from svgpipe.manifests.errors import ArtifactError, UsageError
+from svgpipe.manifests.feature_store import FeatureStore
+from svgpipe.manifests.filesystem import Location, absolute, remove_partials, write_atomic
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import WorkDir
-from svgpipe.manifests.storage import Location, absolute, remove_partials, write_atomic
-from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreDtype
 
 from ..extract.quantization import SAMPLED_VECTORS, int8_scales

@@ -11,10 +11,10 @@ import numpy as np
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.errors import ArtifactError, MismatchError
+from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import Json, require_same
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import Location
 
 from ..extract.quantization import signal_to_noise
 from ..images.decode import psnr
@@ -24,15 +24,15 @@ from ..networks.diffusion import open_diffusion
 from ..runtime.device import pick_device
 from ..runtime.selection import evenly_spread
 from ..train_diffusion.loss import heldout_loss
-from ..training.distributed import Team
+from ..training.distributed import ProcessGroup
 
-PRICE_NAME = "price.json"
+COST_NAME = "cost.json"
 # Rows that signal-to-noise and decoded images are measured on.
 MEASURED_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Price:
+class RequantizeCost:
     """Of the cache `small` against `reference`; None where `not_measured` says why."""
 
     reference_bytes: int
@@ -66,13 +66,13 @@ class Price:
         return self.heldout_loss_small / self.heldout_loss_reference - 1
 
 
-def price(
+def measure_cost(
     reference: FeatureCache,
     small: FeatureCache,
     *,
     autoencoder: Location | None,
     diffusion: Location | None,
-) -> Price:
+) -> RequantizeCost:
     """Compare two caches of the same images.
 
     Args:
@@ -86,7 +86,7 @@ def price(
     a, b = reference.read(rows), small.read(rows)
     residual = None if frozen == a.shape[-1] else signal_to_noise(a[..., frozen:], b[..., frozen:])
     missing: list[str] = []
-    return Price(
+    return RequantizeCost(
         reference_bytes=reference.manifest.num_bytes,
         small_bytes=small.manifest.num_bytes,
         backbone_snr=signal_to_noise(a[..., :frozen], b[..., :frozen]),
@@ -132,9 +132,9 @@ def _losses(
     found = reference.manifest.as_input(reference.path)
     what = "Give a model that was trained on the cache itself."
     require_same(str(diffusion), manifest.inputs["cache"], found, what_to_do=what)
-    config, team = DiffusionSection.model_validate(manifest.config), Team(pick_device())
-    model = trained.load().to(team.device)
-    losses = [heldout_loss(model, cache, config, team) for cache in (reference, small)]
+    config, group = DiffusionSection.model_validate(manifest.config), ProcessGroup(pick_device())
+    model = trained.load().to(group.device)
+    losses = [heldout_loss(model, cache, config, group) for cache in (reference, small)]
     if None in losses:
         missing.append("held-out loss: the cache has no held-out rows")
     return {"heldout_loss_reference": losses[0], "heldout_loss_small": losses[1]}
@@ -145,8 +145,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def as_json(found: Price) -> Json:
-    """`price.json`."""
+def as_json(found: RequantizeCost) -> Json:
+    """`cost.json`."""
     return {
         **{name: _finite(value) for name, value in vars(found).items() if name != "not_measured"},
         "bytes_ratio": found.bytes_ratio,

@@ -21,6 +21,7 @@ from svgpipe.manifests.checkpoint import (
 )
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.evaluation import EvaluationManifest
+from svgpipe.manifests.filesystem import Location, file_sha256, file_size, has_sha256, location
 from svgpipe.manifests.index import read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.kinds import read_any
@@ -28,7 +29,6 @@ from svgpipe.manifests.manifest import MANIFEST_NAME, digest, read_json
 from svgpipe.manifests.reconstruction import ReconstructionManifest
 from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.shards import ShardSetManifest, index_of, tar_of
-from svgpipe.manifests.storage import Location, file_sha256, file_size, has_sha256, location
 from svgpipe.manifests.store_spec import unit_file
 
 from ..evaluate.cpu_tasks import LatentsRecord

@@ -11,10 +11,10 @@ import numpy as np
 from svgpipe.manifests.cache import CacheManifest
 from svgpipe.manifests.calibration import CALIBRATION_NAME, Calibration
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.feature_store import FeatureStore
+from svgpipe.manifests.filesystem import Location, file_sha256, file_size
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import MANIFEST_NAME
-from svgpipe.manifests.storage import Location, file_sha256, file_size
-from svgpipe.manifests.store import FeatureStore
 
 from ..extract.moments import Moments
 from ..extract.unit_writer import REJECTS_NAME, reject_lines

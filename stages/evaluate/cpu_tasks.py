@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from pydantic import PositiveInt
 
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.figure import Record
+from svgpipe.manifests.estimate import Record
+from svgpipe.manifests.feature_store import FeatureStore
+from svgpipe.manifests.filesystem import Location, file_sha256
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import TarImage, shard_name, write_tar
-from svgpipe.manifests.storage import Location, file_sha256
-from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
 
 from ..images.decode import RGBArray, centre_crop, decode_member, encode_png, to_array

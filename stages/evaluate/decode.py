@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.filesystem import Location, absolute, children, has_sha256, make_directory, remove_partials
 from svgpipe.manifests.index import ImageRef, read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.report_file import evaluate_again
 from svgpipe.manifests.shards import ShardFile, shard_name
-from svgpipe.manifests.storage import Location, absolute, children, has_sha256, make_directory, remove_partials
 
 from ..images.decode import RGBArray, decode_image
 from ..images.image_set import ImageSet

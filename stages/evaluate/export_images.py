@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from svgpipe.manifests.evaluation import EvaluationManifest
-from svgpipe.manifests.storage import (
+from svgpipe.manifests.filesystem import (
     ABANDONED_S,
     Location,
     file_size,

@@ -20,10 +20,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from svgpipe.manifests.errors import ArtifactError, UsageError, first_line
+from svgpipe.manifests.filesystem import file_sha256
 from svgpipe.manifests.manifest import InputRef, svgpipe_version
 from svgpipe.manifests.recipe import BackboneSection, ExtractorSection
 from svgpipe.manifests.report_file import ExtractorRecord
-from svgpipe.manifests.storage import file_sha256
 from svgpipe.models.backbone import Backbone, own_input
 
 from ..images.image_set import ImageSet

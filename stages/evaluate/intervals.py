@@ -16,7 +16,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from svgpipe.manifests.figure import Figure
+from svgpipe.manifests.estimate import Estimate
 from svgpipe.models.seeds import generator
 
 QUANTILES = (0.025, 0.975)
@@ -27,7 +27,7 @@ def picks(count: int, replicates: int, seed: int) -> list[Tensor]:
     return [torch.randint(count, (count,), generator=generator(seed, "bootstrap", count, i)) for i in range(replicates)]
 
 
-def figure(value: float, replicates: Sequence[float], num_images: int, least: float = -math.inf) -> Figure:
+def estimate(value: float, replicates: Sequence[float], num_images: int, least: float = -math.inf) -> Estimate:
     """A figure with the interval around it; without one where there are no replicates.
 
     least: what the figure cannot fall below; nor can its interval.
@@ -37,22 +37,22 @@ def figure(value: float, replicates: Sequence[float], num_images: int, least: fl
     return _between([max(least, replicate + shift) for replicate in replicates], value, num_images)
 
 
-def mean_figure(values: Tensor, replicates: int, seed: int) -> Figure:
-    """The mean of (n,) values; of hits and misses, see `share_figure`."""
+def mean_estimate(values: Tensor, replicates: int, seed: int) -> Estimate:
+    """The mean of (n,) values; of hits and misses, see `share_estimate`."""
     numbers = values.double()
     resampled = [float(numbers[pick].mean()) for pick in picks(len(numbers), replicates, seed)]
     return _between(resampled, float(numbers.mean()), len(numbers))
 
 
-def _between(replicates: Sequence[float], value: float, num_images: int) -> Figure:
+def _between(replicates: Sequence[float], value: float, num_images: int) -> Estimate:
     if not replicates:
-        return Figure(value=value, num_images=num_images)
+        return Estimate(value=value, num_images=num_images)
     low, high = np.quantile(replicates, QUANTILES)
-    return Figure(value=value, low=float(low), high=float(high), num_images=num_images)
+    return Estimate(value=value, low=float(low), high=float(high), num_images=num_images)
 
 
-def share_figure(hits: Tensor) -> Figure:
+def share_estimate(hits: Tensor) -> Estimate:
     """The share of (n,) hits, with Wilson's interval: unlike the bootstrap's it has a width where all or none hit."""
     count, n = int(hits.sum()), len(hits)
     ends = binomtest(count, n).proportion_ci(0.95, method="wilson")
-    return Figure(value=count / n, low=float(ends.low), high=float(ends.high), num_images=n)
+    return Estimate(value=count / n, low=float(ends.low), high=float(ends.high), num_images=n)

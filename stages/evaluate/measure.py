@@ -13,13 +13,13 @@ from torch import Tensor
 
 from svgpipe.manifests.checkpoint import load_tensors, save_tensors
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.evaluation import Measured, ReferenceRecord, SamplerRecord
-from svgpipe.manifests.figure import Figure
+from svgpipe.manifests.filesystem import ABANDONED_S, Location, children, make_directory, remove_partials
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import Json, digest
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardFile, refs_of
-from svgpipe.manifests.storage import ABANDONED_S, Location, children, make_directory, remove_partials
 from svgpipe.models.distances import FrechetTarget
 
 from ..images.decode import psnr
@@ -28,7 +28,7 @@ from ..networks.sampling import SamplerSettings
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress
 from .features import LOGITS, POOLED, Extractor, software
-from .intervals import mean_figure
+from .intervals import mean_estimate
 from .metrics import NEIGHBOURS, Comparison, Features
 from .plan import EvaluationPlan
 from .reference import Reference
@@ -229,8 +229,8 @@ def _kept(journal: Journal, name: str) -> dict[str, Tensor] | None:
         return None
 
 
-def _psnr(originals: ImageSet, reconstructions: ImageSet, config: EvaluationSection) -> Figure | None:
+def _psnr(originals: ImageSet, reconstructions: ImageSet, config: EvaluationSection) -> Estimate | None:
     """dB, mean over the images that are not reproduced exactly; None where all are."""
     values = [psnr(originals.pixels(i)[None], reconstructions.pixels(i)[None])[0] for i in range(len(originals))]
     finite = torch.tensor([float(value) for value in values if np.isfinite(value)], dtype=torch.float64)
-    return mean_figure(finite, config.bootstrap, config.seed) if len(finite) else None
+    return mean_estimate(finite, config.bootstrap, config.seed) if len(finite) else None

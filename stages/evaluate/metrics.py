@@ -11,12 +11,12 @@ from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
-from svgpipe.manifests.figure import Figure
+from svgpipe.manifests.estimate import Estimate
 from svgpipe.models.distances import FrechetTarget, ball_radii, covered, kernel_influences, nearest_class_hits
 
 from ..runtime.device import pick_device
 from ..runtime.selection import evenly_spread
-from .intervals import figure, picks, share_figure
+from .intervals import estimate, picks, share_estimate
 
 KERNEL_SUBSETS = 50
 KERNEL_SUBSET_SIZE = 1000
@@ -24,10 +24,10 @@ KERNEL_SUBSET_SIZE = 1000
 # as many others of either set are enough.
 KERNEL_ROWS = 10_000
 INCEPTION_SPLITS = 10
-FEWEST_TO_SPLIT = 100
+MIN_TO_SPLIT = 100
 NEIGHBOURS = 3
 # Every image of a set is compared with every other for its ball: of all of ImageNet, days of work. As in the paper.
-MOST_BALLS = 50_000
+MAX_BALLS = 50_000
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Comparison:
         assert self.reference is not None, "either images or statistics are what is measured against"
         return FrechetTarget.of(self.reference.pooled, pick_device())
 
-    def measure(self, found: Features) -> dict[str, Figure | None]:
+    def measure(self, found: Features) -> dict[str, Estimate | None]:
         """Fields of `Measured`; None for what cannot be measured on so few images, or without logits or labels."""
         return {
             "frechet_distance": self.frechet(found.pooled),
@@ -69,57 +69,57 @@ class Comparison:
             "class_accuracy": self._class_accuracy(found),
         }
 
-    def frechet(self, pooled: Tensor) -> Figure:
+    def frechet(self, pooled: Tensor) -> Estimate:
         """Fréchet distance of (n,D) features to the reference; on a GPU where there is one, as it takes longest."""
         resampled = picks(len(pooled), self.replicates, self.seed)
         value, *replicates = self._target.distances(pooled.to(pick_device()), [torch.arange(len(pooled)), *resampled])
-        return figure(value, replicates, len(pooled), least=0.0)
+        return estimate(value, replicates, len(pooled), least=0.0)
 
-    def kernel(self, pooled: Tensor) -> Figure | None:
+    def kernel(self, pooled: Tensor) -> Estimate | None:
         """Kernel distance of (n,D) features to the reference; its interval is to first order, see KERNEL_ROWS."""
         if self.reference is None:
             return None
         value = float(kernel_distances(pooled, self.reference.pooled).mean())
         if not self.replicates:
-            return figure(value, [], len(pooled))
+            return estimate(value, [], len(pooled))
         places = torch.tensor(evenly_spread(len(pooled), KERNEL_ROWS))
         influences = kernel_influences(pooled, places, _at_most(self.reference.pooled, KERNEL_ROWS))
         moved = [float(influences[pick].mean()) for pick in picks(len(pooled), self.replicates, self.seed)]
-        return figure(value, moved, len(pooled))
+        return estimate(value, moved, len(pooled))
 
-    def _inception_score(self, logits: Tensor) -> Figure:
+    def _inception_score(self, logits: Tensor) -> Estimate:
         resampled = [inception_score(logits[pick]) for pick in picks(len(logits), self.replicates, self.seed)]
-        return figure(inception_score(logits), resampled, len(logits), least=1.0)
+        return estimate(inception_score(logits), resampled, len(logits), least=1.0)
 
     @cached_property
     def _reference_balls(self) -> tuple[Tensor, Tensor] | None:
         return None if self.reference is None else balls(self.reference.pooled)
 
-    def _precision(self, pooled: Tensor) -> Figure | None:
+    def _precision(self, pooled: Tensor) -> Estimate | None:
         if self._reference_balls is None:
             return None
         return self._share(covered(pooled, *self._reference_balls))
 
-    def _recall(self, pooled: Tensor) -> Figure | None:
+    def _recall(self, pooled: Tensor) -> Estimate | None:
         found = None if self.reference is None else balls(pooled)
         if self.reference is None or found is None:
             return None
-        return self._share(covered(_at_most(self.reference.pooled, MOST_BALLS), *found))
+        return self._share(covered(_at_most(self.reference.pooled, MAX_BALLS), *found))
 
-    def _class_accuracy(self, found: Features) -> Figure | None:
+    def _class_accuracy(self, found: Features) -> Estimate | None:
         if found.labels is None or self.reference is None or self.reference.labels is None:
             return None
         hits = nearest_class_hits(self.reference.pooled, self.reference.labels, found.pooled, found.labels)
         return None if hits is None else self._share(hits)
 
-    def _share(self, hits: Tensor) -> Figure:
-        found = share_figure(hits)
-        return found if self.replicates else Figure(value=found.value, num_images=found.num_images)
+    def _share(self, hits: Tensor) -> Estimate:
+        found = share_estimate(hits)
+        return found if self.replicates else Estimate(value=found.value, num_images=found.num_images)
 
 
 def balls(pooled: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Centres (m,D) and radii (m,) that a set of (n,D) features covers, m ≤ MOST_BALLS; None of too few for any."""
-    centres = _at_most(pooled, MOST_BALLS)
+    """Centres (m,D) and radii (m,) that a set of (n,D) features covers, m ≤ MAX_BALLS; None of too few for any."""
+    centres = _at_most(pooled, MAX_BALLS)
     return None if len(centres) <= NEIGHBOURS else (centres, ball_radii(centres, NEIGHBOURS))
 
 
@@ -145,5 +145,5 @@ def inception_score(logits: Tensor) -> float:
 
     A split of a single image scores 1, whatever the image.
     """
-    splits = INCEPTION_SPLITS if len(logits) >= FEWEST_TO_SPLIT else 1
+    splits = INCEPTION_SPLITS if len(logits) >= MIN_TO_SPLIT else 1
     return float(isc_features_to_metric(logits, splits=splits)[KEY_METRIC_ISC_MEAN])

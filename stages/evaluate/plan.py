@@ -9,9 +9,9 @@ import numpy as np
 
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.errors import MismatchError, UsageError
+from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import InputRef, require_same
 from svgpipe.manifests.recipe import AutoencoderSection, EvaluationSection
-from svgpipe.manifests.storage import Location
 from svgpipe.models.sampler import Guidance
 
 from ..networks.autoencoder import build_backbone

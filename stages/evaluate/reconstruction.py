@@ -22,6 +22,7 @@ from torch import Tensor
 from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, UsageError
+from svgpipe.manifests.filesystem import Location, file_sha256
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import InputRef, WorkDir, digest
@@ -29,7 +30,6 @@ from svgpipe.manifests.recipe import AutoencoderSection, PerceptualSection, Reco
 from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.shards import ShardSet, refs_of
-from svgpipe.manifests.storage import Location, file_sha256
 
 from ..extract.align import align_for_evaluation, needs_alignment
 from ..images.decode import CROP, RGBArray, psnr
@@ -43,7 +43,7 @@ from ..runtime.runner import LocalRunner, Runner
 from ..runtime.selection import evenly_spread
 from .decode import DecoderOptions, ImageJob, decode
 from .features import POOLED, Extractor, load_extractor, software, weight_inputs
-from .intervals import mean_figure
+from .intervals import mean_estimate
 from .measure import RECONSTRUCTIONS, extracted
 from .metrics import Comparison, Features
 from .reference import require_decodable, was_decoded
@@ -246,7 +246,7 @@ def _measure(
     results = []
     for number, (name, images) in enumerate(sets.items()):
         figures = {
-            key: mean_figure(finite, config.bootstrap, config.seed) if len(finite := _finite(values)) else None
+            key: mean_estimate(finite, config.bootstrap, config.seed) if len(finite := _finite(values)) else None
             for key, values in _compared(plan, number, name, images, lpips, progress).items()
         }
         features = extracted(pool, images, plan.extractor, config.batch_size)[POOLED]

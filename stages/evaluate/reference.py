@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests.errors import ArtifactError, UsageError
+from svgpipe.manifests.filesystem import file_sha256, location
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.kinds import KINDS
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, digest, read_json
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import file_sha256, location
 
 from ..images.decode import EXTENSIONS, RejectedImageError, decode_image
 from ..runtime.progress import Progress
@@ -32,7 +32,7 @@ from .features import INCEPTION
 MEAN, COVARIANCE, EXTRACTOR = "mu", "sigma", "extractor"
 READERS = 16
 LOOKED_AT_ONCE = 4096
-FEWEST = 2
+MIN_IMAGES = 2
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def shard_reference(shards: ShardSet) -> Reference:
         names,
         shards,
     )
-    if len(found.train) < FEWEST:
+    if len(found.train) < MIN_IMAGES:
         raise ArtifactError(
             f"{shards.directory}: expected at least two reference images, found {len(found.train)} in training tars."
         )
@@ -114,7 +114,7 @@ def _folder(directory: Path) -> Reference:
             f"({artifact}). Name the shard set, or a folder with nothing but images."
         )
     paths = sorted(path for path in below if path.suffix.lower() in EXTENSIONS and path.is_file())
-    if len(paths) < FEWEST:
+    if len(paths) < MIN_IMAGES:
         raise ArtifactError(
             f"{directory}: expected a shard set, or a folder with at least two JPEG, PNG or WebP images; "
             f"found {len(paths)}."
@@ -248,7 +248,7 @@ class RealSets:
         train, heldout = found.train, found.heldout
         reference = [train[i] for i in evenly_spread(len(train), config.reference_images)]
         floor = [heldout[i] for i in evenly_spread(len(heldout), config.num_samples)]
-        pool = heldout if len(heldout) >= FEWEST else train
+        pool = heldout if len(heldout) >= MIN_IMAGES else train
         reconstructed = [pool[i] for i in evenly_spread(len(pool), config.num_samples)]
         return cls(
             reference, floor, reconstructed, size, None if found.class_names is None else list(found.class_names)

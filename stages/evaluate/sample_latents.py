@@ -20,12 +20,12 @@ import torch
 from pydantic import ValidationError
 
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.feature_store import FeatureStore
+from svgpipe.manifests.filesystem import Location, absolute, file_size, make_directory
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.lock import Lock
 from svgpipe.manifests.manifest import digest
 from svgpipe.manifests.recipe import EvaluationSection
-from svgpipe.manifests.storage import Location, absolute, file_size, make_directory
-from svgpipe.manifests.store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
 
 from ..networks.diffusion import TrainedDiffusion

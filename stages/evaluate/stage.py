@@ -18,12 +18,12 @@ from pathlib import Path
 
 from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
 from svgpipe.manifests.evaluation import EvaluationManifest, LatentsRef, ModelRecord, Report
+from svgpipe.manifests.filesystem import Location, file_sha256
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import WorkDir, digest
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.shards import ShardFile
-from svgpipe.manifests.storage import Location, file_sha256
 
 from ..extract.align import align_for_evaluation, needs_alignment
 from ..networks.sampling import labels_of

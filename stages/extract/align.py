@@ -8,10 +8,10 @@ import numpy as np
 
 from svgpipe.manifests.alignment import ALIGNMENT_NAME, MeasuredAlignment
 from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.lock import locked
 from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import Location, absolute
 
 from ..runtime.progress import Progress
 from ..runtime.runner import Runner

@@ -24,7 +24,7 @@ from .moments import Moments
 from .quantization import SAMPLED_VECTORS, int8_scales
 
 # A channel that never varies would be divided by zero; it is left as it is.
-SMALLEST_STD = 1e-6
+MIN_STD = 1e-6
 
 
 def calibrate(
@@ -43,7 +43,7 @@ def calibrate(
     chosen = training_rows(shards, config.calibration_images)
     total, vectors = measure_features(shards, chosen, image_size, options, runner, progress, "calibrate")
     mean, std = total.mean.astype(np.float32), total.std.astype(np.float32)
-    constant = np.flatnonzero(std < SMALLEST_STD)
+    constant = np.flatnonzero(std < MIN_STD)
     if constant.size:
         progress.say(f"channels {constant.tolist()} are constant; stored without division")
         std[constant] = 1.0

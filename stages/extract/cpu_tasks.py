@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.feature_store import FeatureStore
+from svgpipe.manifests.filesystem import absolute
 from svgpipe.manifests.index import ImageRef, read_images
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import absolute
-from svgpipe.manifests.store import FeatureStore
 
 from ..images.decode import RejectedImageError, RGBArray, centre_crop, decode_image, to_array
 from .moments import Moments

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.precision import Precision
-from svgpipe.manifests.storage import Location
 
 from ..images.decode import RGBArray
 from ..networks.autoencoder import load_autoencoder

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svgpipe.manifests.store import INT8_LIMIT
+from svgpipe.manifests.feature_store import INT8_LIMIT
 
 # Feature vectors that steps are chosen by: about 50 MB at 392 channels.
 SAMPLED_VECTORS = 32_768

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from svgpipe.manifests.cache import CacheManifest
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.feature_store import Features, FeatureStore
+from svgpipe.manifests.filesystem import file_sha256, file_size
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import Json
-from svgpipe.manifests.storage import file_sha256, file_size
-from svgpipe.manifests.store import Features, FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
 
 from ..runtime.selection import evenly_spread

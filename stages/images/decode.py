@@ -17,7 +17,7 @@ from svgpipe.manifests.index import ImageRef
 RGBArray = NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow opens MPO, two pictures in one JPEG, as JPEG
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
-LONGEST_SIDE = 100  # times the shorter one
+MAX_ASPECT_RATIO = 100  # times the shorter one
 ORIENTATION = 0x0112
 # EXIF 2.32, table 5: how the stored picture must be turned to stand upright.
 TURNS = {
@@ -86,8 +86,10 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise RejectedImageError(f"too large: {width}x{height} exceeds {max_pixels} pixels")
-    if max(width, height) > LONGEST_SIDE * min(width, height):
-        raise RejectedImageError(f"too thin: {width}x{height} is over {LONGEST_SIDE}:1 and would explode when cropped")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise RejectedImageError(
+            f"too thin: {width}x{height} is over {MAX_ASPECT_RATIO}:1 and would explode when cropped"
+        )
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # a phone's JPEG with a second picture: the first is the photograph
         raise RejectedImageError(f"animated: {frames} frames")

@@ -25,12 +25,12 @@ from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.shards import ShardFile, ShardSet, refs_of
 from svgpipe.models.seeds import seed_of
 
-from ..runtime.retry import patiently
+from ..runtime.retry import call_with_retries
 from .decode import RejectedImageError, RGBArray, centre_crop, decode_image, random_crop, to_array
 
 
 class TrainingImages(IterableDataset[Tensor]):
-    """Batches (B,3,S,S) uint8 of the training split, from batch `start` on, for ever; or a share of each."""
+    """Batches (B,3,S,S) uint8 of the training split, from batch `start` on, for ever; or a local_slice of each."""
 
     def __init__(
         self,
@@ -43,9 +43,9 @@ class TrainingImages(IterableDataset[Tensor]):
         buffer: int,
         seed: int,
         start: int,
-        share: range | None = None,
+        local_slice: range | None = None,
     ) -> None:
-        """`share` are the places of every batch that are wanted; None: all. Raises ArtifactError without any image."""
+        """Of every batch give the places in `local_slice`; None: all. Raises ArtifactError without any image."""
         usable = np.bincount(shards.rows.shard[~shards.rows.rejected], minlength=len(shards.shards)).tolist()
         self.directory = shards.directory
         self.tars = [(s, n) for s, n in zip(shards.shards, usable, strict=True) if s.split == "train" and n]
@@ -53,7 +53,7 @@ class TrainingImages(IterableDataset[Tensor]):
             raise ArtifactError(f"{shards.directory}: expected training images, found none in its tars.")
         self.size, self.batch_size, self.crop, self.flip = size, batch_size, crop, flip
         self.buffer, self.seed, self.start = buffer, seed, start
-        self.share = share if share is not None else range(batch_size)
+        self.local_slice = local_slice if local_slice is not None else range(batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
         # The loader takes batches from its workers in turn; each sees the same order, and decodes what is its own.
@@ -63,7 +63,7 @@ class TrainingImages(IterableDataset[Tensor]):
         for turn in itertools.count():
             batch = list(itertools.islice(refs, self.batch_size))
             if turn % workers == mine:
-                images = [self._augment(*batch[place]) for place in self.share]
+                images = [self._augment(*batch[place]) for place in self.local_slice]
                 yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
     def _refs(self, skip: int) -> Iterator[tuple[ImageRef, int]]:
@@ -88,7 +88,7 @@ class TrainingImages(IterableDataset[Tensor]):
 
     def _augment(self, ref: ImageRef, epoch: int) -> RGBArray:
         try:
-            image = decode_image(patiently(ref.read))
+            image = decode_image(call_with_retries(ref.read))
         except RejectedImageError as error:
             raise ArtifactError(
                 f"{ref.tar}: image {ref.key}: {error}. Shard the source again, or index its tars with --decode."

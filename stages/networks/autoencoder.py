@@ -24,8 +24,8 @@ from svgpipe.manifests.checkpoint import (
     save_tensors,
 )
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError, first_line
+from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.recipe import AutoencoderSection, BackboneSection
-from svgpipe.manifests.storage import Location
 from svgpipe.models.autoencoder import Autoencoder
 from svgpipe.models.backbone import Backbone
 from svgpipe.models.convert import in_order

@@ -19,9 +19,9 @@ from svgpipe.manifests.checkpoint import (
     weights_file,
 )
 from svgpipe.manifests.errors import ArtifactError, UsageError
+from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, Json, read_plan
 from svgpipe.manifests.recipe import DiffusionSection, DiTSection
-from svgpipe.manifests.storage import Location, absolute
 from svgpipe.models.dit import DiT
 
 

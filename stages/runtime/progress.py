@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Protocol
 
+from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.progress_file import ProgressEntry
-from svgpipe.manifests.storage import Location
 
 # Seconds between two entries on disk: an object store asks for money and time.
 LOCAL_EVERY_S, REMOTE_EVERY_S = 1.0, 30.0

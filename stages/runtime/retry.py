@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from svgpipe.manifests.errors import ArtifactError, first_line
-from svgpipe.manifests.storage import client_error
+from svgpipe.manifests.filesystem import client_error
 
 R = TypeVar("R")
 Say = Callable[[str], None]
@@ -16,7 +16,7 @@ Say = Callable[[str], None]
 WAITS_S = (0.5, 2.0, 8.0)
 
 
-def patiently(call: Callable[[], R], say: Say = lambda text: None) -> R:
+def call_with_retries(call: Callable[[], R], say: Say = lambda text: None) -> R:
     """`call`, tried again after each of `WAITS_S` when storage fails; the last failure is raised.
 
     A full disk is raised at once: it is a person who must make room.

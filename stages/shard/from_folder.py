@@ -18,11 +18,11 @@ from pathlib import Path
 from PIL import Image
 
 from svgpipe.manifests.errors import ArtifactError, UsageError
+from svgpipe.manifests.filesystem import Location, location, remove_tree, write_atomic
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import InputRef, Json, WorkDir, digest
 from svgpipe.manifests.recipe import ShardSection
 from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split, TarImage, shard_name, write_tar
-from svgpipe.manifests.storage import Location, location, remove_tree, write_atomic
 
 from ..images.decode import EXTENSIONS, RejectedImageError, centre_crop, decode_image, encode_png, to_array
 from ..runtime.processes import map_in_processes

@@ -17,11 +17,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from svgpipe.manifests.errors import ArtifactError, UsageError
-from svgpipe.manifests.index import ImageRef, write_index
-from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import InputRef, Json, WorkDir, digest
-from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split
-from svgpipe.manifests.storage import (
+from svgpipe.manifests.filesystem import (
     Location,
     absolute,
     file_sha256,
@@ -32,6 +28,10 @@ from svgpipe.manifests.storage import (
     remove_tree,
     write_atomic,
 )
+from svgpipe.manifests.index import ImageRef, write_index
+from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.manifest import InputRef, Json, WorkDir, digest
+from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split
 
 from ..images.decode import EXTENSIONS, RejectedImageError, check_header, decode_image
 from ..runtime.processes import map_in_processes
@@ -41,7 +41,7 @@ from ..runtime.resources import cpu_count
 JOURNAL_NAME = "journal"  # removed when all is published: the indexes say the same
 SCAN_BYTES = 1 << 22
 # A class number above this is taken for a mistake, not for that many classes.
-LARGEST_LABEL = 10_000_000
+MAX_LABEL = 10_000_000
 IMAGE_EXTENSIONS = {suffix.removeprefix(".") for suffix in EXTENSIONS}
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -270,7 +270,7 @@ def _label_in(content: bytes, extension: str, field: str) -> int | str | None:
         if re.fullmatch(r"-?[0-9]{1,18}", value) is None:
             return value
         value = int(value)
-    return value if abs(value) <= LARGEST_LABEL else None
+    return value if abs(value) <= MAX_LABEL else None
 
 
 def _printable(name: str) -> str:

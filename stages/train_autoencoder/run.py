@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import AUTOENCODER_FILE, Checkpoint, CheckpointStore, save_tensors
+from svgpipe.manifests.filesystem import Location, make_directory, write_atomic
 from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import Location, make_directory, write_atomic
 
 from ..images.decode import RGBArray, encode_png, psnr, tile
 from ..images.stream import TrainingImages, load_images, training_batches
@@ -21,7 +21,7 @@ from ..images.tensors import as_unit_range
 from ..networks.autoencoder import build_autoencoder, reconstruct, state_digest
 from ..networks.perceptual import load_perceptual
 from ..runtime.selection import evenly_spread
-from ..training.distributed import Team
+from ..training.distributed import ProcessGroup
 from ..training.loop import TrainingRun, explained_out_of_memory
 from ..training.supervisor import Supervisor
 from .trainer import AutoencoderTrainer, Step
@@ -46,7 +46,7 @@ class Trained:
 
 
 def run_training(
-    team: Team,
+    group: ProcessGroup,
     supervisor: Supervisor,
     *,
     shards: ShardSet,
@@ -56,7 +56,7 @@ def run_training(
 ) -> Trained:
     """From the last checkpoint in `out` to the finished weights there; see `train_autoencoder`."""
     with explained_out_of_memory(MEMORY_ADVICE):
-        run = AutoencoderRun(team, supervisor, shards, out, config, wandb_project)
+        run = AutoencoderRun(group, supervisor, shards, out, config, wandb_project)
         with closing(run):
             run.train()
             return run.finish()
@@ -70,7 +70,7 @@ class AutoencoderRun(TrainingRun[Tensor, Step]):
 
     def __init__(
         self,
-        team: Team,
+        group: ProcessGroup,
         supervisor: Supervisor,
         shards: ShardSet,
         out: Location,
@@ -79,13 +79,13 @@ class AutoencoderRun(TrainingRun[Tensor, Step]):
     ) -> None:
         """See `train_autoencoder`, also for what it raises."""
         self.shards, self.config = shards, config
-        super().__init__(team, supervisor, out, CheckpointStore(out / "checkpoints"))
+        super().__init__(group, supervisor, out, CheckpointStore(out / "checkpoints"))
         model = build_autoencoder(config, out)
         self.backbone_weights = state_digest(model.backbone.state_dict())
         perceptual = load_perceptual(config.perceptual, model)
-        self.trainer = AutoencoderTrainer(model, config, team, perceptual, self.last_good)
+        self.trainer = AutoencoderTrainer(model, config, group, perceptual, self.last_good)
         self.resume(wandb_project)
-        self.heldout = self._load_heldout() if team.leads else None
+        self.heldout = self._load_heldout() if group.is_main else None
 
     def _load_heldout(self) -> RGBArray | None:
         rows = np.flatnonzero(self.shards.rows.heldout & ~self.shards.rows.rejected)
@@ -122,7 +122,7 @@ class AutoencoderRun(TrainingRun[Tensor, Step]):
             buffer=config.shuffle_buffer,
             seed=config.seed,
             start=self.step,
-            share=self.team.share(config.batch_size),
+            local_slice=self.group.local_slice(config.batch_size),
         )
         return training_batches(dataset, config.workers)
 
@@ -135,7 +135,7 @@ class AutoencoderRun(TrainingRun[Tensor, Step]):
             "adversarial": loss.adversarial,
             "discriminator": found.discriminator,
         }
-        summed = self.team.sum(torch.stack([part.float() for part in parts.values()])).tolist()
+        summed = self.group.sum(torch.stack([part.float() for part in parts.values()])).tolist()
         values = dict(zip(parts, summed, strict=True)) | {"adaptive_weight": loss.adaptive_weight.item()}
         return values, f"L1 {values['l1']:.4f}  perceptual {values['perceptual']:.4f}"
 
@@ -166,22 +166,22 @@ class AutoencoderRun(TrainingRun[Tensor, Step]):
     @torch.no_grad()
     def freeze_alignment(self) -> None:
         """Measure the four alignment scalars over evenly spread training images, and freeze them."""
-        model, team, config = self.trainer.model, self.team, self.config
+        model, group, config = self.trainer.model, self.group, self.config
         alignment, residual = model.alignment, model.residual
         if alignment is None or residual is None:
             return
         rows = np.flatnonzero(~self.shards.rows.heldout & ~self.shards.rows.rejected)
         spread = evenly_spread(len(rows), config.calibration_images)
-        chosen = [int(rows[spread[place]]) for place in team.share(len(spread))]
+        chosen = [int(rows[spread[place]]) for place in group.local_slice(len(spread))]
         model.eval()
-        frozen = torch.zeros(3, model.backbone.channels, dtype=torch.float64, device=team.device)
-        encoded = torch.zeros(3, residual.channels, dtype=torch.float64, device=team.device)
+        frozen = torch.zeros(3, model.backbone.channels, dtype=torch.float64, device=group.device)
+        encoded = torch.zeros(3, residual.channels, dtype=torch.float64, device=group.device)
         for start in range(0, len(chosen), config.batch_size):
             pixels = load_images(self.shards, chosen[start : start + config.batch_size], config.image_size)
-            images = as_unit_range(pixels).to(team.device)
+            images = as_unit_range(pixels).to(group.device)
             frozen += _moments(model.backbone(images))
             encoded += _moments(residual((images - model.imagenet_mean) / model.imagenet_std))
-        scalars = [_scalars(team.sum(moments)) for moments in (frozen, encoded)]
+        scalars = [_scalars(group.sum(moments)) for moments in (frozen, encoded)]
         alignment.freeze(torch.cat(scalars).float())
 
     def finish(self) -> Trained:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.manifest import WorkDir
 from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import Location, absolute
 
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import Resources

@@ -1,6 +1,6 @@
 """One optimiser step of the autoencoder and its discriminator, and the state that it changes.
 
-Knows batches and steps, but no files. Every process of a team calls it with its share of the batch.
+Knows batches and steps, but no files. Every process of a group calls it with its share of the batch.
 Legend: B images of this process.
 """
 
@@ -14,25 +14,24 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.recipe import AutoencoderSection
-from svgpipe.manifests.storage import Location
 from svgpipe.models.autoencoder import Autoencoder
 from svgpipe.models.losses import (
     LPIPS,
     BackbonePerceptual,
     GeneratorLoss,
     PatchDiscriminator,
-    TeamBatchNorm2d,
+    SyncedBatchNorm2d,
     discriminator_loss,
     generator_loss,
 )
 from svgpipe.models.seeds import generator, seed_of
 
 from ..runtime.device import autocast, to_device
-from ..training.distributed import Team
+from ..training.distributed import ProcessGroup, gradient_norms, replicate
 from ..training.divergence import DivergenceGuard
 from ..training.optimizer import learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
-from ..training.parallel import gradient_norms, replicate
 
 
 @dataclass(frozen=True)
@@ -50,20 +49,20 @@ class AutoencoderTrainer:
         self,
         model: Autoencoder,
         config: AutoencoderSection,
-        team: Team,
+        group: ProcessGroup,
         perceptual: BackbonePerceptual | LPIPS | None,
         last_good: Callable[[], Location | None],
     ) -> None:
         """`last_good` tells where the last saved state lies, for the message of a run that diverges."""
-        self.config, self.team = config, team
-        self.model, self.perceptual = model.to(team.device), perceptual
+        self.config, self.group = config, group
+        self.model, self.perceptual = model.to(group.device), perceptual
         if perceptual is not None:
-            perceptual.to(team.device)
-        if team.size > 1 and model.alignment is not None:
-            model.alignment.total = team.sum
-        self.reconstruct = replicate(_Reconstruction(model), team)
-        self.discriminator = _new_discriminator(config, team)
-        self.judge = None if self.discriminator is None else replicate(_Judgement(self.discriminator), team)
+            perceptual.to(group.device)
+        if group.size > 1 and model.alignment is not None:
+            model.alignment.total = group.sum
+        self.reconstruct = replicate(_Reconstruction(model), group)
+        self.discriminator = _new_discriminator(config, group)
+        self.judge = None if self.discriminator is None else replicate(_Judgement(self.discriminator), group)
         trained = {"generator": [p for p in model.parameters() if p.requires_grad]}
         if self.discriminator is not None:
             trained["discriminator"] = list(self.discriminator.parameters())
@@ -106,17 +105,17 @@ class AutoencoderTrainer:
         Raises:
             DivergedError: a NaN or infinity; on CUDA it may be the step before that is named.
         """
-        config, team = self.config, self.team
+        config, group = self.config, self.group
         for optimizer in self.optimizers.values():
             set_learning_rate(optimizer, learning_rate(step, config.steps, config.learning_rate, config.schedule))
-        images = to_device(pixels, team.device).float() / 255
+        images = to_device(pixels, group.device).float() / 255
         target = images * 2 - 1
-        mask_draws = mask_draws_at(config.seed, step, team.share(config.batch_size), team.device)
+        mask_draws = mask_draws_at(config.seed, step, group.local_slice(config.batch_size), group.device)
         # Dropout draws from the global generator: the same in a resumed run on as many workers.
-        torch.manual_seed(seed_of(config.seed, "dropout", step, team.rank))
+        torch.manual_seed(seed_of(config.seed, "dropout", step, group.rank))
         on = self.discriminator is not None and step >= config.discriminator.start_step
         self.model.train()
-        with autocast(team.device, config.precision), _frozen(self.discriminator):
+        with autocast(group.device, config.precision), _frozen(self.discriminator):
             reconstruction = self.reconstruct(images, mask_draws)
             loss = generator_loss(
                 target,
@@ -128,12 +127,12 @@ class AutoencoderTrainer:
                 discriminator_weight=config.discriminator.weight,
                 discriminator_on=on,
                 count=config.batch_size,
-                total=team.sum,
+                total=group.sum,
             )
         self._apply("generator", step, loss.total)
         if self.judge is None or not on:
-            return Step(loss, torch.zeros((), device=team.device))
-        with autocast(team.device, config.precision):
+            return Step(loss, torch.zeros((), device=group.device))
+        with autocast(group.device, config.precision):
             judged = self.judge(target, reconstruction.detach(), config.discriminator.loss, config.batch_size)
         self._apply("discriminator", step, judged)
         return Step(loss, judged.detach())
@@ -142,8 +141,8 @@ class AutoencoderTrainer:
         """One update from this process's part of a loss; gradients are averaged over processes, parts add up."""
         optimizer, parameters = self.optimizers[name], self.parameters[name]
         optimizer.zero_grad(set_to_none=True)
-        (part * self.team.size).backward()
-        self.guards[name].watch(step + 1, self.team.sum(part.detach()), gradient_norms(parameters, self.team))
+        (part * self.group.size).backward()
+        self.guards[name].watch(step + 1, self.group.sum(part.detach()), gradient_norms(parameters, self.group))
         optimizer.step()
 
 
@@ -169,15 +168,15 @@ class _Judgement(nn.Module):
         return discriminator_loss(self.discriminator, target, reconstruction, kind, count)
 
 
-def _new_discriminator(config: AutoencoderSection, team: Team) -> PatchDiscriminator | None:
+def _new_discriminator(config: AutoencoderSection, group: ProcessGroup) -> PatchDiscriminator | None:
     section = config.discriminator
     if not section.enabled:
         return None
     torch.manual_seed(seed_of(config.seed, "discriminator"))
-    discriminator = PatchDiscriminator(width=section.width, layers=section.layers).to(team.device)
+    discriminator = PatchDiscriminator(width=section.width, layers=section.layers).to(group.device)
     for module in discriminator.modules():
-        if isinstance(module, TeamBatchNorm2d) and team.size > 1:
-            module.total = team.sum_with_gradient
+        if isinstance(module, SyncedBatchNorm2d) and group.size > 1:
+            module.total = group.sum_with_gradient
     return discriminator
 
 

@@ -19,7 +19,7 @@ from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.seeds import seed_of
 
-from ..runtime.retry import patiently
+from ..runtime.retry import call_with_retries
 
 
 class CacheBatches:
@@ -31,17 +31,23 @@ class CacheBatches:
         rows: NDArray[np.int64],
         config: DiffusionSection,
         start: int,
-        share: range,
+        local_slice: range,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Batches from step `start` on.
 
         Args:
             rows: cache rows to train on.
-            share: places in the batch that are this process's.
+            local_slice: places in the batch that are this process's.
             say: is told when storage fails and is tried again.
         """
-        self.cache, self.rows, self.config, self.share, self.say = cache, rows, config, np.asarray(share), say
+        self.cache, self.rows, self.config, self.local_slice, self.say = (
+            cache,
+            rows,
+            config,
+            np.asarray(local_slice),
+            say,
+        )
         self.num_views = len(cache.views) if config.use_flips else 1
         self.start = start
 
@@ -59,7 +65,7 @@ class CacheBatches:
     def _result(self, step: int, reading: Future[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """What the thread has read; read again where that failed."""
         calls = iter([reading.result])
-        return patiently(lambda: next(calls, partial(self._read, step))(), self.say)
+        return call_with_retries(lambda: next(calls, partial(self._read, step))(), self.say)
 
     def _read(self, step: int) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -70,7 +76,7 @@ class CacheBatches:
             num_rows=len(self.rows),
             num_views=self.num_views,
         )
-        rows, views = self.rows[batch.rows[self.share]], batch.views[self.share]
+        rows, views = self.rows[batch.rows[self.local_slice]], batch.views[self.local_slice]
         features = torch.from_numpy(self.cache.read_stored(rows, views)).flatten(1, 2)
         return features, torch.from_numpy(self.cache.labels[rows].astype(np.int64))
 

@@ -22,37 +22,37 @@ from svgpipe.models.distances import frechet_distance, nearest_class_accuracy
 from svgpipe.models.dit import DiT
 
 from ..networks.sampling import SamplerSettings, draw_latents, labels_of
-from ..runtime.retry import Say, patiently
+from ..runtime.retry import Say, call_with_retries
 from ..runtime.selection import evenly_spread
-from ..training.distributed import Team
+from ..training.distributed import ProcessGroup
 
 READ_ROWS = 256
 
 
 class LatentQuality:
-    """Measures models against the rows of one cache; every process of the team must call it."""
+    """Measures models against the rows of one cache; every process of the group must call it."""
 
-    def __init__(self, cache: FeatureCache, config: DiffusionSection, team: Team, say: Say) -> None:
+    def __init__(self, cache: FeatureCache, config: DiffusionSection, group: ProcessGroup, say: Say) -> None:
         """Read what is compared with: as many training and held-out rows as `quality_rows`, evenly spread."""
-        self.cache, self.config, self.team, self.say = cache, config, team, say
+        self.cache, self.config, self.group, self.say = cache, config, group, say
         self.train, self.train_labels = self._pooled(np.flatnonzero(cache.valid & ~cache.heldout))
         self.held, self.held_labels = self._pooled(np.flatnonzero(cache.valid & cache.heldout))
         self.real = self._compare(self.train, self.held, self.held_labels)
 
     def _pooled(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         chosen = rows[evenly_spread(len(rows), self.config.quality_rows)]
-        mine = chosen[np.asarray(self.team.share(len(chosen)), np.int64)]
+        mine = chosen[np.asarray(self.group.local_slice(len(chosen)), np.int64)]
         parts = [torch.zeros(0, self.cache.manifest.feature_shape[-1])]
         for start in range(0, len(mine), READ_ROWS):
             rows_now = mine[start : start + READ_ROWS]
-            features = torch.from_numpy(patiently(partial(self.cache.read, rows_now), self.say)).float()
+            features = torch.from_numpy(call_with_retries(partial(self.cache.read, rows_now), self.say)).float()
             parts.append(features.mean((1, 2)))
         labels = torch.from_numpy(self.cache.labels[chosen].astype(np.int64))
-        return self.team.rows(torch.cat(parts), len(chosen)), labels
+        return self.group.gather_rows(torch.cat(parts), len(chosen)), labels
 
     def _compare(self, spread: Tensor, classified: Tensor, labels: Tensor) -> dict[str, float]:
         found: dict[str, float] = {}
-        if not self.team.leads:  # all have the rows; one computes
+        if not self.group.is_main:  # all have the rows; one computes
             return found
         if len(self.held) >= 2 and len(spread) >= 2:
             found["latent_fd"] = frechet_distance(spread, self.held)
@@ -65,28 +65,32 @@ class LatentQuality:
     def measure(self, model: DiT) -> dict[str, float]:
         """`latent_fd` and `latent_accuracy` of `quality_samples` samples, and the same of real rows with `_real`."""
         count = self.config.quality_samples
-        samples = draw_in_training(model, count, self.config, self.team, keep=lambda drawn: drawn.mean(1)).cpu()
+        samples = draw_in_training(model, count, self.config, self.group, keep=lambda drawn: drawn.mean(1)).cpu()
         found = self._compare(samples, samples, labels_of(range(count), model.num_classes))
         return found | {f"{name}_real": value for name, value in self.real.items()}
 
 
 def draw_in_training(
-    model: DiT, count: int, config: DiffusionSection, team: Team, keep: Callable[[Tensor], Tensor] = lambda drawn: drawn
+    model: DiT,
+    count: int,
+    config: DiffusionSection,
+    group: ProcessGroup,
+    keep: Callable[[Tensor], Tensor] = lambda drawn: drawn,
 ) -> Tensor:
-    """Samples 0 to `count` - 1 of a model in training, drawn by all processes of its team; each gets them all.
+    """Samples 0 to `count` - 1 of a model in training, drawn by all processes of its group; each gets them all.
 
     Args:
         config: says how to sample, and by its batch how many at a time.
         keep: (B,T,C) float32 latents → (B,…), what is wanted of them.
     Returns:
-        (count,…) on the team's device.
+        (count,…) on the group's device.
     """
     settings = SamplerSettings(
         config.sample_steps, 1.0, "euler", "constant", config.sample_shift, 0, config.precision, EMA
     )
     # A sharded model is gathered by all at once, so each process draws as many; what is past its share is dropped.
-    mine, size = team.share(count), -(-config.batch_size // config.accumulate)
-    end = mine.start + team.largest_share(count)
+    mine, size = group.local_slice(count), -(-config.batch_size // config.accumulate)
+    end = mine.start + group.largest_slice(count)
     chunks = [range(start, min(start + size, end)) for start in range(mine.start, end, size)]
-    drawn = torch.cat([keep(draw_latents(model, indices, settings, team.device)) for indices in chunks])
-    return team.rows(drawn[: len(mine)], count)
+    drawn = torch.cat([keep(draw_latents(model, indices, settings, group.device)) for indices in chunks])
+    return group.gather_rows(drawn[: len(mine)], count)

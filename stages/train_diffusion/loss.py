@@ -20,8 +20,8 @@ from svgpipe.models.flow import Velocity, drop_labels, flow_loss, shift_time
 from svgpipe.models.seeds import seed_of
 
 from ..runtime.device import autocast, to_device
-from ..runtime.retry import Say, patiently
-from ..training.distributed import Team
+from ..runtime.retry import Say, call_with_retries
+from ..training.distributed import ProcessGroup
 
 
 def sample_losses(
@@ -37,29 +37,29 @@ def sample_losses(
 
 @torch.no_grad()
 def heldout_loss(
-    model: DiT, cache: FeatureCache, config: DiffusionSection, team: Team, say: Say = lambda text: None
+    model: DiT, cache: FeatureCache, config: DiffusionSection, group: ProcessGroup, say: Say = lambda text: None
 ) -> float | None:
     """Mean flow loss on the first `eval_rows` held-out rows, with noise and times that never change.
 
-    Every process of the team must call it; `say` is told when storage fails and is tried again. None where the cache
+    Every process of the group must call it; `say` is told when storage fails and is tried again. None where the cache
     has no held-out row.
     """
     held = np.flatnonzero(cache.valid & cache.heldout)[: config.eval_rows]
     if not len(held):
         return None
     tokens, channels = model.grid[0] * model.grid[1], model.in_channels
-    total, size = torch.zeros((), dtype=torch.float64, device=team.device), -(-config.batch_size // config.accumulate)
+    total, size = torch.zeros((), dtype=torch.float64, device=group.device), -(-config.batch_size // config.accumulate)
     for start in range(0, len(held), size):
         count = min(size, len(held) - start)
-        share = team.share(count)
+        share = group.local_slice(count)
         # A sharded model is gathered by all at once: who has nothing left computes a row that does not count.
         places = [start + place for place in share] or [start]
         rows = held[places]
-        x1 = torch.from_numpy(patiently(partial(cache.read, rows), say)).flatten(1, 2).to(team.device).float()
-        labels = torch.from_numpy(cache.labels[rows].astype(np.int64)).to(team.device)
-        draws = draws_at(config.seed, "heldout", places, tokens, channels, team.device)
+        x1 = torch.from_numpy(call_with_retries(partial(cache.read, rows), say)).flatten(1, 2).to(group.device).float()
+        labels = torch.from_numpy(cache.labels[rows].astype(np.int64)).to(group.device)
+        draws = draws_at(config.seed, "heldout", places, tokens, channels, group.device)
         total += sample_losses(model, x1, labels, draws, config, null_label=None)[: len(share)].sum()
-    return float(team.sum(total)) / len(held)
+    return float(group.sum(total)) / len(held)
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,10 @@ class LossByTime:
         places = (times * BUCKETS).long().clamp(0, BUCKETS - 1)
         self.sums.index_add_(1, places, torch.stack([losses.float(), torch.ones_like(losses, dtype=torch.float32)]))
 
-    def summed(self, team: Team) -> LossByTime:
-        """The same over all processes of the team."""
+    def summed(self, group: ProcessGroup) -> LossByTime:
+        """The same over all processes of the group."""
         total = LossByTime(self.sums.device)
-        total.sums = team.sum(self.sums)
+        total.sums = group.sum(self.sums)
         return total
 
     def means(self) -> dict[str, float]:

@@ -22,13 +22,12 @@ from svgpipe.manifests.checkpoint import (
     weights_file,
 )
 from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.filesystem import Location, make_directory, write_atomic
 from svgpipe.manifests.recipe import DiffusionSection
-from svgpipe.manifests.storage import Location, make_directory, write_atomic
 
 from ..images.decode import encode_png, tile
-from ..training.distributed import Team
+from ..training.distributed import ProcessGroup, Strategy
 from ..training.loop import TrainingRun, explained_out_of_memory
-from ..training.parallel import Strategy
 from ..training.supervisor import Supervisor
 from .data import CacheBatches
 from .latent_quality import LatentQuality, draw_in_training
@@ -54,7 +53,7 @@ class Trained:
 
 
 def run_training(
-    team: Team,
+    group: ProcessGroup,
     supervisor: Supervisor,
     *,
     cache: FeatureCache,
@@ -66,7 +65,7 @@ def run_training(
 ) -> Trained:
     """From the last checkpoint in `out` to the finished weights there; see `train_diffusion`."""
     with explained_out_of_memory(MEMORY_ADVICE):
-        run = DiffusionRun(team, supervisor, cache, out, config, decoder, strategy, wandb_project)
+        run = DiffusionRun(group, supervisor, cache, out, config, decoder, strategy, wandb_project)
         with closing(run):
             run.train()
             return run.finish()
@@ -80,7 +79,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step]):
 
     def __init__(
         self,
-        team: Team,
+        group: ProcessGroup,
         supervisor: Supervisor,
         cache: FeatureCache,
         out: Location,
@@ -92,16 +91,16 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step]):
         """See `train_diffusion`, also for what it raises."""
         self.cache, self.config, self.decoder = cache, config, decoder
         super().__init__(
-            team, supervisor, out, CheckpointStore(out / "checkpoints", config.keep_checkpoints, config.keep_every)
+            group, supervisor, out, CheckpointStore(out / "checkpoints", config.keep_checkpoints, config.keep_every)
         )
         self.rows = self._training_rows()
         rows, columns, channels = cache.manifest.feature_shape
         sizes: dict[str, Any] = {"grid": (rows, columns), "channels": channels, "num_classes": len(cache.classes)}
         self.trainer = FlowTrainer(
-            config, team, scale=cache.store.feature_scale, last_good=self.last_good, strategy=strategy, **sizes
+            config, group, scale=cache.store.feature_scale, last_good=self.last_good, strategy=strategy, **sizes
         )
-        self.decode = self._load_decoder() if team.leads else None
-        self.by_time = LossByTime(team.device)
+        self.decode = self._load_decoder() if group.is_main else None
+        self.by_time = LossByTime(group.device)
         self.resume(wandb_project)
 
     def _training_rows(self) -> NDArray[np.int64]:
@@ -130,17 +129,17 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step]):
 
     def load(self, saved: Checkpoint) -> None:
         self.trainer.load(saved.groups)
-        if self.team.leads:  # the line of the log that is begun; the others' part of it is in there
+        if self.group.is_main:  # the line of the log that is begun; the others' part of it is in there
             self.by_time.sums.copy_(saved.groups["window"]["loss_by_time"])
 
     def state(self) -> Checkpoint:
         groups = {**self.trainer.state(), "statistics": self.statistics}
-        groups["window"] = {"loss_by_time": self.team.sum(self.by_time.sums)}
+        groups["window"] = {"loss_by_time": self.group.sum(self.by_time.sums)}
         grid, channels = self.trainer.model.grid, self.trainer.model.in_channels
         return Checkpoint(self.step, groups, {"grid": grid, "channels": channels, "class_names": self.cache.classes})
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        share = self.team.share(self.config.batch_size)
+        share = self.group.local_slice(self.config.batch_size)
         return iter(CacheBatches(self.cache, self.rows, self.config, self.step, share, self.supervisor.say))
 
     def take_step(self, batch: tuple[Tensor, Tensor]) -> Step:
@@ -152,8 +151,8 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step]):
         self.trainer.guard.settle()
 
     def logged(self, found: Step) -> tuple[dict[str, float], str]:
-        by_time = self.by_time.summed(self.team).means()
-        self.by_time = LossByTime(self.team.device)
+        by_time = self.by_time.summed(self.group).means()
+        self.by_time = LossByTime(self.group.device)
         loss, norm = found.loss.item(), found.grad_norm.item()
         return {"loss": loss, "grad_norm": norm, **by_time}, f"loss {loss:.4f}"
 
@@ -168,7 +167,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step]):
 
     def evaluate(self) -> float | None:
         """Mean loss of the first average of the weights on held-out rows, with noise and times that never change."""
-        value = heldout_loss(self.trainer.averages[0], self.cache, self.config, self.team, self.supervisor.say)
+        value = heldout_loss(self.trainer.averages[0], self.cache, self.config, self.group, self.supervisor.say)
         if value is not None and self.log is not None:
             self.log.write(self.step, heldout_loss=value)
             self.supervisor.say(f"step {self.step}: held-out loss {value:.4f}")
@@ -177,7 +176,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step]):
     @cached_property
     def quality(self) -> LatentQuality:
         """Reads its part of the cache when it is first asked for."""
-        return LatentQuality(self.cache, self.config, self.team, self.supervisor.say)
+        return LatentQuality(self.cache, self.config, self.group, self.supervisor.say)
 
     def measure_quality(self) -> None:
         """What samples of the first average of the weights are worth in latent space."""
@@ -195,7 +194,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step]):
         """A sheet of samples from the first average of the weights, where a decoder was given."""
         if self.decoder is None:
             return
-        latents = draw_in_training(self.trainer.averages[0], GRID_SAMPLES, self.config, self.team)
+        latents = draw_in_training(self.trainer.averages[0], GRID_SAMPLES, self.config, self.group)
         if self.log is None or self.decode is None:
             return
         shape = (GRID_SAMPLES, *self.cache.manifest.feature_shape)

@@ -9,14 +9,14 @@ from functools import partial
 
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
+from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.manifest import WorkDir, require_same
 from svgpipe.manifests.recipe import DiffusionSection
-from svgpipe.manifests.storage import Location, absolute
 
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import Resources
+from ..training.distributed import Strategy
 from ..training.metrics_log import require_wandb
-from ..training.parallel import Strategy
 from ..training.ray_train import run_job
 from .run import run_training
 

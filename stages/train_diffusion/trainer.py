@@ -1,6 +1,6 @@
 """One optimiser step of the diffusion transformer, and the state that it changes.
 
-Knows batches and steps, but neither caches nor files. Every process of a team calls it with its share of the batch.
+Knows batches and steps, but neither caches nor files. Every process of a group calls it with its share of the batch.
 Legend: B samples of this process, T tokens, C channels.
 """
 
@@ -15,28 +15,28 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from svgpipe.manifests.checkpoint import RAW, average_name
+from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.recipe import DiffusionSection
-from svgpipe.manifests.storage import Location
-from svgpipe.models.averages import new_average, update_averages
 from svgpipe.models.dit import DiT
+from svgpipe.models.ema import new_average, update_averages
 from svgpipe.models.flow import shift_time
 from svgpipe.models.seeds import seed_of
 
 from ..networks.diffusion import build_dit
 from ..runtime.device import is_compiled, to_device
-from ..training.distributed import Team
-from ..training.divergence import DivergenceGuard
-from ..training.optimizer import learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
-from ..training.parallel import (
+from ..training.distributed import (
+    ProcessGroup,
     Strategy,
     averaging,
     clip_gradients,
-    gathered,
+    gather_state,
     gradient_norms,
-    placed,
     replicate,
+    shard_like,
     shard_parameters,
 )
+from ..training.divergence import DivergenceGuard
+from ..training.optimizer import learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
 from .loss import draws_at, sample_losses
 
 
@@ -56,7 +56,7 @@ class FlowTrainer:
     def __init__(
         self,
         config: DiffusionSection,
-        team: Team,
+        group: ProcessGroup,
         *,
         grid: tuple[int, int],
         channels: int,
@@ -68,21 +68,21 @@ class FlowTrainer:
         """A new model from the recipe's seed, the same on every process.
 
         Args:
-            team: those that train it together; `strategy` says how, and changes no result but by rounding.
+            group: those that train it together; `strategy` says how, and changes no result but by rounding.
             scale: (C,) that turns stored int8 into features, or None.
             last_good: where the last saved state lies, for the message of a run that diverges.
         """
-        self.config, self.team, device = config, team, team.device
+        self.config, self.group, device = config, group, group.device
         torch.manual_seed(seed_of(config.seed, "initial weights"))
         self.model = build_dit(config.model, grid=grid, channels=channels, num_classes=num_classes).to(device)
         self.model.recompute = config.activation_checkpointing
         self.averages = [new_average(self.model) for _ in config.ema_decays]
-        if team.size > 1 and strategy == "fsdp2":
+        if group.size > 1 and strategy == "fsdp2":
             for model in (self.model, *self.averages):
-                shard_parameters(model, list(model.blocks), team)
+                shard_parameters(model, list(model.blocks), group)
             self.averaged: nn.Module = self.model
         else:
-            self.averaged = replicate(self.model, team)
+            self.averaged = replicate(self.model, group)
         self.velocity = torch.compile(self.averaged) if is_compiled(config.compile, device) else self.averaged
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
@@ -103,19 +103,19 @@ class FlowTrainer:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """All that a resumed run needs besides the step's number. Raises DivergedError rather than give a bad one."""
         self.guard.settle()
-        return self.weights() | {"optimizer": gathered(optimizer_tensors(self.optimizer), self.team)}
+        return self.weights() | {"optimizer": gather_state(optimizer_tensors(self.optimizer), self.group)}
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """State of every model, by the names of `models`, whole on the process that leads."""
-        return {name: gathered(model.state_dict(), self.team) for name, model in self.models.items()}
+        return {name: gather_state(model.state_dict(), self.group) for name, model in self.models.items()}
 
     def load(self, groups: dict[str, dict[str, Tensor]]) -> None:
-        """Inverse of `state`, whatever team and strategy it came from."""
+        """Inverse of `state`, whatever group and strategy it came from."""
         for name, model in self.models.items():
             own = model.state_dict()
-            model.load_state_dict({k: placed(v, own.get(k, v)) for k, v in groups[name].items()})
+            model.load_state_dict({k: shard_like(v, own.get(k, v)) for k, v in groups[name].items()})
         of = {key: self.parameters[int(key.split(".")[0])] for key in groups["optimizer"]}
-        restore_optimizer(self.optimizer, {k: placed(v, of[k]) for k, v in groups["optimizer"].items()})
+        restore_optimizer(self.optimizer, {k: shard_like(v, of[k]) for k, v in groups["optimizer"].items()})
 
     def __call__(self, step: int, tokens: Tensor, labels: Tensor) -> Step:
         """Optimiser step number `step` (from 0) on this process's stored latents (B,T,C) and labels (B,).
@@ -123,24 +123,24 @@ class FlowTrainer:
         Raises:
             DivergedError: a NaN or infinity; on CUDA it may be the step before that is named.
         """
-        config, team, size = self.config, self.team, self.config.batch_size
+        config, group, size = self.config, self.group, self.config.batch_size
         set_learning_rate(self.optimizer, learning_rate(step, config.steps, config.learning_rate, config.schedule))
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         losses, times = [], []
-        share = team.share(size)
+        share = group.local_slice(size)
         # As many parts on every process, none of them empty: sharded models are gathered for each.
-        parts = np.array_split(np.arange(len(share)), min(config.accumulate, size // team.size))
+        parts = np.array_split(np.arange(len(share)), min(config.accumulate, size // group.size))
         for number, places in enumerate(parts, 1):
             part = slice(int(places[0]), int(places[-1]) + 1)
             with averaging(self.averaged, now=number == len(parts)):
                 found, at = self._losses(step, tokens[part], labels[part], share[part])
                 # Parts of any size add up to the mean over all; processes are averaged.
-                (found.sum() / size * team.size).backward()
+                (found.sum() / size * group.size).backward()
             losses.append(found.detach())
             times.append(at)
         per_sample = torch.cat(losses)
-        loss, norms = team.sum(per_sample.sum()) / size, gradient_norms(self.parameters, team)
+        loss, norms = group.sum(per_sample.sum()) / size, gradient_norms(self.parameters, group)
         self.guard.watch(step + 1, loss, norms)
         norm = torch.linalg.vector_norm(norms)
         if config.clip_grad_norm is not None:
@@ -150,7 +150,7 @@ class FlowTrainer:
         return Step(loss, norm, per_sample, torch.cat(times))
 
     def _losses(self, step: int, tokens: Tensor, labels: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        device = self.team.device
+        device = self.group.device
         x1 = to_device(tokens, device).float()
         if self.scale is not None:  # int8 travels to the device, and becomes a feature there
             x1 = x1 * self.scale

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.storage import Location
+from svgpipe.manifests.filesystem import Location
 
-from ..runtime.retry import patiently
-from .distributed import Team
+from ..runtime.retry import call_with_retries
+from .distributed import ProcessGroup
 
 
 class BackgroundSaver:
@@ -37,7 +37,7 @@ class BackgroundSaver:
         self.wait()
         groups = {name: {k: _copy(group.pop(k)) for k in list(group)} for name, group in checkpoint.groups.items()}
         copy = Checkpoint(checkpoint.step, groups, checkpoint.values)
-        self._writing = self._pool.submit(patiently, partial(self.store.save, copy), self.say)
+        self._writing = self._pool.submit(call_with_retries, partial(self.store.save, copy), self.say)
 
     def check(self) -> None:
         """Raise what went wrong, if that is known already."""
@@ -60,14 +60,14 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def latest_of_all(store: CheckpointStore, team: Team, say: Callable[[str], None]) -> Checkpoint | None:
+def latest_of_all(store: CheckpointStore, group: ProcessGroup, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest intact checkpoint, the same one on every process.
 
     Raises:
         ArtifactError: as `CheckpointStore.latest`; or processes found different ones, which must never be mixed.
     """
     found = store.latest(say)
-    steps = team.rows(torch.tensor([-1 if found is None else found.step]), team.size).tolist()
+    steps = group.gather_rows(torch.tensor([-1 if found is None else found.step]), group.size).tolist()
     if len(set(steps)) > 1:
         raise ArtifactError(
             f"{store.directory}: expected all workers to find the same checkpoint, found steps "

@@ -1,15 +1,23 @@
-"""The processes that train one model together. One process alone is a team of one, and never loads torch.distributed.
+"""The processes that train one model together, and the model on them.
 
-A global batch is dealt out in contiguous shares, the first of which may be larger by one.
+A global batch is split into contiguous slices, one for each process; the first slices may be longer by one. The model
+is replicated (DDP), or each process holds a part of every parameter (FSDP2); both average gradients over processes.
+Checkpoints know nothing of either: `full_tensor` and `shard_like` translate. One process alone never loads
+torch.distributed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class _Sum(torch.autograd.Function):
@@ -33,25 +41,25 @@ def _total(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Team:
-    """This process's place among those that train together; every method but `share` must be called by all of them."""
+class ProcessGroup:
+    """This process's place among those that train together. All of them must call every method but `local_slice`."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
 
     @property
-    def leads(self) -> bool:
-        """Whether this is the process that writes files and tells of progress."""
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and reports progress."""
         return self.rank == 0
 
-    def share(self, count: int) -> range:
+    def local_slice(self, count: int) -> range:
         """Positions of this process among `count`."""
         each, more = divmod(count, self.size)
         start = self.rank * each + min(self.rank, more)
         return range(start, start + each + (self.rank < more))
 
-    def largest_share(self, count: int) -> int:
+    def largest_slice(self, count: int) -> int:
         """Positions of the process that has most of them."""
         return -(-count // self.size)
 
@@ -67,18 +75,108 @@ class Team:
         """Whether it is true for any process. Only hosts wait for each other here, never for a GPU."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(int(flag))))
 
-    def rows(self, mine: Tensor, count: int) -> Tensor:
+    def gather_rows(self, mine: Tensor, count: int) -> Tensor:
         """(share, …) of every process → (count, …), in order."""
         if self.size == 1:
             return mine
-        largest = self.largest_share(count)
+        largest = self.largest_slice(count)
         padded = mine.new_zeros(largest, *mine.shape[1:])
         padded[: len(mine)] = mine
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         torch.distributed.all_gather(parts, padded)
-        shares = [len(Team(self.device, rank, self.size).share(count)) for rank in range(self.size)]
+        shares = [len(ProcessGroup(self.device, rank, self.size).local_slice(count)) for rank in range(self.size)]
         return torch.cat([part[:share] for part, share in zip(parts, shares, strict=True)])
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         """Until every process has come here."""
         self.any(False)
+
+
+Strategy = Literal["ddp", "fsdp2"]
+
+
+def shard_parameters(model: nn.Module, units: Sequence[nn.Module], group: ProcessGroup) -> None:
+    """Spread every parameter of `model` over the group, in place; `units` are gathered one at a time when they run."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(group.device.type, (group.size,))
+    for part in (*units, model):
+        # By default the outermost parameters stay gathered after a forward pass: averages could not be updated.
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
+
+def replicate(model: nn.Module, group: ProcessGroup) -> nn.Module:
+    """`model`, so that a backward pass through it leaves gradients averaged over the group."""
+    if group.size == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+
+    devices = [group.device] if group.device.type == "cuda" else None
+    # No buffer of ours changes in training but by what all processes agree on.
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def averaging(model: Any, now: bool) -> Iterator[None]:
+    """Whether backward passes in the block exchange gradients, or keep them for one that will."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(now)
+        yield
+    elif hasattr(model, "no_sync") and not now:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def _is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    # A process alone has no such tensors, and should not load what defines them.
+    return type(tensor).__name__ == "DTensor"
+
+
+def local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What of each tensor lies in this process."""
+    return [tensor.to_local() if _is_sharded(tensor) else tensor for tensor in tensors]
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The tensor, put together from its parts on every process, which must all ask for it."""
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
+
+
+def gather_state(tensors: Mapping[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
+    """`full_tensor` for many tensors. Of sharded ones only the main process keeps anything."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = full_tensor(tensor)
+        if not _is_sharded(tensor):
+            found[name] = full
+        elif group.is_main:
+            found[name] = full.cpu()  # one after the other, so that the device never holds the whole model
+    return found
+
+
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """Inverse of `full_tensor`: this process's part of `value` if `like` has its shape and is spread over the group."""
+    if not _is_sharded(like) or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every process has read the same file: nothing needs to be sent.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def gradient_norms(parameters: Sequence[Tensor], group: ProcessGroup) -> Tensor:
+    """(parameters,) L2 norms of the gradients; 0 for a parameter without one. The same on every process."""
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    norms = torch.stack(torch._foreach_norm(local(gradients)))
+    if not any(map(_is_sharded, gradients)):
+        return norms
+    return group.sum(norms.square()).sqrt()
+
+
+def clip_gradients(parameters: Sequence[Tensor], limit: float, norm: Tensor) -> None:
+    """Scale all gradients by min(1, limit / norm), as torch's clip_grads_with_norm_, also where they are spread."""
+    gradients = local([p.grad for p in parameters if p.grad is not None])
+    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests.errors import DivergedError
-from svgpipe.manifests.storage import Location
+from svgpipe.manifests.filesystem import Location
 
 LOSSES_KEPT, NAMED = 5, 3
 

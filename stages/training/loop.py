@@ -1,6 +1,6 @@
 """The course of a training, whatever is trained: resume, steps, log, checkpoints, a stop that was asked for.
 
-Every process of a team runs the same code on its share of each batch; the one that leads also writes.
+Every process of a group runs the same code on its share of each batch; the one that leads also writes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import ClassVar, Generic, TypeVar
 
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
 from svgpipe.manifests.errors import InterruptedRunError, UsageError, memory_error
+from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.recipe import AutoencoderSection, DiffusionSection
-from svgpipe.manifests.storage import Location
 
 from ..runtime.memory import peak_memory
 from .checkpointing import BackgroundSaver, latest_of_all
-from .distributed import Team
+from .distributed import ProcessGroup
 from .metrics_log import MetricsLog
 from .optimizer import learning_rate
 from .supervisor import Supervisor
@@ -43,22 +43,22 @@ def explained_out_of_memory(advice: str) -> Iterator[None]:
 
 
 class TrainingRun(ABC, Generic[B, S]):
-    """One run in one process of its team: batches B go in, each step finds an S."""
+    """One run in one process of its group: batches B go in, each step finds an S."""
 
     section: ClassVar[str]  # of the recipe, which the stage is named after
     item: ClassVar[str]  # what a batch is made of
     config: AutoencoderSection | DiffusionSection
 
-    def __init__(self, team: Team, supervisor: Supervisor, out: Location, store: CheckpointStore) -> None:
+    def __init__(self, group: ProcessGroup, supervisor: Supervisor, out: Location, store: CheckpointStore) -> None:
         """Of the run in `out`, of which `store` keeps the checkpoints.
 
         Raises:
             UsageError: a batch that is too small to share.
         """
-        self.team, self.supervisor, self.out, self.store = team, supervisor, out, store
-        if self.config.batch_size < team.size:
+        self.group, self.supervisor, self.out, self.store = group, supervisor, out, store
+        if self.config.batch_size < group.size:
             raise UsageError(
-                f"{self.section}.batch_size: expected at least one {self.item} for each of {team.size} workers, "
+                f"{self.section}.batch_size: expected at least one {self.item} for each of {group.size} workers, "
                 f"found {self.config.batch_size}. Use fewer --num-workers."
             )
         self.saver = BackgroundSaver(store, supervisor.say)
@@ -105,12 +105,12 @@ class TrainingRun(ABC, Generic[B, S]):
         Raises:
             ArtifactError: no checkpoint is intact, or processes found different ones.
         """
-        saved = latest_of_all(self.store, self.team, self.supervisor.say)
+        saved = latest_of_all(self.store, self.group, self.supervisor.say)
         if saved is not None:
             self.load(saved)
             self.step = saved.step
             self.supervisor.say(f"resumed at step {saved.step}")
-        if self.team.leads:
+        if self.group.is_main:
             self.log = MetricsLog(self.out, self.step, wandb_project, ended=self.step >= self.config.steps)
 
     def train(self) -> None:
@@ -131,11 +131,11 @@ class TrainingRun(ABC, Generic[B, S]):
                 found = self.take_step(batch)
                 self.step, self._steps = self.step + 1, self._steps + 1
                 if not reported_memory:
-                    self.supervisor.say(f"peak memory after one step: {peak_memory(self.team.device) / 1e9:.2f} GB")
+                    self.supervisor.say(f"peak memory after one step: {peak_memory(self.group.device) / 1e9:.2f} GB")
                     reported_memory = True
                 due = self.step % config.log_every == 0 or self.step == config.steps
                 self.supervisor.advance(1, self._write(found) if due else "")
-                self._between_steps(self.team.any(stop.seen))
+                self._between_steps(self.group.any(stop.seen))
         self.settle()
         self.saver.wait()
 
@@ -153,7 +153,7 @@ class TrainingRun(ABC, Generic[B, S]):
             **values,
             learning_rate=learning_rate(self.step - 1, config.steps, config.learning_rate, config.schedule),
             data_wait_share=wait_s / seconds,
-            memory_gb=peak_memory(self.team.device) / 1e9,
+            memory_gb=peak_memory(self.group.device) / 1e9,
             **{f"{self.item}s_per_s": rate * config.batch_size},
         )
         return f"{text}  {rate:.2f} steps/s  {rate * config.batch_size:.0f} {self.item}s/s"
@@ -169,7 +169,7 @@ class TrainingRun(ABC, Generic[B, S]):
             self.saver.wait()
             if self.log is not None:
                 self.log.close()
-            self.team.wait_for_all()  # the first to leave ends the others
+            self.group.barrier()  # the first to leave ends the others
             raise InterruptedRunError(
                 f"{self.out}: stopped at step {self.step} of {self.config.steps}; saved. The same command resumes."
             )

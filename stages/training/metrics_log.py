@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from svgpipe.manifests.errors import UsageError, first_line
+from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.manifests.manifest import digest, read_plan
 from svgpipe.manifests.metrics_file import METRICS_NAME, read_metrics
-from svgpipe.manifests.storage import Location, write_atomic
 
-from ..runtime.retry import patiently
+from ..runtime.retry import call_with_retries
 
 
 class MetricsLog:
@@ -70,7 +70,7 @@ class MetricsLog:
     def flush(self) -> None:
         """Everything written so far is on disk; called before a checkpoint names its step."""
         if self._file is None:
-            patiently(self._write_whole)
+            call_with_retries(self._write_whole)
         if self._board is not None:
             self._board.flush()
 

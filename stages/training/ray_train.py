@@ -1,8 +1,8 @@
 """Training on several workers under Ray Train, which connects them, notices a death and starts them anew.
 
-What a run shows and is told goes through one small actor, the mailbox: worker 0 posts, this process reads. Files are
-written by worker 0 alone; whoever started it all holds the lock. When this process ends, so does the mailbox, and
-with it the workers.
+What a run shows and is told goes through one small actor, the event queue: worker 0 posts, this process reads.
+Files are written by worker 0 alone; this process holds the lock. When it ends, so does the event queue, and with it the
+workers.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from svgpipe.manifests.errors import InterruptedRunError, SvgpipeError, UsageErr
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress
 from ..runtime.resources import Reserved, Resources
-from .distributed import Team
-from .supervisor import Here, StopFlag, Supervisor, stop_on_signal
-from .worker import POLL_S, Mailbox, work
+from .distributed import ProcessGroup
+from .supervisor import LocalSupervisor, StopFlag, Supervisor, stop_on_signal
+from .worker import POLL_S, EventQueue, work
 
 R = TypeVar("R")
-Job = Callable[[Team, Supervisor], R]
+Job = Callable[[ProcessGroup, Supervisor], R]
 """What every worker runs, from the last checkpoint to the end. Worker 0's result counts. Must be picklable."""
 
-PATIENCE_S = 60.0
+START_WARNING_S = 60.0
 # Deaths of workers one after the other, without a checkpoint between, that are not bad luck any more.
 LOST_IN_A_ROW = 3
 # Names of what Ray and torch.distributed raise for it.
@@ -47,7 +47,7 @@ def run_job(job: Job[R], resources: Resources | None, progress: Progress, check:
         SvgpipeError, OSError: raised by the job on any worker; or workers died again and again.
     """
     if resources is None:
-        return job(Team(pick_device()), Here(progress, check))
+        return job(ProcessGroup(pick_device()), LocalSupervisor(progress, check))
     return _Launch(job, resources, progress, check).run()
 
 
@@ -67,7 +67,7 @@ class _Launch(Generic[R]):
         self.cpus = self.reserved.require(cluster)
         # Beside this process: the death of another node is none of its concern.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
+        self.event_queue = ray.remote(num_cpus=0, scheduling_strategy=here)(EventQueue).remote()
         self.result: list[R] = []
         self.begun_at, self.saves, self.left = -1, 0, 0
 
@@ -96,7 +96,7 @@ class _Launch(Generic[R]):
                         f"a worker died ({_why(failure)}); starting {self._count} from the last checkpoint"
                     )
         finally:
-            ray.kill(self.mailbox)
+            ray.kill(self.event_queue)
 
     @property
     def _count(self) -> str:
@@ -113,12 +113,12 @@ class _Launch(Generic[R]):
             # Ctrl-C stays with this process: elsewhere than in the main thread, Ray leaves the signal alone.
             thread = threading.Thread(target=lambda: ended.append(_outcome(trainer.fit)), daemon=True)
             thread.start()
-            patience = time.monotonic() + PATIENCE_S
+            patience = time.monotonic() + START_WARNING_S
             while thread.is_alive():
                 thread.join(POLL_S)
                 self.check()
                 stopping = stop.seen
-                events = ray.get(self.mailbox.take.remote(stopping))
+                events = ray.get(self.event_queue.take.remote(stopping))
                 self._relay(events)  # first: workers may have begun since the last look
                 if stopping and not self.left:  # nothing is at work that could finish a step and save
                     raise InterruptedRunError("stopped. What was saved is kept; the same command resumes.")
@@ -127,7 +127,7 @@ class _Launch(Generic[R]):
                 elif time.monotonic() > patience:
                     patience = math.inf
                     self.progress.say(f"still waiting for Ray to start {self._count} of {self.cpus:g} CPUs each")
-            self._relay(ray.get(self.mailbox.take.remote(stop.seen)))
+            self._relay(ray.get(self.event_queue.take.remote(stop.seen)))
         return ended[0]
 
     def _trainer(self, scratch: str) -> Any:
@@ -139,7 +139,7 @@ class _Launch(Generic[R]):
         gpus = self.reserved.gpus_per_worker
         return TorchTrainer(
             work,
-            train_loop_config={"job": self.job, "mailbox": self.mailbox},
+            train_loop_config={"job": self.job, "event_queue": self.event_queue},
             # Hosts agree through gloo also where gradients go through NCCL.
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
             scaling_config=ScalingConfig(

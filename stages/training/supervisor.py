@@ -29,7 +29,7 @@ class Supervisor(Progress, Protocol):
         """Raise if this run must not write any more; called before every checkpoint."""
 
 
-class Here:
+class LocalSupervisor:
     """The person at this process: a progress bar and Ctrl-C."""
 
     def __init__(self, progress: Progress, check: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""What runs on a worker of a training, and the mailbox between it and the process that started it all."""
+"""What runs on a worker of a training, and the event queue between it and the process that started it all."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from svgpipe.manifests.errors import SvgpipeError
+from svgpipe.manifests.filesystem import client_error
 from svgpipe.manifests.lock import STALE_S
-from svgpipe.manifests.storage import client_error
 
-from .distributed import Team
+from .distributed import ProcessGroup
 from .supervisor import StopFlag
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ POLL_S = 0.2
 GRACE_S = 5.0
 
 
-class Mailbox:
+class EventQueue:
     """Between worker 0 and the process that started it."""
 
     def __init__(self) -> None:
@@ -56,33 +56,33 @@ def work(config: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    group = torch.distributed
-    team = Team(ray.train.torch.get_device(), group.get_rank(), group.get_world_size())
-    afar = _Afar(config["mailbox"], team)
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    group = ProcessGroup(ray.train.torch.get_device(), rank, size)
+    supervisor = _RemoteSupervisor(config["event_queue"], group)
     try:
-        result = config["job"](team, afar)
+        result = config["job"](group, supervisor)
     except (SvgpipeError, OSError) as error:
-        afar.fail(error)
+        supervisor.fail(error)
         raise
     except Exception as error:
         if (refused := client_error(error)) is not None:
-            afar.fail(SvgpipeError(refused))
+            supervisor.fail(SvgpipeError(refused))
         raise
-    if team.leads:
-        afar.deliver("result", result)
+    if group.is_main:
+        supervisor.deliver("result", result)
 
 
-class _Afar:
+class _RemoteSupervisor:
     """The Supervisor of a worker: worker 0 tells, the others are silent."""
 
-    def __init__(self, mailbox: ray.actor.ActorHandle, team: Team) -> None:
-        self.mailbox, self.team = mailbox, team
+    def __init__(self, event_queue: ray.actor.ActorHandle, group: ProcessGroup) -> None:
+        self.event_queue, self.group = event_queue, group
         self._answer: Any = None
         self.seen = False
 
     def _post(self, name: str, *arguments: object) -> None:
-        if self.team.leads:
-            self.mailbox.post.remote(name, arguments)
+        if self.group.is_main:
+            self.event_queue.post.remote(name, arguments)
 
     def begin(self, task: str, total: int, done: int = 0) -> None:
         self._post("begin", task, total, done)
@@ -92,11 +92,11 @@ class _Afar:
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Also looks whether a stop was asked for, without waiting for the answer."""
-        if not self.team.leads:
+        if not self.group.is_main:
             return
         import ray
 
-        answer = self.mailbox.post.remote("advance", (count, note))
+        answer = self.event_queue.post.remote("advance", (count, note))
         if self._answer is None:
             self._answer = answer
         elif ray.wait([self._answer], timeout=0)[0]:
@@ -107,9 +107,9 @@ class _Afar:
         """Tell what went wrong. Worker 0, which also knows what was saved, speaks for all if it fails too."""
         import ray
 
-        patience = time.monotonic() + (0 if self.team.leads else GRACE_S)
+        patience = time.monotonic() + (0 if self.group.is_main else GRACE_S)
         while time.monotonic() < patience:
-            if ray.get(self.mailbox.has_failed.remote()):
+            if ray.get(self.event_queue.has_failed.remote()):
                 return
             time.sleep(POLL_S)
         self.deliver("error", error)
@@ -118,13 +118,13 @@ class _Afar:
         """Post what must not be lost, and wait until it has arrived."""
         import ray
 
-        ray.get(self.mailbox.post.remote(name, content))
+        ray.get(self.event_queue.post.remote(name, content))
 
     def check(self) -> None:
         """Raises a Ray error when whoever started this is gone or frozen: another run may be at work by now."""
         import ray
 
-        ray.get(self.mailbox.require_reader.remote())
+        ray.get(self.event_queue.require_reader.remote())
         self._post("saving")
 
     def stop_requests(self) -> AbstractContextManager[StopFlag]:

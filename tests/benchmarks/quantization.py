@@ -22,7 +22,7 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from svgpipe.manifests import FeatureCache
-from svgpipe.manifests.storage import location
+from svgpipe.manifests.filesystem import location
 from svgpipe.stages.extract.quantization import int8_scales, signal_to_noise
 from svgpipe.stages.images.decode import psnr
 from svgpipe.stages.networks.autoencoder import latent_decoder

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from svgpipe.manifests.store import FeatureStore
+from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.store_spec import StoreSpec
 
 GRID, CHANNELS, UNIT, BATCH, TURNS = (16, 16), 392, 256, 64, 40

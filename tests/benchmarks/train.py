@@ -48,7 +48,7 @@ from svgpipe.stages.train_autoencoder.stage import train_autoencoder
 from svgpipe.stages.train_autoencoder.trainer import AutoencoderTrainer
 from svgpipe.stages.train_diffusion.data import CacheBatches
 from svgpipe.stages.train_diffusion.trainer import FlowTrainer
-from svgpipe.stages.training.distributed import Team
+from svgpipe.stages.training.distributed import ProcessGroup
 
 from .extract import UNTRAINED, write_images
 
@@ -70,7 +70,13 @@ OVERRIDES = [
 
 def trainer_of(config: DiffusionSection) -> FlowTrainer:
     return FlowTrainer(
-        config, Team(pick_device()), grid=(16, 16), channels=392, num_classes=4, scale=None, last_good=lambda: None
+        config,
+        ProcessGroup(pick_device()),
+        grid=(16, 16),
+        channels=392,
+        num_classes=4,
+        scale=None,
+        last_good=lambda: None,
     )
 
 
@@ -98,11 +104,11 @@ def peak_of_one_step(recompute: bool) -> None:
 def peak_of_the_autoencoder() -> None:
     """Of one of its steps on a few images, with the discriminator at work."""
     config = load_recipe(None, [*FROZEN_ONLY, f"autoencoder.batch_size={PEAK_IMAGES}"]).autoencoder
-    team, model = Team(pick_device()), build_autoencoder(config)
+    group, model = ProcessGroup(pick_device()), build_autoencoder(config)
     perceptual = load_perceptual(config.perceptual, model)
-    trainer = AutoencoderTrainer(model, config, team, perceptual, lambda: None)
+    trainer = AutoencoderTrainer(model, config, group, perceptual, lambda: None)
     trainer(config.discriminator.start_step, torch.zeros(PEAK_IMAGES, 3, 256, 256, dtype=torch.uint8))
-    print_peak(team.device)
+    print_peak(group.device)
 
 
 def peaks() -> dict[str, float]:

@@ -11,7 +11,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Figure(Record):
+class Estimate(Record):
     """A number, how many images it was found on, and the 95 % interval over them.
 
     By bootstrap; of shares Wilson's, which has a width where all or none hit.

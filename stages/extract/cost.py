@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.feature_store import INT8_LIMIT, ZSTD_LEVEL
+from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.recipe import ExtractSection
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.manifests.storage import Location
-from svgpipe.manifests.store import INT8_LIMIT, ZSTD_LEVEL
 
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Silent
@@ -32,7 +32,7 @@ CPU_BATCH = 4
 
 
 @dataclass(frozen=True)
-class ExtractPlan:
+class ExtractCost:
     """An estimate. Seconds are of this machine's one worker; bytes are exact for float16, sampled for int8."""
 
     num_images: int
@@ -62,14 +62,14 @@ class ExtractPlan:
         return self.num_images * self.bytes_per_row[dtype] / 1e9
 
 
-def plan_extract(
+def estimate_cost(
     shards: ShardSet,
     autoencoder: Location,
     config: ExtractSection,
     *,
     sample: int = 64,
     progress: Progress | None = None,
-) -> ExtractPlan:
+) -> ExtractCost:
     """Encode `sample` evenly spread images of the real shards here, and count what there is.
 
     Raises:
@@ -102,7 +102,7 @@ def plan_extract(
     features = worker.encode(pixels)
     encode_s = (time.perf_counter() - started) / len(rows)
     rows_, columns, channels = encoder.grid[0], encoder.grid[1], features.shape[-1]
-    return ExtractPlan(
+    return ExtractCost(
         num_images=len(shards),
         num_views=len(config.views),
         sampled_images=len(rows),

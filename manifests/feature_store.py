@@ -29,8 +29,8 @@ from zarr.storage import MemoryStore
 
 from .chunk_reader import ChunkReader
 from .errors import ArtifactError, SvgpipeError, storage_error
+from .filesystem import Location, kvstore, make_directory, write_atomic, zarr_store
 from .manifest import read_json, write_json
-from .storage import Location, kvstore, make_directory, write_atomic, zarr_store
 from .store_spec import StoreSpec, unit_file
 
 DIMENSIONS = ("sample", "view", "row", "column", "channel")
