@@ -13,9 +13,8 @@ from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.stages.analyze.analyze import Analysis, CacheAnalysis
 
-from .chart import Chart, Value, chart
+from .charts import Drawing, LineChart, scatter
 from .page import render
-from .scatter import Scatter, scatter
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class CachePlots:
     """The pictures of one cache; rows: over how many images the fields reach, at each time."""
 
     found: CacheAnalysis
-    map: Scatter | None
-    agreement: Chart | None
+    map: Drawing | None
+    agreement: Drawing | None
     rows: str
 
 
@@ -90,39 +89,40 @@ def render_analysis(found: Analysis, out: Location) -> None:
     deviation = None
     if straight:
         times = next(iter(straight.values())).times[::5]
-        series = {name: [_value(f) for f in s.deviation[::5]] for name, s in straight.items()}
-        deviation = chart("Distance from the straight path", "t", "relative distance", times, series, {})
+        series = {name: s.deviation[::5] for name, s in straight.items()}
+        chart = LineChart("Distance from the straight path", "t", "relative distance", times, series, {})
+        deviation = chart.draw()
+    plots = [_plots(one, number) for number, one in enumerate(found.caches, 1)]
     page = render(
         "analysis_template.html",
         analysis=found,
         rows=summary_rows(found.caches),
-        plots=[_plots(one) for one in found.caches],
+        plots=plots,
         deviation=deviation,
     )
     write_atomic(out, page)
+    for drawing in (deviation, *(drawing for plot in plots for drawing in (plot.map, plot.agreement))):
+        if drawing is not None:
+            drawing.save_beside(out)
 
 
-def _plots(one: CacheAnalysis) -> CachePlots:
+def _plots(one: CacheAnalysis, number: int) -> CachePlots:
     names = dict(zip(sorted({m.label for m in one.map}), one.classes, strict=False))
     points = (
-        scatter(f"t-SNE of {one.cache}", [(m.x, m.y) for m in one.map], [names[m.label] for m in one.map])
+        scatter(f"t-SNE of cache {number}", [(m.x, m.y) for m in one.map], [names[m.label] for m in one.map])
         if one.map
         else None
     )
     agreement = None
     if one.agreement:
         series = {
-            "within a class": [_value(a.within) for a in one.agreement],
-            "between classes": [_value(a.between) for a in one.agreement],
+            "within a class": [a.within for a in one.agreement],
+            "between classes": [a.between for a in one.agreement],
         }
         times = [a.time for a in one.agreement]
-        agreement = chart("Agreement of velocity fields", "t", "cosine", times, series, {})
+        agreement = LineChart(f"Agreement of velocity fields, cache {number}", "t", "cosine", times, series, {}).draw()
     rows = ", ".join(f"{a.rows.value:.3g} at {a.time:g}" for a in one.agreement)
     return CachePlots(one, points, agreement, rows)
-
-
-def _value(f: Estimate) -> Value:
-    return Value(f.value, f.low, f.high)
 
 
 def _text(f: Estimate | None) -> str:

@@ -11,7 +11,8 @@ from svgpipe.stages.artifacts.cache_statistics import CacheStatistics
 from svgpipe.stages.artifacts.contact_sheet import HISTOGRAM_RANGE, contact_sheet
 from svgpipe.stages.images.decode import RGBArray
 
-from .page import curve, lineage, picture, render
+from .charts import curve
+from .page import lineage, picture, render
 
 SAMPLES = 24
 
@@ -39,6 +40,11 @@ def render_cache(cache: FeatureCache, out: Location, samples: int = SAMPLES) -> 
         }
         for row in sheet.rows
     ]
+    curves = [
+        curve("share of variance in the first components", order, energy.tolist(), "components"),
+        curve("mean per channel", order, statistics.mean.tolist(), "channel"),
+        curve("standard deviation per channel", order, statistics.std.tolist(), "channel"),
+    ]
     page = render(
         "cache_template.html",
         manifest=cache.manifest,
@@ -52,14 +58,12 @@ def render_cache(cache: FeatureCache, out: Location, samples: int = SAMPLES) -> 
         if frozen == channels
         else picture(_heat(sheet.histogram[frozen:]), "residual", lossless=True),
         histogram_range=HISTOGRAM_RANGE,
-        curves=[
-            curve("share of variance in the first components", order, energy.tolist()),
-            curve("mean per channel", order, statistics.mean.tolist()),
-            curve("standard deviation per channel", order, statistics.std.tolist()),
-        ],
+        curves=curves,
         lineage=lineage(cache.manifest.as_input(cache.path), "cache"),
     )
     write_atomic(out, page)
+    for drawing in curves:
+        drawing.save_beside(out)
 
 
 def _heat(histogram: NDArray[np.float64]) -> RGBArray:

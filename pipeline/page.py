@@ -1,10 +1,9 @@
-"""What all self-contained HTML pages share: templates, pictures inside the page, line charts, lineage."""
+"""What all self-contained HTML pages share: templates, pictures inside the page, lineage."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -14,8 +13,6 @@ from PIL import Image
 
 from svgpipe.manifests.manifest import InputRef
 from svgpipe.stages.images.decode import RGBArray
-
-WIDTH, HEIGHT = 300, 110
 
 
 @dataclass(frozen=True)
@@ -34,19 +31,6 @@ class Grid:
     note: str
     columns: int
     pictures: list[Picture]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A line chart as SVG points, with the ends of its axes."""
-
-    title: str
-    points: str
-    first_step: int
-    last_step: int
-    low: float
-    high: float
-    last: float
 
 
 def render(template: str, **values: Any) -> bytes:
@@ -70,17 +54,6 @@ def picture(pixels: RGBArray, caption: str, *, quality: int = QUALITY, lossless:
         image.thumbnail((MAX_PICTURE, MAX_PICTURE), Image.Resampling.LANCZOS)
     image.save(buffer, "WEBP", quality=quality, lossless=lossless)
     return Picture("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), caption)
-
-
-def curve(title: str, steps: Sequence[int], values: Sequence[float]) -> Curve:
-    """At least two points as a line chart."""
-    low, high = min(values), max(values)
-    span, length = (high - low) or 1.0, (steps[-1] - steps[0]) or 1
-    points = " ".join(
-        f"{(s - steps[0]) / length * WIDTH:.1f},{HEIGHT - (v - low) / span * HEIGHT:.1f}"
-        for s, v in zip(steps, values, strict=True)
-    )
-    return Curve(title, points, steps[0], steps[-1], low, high, values[-1])
 
 
 def lineage(ref: InputRef, name: str, depth: int = 0) -> list[tuple[int, str, InputRef]]:

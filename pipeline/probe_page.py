@@ -9,7 +9,7 @@ from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.stages.analyze.probe import Probe
 
-from .chart import Value, chart
+from .charts import LineChart
 from .page import render
 
 
@@ -40,17 +40,20 @@ def show_probe(found: Probe) -> None:
 def render_probe(found: Probe, out: Location) -> None:
     """Write a self-contained page."""
     series = {
-        "linear probe": [_value(g.linear) for g in found.groups],
-        f"{found.neighbours}-NN": [_value(g.knn) for g in found.groups],
+        "linear probe": [_in_percent(g.linear) for g in found.groups],
+        f"{found.neighbours}-NN": [_in_percent(g.knn) for g in found.groups],
     }
     levels = {"most frequent class": 100 * found.most_frequent.value}
     names = [g.group for g in found.groups]
-    drawn = chart("Top-1 accuracy by channels", "channels", "accuracy, %", names, series, levels, joined=False)
+    chart = LineChart("Top-1 accuracy by channels", "channels", "accuracy, %", names, series, levels, joined=False)
+    drawn = chart.draw()
     write_atomic(out, render("probe_template.html", probe=found, chart=drawn))
+    drawn.save_beside(out)
 
 
-def _value(f: Estimate) -> Value:
-    return Value(100 * f.value, *(None if end is None else 100 * end for end in (f.low, f.high)))
+def _in_percent(f: Estimate) -> Estimate:
+    low, high = (None if end is None else 100 * end for end in (f.low, f.high))
+    return Estimate(value=100 * f.value, low=low, high=high, num_images=f.num_images)
 
 
 def _percent(f: Estimate) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
+from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report, SamplerRecord
 from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.manifests.metrics_file import read_metrics
@@ -18,8 +19,8 @@ from svgpipe.stages.evaluate.reference import MIN_IMAGES, RealSets, Reference
 from svgpipe.stages.images.image_set import ImageSet
 from svgpipe.stages.runtime.selection import evenly_spread
 
-from .chart import Chart, Value, chart
-from .page import QUALITY, Curve, Grid, curve, lineage, picture, render
+from .charts import Drawing, LineChart, curve
+from .page import QUALITY, Grid, lineage, picture, render
 
 REPORT_PAGE = "report.html"
 MAX_COLUMNS = 10
@@ -31,13 +32,17 @@ QUALITIES = (QUALITY, 80, 60, 30)  # of the pictures, from the first on that kee
 
 
 def render_report(evaluation: Location, autoencoder: Location, diffusion: Location, reference: Reference) -> Location:
-    """Write `report.html` into a finished evaluation; returns its path. Nothing is measured here."""
+    """Write `report.html`, and its charts as PDF beside it, into a finished evaluation; returns the page's path."""
     manifest = EvaluationManifest.read(evaluation)
     report = Report.read(evaluation)
     samples = [r for r in report.results if r.role == "samples"]
     best = min(samples, key=lambda r: r.frechet_distance.value)
     lines: dict[str, Measured] = {r.role: r for r in report.results if r.role != "samples"}
     sets = RealSets.of(reference, EvaluationSection.model_validate(manifest.config), report.image_size)
+    distances, path = _distance_chart(samples, lines), evaluation / REPORT_PAGE
+    chart = None if distances is None else distances.draw()
+    curves = _curves(autoencoder / "metrics.jsonl", ("heldout_psnr", "l1", "perceptual"), "autoencoder")
+    curves += _curves(diffusion / "metrics.jsonl", ("loss", "heldout_loss"), "diffusion")
     for quality in QUALITIES:
         page = render(
             "report_template.html",
@@ -45,11 +50,11 @@ def render_report(evaluation: Location, autoencoder: Location, diffusion: Locati
             samples=samples,
             best=best,
             lines=lines,
-            chart=_distance_chart(samples, lines),
+            chart=chart,
+            over_steps=distances is not None and distances.x_name == "steps",
             largest=max(r.frechet_distance.value for r in report.results),
             grids=_grids(evaluation, report, samples, best, reference, sets, quality),
-            curves=_curves(autoencoder / "metrics.jsonl", ("heldout_psnr", "l1", "perceptual"), "autoencoder")
-            + _curves(diffusion / "metrics.jsonl", ("loss", "heldout_loss"), "diffusion"),
+            curves=curves,
             lineage=lineage(manifest.as_input(evaluation), "evaluation"),
             autoencoder=AutoencoderManifest.read(autoencoder),
             diffusion=DiffusionManifest.read(diffusion),
@@ -57,8 +62,9 @@ def render_report(evaluation: Location, autoencoder: Location, diffusion: Locati
         )
         if len(page) <= MAX_PAGE:
             break
-    path = evaluation / REPORT_PAGE
     write_atomic(path, page)
+    for drawing in [*([] if chart is None else [chart]), *curves]:
+        drawing.save_beside(path)
     return path
 
 
@@ -153,7 +159,7 @@ def _sampler(result: Measured) -> SamplerRecord:
     return result.sampler
 
 
-def _distance_chart(samples: Sequence[Measured], lines: dict[str, Measured]) -> Chart | None:
+def _distance_chart(samples: Sequence[Measured], lines: dict[str, Measured]) -> LineChart | None:
     """Distance against steps, a line for each guidance; against guidance, where there is one number of steps.
 
     None for a single setting.
@@ -166,26 +172,27 @@ def _distance_chart(samples: Sequence[Measured], lines: dict[str, Measured]) -> 
         return _sampler(r).steps if over_steps else _sampler(r).guidance
 
     xs = sorted({place(r) for r in samples})
-    series: dict[str, list[Value]] = {}
+    series: dict[str, list[Estimate]] = {}
     for r in sorted(samples, key=place):
         found, at = r.frechet_distance, _sampler(r)
         several = "s" if at.steps > 1 else ""
         name = f"guidance {at.guidance:g}" if over_steps else f"{at.steps} step{several}"
-        series.setdefault(name, []).append(Value(found.value, found.low, found.high))
+        series.setdefault(name, []).append(found)
     words = {"heldout": "held-out real", "reconstructions": "reconstructions", "decoded-noise": "decoded noise"}
     levels = {words[role]: r.frechet_distance.value for role, r in lines.items()}
     across = "steps" if over_steps else "guidance"
     title = f"Distance against {across}"
-    return chart(title, across, "Fréchet distance", xs, series, levels, logarithmic=_far_apart(series, levels))
+    far = _far_apart(series, levels)
+    return LineChart(title, across, "Fréchet distance", xs, series, levels, logarithmic=far)
 
 
-def _far_apart(series: dict[str, list[Value]], levels: dict[str, float]) -> bool:
+def _far_apart(series: dict[str, list[Estimate]], levels: dict[str, float]) -> bool:
     """Whether the ceiling would press the samples into the bottom of a linear axis."""
     samples = [v.value for found in series.values() for v in found]
     return min(*samples, *levels.values()) > 0 and max(*samples, *levels.values()) > LINEAR_UP_TO * min(samples)
 
 
-def _curves(path: Location, names: Sequence[str], stage: str) -> list[Curve]:
+def _curves(path: Location, names: Sequence[str], stage: str) -> list[Drawing]:
     entries = read_metrics(path)
     curves = []
     for name in names:
@@ -193,5 +200,5 @@ def _curves(path: Location, names: Sequence[str], stage: str) -> list[Curve]:
         if len(series) < 2:
             continue
         title = f"{stage}: {name.replace('_', ' ').replace('heldout', 'held-out')}"
-        curves.append(curve(title, [step for step, _ in series], [value for _, value in series]))
+        curves.append(curve(title, [step for step, _ in series], [value for _, value in series], "step"))
     return curves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,7 +180,8 @@ def test_analyze_real_caches_side_by_side(finished: Finished, svgpipe: Callable[
     assert parted_int8 == pytest.approx(parted, rel=0.05)  # int8 changes next to nothing
     html = page.read_text()
     assert "<script" not in html and "curvature" in html
-    assert html.count('fill-opacity="0.75"') == 2 * 36  # every image on either map
+    assert len(re.findall(r"<use [^>]*fill-opacity: 0\.75", html)) == 2 * 36  # every image on either map
+    assert (tmp_path / "analysis-t-sne-of-cache-2.pdf").exists()
     for chart, number in (("Agreement of velocity fields", 2), ("Distance from the straight path", 1)):
         assert html.count(f'aria-label="{chart}') == number
     shown = svgpipe("analyze", cache, "--classes", "2", "--per-class", "4")
