@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from svgpipe.manifests.cache import FeatureCache
@@ -79,48 +80,28 @@ def run_recipe(
     images = _find_source(source or recipe.source, workdir)
     _stage(layout.shards, progress, lambda: shard(images, layout.shards, recipe.shard, progress=progress))
     shards = ShardSet.open(layout.shards)
+    encoder, cache, model = layout.autoencoder, layout.cache, layout.diffusion
     with training_cluster(trainers, address):
-        _stage(
-            layout.autoencoder,
-            progress,
-            lambda: train_autoencoder(
-                shards, layout.autoencoder, recipe.autoencoder, resources=trainers, progress=progress
-            ),
-        )
+        train = partial(train_autoencoder, resources=trainers, progress=progress)
+        _stage(encoder, progress, lambda: train(shards, encoder, recipe.autoencoder))
     with runner_for(resources, address) as runner:
         _stage(
-            layout.cache,
+            cache,
             progress,
-            lambda: extract(shards, layout.autoencoder, layout.cache, recipe.extract, runner=runner, progress=progress),
+            lambda: extract(shards, encoder, cache, recipe.extract, runner=runner, progress=progress),
         )
     with training_cluster(trainers, address):
-        _stage(
-            layout.diffusion,
-            progress,
-            lambda: train_diffusion(
-                FeatureCache(layout.cache),
-                layout.diffusion,
-                recipe.diffusion,
-                autoencoder=layout.autoencoder,
-                resources=trainers,
-                progress=progress,
-            ),
-        )
+        learn = partial(train_diffusion, autoencoder=encoder, resources=trainers, progress=progress)
+        _stage(model, progress, lambda: learn(FeatureCache(cache), model, recipe.diffusion))
+    reference = shard_reference(shards)
     with runner_for(resources, address) as runner:
+        evaluate = partial(sample_and_eval, runner=runner, progress=progress)
         _stage(
             layout.evaluation,
             progress,
-            lambda: sample_and_eval(
-                layout.diffusion,
-                layout.autoencoder,
-                shard_reference(shards),
-                layout.evaluation,
-                recipe.evaluation,
-                runner=runner,
-                progress=progress,
-            ),
+            lambda: evaluate(model, encoder, reference, layout.evaluation, recipe.evaluation),
         )
-    return render_report(layout.evaluation, layout.autoencoder, layout.diffusion, shard_reference(shards))
+    return render_report(layout.evaluation, encoder, model, reference)
 
 
 def _find_source(source: str | None, workdir: Location) -> Path:

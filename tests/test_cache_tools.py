@@ -89,7 +89,6 @@ def test_a_cost_without_any_noise_can_be_written(small: Path) -> None:
     assert json.loads(json.dumps(found, allow_nan=False))["bytes_ratio"] == 1
 
 
-@pytest.mark.slow
 def test_int8_straight_from_extract(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     out = tmp_path / "cache"
     found = svgpipe(*extract_args(finished, out, "--store-dtype", "int8"))
@@ -129,7 +128,6 @@ def test_diff_of_a_cache_with_itself_and_with_a_rounded_one(
     assert "config.store_dtype" in text
 
 
-@pytest.mark.slow
 def test_diff_refuses_caches_of_other_images(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:

@@ -103,7 +103,6 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.slow
 def test_a_full_disk_loses_nothing(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     size = sum(path.stat().st_size for path in (finished.root / "cache").rglob("*")) // 1024
     with small_disk(tmp_path / "disk", size * 2) as disk:
@@ -125,7 +124,6 @@ def test_a_full_disk_loses_nothing(finished: Finished, tmp_path: Path, svgpipe: 
         assert FeatureCache(out).manifest.content == finished.cache.manifest.content
 
 
-@pytest.mark.slow
 def test_a_second_extract_on_a_cache_in_use_is_refused(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:

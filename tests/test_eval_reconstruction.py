@@ -95,7 +95,6 @@ def test_the_figures_are_scikit_images_and_name_their_number(evaluated: Path, fi
     assert "not FID" in report.metric
 
 
-@pytest.mark.slow
 def test_lpips_of_given_weights_is_measured(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
@@ -127,7 +126,6 @@ def test_lpips_of_given_weights_is_measured(
     assert "LPIPS" in (out / "report.html").read_text()
 
 
-@pytest.mark.slow
 def test_other_batches_and_units_give_the_same(
     evaluated: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
@@ -147,7 +145,6 @@ def test_the_page_shows_originals_and_both(evaluated: Path, finished: Finished) 
     assert "<script" not in html and "residual off" in html and 'href="#p1-1"' in html
 
 
-@pytest.mark.slow
 def test_an_autoencoder_without_residual_branch_is_off(
     finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
@@ -172,7 +169,6 @@ def test_columns_are_filled_from_the_classes_that_there_are() -> None:
     assert _spread_over_classes(np.zeros(20, np.int64), 8) == list(range(8))
 
 
-@pytest.mark.slow
 def test_what_was_decoded_and_measured_is_not_done_again(
     evaluated: Path,
     finished: Finished,

@@ -52,7 +52,6 @@ def test_a_feature_does_not_depend_on_batch_or_unit(
         assert (np.abs(a - b) / scale).max() < 2 * 2.0**-10
 
 
-@pytest.mark.slow
 def test_brace_patterns_extract_a_part(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     arguments = extract_args(finished, tmp_path / "part")
     arguments[2] = f"{finished.root}/shards/shard-{{000001..000002}}.tar"
@@ -63,7 +62,6 @@ def test_brace_patterns_extract_a_part(finished: Finished, tmp_path: Path, svgpi
     assert part.manifest.inputs["shards"].fingerprint != finished.cache.manifest.inputs["shards"].fingerprint
 
 
-@pytest.mark.slow
 def test_damaged_images_keep_their_row_and_are_counted(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
@@ -118,7 +116,6 @@ def test_a_record_that_outlived_its_shard_is_not_believed(
     assert FeatureCache(out).manifest.content == finished.cache.manifest.content
 
 
-@pytest.mark.slow
 def test_a_scheduler_stops_it_as_ctrl_c_does(finished: Finished, tmp_path: Path) -> None:
     out, log = tmp_path / "cache", tmp_path / "log"
     arguments = extract_args(finished, out, *SMALL_UNITS)
@@ -183,7 +180,6 @@ def test_more_workers_than_the_machine_has_is_refused_and_does_not_hang(
     assert "64 GPUs" in found.err
 
 
-@pytest.mark.slow
 def test_dinov3_at_256_pixels_with_random_weights_asked_for(
     photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:

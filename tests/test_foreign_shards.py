@@ -144,7 +144,6 @@ def test_every_image_member_is_accounted_for(foreign: Path, tmp_path: Path, svgp
     assert "16 inputs = 7 usable + 9 rejected" in deep.out  # 9.jpg is out, label 7 is a class where none are named
 
 
-@pytest.mark.slow
 def test_they_are_extracted_like_our_own(
     finished: Finished, foreign: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:

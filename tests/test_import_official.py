@@ -232,7 +232,6 @@ def test_an_imported_models_paths_are_analysed_beside_a_cache_of_its_autoencoder
     assert refused.code == 1 and "is imported, and draws latents of the autoencoder" in refused.err
 
 
-@pytest.mark.slow
 def test_the_round_trip_trains_and_samples(
     extracted: Path, imported: Path, finished: Finished, svgpipe: Callable[..., Outcome]
 ) -> None:
@@ -255,7 +254,6 @@ def test_the_round_trip_trains_and_samples(
     assert (imported / "autoencoder" / "alignment.json").read_bytes() == before
 
 
-@pytest.mark.slow
 def test_an_evaluation_measures_the_alignment_where_no_extraction_did(
     imported: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
@@ -280,7 +278,6 @@ def test_an_evaluation_measures_the_alignment_where_no_extraction_did(
     assert "reconstructions" in [r["name"] for r in report["results"]]
 
 
-@pytest.mark.slow
 def test_reconstructions_by_another_alignment_are_others(
     extracted: Path, imported: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:

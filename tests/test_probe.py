@@ -121,7 +121,6 @@ def test_the_cache_alone_is_probed(finished: Finished, svgpipe: Callable[..., Ou
     assert done.code == 0 and json.loads(done.out)["groups"] == json.loads(whole.out)["groups"]
 
 
-@pytest.mark.slow
 def test_probe_with_a_validation_cache(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
     others = tmp_path / "shards"
     write_crops(tmp_path / "more", per_class=5)
@@ -136,7 +135,6 @@ def test_probe_with_a_validation_cache(finished: Finished, svgpipe: Callable[...
     assert found["groups"][0]["linear"]["value"] > 0.8
 
 
-@pytest.mark.slow
 def test_what_cannot_be_probed_is_refused(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
     cache = finished.root / "cache"
     same = svgpipe("probe", cache, "--validation", cache)

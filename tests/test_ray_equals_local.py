@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from .conftest import STORE, Finished, Outcome, extract_args, tree_bytes
 from .test_sample_and_eval import eval_args
 
+pytestmark = pytest.mark.slow
 TWO = ("--num-workers", 2, "--cpus-per-worker", 0.7)
 
 

@@ -40,7 +40,6 @@ def eval_args(finished: Finished, reference: Path, out: Path, *more: object) -> 
     ]
 
 
-@pytest.mark.slow
 def test_statistics_of_the_same_images_give_the_same_distance(
     finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
@@ -67,7 +66,6 @@ def test_statistics_of_the_same_images_give_the_same_distance(
     assert svgpipe("verify", out, "--deep").code == 0
 
 
-@pytest.mark.slow
 def test_a_folder_of_images_is_a_reference(
     finished: Finished, photographs: Path, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
@@ -101,7 +99,6 @@ def test_a_folder_is_known_by_its_content(photographs: Path, tmp_path: Path) -> 
             require_decodable(damaged.train, Journal(tmp_path / "journal"), Silent())
 
 
-@pytest.mark.slow
 def test_images_of_a_folder_that_are_not_measured_against_need_not_be_whole(
     finished: Finished, photographs: Path, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:

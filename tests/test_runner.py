@@ -79,7 +79,7 @@ def kill() -> object:
     return None
 
 
-@pytest.fixture(params=["local", "ray"])
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])
 def runner(request: pytest.FixtureRequest) -> Runner:
     if request.param == "local":
         return LocalRunner()
@@ -103,6 +103,7 @@ def test_an_error_of_any_step_is_raised(step: str) -> None:
         list(LocalRunner().run(range(3), steps_with({place: raising(ArtifactError("unit 1 is damaged"))})))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["make", "write"])
 def test_an_error_on_ray_arrives_as_it_was_raised(ray_session: None, step: str) -> None:
     place = (step, -1 if step == "make" else 1)
@@ -129,6 +130,7 @@ def test_errors_for_a_person_travel_with_the_unit(error: Exception, told: str) -
         ray_runner._Guarded(lambda record: 1 / 0)(ray_runner._pack(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deadly", ["read", "compute"])
 def test_a_unit_that_kills_its_process_ends_the_run(
     ray_session: None, monkeypatch: pytest.MonkeyPatch, deadly: str

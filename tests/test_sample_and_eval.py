@@ -412,7 +412,6 @@ def test_bfloat16_weights_change_nothing_that_autocast_does_not(finished: Finish
     assert 0 < difference < 0.05 * np.abs(exact).max()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 2e-3), ("bfloat16", 0.05)])
 def test_compiled_models_draw_the_same(finished: Finished, precision: str, tolerance: float) -> None:
@@ -422,7 +421,6 @@ def test_compiled_models_draw_the_same(finished: Finished, precision: str, toler
         np.testing.assert_allclose(found, eager, atol=tolerance * np.abs(eager).max())
 
 
-@pytest.mark.slow
 def test_another_layout_gives_the_same_numbers(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
@@ -448,7 +446,6 @@ def test_another_layout_gives_the_same_numbers(
         np.testing.assert_allclose(latents.read(range(48)), others.read(range(48)), atol=5e-3)
 
 
-@pytest.mark.slow
 def test_an_interrupted_sweep_resumes(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     """As a kill leaves it: some units recorded, a shard lost, one shard and one tar missing, nothing published."""
     out, pool = tmp_path / "evaluation", tmp_path / "latents"
@@ -515,7 +512,6 @@ def test_a_kill_while_a_store_is_described_costs_nothing(
     assert kills >= 8
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["latents", "evaluation/journal/decode", "evaluation/journal/compare"])
 def test_a_killed_sweep_ends_in_the_same_report(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], phase: str
@@ -529,7 +525,6 @@ def test_a_killed_sweep_ends_in_the_same_report(
     assert tree_bytes(tmp_path, *patterns) == tree_bytes(finished.root, *patterns)
 
 
-@pytest.mark.slow
 def test_sweeps_that_agree_share_their_latents(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
@@ -618,7 +613,6 @@ def test_latents_that_are_damaged_within_are_named(
     assert svgpipe(*arguments).code == 0
 
 
-@pytest.mark.slow
 def test_autoguidance_by_a_checkpoint(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     """v_weak + 2 (v - v_weak), by hand, with labels drawn and a multistep solver."""
     guide = finished.root / "diffusion" / "checkpoints" / "step-00000008"
@@ -692,7 +686,6 @@ def test_a_decoder_that_does_not_belong_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_inception_from_a_file_is_called_fid(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:

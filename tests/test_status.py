@@ -79,7 +79,6 @@ def test_nothing_to_tell(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> Non
     assert "expected an svgpipe artifact" in found.err
 
 
-@pytest.mark.slow
 def test_weights_and_biases_gets_what_is_logged(finished: Finished, tmp_path: Path) -> None:
     """Offline: its own file holds the metrics. Without an account the error says what to do."""
     pytest.importorskip("wandb")

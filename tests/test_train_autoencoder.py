@@ -45,7 +45,6 @@ def test_the_stream_continues_where_it_was_cut(finished: Finished) -> None:
         assert all(torch.equal(a, b) for a, b in zip(whole[start:], stream(finished, start=start), strict=True))
 
 
-@pytest.mark.slow
 def test_the_stream_continues_with_decoding_workers_too(finished: Finished) -> None:
     whole = stream(finished, start=0, workers=2)
     assert all(torch.equal(a, b) for a, b in zip(whole[3:], stream(finished, start=3, workers=2), strict=True))
@@ -99,7 +98,6 @@ def test_frozen_scalars_are_those_of_the_training_images(finished: Finished) -> 
     np.testing.assert_allclose(manifest.alignment, expected.numpy(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:

@@ -172,7 +172,6 @@ def same_weights_of_average_and_raw(folder: Path) -> bool:
     return all(torch.equal(ema[key], raw[key]) for key in ema)
 
 
-@pytest.mark.slow
 def test_killed_runs_end_bit_for_bit_the_same(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
@@ -295,7 +294,6 @@ def test_divergence_stops_with_the_step_and_the_last_checkpoint(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-@pytest.mark.slow
 def test_another_cache_is_refused(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     other = tmp_path / "cache"
     options = ["--shards", finished.root / "shards", "--autoencoder", finished.root / "autoencoder", "--out", other]

@@ -128,7 +128,6 @@ def test_a_model_too_large_for_this_machine_says_which_options_help(
     assert "peak memory after one step: " in ended.err
 
 
-@pytest.mark.slow
 def test_ctrl_c_twice_stops_in_the_middle_of_a_step(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:

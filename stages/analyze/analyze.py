@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import EMA
@@ -146,8 +147,7 @@ def _analyze_one(
     labels = torch.from_numpy(cache.labels[rows].astype(np.int64))
     features = torch.from_numpy(pooled(cache, rows.tolist(), progress))
     features = (features - features.mean(0)) / spread(features)
-    groups = channel_groups(cache)
-    missing: list[str] = []
+    groups, missing = channel_groups(cache), list[str]()
     progress.begin("analyze", len(groups) + 2 + (trained is not None))
     distances = []
     for name, channels in groups.items():
@@ -156,29 +156,12 @@ def _analyze_one(
         except ValueError as error:
             missing.append(str(error))
         progress.advance(1, f"distances, {name}")
-    everything = groups[BOTH if BOTH in groups else BACKBONE]
-    places = tsne(features[:, everything], seed)
+    places = tsne(features[:, groups[BOTH if BOTH in groups else BACKBONE]], seed)
     if places is None:
         missing.append("t-SNE: there are fewer than five images, or one channel only")
     progress.advance(1, "t-SNE")
-    device = pick_device()
-    try:
-        latents = torch.from_numpy(cache.read(rows).astype(np.float32)).flatten(1).to(device)
-        agreement, parted, left_out = velocity_agreement(latents, labels, RESAMPLINGS, seed)
-        if left_out:
-            names = ", ".join(cache.classes[c] for c in left_out)
-            missing.append(f"velocity agreement of {names}: far fewer images than of the other classes")
-    except ValueError as error:
-        agreement, parted = [], None
-        missing.append(str(error))
+    agreement, parted = _agreement(cache, rows, labels, seed, missing)
     progress.advance(1, "velocity agreement")
-    straight = None
-    if trained is None:
-        missing.append("curvature of sampling trajectories: no model of this cache was given (--diffusion)")
-    else:
-        name = trained.weights_name(weights)
-        straight = straightness(trained.load(name).to(device), trained.described(name), RESAMPLINGS, seed)
-        progress.advance(1, "straightness")
     return CacheAnalysis(
         cache=str(cache.path),
         fingerprint=cache.manifest.fingerprint,
@@ -189,15 +172,41 @@ def _analyze_one(
         distances=distances,
         agreement=agreement,
         mean_parted=parted,
-        map=[]
-        if places is None
-        else [
+        map=[
             MappedImage(x=float(x), y=float(y), row=int(row), label=int(cache.labels[row]))
-            for (x, y), row in zip(places, rows, strict=True)
+            for (x, y), row in zip([] if places is None else places, [] if places is None else rows, strict=True)
         ],
-        straightness=straight,
+        straightness=_straightness(trained, weights, seed, progress, missing),
         not_measured=missing,
     )
+
+
+def _agreement(
+    cache: FeatureCache, rows: NDArray[np.int64], labels: Tensor, seed: int, missing: list[str]
+) -> tuple[list[Agreement], Estimate | None]:
+    """See `velocity_agreement`; none, and the reason in `missing`, where it cannot be measured."""
+    try:
+        latents = torch.from_numpy(cache.read(rows).astype(np.float32)).flatten(1).to(pick_device())
+        agreement, parted, left_out = velocity_agreement(latents, labels, RESAMPLINGS, seed)
+    except ValueError as error:
+        missing.append(str(error))
+        return [], None
+    if left_out:
+        names = ", ".join(cache.classes[c] for c in left_out)
+        missing.append(f"velocity agreement of {names}: far fewer images than of the other classes")
+    return agreement, parted
+
+
+def _straightness(
+    trained: TrainedDiffusion | None, weights: str, seed: int, progress: Progress, missing: list[str]
+) -> Straightness | None:
+    if trained is None:
+        missing.append("curvature of sampling trajectories: no model of this cache was given (--diffusion)")
+        return None
+    name = trained.weights_name(weights)
+    found = straightness(trained.load(name).to(pick_device()), trained.described(name), RESAMPLINGS, seed)
+    progress.advance(1, "straightness")
+    return found
 
 
 def _choose(cache: FeatureCache, classes: int, per_class: int) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -82,6 +83,47 @@ def probe(
         ArtifactError: fewer than two classes, or damage.
     """
     progress = progress or Silent()
+    tested, training, test = _rows_of(cache, validation, rows)
+    device, classes = pick_device(), len(cache.classes)
+
+    def labels(source: FeatureCache, chosen: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(source.labels[chosen].astype(np.int64)).to(device)
+
+    def features(source: FeatureCache, chosen: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(pooled(source, chosen.tolist(), progress)).to(device)
+
+    y, y_test = labels(cache, training), labels(tested, test)
+    if len(y.unique()) < 2 or not len(test):
+        raise ArtifactError(
+            f"{cache.path}: expected training rows of at least two classes and a test row, "
+            f"found {len(y.unique())} classes and {len(test)} test rows."
+        )
+    x, x_test = features(cache, training), features(tested, test)
+    mean, std = x.mean(0), spread(x)
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    groups = channel_groups(cache)
+    progress.begin("probe", len(groups))
+    results = []
+    for name, channels in groups.items():
+        results.append(_probe_group(name, x[:, channels], y, x_test[:, channels], y_test, classes, seed))
+        progress.advance(1, name)
+    return Probe(
+        cache=str(cache.path),
+        fingerprint=cache.manifest.fingerprint,
+        tested_on="held-out rows" if validation is None else str(validation.path),
+        classes=classes,
+        training_images=len(training),
+        test_images=len(test),
+        neighbours=NEIGHBOURS,
+        most_frequent=_accuracy(torch.full_like(y_test, int(y.bincount().argmax())), y_test),
+        groups=results,
+    )
+
+
+def _rows_of(
+    cache: FeatureCache, validation: FeatureCache | None, rows: int | None
+) -> tuple[FeatureCache, NDArray[np.int64], NDArray[np.int64]]:
+    """The cache to test on, rows of `cache` to fit on, and rows of the other to test on."""
     training = np.flatnonzero(cache.valid & ~cache.heldout)
     if validation is None:
         tested, test = cache, np.flatnonzero(cache.valid & cache.heldout)
@@ -94,50 +136,21 @@ def probe(
         _require_comparable(cache, validation)
         tested, test = validation, np.flatnonzero(validation.valid)
     training, test = (chosen[evenly_spread(len(chosen), rows)] for chosen in (training, test))
-    device = pick_device()
-    y, y_test = (
-        torch.from_numpy(source.labels[chosen].astype(np.int64)).to(device)
-        for source, chosen in ((cache, training), (tested, test))
-    )
-    if len(y.unique()) < 2 or not len(test):
-        raise ArtifactError(
-            f"{cache.path}: expected training rows of at least two classes and a test row, "
-            f"found {len(y.unique())} classes and {len(test)} test rows."
-        )
-    x, x_test = (
-        torch.from_numpy(pooled(source, chosen.tolist(), progress)).to(device)
-        for source, chosen in ((cache, training), (tested, test))
-    )
-    mean, std = x.mean(0), spread(x)
-    x, x_test = (x - mean) / std, (x_test - mean) / std
-    groups = channel_groups(cache)
-    progress.begin("probe", len(groups))
-    results = []
-    for name, channels in groups.items():
-        inside, inside_test = x[:, channels], x_test[:, channels]
-        decay = _best_decay(inside, y, len(cache.classes), seed)
-        linear = fit_linear(inside, y, len(cache.classes), decay)(inside_test).argmax(1)
-        votes = knn_votes(inside, y, inside_test, len(cache.classes), NEIGHBOURS).argmax(1)
-        results.append(
-            GroupProbe(
-                group=name,
-                channels=inside.shape[1],
-                linear=_accuracy(linear, y_test),
-                knn=_accuracy(votes, y_test),
-                weight_decay=decay,
-            )
-        )
-        progress.advance(1, name)
-    return Probe(
-        cache=str(cache.path),
-        fingerprint=cache.manifest.fingerprint,
-        tested_on="held-out rows" if validation is None else str(validation.path),
-        classes=len(cache.classes),
-        training_images=len(training),
-        test_images=len(test),
-        neighbours=NEIGHBOURS,
-        most_frequent=_accuracy(torch.full_like(y_test, int(y.bincount().argmax())), y_test),
-        groups=results,
+    return tested, training, test
+
+
+def _probe_group(
+    name: str, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, classes: int, seed: int
+) -> GroupProbe:
+    decay = _best_decay(x, y, classes, seed)
+    linear = fit_linear(x, y, classes, decay)(x_test).argmax(1)
+    votes = knn_votes(x, y, x_test, classes, NEIGHBOURS).argmax(1)
+    return GroupProbe(
+        group=name,
+        channels=x.shape[1],
+        linear=_accuracy(linear, y_test),
+        knn=_accuracy(votes, y_test),
+        weight_decay=decay,
     )
 
 

@@ -40,6 +40,7 @@ from svgpipe.manifests.recipe import (
     ResidualSection,
 )
 from svgpipe.models.convert import decoder_from_official, require_fit, residual_from_official
+from svgpipe.models.dit import DiT
 from svgpipe.models.official import (
     DiTSizes,
     backbone_name,
@@ -168,63 +169,19 @@ def _import_diffusion(
 ) -> Imported:
     found = read_official(path)
     names = [name for name in ("ema", "model") if isinstance(found, dict) and isinstance(found.get(name), dict)]
-    # Of a bare state dict nobody knows whether it is an average.
+    # A bare state dict does not say whether it is an average.
     states = {name: tensors_of(path, found[name]) for name in names} or {"model": tensors_of(path, found, "state_dict")}
-    first = next(iter(states.values()))
     try:
-        sizes = dit_sizes(first)
+        sizes = dit_sizes(next(iter(states.values())))
     except ValueError as error:
         raise ArtifactError(f"{path}: not a diffusion transformer of SVG's: {error}") from error
     encoder = AutoencoderManifest.read(autoencoder)
     _require_same_latents(path, sizes, encoder)
-    classes = class_names if class_names is not None else [str(label) for label in range(sizes.num_classes)]
-    if len(classes) != sizes.num_classes:
-        raise ArtifactError(
-            f"{path}: its label table has {sizes.num_classes + 1} rows, the last of them for no label; expected "
-            f"{sizes.num_classes} class names, found {len(classes)}. (Without label dropout there is no such row; then "
-            "the model cannot be guided, and is not imported.)"
-        )
-    statistics = _statistics(stats, sizes.in_channels)
-    try:
-        config = DiffusionSection(
-            model=DiTSection(
-                width=sizes.width,
-                depth=sizes.depth,
-                heads=sizes.heads,
-                mlp_ratio=sizes.mlp_ratio,
-                qk_norm=sizes.qk_norm,
-                learn_sigma=sizes.learn_sigma,
-            ),
-            ema_decays=(OFFICIAL_EMA,),
-        )
-        model = build_dit(
-            config.model, grid=(sizes.grid, sizes.grid), channels=sizes.in_channels, num_classes=sizes.num_classes
-        )
-    except ValueError as error:
-        raise ArtifactError(f"{path}: sizes that cannot be: {error}") from error
-    files = {}
-    for name, state in states.items():
-        converted = dict(state)  # the official names are ours
-        try:
-            require_fit(name, model.state_dict(), converted)
-        except ValueError as error:
-            raise ArtifactError(f"{path}: {error}") from error
-        if not torch.allclose(model.pos_embed, converted["pos_embed"], atol=POSITION_DRIFT):
-            raise ArtifactError(f"{path}: {name}: pos_embed is not an official DiT's sine-cosine table.")
-        files[weights_file(average_name(OFFICIAL_EMA) if name == "ema" else RAW)] = converted
-    files[STATISTICS_FILE] = statistics
-    source, measured = _as_input(path, "official-diffusion"), _as_input(stats, "official-statistics")
-    # What stands where a cache would: latents of that autoencoder, normalised by those statistics.
-    made = encoder.as_input(autoencoder)
-    latents = InputRef(
-        kind=OFFICIAL_LATENTS,
-        fingerprint=digest([made.fingerprint, measured.fingerprint]),
-        path=str(stats),
-        config={},
-        inputs={"autoencoder": made, "statistics": measured},
-    )
-    named = InputRef(kind="class-names", fingerprint=digest(classes), path="", config={})
-    inputs = {"cache": latents, "official": source, "class_names": named}
+    classes = _classes(path, sizes, class_names)
+    config, model = _transformer(path, sizes)
+    files = _weight_files(path, states, model)
+    files[STATISTICS_FILE] = _statistics(stats, sizes.in_channels)
+    inputs = _diffusion_inputs(path, stats, encoder.as_input(autoencoder), classes)
     with WorkDir(out, DiffusionManifest, config.model_dump(mode="json"), inputs) as work:
         manifest = work.finished
         if manifest is None:
@@ -238,13 +195,71 @@ def _import_diffusion(
                 class_names=classes,
                 content={file: save_tensors(out / file, tensors) for file, tensors in files.items()},
                 num_parameters=sum(p.numel() for p in model.parameters()),
-                origin=f"{path.name}, sha256 {source.fingerprint}",
+                origin=f"{path.name}, sha256 {inputs['official'].fingerprint}",
             ).publish(out)
     sigma = " with the unused sigma half" if sizes.learn_sigma else ""
     hint = "" if "ema" in states else "; not known to be an average: sample with --ema raw"
     what = f"DiT {sizes.name}{sigma}, {sizes.num_classes} classes, weights {' and '.join(states)}{hint}"
     aside = _beside(found, names or ["state_dict"])
     return Imported(out, manifest.fingerprint, what, sum(map(len, states.values())), aside)
+
+
+def _classes(path: Path, sizes: DiTSizes, given: list[str] | None) -> list[str]:
+    """The names given, or numbers. Raises ArtifactError for another number of names than the label table has rows."""
+    classes = given if given is not None else [str(label) for label in range(sizes.num_classes)]
+    if len(classes) != sizes.num_classes:
+        raise ArtifactError(
+            f"{path}: its label table has {sizes.num_classes + 1} rows, the last of them for no label; expected "
+            f"{sizes.num_classes} class names, found {len(classes)}. (Without label dropout there is no such row; then "
+            "the model cannot be guided, and is not imported.)"
+        )
+    return classes
+
+
+def _transformer(path: Path, sizes: DiTSizes) -> tuple[DiffusionSection, DiT]:
+    """The recipe's section for a transformer of these sizes, and a new one. Raises ArtifactError where none can be."""
+    try:
+        section = DiTSection(
+            width=sizes.width,
+            depth=sizes.depth,
+            heads=sizes.heads,
+            mlp_ratio=sizes.mlp_ratio,
+            qk_norm=sizes.qk_norm,
+            learn_sigma=sizes.learn_sigma,
+        )
+        grid = (sizes.grid, sizes.grid)
+        model = build_dit(section, grid=grid, channels=sizes.in_channels, num_classes=sizes.num_classes)
+    except ValueError as error:
+        raise ArtifactError(f"{path}: sizes that cannot be: {error}") from error
+    return DiffusionSection(model=section, ema_decays=(OFFICIAL_EMA,)), model
+
+
+def _weight_files(path: Path, states: dict[str, dict[str, Tensor]], model: DiT) -> dict[str, dict[str, Tensor]]:
+    """Tensors by file name; the official names are ours. Raises ArtifactError for weights that do not fit `model`."""
+    files = {}
+    for name, state in states.items():
+        try:
+            require_fit(name, model.state_dict(), state)
+        except ValueError as error:
+            raise ArtifactError(f"{path}: {error}") from error
+        if not torch.allclose(model.pos_embed, state["pos_embed"], atol=POSITION_DRIFT):
+            raise ArtifactError(f"{path}: {name}: pos_embed is not an official DiT's sine-cosine table.")
+        files[weights_file(average_name(OFFICIAL_EMA) if name == "ema" else RAW)] = state
+    return files
+
+
+def _diffusion_inputs(path: Path, stats: Path, autoencoder: InputRef, classes: list[str]) -> dict[str, InputRef]:
+    """What the model is made from. Where a cache would stand: that autoencoder's latents, with those statistics."""
+    measured = _as_input(stats, "official-statistics")
+    latents = InputRef(
+        kind=OFFICIAL_LATENTS,
+        fingerprint=digest([autoencoder.fingerprint, measured.fingerprint]),
+        path=str(stats),
+        config={},
+        inputs={"autoencoder": autoencoder, "statistics": measured},
+    )
+    named = InputRef(kind="class-names", fingerprint=digest(classes), path="", config={})
+    return {"cache": latents, "official": _as_input(path, "official-diffusion"), "class_names": named}
 
 
 def _require_same_latents(path: Path, sizes: DiTSizes, encoder: AutoencoderManifest) -> None:

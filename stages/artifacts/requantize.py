@@ -83,24 +83,31 @@ def requantize(
         for _ in map_in_processes(convert, missing, processes or cpu_count()):
             work.check_lock()
             progress.advance()
-        for name in ("label", "valid", "heldout"):
-            store.put(name, cache.store.array(name), "sample")
-        records = all_records(store, journal)
-        put_statistics(store, records, cache.valid)
-        write_atomic(out / REJECTS_NAME, reject_lines(records, spec))
-        manifest = CacheManifest.model_validate(
-            {
-                **before.model_dump(exclude={"finished_at", "svgpipe_version", "fingerprint", "timings"}),
-                "config": work.config,
-                "inputs": work.inputs,
-                "seconds": work.seconds,
-                "store_dtype": dtype,
-                "content": CacheManifest.content_of(store, [record["sha256"] for record in records]),
-                "num_bytes": sum(record["num_bytes"] for record in records),
-            }
-        )
-        work.check_lock()
-        return publish_cache(manifest, store)
+        return _publish(work, cache, store, journal, dtype)
+
+
+def _publish(
+    work: WorkDir[CacheManifest], cache: FeatureCache, store: FeatureStore, journal: Journal, dtype: StoreDtype
+) -> CacheManifest:
+    before = cache.manifest
+    for name in ("label", "valid", "heldout"):
+        store.put(name, cache.store.array(name), "sample")
+    records = all_records(store, journal)
+    put_statistics(store, records, cache.valid)
+    write_atomic(work.path / REJECTS_NAME, reject_lines(records, store.spec))
+    manifest = CacheManifest.model_validate(
+        {
+            **before.model_dump(exclude={"finished_at", "svgpipe_version", "fingerprint", "timings"}),
+            "config": work.config,
+            "inputs": work.inputs,
+            "seconds": work.seconds,
+            "store_dtype": dtype,
+            "content": CacheManifest.content_of(store, [record["sha256"] for record in records]),
+            "num_bytes": sum(record["num_bytes"] for record in records),
+        }
+    )
+    work.check_lock()
+    return publish_cache(manifest, store)
 
 
 def _calibration(cache: FeatureCache, dtype: StoreDtype, path: Location, progress: Progress) -> Calibration:

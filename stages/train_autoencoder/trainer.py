@@ -31,7 +31,8 @@ from svgpipe.models.seeds import generator, seed_of
 from ..runtime.device import autocast, to_device
 from ..training.distributed import ProcessGroup, gradient_norms, replicate
 from ..training.divergence import DivergenceGuard
-from ..training.optimizer import learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
+from ..training.optimizer import learning_rate, set_learning_rate
+from ..training.state import load_optimizer_tensors, optimizer_tensors
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class AutoencoderTrainer:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """All that a resumed run needs besides the step's number. Raises DivergedError rather than give a bad one."""
         self.settle()
-        groups = {name: optimizer_tensors(optimizer) for name, optimizer in self.optimizers.items()}
+        groups = {name: optimizer_tensors(self._module(name), found) for name, found in self.optimizers.items()}
         groups["model"] = self.model.trained_state()
         if self.discriminator is not None:
             groups["discriminator_model"] = self.discriminator.state_dict()
@@ -90,9 +91,13 @@ class AutoencoderTrainer:
         """Inverse of `state`."""
         self.model.load_trained_state(groups["model"])
         for name, optimizer in self.optimizers.items():
-            restore_optimizer(optimizer, groups[name])
+            load_optimizer_tensors(self._module(name), optimizer, groups[name])
         if self.discriminator is not None:
             self.discriminator.load_state_dict(groups["discriminator_model"])
+
+    def _module(self, name: str) -> nn.Module:
+        """Whose parameters the optimizer of that name changes."""
+        return self.model if name == "generator" or self.discriminator is None else self.discriminator
 
     def settle(self) -> None:
         """Judge what the guards still wait for. Raises DivergedError."""

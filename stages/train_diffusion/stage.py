@@ -18,7 +18,7 @@ from ..runtime.resources import Resources
 from ..training.distributed import Strategy
 from ..training.metrics_log import require_wandb
 from ..training.ray_train import run_job
-from .run import run_training
+from .run import Trained, run_training
 
 
 def train_diffusion(
@@ -71,16 +71,22 @@ def train_diffusion(
             wandb_project=wandb_project,
         )
         trained = run_job(job, resources, Recorded(progress, out), work.check_lock)
-        rows, columns, channels = cache.manifest.feature_shape
-        return DiffusionManifest(
-            config=work.config,
-            inputs=work.inputs,
-            seconds=work.seconds,
-            steps=config.steps,
-            grid=(rows, columns),
-            channels=channels,
-            class_names=cache.classes,
-            content=trained.content,
-            num_parameters=trained.num_parameters,
-            heldout_loss=trained.heldout_loss,
-        ).publish(out)
+        return _manifest(work, cache, config, trained).publish(out)
+
+
+def _manifest(
+    work: WorkDir[DiffusionManifest], cache: FeatureCache, config: DiffusionSection, trained: Trained
+) -> DiffusionManifest:
+    rows, columns, channels = cache.manifest.feature_shape
+    return DiffusionManifest(
+        config=work.config,
+        inputs=work.inputs,
+        seconds=work.seconds,
+        steps=config.steps,
+        grid=(rows, columns),
+        channels=channels,
+        class_names=cache.classes,
+        content=trained.content,
+        num_parameters=trained.num_parameters,
+        heldout_loss=trained.heldout_loss,
+    )

@@ -28,15 +28,13 @@ from ..training.distributed import (
     ProcessGroup,
     Strategy,
     averaging,
-    clip_gradients,
-    gather_state,
     gradient_norms,
     replicate,
-    shard_like,
     shard_parameters,
 )
 from ..training.divergence import DivergenceGuard
-from ..training.optimizer import learning_rate, optimizer_tensors, restore_optimizer, set_learning_rate
+from ..training.optimizer import learning_rate, set_learning_rate
+from ..training.state import load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
 from .loss import draws_at, sample_losses
 
 
@@ -103,19 +101,17 @@ class FlowTrainer:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """All that a resumed run needs besides the step's number. Raises DivergedError rather than give a bad one."""
         self.guard.settle()
-        return self.weights() | {"optimizer": gather_state(optimizer_tensors(self.optimizer), self.group)}
+        return self.weights() | {"optimizer": optimizer_tensors(self.model, self.optimizer)}
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """State of every model, by the names of `models`, whole on the process that leads."""
-        return {name: gather_state(model.state_dict(), self.group) for name, model in self.models.items()}
+        """State of every model, by the names of `models`, whole on the main process."""
+        return {name: model_tensors(model) for name, model in self.models.items()}
 
     def load(self, groups: dict[str, dict[str, Tensor]]) -> None:
         """Inverse of `state`, whatever group and strategy it came from."""
         for name, model in self.models.items():
-            own = model.state_dict()
-            model.load_state_dict({k: shard_like(v, own.get(k, v)) for k, v in groups[name].items()})
-        of = {key: self.parameters[int(key.split(".")[0])] for key in groups["optimizer"]}
-        restore_optimizer(self.optimizer, {k: shard_like(v, of[k]) for k, v in groups["optimizer"].items()})
+            load_model_tensors(model, groups[name])
+        load_optimizer_tensors(self.model, self.optimizer, groups["optimizer"])
 
     def __call__(self, step: int, tokens: Tensor, labels: Tensor) -> Step:
         """Optimiser step number `step` (from 0) on this process's stored latents (B,T,C) and labels (B,).
@@ -144,7 +140,7 @@ class FlowTrainer:
         self.guard.watch(step + 1, loss, norms)
         norm = torch.linalg.vector_norm(norms)
         if config.clip_grad_norm is not None:
-            clip_gradients(self.parameters, config.clip_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, config.clip_grad_norm, norm)
         self.optimizer.step()
         update_averages(self.averages, config.ema_decays, self.model, step)
         return Step(loss, norm, per_sample, torch.cat(times))

@@ -2,13 +2,12 @@
 
 A global batch is split into contiguous slices, one for each process; the first slices may be longer by one. The model
 is replicated (DDP), or each process holds a part of every parameter (FSDP2); both average gradients over processes.
-Checkpoints know nothing of either: `full_tensor` and `shard_like` translate. One process alone never loads
-torch.distributed.
+Checkpoints know nothing of either, see state.py. One process alone never starts torch.distributed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
@@ -76,7 +75,7 @@ class ProcessGroup:
         return flag if self.size == 1 else bool(self.sum(torch.tensor(int(flag))))
 
     def gather_rows(self, mine: Tensor, count: int) -> Tensor:
-        """(share, …) of every process → (count, …), in order."""
+        """(slice, …) of every process → (count, …), in order."""
         if self.size == 1:
             return mine
         largest = self.largest_slice(count)
@@ -84,8 +83,8 @@ class ProcessGroup:
         padded[: len(mine)] = mine
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         torch.distributed.all_gather(parts, padded)
-        shares = [len(ProcessGroup(self.device, rank, self.size).local_slice(count)) for rank in range(self.size)]
-        return torch.cat([part[:share] for part, share in zip(parts, shares, strict=True)])
+        lengths = [len(ProcessGroup(self.device, rank, self.size).local_slice(count)) for rank in range(self.size)]
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def barrier(self) -> None:
         """Until every process has come here."""
@@ -130,53 +129,13 @@ def averaging(model: Any, now: bool) -> Iterator[None]:
         yield
 
 
-def _is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    # A process alone has no such tensors, and should not load what defines them.
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    # By name: a process alone has no such tensors, and need not load what defines them.
     return type(tensor).__name__ == "DTensor"
-
-
-def local(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What of each tensor lies in this process."""
-    return [tensor.to_local() if _is_sharded(tensor) else tensor for tensor in tensors]
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor, put together from its parts on every process, which must all ask for it."""
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor
-
-
-def gather_state(tensors: Mapping[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
-    """`full_tensor` for many tensors. Of sharded ones only the main process keeps anything."""
-    found = {}
-    for name, tensor in tensors.items():
-        full = full_tensor(tensor)
-        if not _is_sharded(tensor):
-            found[name] = full
-        elif group.is_main:
-            found[name] = full.cpu()  # one after the other, so that the device never holds the whole model
-    return found
-
-
-def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """Inverse of `full_tensor`: this process's part of `value` if `like` has its shape and is spread over the group."""
-    if not _is_sharded(like) or value.shape != like.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    # Every process has read the same file: nothing needs to be sent.
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def gradient_norms(parameters: Sequence[Tensor], group: ProcessGroup) -> Tensor:
     """(parameters,) L2 norms of the gradients; 0 for a parameter without one. The same on every process."""
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    norms = torch.stack(torch._foreach_norm(local(gradients)))
-    if not any(map(_is_sharded, gradients)):
-        return norms
-    return group.sum(norms.square()).sqrt()
-
-
-def clip_gradients(parameters: Sequence[Tensor], limit: float, norm: Tensor) -> None:
-    """Scale all gradients by min(1, limit / norm), as torch's clip_grads_with_norm_, also where they are spread."""
-    gradients = local([p.grad for p in parameters if p.grad is not None])
-    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+    norms = torch.stack(torch._foreach_norm([g.to_local() if is_sharded(g) else g for g in gradients]))
+    return group.sum(norms.square()).sqrt() if any(map(is_sharded, gradients)) else norms

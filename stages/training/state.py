@@ -1,0 +1,64 @@
+"""State of models and optimizers as flat tensors for checkpoints, the same for every number of processes and strategy.
+
+torch.distributed.checkpoint puts sharded tensors together and takes them apart. All processes must call these
+functions; of a sharded model only the main process gets tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .distributed import is_sharded
+
+
+def _options(model: nn.Module, *, cpu_offload: bool = False) -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    sharded = any(map(is_sharded, model.parameters()))
+    return StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload) if sharded else None
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """`model.state_dict()`; a sharded model's is put together on the CPU."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    found: dict[str, Any] = get_model_state_dict(model, options=_options(model, cpu_offload=True))
+    return found
+
+
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Inverse of `model_tensors`. Raises RuntimeError for keys or shapes that do not fit."""
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
+    set_model_state_dict(model, dict(tensors), options=_options(model))
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of an optimizer over parameters of `model`, by `PARAMETER.NAME`: `blocks.0.mlp.weight.exp_avg`."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    if not optimizer.state:  # torch would make a step to have some
+        return {}
+    found: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_options(model, cpu_offload=True))
+    state: dict[str, dict[str, Tensor]] = found.get("state", {})
+    return {f"{key}.{name}": torch.as_tensor(value) for key, entry in state.items() for name, value in entry.items()}
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Inverse of `optimizer_tensors`. Empty `tensors`, of an optimizer before its first step, change nothing."""
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    if not tensors:
+        return
+    state: dict[str, Any] = {}
+    for key, value in tensors.items():
+        parameter, _, name = key.rpartition(".")
+        # A copy: tensors of a file are the file, mapped into memory, which may change or go while training lasts.
+        state.setdefault(parameter, {})[name] = value.clone()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=_options(model))
