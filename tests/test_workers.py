@@ -188,6 +188,10 @@ def test_a_starter_that_is_frozen_is_not_written_for() -> None:
         event_queue.require_reader()
     assert event_queue.take(stop=True) == []
     event_queue.require_reader()
+    event_queue.close()
+    assert event_queue.has_failed()  # so workers that Ray starts anew return at once
+    with pytest.raises(TimeoutError, match="this training was ended"):
+        event_queue.require_reader()
 
 
 def test_checkpoints_of_different_steps_are_never_mixed(tmp_path: Path) -> None:

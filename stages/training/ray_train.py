@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 import tempfile
 import threading
 import time
@@ -31,10 +30,7 @@ Job = Callable[[ProcessGroup, Supervisor], R]
 """What every worker runs, from the last checkpoint to the end. Worker 0's result counts. Must be picklable."""
 
 START_WARNING_S = 60.0
-# Deaths of workers one after the other, without a checkpoint between, that are not bad luck any more.
-LOST_IN_A_ROW = 3
-# Names of what Ray and torch.distributed raise for it.
-LOSSES = re.compile("Actor|HealthCheck|Controller|Preemption|^Dist")
+MAX_FAILURES = 10  # times in one run that Ray Train starts workers anew
 
 
 def run_job(job: Job[R], resources: Resources | None, progress: Progress, check: Callable[[], None]) -> R:
@@ -52,7 +48,7 @@ def run_job(job: Job[R], resources: Resources | None, progress: Progress, check:
 
 
 class _Launch(Generic[R]):
-    """One run on workers, started anew whenever one of them dies."""
+    """One run on workers. Ray Train replaces those that die; all go on from the last checkpoint."""
 
     def __init__(self, job: Job[R], resources: Resources, progress: Progress, check: Callable[[], None]) -> None:
         import ray
@@ -69,71 +65,70 @@ class _Launch(Generic[R]):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.event_queue = ray.remote(num_cpus=0, scheduling_strategy=here)(EventQueue).remote()
         self.result: list[R] = []
-        self.begun_at, self.saves, self.left = -1, 0, 0
+        self.starts, self.left = 0, 0  # times that workers were started, steps to go
 
     def run(self) -> R:
+        """Relay events until the training has ended, and return what worker 0 returned."""
         import ray
 
-        lost, reached = 0, self.begun_at
+        ended: list[BaseException | None] = []
         try:
-            with stop_on_signal() as stop:
-                while True:
-                    failure = self._attempt(stop)
-                    if self.result:
-                        return self.result[0]
-                    if failure is not None and not any(map(_is_loss, _causes(failure))):
-                        raise failure  # a bug: its traceback is what helps
-                    # The second save of an attempt begins when the first one is on disk.
-                    lost = 1 if self.begun_at > reached or self.saves > 1 else lost + 1
-                    reached = self.begun_at
-                    if lost >= LOST_IN_A_ROW:
-                        raise SvgpipeError(
-                            f"workers died {lost} times without reaching another checkpoint; the last time: "
-                            f"{_why(failure)}. What was saved is kept. If they were killed for memory, use a smaller "
-                            "batch, a larger accumulate, or fewer --num-workers on one machine."
-                        ) from failure
-                    self.progress.say(
-                        f"a worker died ({_why(failure)}); starting {self._count} from the last checkpoint"
-                    )
+            with (
+                stop_on_signal() as stop,
+                tempfile.TemporaryDirectory(prefix="svgpipe-train-", ignore_cleanup_errors=True) as scratch,
+            ):
+                trainer = self._trainer(scratch)
+                # Ctrl-C stays with this process: elsewhere than in the main thread, Ray leaves the signal alone.
+                thread = threading.Thread(target=lambda: ended.append(_outcome(trainer.fit)), daemon=True)
+                thread.start()
+                self._watch(thread, stop)
+                self._relay(ray.get(self.event_queue.take.remote(stop.seen)))
         finally:
-            ray.kill(self.event_queue)
+            self.event_queue.close.remote()
+        if self.result:
+            return self.result[0]
+        raise self._explained(ended[0])
+
+    def _watch(self, thread: threading.Thread, stop: StopFlag) -> None:
+        """Relay events while Ray Train is at work. Raises what a worker has told of, or that a stop was asked for."""
+        import ray
+
+        warn_at = time.monotonic() + START_WARNING_S
+        while thread.is_alive():
+            thread.join(POLL_S)
+            self.check()
+            stopping = stop.seen
+            events = ray.get(self.event_queue.take.remote(stopping))
+            self._relay(events)  # first: workers may have begun since the last look
+            if stopping and not self.left:  # nothing is at work that could finish a step and save
+                raise InterruptedRunError("stopped. What was saved is kept; the same command resumes.")
+            if events:
+                warn_at = math.inf
+            elif time.monotonic() > warn_at:
+                warn_at = math.inf
+                self.progress.say(f"still waiting for Ray to start {self._count} of {self.cpus:g} CPUs each")
 
     @property
     def _count(self) -> str:
         return f"{self.reserved.num_workers} worker" + "s" * (self.reserved.num_workers > 1)
 
-    def _attempt(self, stop: StopFlag) -> BaseException | None:
-        """Workers until they have all ended, well (None) or not."""
+    def _explained(self, failure: BaseException | None) -> BaseException:
+        """What to raise for workers that failed again and again; a bug is raised as it is, for its traceback."""
         import ray
 
-        ended: list[BaseException | None] = []
-        self.saves, self.left = 0, 0
-        with tempfile.TemporaryDirectory(prefix="svgpipe-train-", ignore_cleanup_errors=True) as scratch:
-            trainer = self._trainer(scratch)
-            # Ctrl-C stays with this process: elsewhere than in the main thread, Ray leaves the signal alone.
-            thread = threading.Thread(target=lambda: ended.append(_outcome(trainer.fit)), daemon=True)
-            thread.start()
-            patience = time.monotonic() + START_WARNING_S
-            while thread.is_alive():
-                thread.join(POLL_S)
-                self.check()
-                stopping = stop.seen
-                events = ray.get(self.event_queue.take.remote(stopping))
-                self._relay(events)  # first: workers may have begun since the last look
-                if stopping and not self.left:  # nothing is at work that could finish a step and save
-                    raise InterruptedRunError("stopped. What was saved is kept; the same command resumes.")
-                if events:
-                    patience = math.inf
-                elif time.monotonic() > patience:
-                    patience = math.inf
-                    self.progress.say(f"still waiting for Ray to start {self._count} of {self.cpus:g} CPUs each")
-            self._relay(ray.get(self.event_queue.take.remote(stop.seen)))
-        return ended[0]
+        causes = list(getattr(failure, "worker_failures", {}).values())
+        if failure is not None and not any(isinstance(cause, ray.exceptions.RayError) for cause in causes):
+            return failure
+        why = first_line(causes[0]) if causes else "no reason was given"
+        return SvgpipeError(
+            f"workers died {MAX_FAILURES + 1} times, the last time: {why}. What was saved is kept. If they were killed "
+            "for memory, use a smaller batch, a larger accumulate, or fewer --num-workers on one machine."
+        )
 
     def _trainer(self, scratch: str) -> Any:
         # Workers would be moved to a folder of their own, where relative paths of a recipe lead nowhere.
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-        from ray.train import RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
         gpus = self.reserved.gpus_per_worker
@@ -147,17 +142,19 @@ class _Launch(Generic[R]):
                 use_gpu=gpus > 0,
                 resources_per_worker={"CPU": self.cpus} | ({"GPU": gpus} if gpus else {}),
             ),
-            run_config=RunConfig(storage_path=scratch),
+            run_config=RunConfig(storage_path=scratch, failure_config=FailureConfig(max_failures=MAX_FAILURES)),
         )
 
     def _relay(self, events: list[tuple[str, Any]]) -> None:
         for name, arguments in events:
             if name == "begin":
-                self.begun_at, self.left = arguments[2], arguments[1] - arguments[2]
+                self.left = arguments[1] - arguments[2]
             elif name == "advance":
                 self.left -= arguments[0]
-            if name == "saving":
-                self.saves += 1
+            if name == "start":
+                self.starts += 1
+                if self.starts > 1:
+                    self.progress.say(f"a worker died; {self._count} go on from the last checkpoint")
             elif name == "result":
                 self.result.append(arguments)
             elif name == "error":
@@ -187,22 +184,3 @@ def _outcome(call: Callable[[], Any]) -> BaseException | None:
     except BaseException as error:  # whatever it is, the main thread decides
         return error
     return None
-
-
-def _causes(failure: BaseException | None) -> list[BaseException]:
-    """What each worker that failed says; one's death makes the others fail too."""
-    workers: dict[int, BaseException] = getattr(failure, "worker_failures", {})
-    return list(workers.values()) or ([] if failure is None else [failure])
-
-
-def _is_loss(cause: BaseException) -> bool:
-    """Whether a worker, its host or their connection went away, as against an error in what they compute."""
-    return bool(LOSSES.search(type(cause).__name__)) or bool(re.search(r"\bgloo\b|\bNCCL\b", str(cause)))
-
-
-def _why(failure: BaseException | None) -> str:
-    """The most telling line of it."""
-    causes = _causes(failure)
-    if any(re.search("Actor|HealthCheck", type(cause).__name__) for cause in causes):
-        return "its process ended unexpectedly"
-    return first_line(causes[0]) if causes else "no reason was given"

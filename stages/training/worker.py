@@ -36,8 +36,12 @@ class EventQueue:
         return self.stop
 
     def has_failed(self) -> bool:
-        """Whether a worker has told of an error."""
+        """Whether a worker has told of an error, or the run was ended by whoever started it."""
         return self.failed
+
+    def close(self) -> None:
+        """End the run: workers that are started from now on return at once."""
+        self.failed = True
 
     def take(self, stop: bool) -> list[tuple[str, Any]]:
         """All events since the last call."""
@@ -46,19 +50,26 @@ class EventQueue:
         return events
 
     def require_reader(self) -> None:
-        """Raise if nobody has read for long: who started this is frozen, and may have lost its lock."""
+        """Raise if the run was ended, or nobody has read for long: who started it may have lost its lock."""
+        if self.failed:
+            raise TimeoutError("this training was ended")
         if (silent := time.monotonic() - self.taken_at) > STALE_S / 2:
             raise TimeoutError(f"whoever started this training has not answered for {silent:.0f} s")
 
 
 def work(config: dict[str, Any]) -> None:
     """What Ray Train runs on every worker."""
+    import ray
     import ray.train.torch
     import torch
 
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     group = ProcessGroup(ray.train.torch.get_device(), rank, size)
-    supervisor = _RemoteSupervisor(config["event_queue"], group)
+    event_queue = config["event_queue"]
+    if ray.get(event_queue.has_failed.remote()):
+        return  # Ray Train starts workers anew also after an error that ends the run
+    supervisor = _RemoteSupervisor(event_queue, group)
+    supervisor.start()
     try:
         result = config["job"](group, supervisor)
     except (SvgpipeError, OSError) as error:
@@ -83,6 +94,10 @@ class _RemoteSupervisor:
     def _post(self, name: str, *arguments: object) -> None:
         if self.group.is_main:
             self.event_queue.post.remote(name, arguments)
+
+    def start(self) -> None:
+        """Tell that workers are there, for the first time or again."""
+        self._post("start")
 
     def begin(self, task: str, total: int, done: int = 0) -> None:
         self._post("begin", task, total, done)
@@ -125,7 +140,6 @@ class _RemoteSupervisor:
         import ray
 
         ray.get(self.event_queue.require_reader.remote())
-        self._post("saving")
 
     def stop_requests(self) -> AbstractContextManager[StopFlag]:
         return self._flag()
