@@ -151,6 +151,16 @@ class FeatureCache(Sequence[CachedRow]):
         """(samples,) True for images that no training may use."""
         return self.store.array("heldout").astype(np.bool_)
 
+    @property
+    def training_rows(self) -> NDArray[np.int64]:
+        """(n,) rows that training may use: valid, and not held out."""
+        return np.flatnonzero(self.valid & ~self.heldout)
+
+    @property
+    def heldout_rows(self) -> NDArray[np.int64]:
+        """(n,) rows that no training may use: valid and held out."""
+        return np.flatnonzero(self.valid & self.heldout)
+
     @cached_property
     def channel_mean(self) -> NDArray[np.float32]:
         """(channels,) subtracted before storing."""

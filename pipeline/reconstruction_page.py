@@ -16,7 +16,7 @@ from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManife
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.stages.evaluate.decode import decoded_images
 from svgpipe.stages.images.image_set import ImageSet
-from svgpipe.stages.runtime.selection import evenly_spread
+from svgpipe.stages.runtime.selection import choose_evenly, evenly_spread
 
 from .page import Grid, lineage, picture, render
 
@@ -75,7 +75,7 @@ def render_reconstruction(evaluation: Location, autoencoder: Location, shards: S
 def _grid(evaluation: Location, report: ReconstructionReport, shards: ShardSet) -> Grid:
     """Originals above, then a row for every set: eight images, of as many classes as there are."""
     heldout = shards.usable("heldout")
-    originals = ImageSet([heldout[i] for i in evenly_spread(len(heldout), report.num_images)], report.image_size)
+    originals = ImageSet(choose_evenly(heldout, report.num_images), report.image_size)
     labels, names = originals.labels, shards.manifest.class_names
     chosen = _spread_over_classes(labels, COLUMNS)
     pictures = [picture(originals.pixels(i), names[int(labels[i])]) for i in chosen]

@@ -124,9 +124,9 @@ def _rows_of(
     cache: FeatureCache, validation: FeatureCache | None, rows: int | None
 ) -> tuple[FeatureCache, NDArray[np.int64], NDArray[np.int64]]:
     """The cache to test on, rows of `cache` to fit on, and rows of the other to test on."""
-    training = np.flatnonzero(cache.valid & ~cache.heldout)
+    training = cache.training_rows
     if validation is None:
-        tested, test = cache, np.flatnonzero(cache.valid & cache.heldout)
+        tested, test = cache, cache.heldout_rows
         if not len(test):
             raise UsageError(
                 f"{cache.path}: has no held-out rows to test on. Give a cache of other images with --validation, "

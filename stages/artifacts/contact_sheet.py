@@ -18,7 +18,7 @@ from svgpipe.manifests.shards import ShardSet
 from ..images.decode import RGBArray, tile
 from ..images.stream import load_images
 from ..networks.autoencoder import latent_decoder
-from ..runtime.selection import evenly_spread
+from ..runtime.selection import choose_evenly, evenly_spread
 
 # Standard deviations that the ends of a colour scale stand for.
 COLOUR_RANGE = 2.5
@@ -93,7 +93,7 @@ def _classes_in_turn(cache: FeatureCache, count: int) -> list[int]:
     found: list[int] = []
     for label in classes:
         members = usable[cache.labels[usable] == label]
-        found += [int(members[i]) for i in evenly_spread(len(members), per_class)]
+        found += choose_evenly(members.tolist(), per_class)
     return found[:count]
 
 

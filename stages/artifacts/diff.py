@@ -12,7 +12,7 @@ from svgpipe.manifests.errors import MismatchError
 from svgpipe.manifests.manifest import differing_fields
 
 from ..runtime.progress import Progress, Silent
-from ..runtime.selection import evenly_spread
+from ..runtime.selection import choose_evenly
 
 BLOCK_ROWS = 64
 COSINE_EDGES = np.asarray([-1.0, 0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999, 1.0 + 1e-9])
@@ -63,7 +63,7 @@ def diff(
             f"{b.num_samples} of {b.feature_shape}, views {b.views}. Only caches of the same images and grid compare."
         )
     usable = np.flatnonzero(one.valid & two.valid)
-    chosen = [int(usable[i]) for i in evenly_spread(len(usable), rows)]
+    chosen = choose_evenly(usable.tolist(), rows)
     frozen, channels = a.frozen_channels, a.feature_shape[2]
     groups = [("backbone", slice(0, frozen))] + ([("residual", slice(frozen, channels))] if frozen < channels else [])
     tallies = [_Tally(name) for name, _ in groups]

@@ -34,7 +34,7 @@ from ..extract.unit_writer import (
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import cpu_count
-from ..runtime.selection import evenly_spread
+from ..runtime.selection import choose_evenly, evenly_spread
 
 # Rows that int8 steps are chosen over; each gives an even share of its vectors.
 SAMPLED_ROWS = 512
@@ -115,9 +115,9 @@ def _calibration(cache: FeatureCache, dtype: StoreDtype, path: Location, progres
         return Calibration.read(path)
     scale = None
     if dtype == "int8":
-        usable = np.flatnonzero(cache.valid & ~cache.heldout)
+        usable = cache.training_rows
         usable = usable if len(usable) else np.flatnonzero(cache.valid)
-        rows = [int(usable[i]) for i in evenly_spread(len(usable), SAMPLED_ROWS)]
+        rows = choose_evenly(usable.tolist(), SAMPLED_ROWS)
         if not rows:
             raise ArtifactError(f"{cache.path}: expected valid rows to choose int8 steps by, found none.")
         progress.say(f"choosing int8 steps over {len(rows)} rows")

@@ -22,7 +22,7 @@ from ..images.stream import load_images
 from ..networks.autoencoder import latent_decoder
 from ..networks.diffusion import open_diffusion
 from ..runtime.device import pick_device
-from ..runtime.selection import evenly_spread
+from ..runtime.selection import choose_evenly
 from ..train_diffusion.loss import heldout_loss
 from ..training.distributed import ProcessGroup
 
@@ -81,7 +81,7 @@ def measure_cost(
         MismatchError: an autoencoder or a diffusion model that does not belong to `reference`.
     """
     usable = np.flatnonzero(reference.valid)
-    rows = [int(usable[i]) for i in evenly_spread(len(usable), MEASURED_ROWS)]
+    rows = choose_evenly(usable.tolist(), MEASURED_ROWS)
     frozen = reference.manifest.frozen_channels
     a, b = reference.read(rows), small.read(rows)
     residual = None if frozen == a.shape[-1] else signal_to_noise(a[..., frozen:], b[..., frozen:])

@@ -40,7 +40,7 @@ from ..networks.perceptual import load_lpips
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Recorded
 from ..runtime.runner import LocalRunner, Runner
-from ..runtime.selection import evenly_spread
+from ..runtime.selection import choose_evenly
 from .decode import DecoderOptions, ImageJob, decode
 from .features import POOLED, Extractor, load_extractor, software, weight_inputs
 from .intervals import mean_estimate
@@ -93,7 +93,7 @@ class ReconstructionPlan:
             "shards": shards.as_input(),
             **weight_inputs(extractor=config.extractor.weights, vgg=config.vgg_weights, lpips=config.lpips_weights),
         }
-        chosen = [heldout[i] for i in evenly_spread(len(heldout), config.num_images)]
+        chosen = choose_evenly(heldout, config.num_images)
         return cls(out, pool or out.parent, config, autoencoder, encoder, shards, chosen, inputs)
 
     @property

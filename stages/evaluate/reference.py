@@ -26,7 +26,7 @@ from svgpipe.manifests.shards import ShardSet
 
 from ..images.decode import EXTENSIONS, RejectedImageError, decode_image
 from ..runtime.progress import Progress
-from ..runtime.selection import evenly_spread
+from ..runtime.selection import choose_evenly
 from .features import INCEPTION
 
 MEAN, COVARIANCE, EXTRACTOR = "mu", "sigma", "extractor"
@@ -246,10 +246,10 @@ class RealSets:
     def of(cls, found: Reference, config: EvaluationSection, size: int) -> RealSets:
         """Choose them."""
         train, heldout = found.train, found.heldout
-        reference = [train[i] for i in evenly_spread(len(train), config.reference_images)]
-        floor = [heldout[i] for i in evenly_spread(len(heldout), config.num_samples)]
+        reference = choose_evenly(train, config.reference_images)
+        floor = choose_evenly(heldout, config.num_samples)
         pool = heldout if len(heldout) >= MIN_IMAGES else train
-        reconstructed = [pool[i] for i in evenly_spread(len(pool), config.num_samples)]
+        reconstructed = choose_evenly(pool, config.num_samples)
         return cls(
             reference, floor, reconstructed, size, None if found.class_names is None else list(found.class_names)
         )

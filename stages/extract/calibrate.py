@@ -17,7 +17,7 @@ from svgpipe.manifests.shards import ShardSet
 
 from ..runtime.progress import Progress
 from ..runtime.runner import Runner, Steps
-from ..runtime.selection import evenly_spread
+from ..runtime.selection import choose_evenly
 from .cpu_tasks import CollectMoments, ReadImages, UnitRows
 from .encoder_actor import EncoderOptions, EncodeUnits
 from .moments import Moments
@@ -57,7 +57,7 @@ def training_rows(shards: ShardSet, count: int) -> list[int]:
     usable = np.flatnonzero(~rows.rejected)
     training = np.flatnonzero(~rows.heldout & ~rows.rejected)
     pool = training if len(training) else usable
-    return [int(pool[i]) for i in evenly_spread(len(pool), count)] if len(pool) else []
+    return choose_evenly(pool.tolist(), count) if len(pool) else []
 
 
 def measure_features(

@@ -20,7 +20,7 @@ from svgpipe.manifests.shards import ShardSet
 
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Silent
-from ..runtime.selection import evenly_spread
+from ..runtime.selection import choose_evenly, evenly_spread
 from .align import needs_alignment
 from .cpu_tasks import ReadImages, UnitRows
 from .encoder_actor import EncoderOptions, EncodeUnits
@@ -78,7 +78,7 @@ def estimate_cost(
     progress = progress or Silent()
     encoder = AutoencoderManifest.read(autoencoder)
     usable = np.flatnonzero(~shards.rows.rejected)
-    rows = [int(usable[i]) for i in evenly_spread(len(usable), sample)]
+    rows = choose_evenly(usable.tolist(), sample)
     if not rows:
         raise ArtifactError(f"{shards.directory}: expected images to plan for, found none.")
     # A CPU is no faster in large batches, and needs their memory.

@@ -20,7 +20,7 @@ from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import Json
 from svgpipe.manifests.store_spec import StoreSpec
 
-from ..runtime.selection import evenly_spread
+from ..runtime.selection import choose_evenly
 from .moments import Moments, merge_all
 from .rejects import Reject
 from .timings import Stopwatch
@@ -145,7 +145,7 @@ def put_statistics(store: FeatureStore, records: Sequence[Json], valid: NDArray[
     store.put("stored_min", finite.minimum.astype(np.float32), "channel")
     store.put("stored_max", finite.maximum.astype(np.float32), "channel")
     usable = np.flatnonzero(valid)
-    rows = [int(usable[i]) for i in evenly_spread(len(usable), COVARIANCE_ROWS)]
+    rows = choose_evenly(usable.tolist(), COVARIANCE_ROWS)
     vectors = store.read(rows).reshape(-1, channels) if rows else np.zeros((1, channels))
     store.put("stored_covariance", covariance_of(vectors), "channel", "other_channel")
 

@@ -30,7 +30,7 @@ from .decode import RejectedImageError, RGBArray, centre_crop, decode_image, ran
 
 
 class TrainingImages(IterableDataset[Tensor]):
-    """Batches (B,3,S,S) uint8 of the training split, from batch `start` on, for ever; or a local_slice of each."""
+    """Endless batches (B,3,S,S) uint8 of the training split, from batch `start` on; or some places of each."""
 
     def __init__(
         self,

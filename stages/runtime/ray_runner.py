@@ -113,7 +113,7 @@ def _pack(record: object) -> Row:
 
 
 def _unpack(row: Row) -> Any:
-    """Inverse of `_pack`; arrays are read-only."""
+    """Inverse of `_pack`; arrays are read-only. Rows come from processes of this run, never from a file."""
     return pickle.loads(row["head"], buffers=[row[f"buffer_{i}"] for i in range(len(row) - 1)])
 
 

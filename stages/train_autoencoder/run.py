@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +19,9 @@ from ..images.stream import TrainingImages, load_images, training_batches
 from ..images.tensors import as_unit_range
 from ..networks.autoencoder import build_autoencoder, reconstruct, state_digest
 from ..networks.perceptual import load_perceptual
-from ..runtime.selection import evenly_spread
+from ..runtime.selection import choose_evenly, evenly_spread
 from ..training.distributed import ProcessGroup
-from ..training.loop import TrainingRun, explained_out_of_memory
+from ..training.loop import TrainingRun
 from ..training.supervisor import Supervisor
 from .trainer import AutoencoderTrainer, Step
 
@@ -45,24 +44,7 @@ class Trained:
     reconstruction_grid: str | None
 
 
-def run_training(
-    group: ProcessGroup,
-    supervisor: Supervisor,
-    *,
-    shards: ShardSet,
-    out: Location,
-    config: AutoencoderSection,
-    wandb_project: str | None,
-) -> Trained:
-    """From the last checkpoint in `out` to the finished weights there; see `train_autoencoder`."""
-    with explained_out_of_memory(MEMORY_ADVICE):
-        run = AutoencoderRun(group, supervisor, shards, out, config, wandb_project)
-        with closing(run):
-            run.train()
-            return run.finish()
-
-
-class AutoencoderRun(TrainingRun[Tensor, Step]):
+class AutoencoderRun(TrainingRun[Tensor, Step, Trained]):
     """The trainer, where its images come from, and what it is watched by."""
 
     section, item = "autoencoder", "image"
@@ -89,7 +71,7 @@ class AutoencoderRun(TrainingRun[Tensor, Step]):
 
     def _load_heldout(self) -> RGBArray | None:
         rows = np.flatnonzero(self.shards.rows.heldout & ~self.shards.rows.rejected)
-        chosen = [int(rows[i]) for i in evenly_spread(len(rows), self.config.eval_images)]
+        chosen = choose_evenly(rows.tolist(), self.config.eval_images)
         if not chosen:
             self.supervisor.say("no held-out images in these shards: PSNR is not measured (svgpipe shard --holdout)")
             return None

@@ -12,9 +12,10 @@ from svgpipe.manifests.shards import ShardSet
 
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import Resources
+from ..training.loop import run_training
 from ..training.metrics_log import require_wandb
 from ..training.ray_train import run_job
-from .run import run_training
+from .run import MEMORY_ADVICE, AutoencoderRun
 
 
 def train_autoencoder(
@@ -52,9 +53,10 @@ def train_autoencoder(
             from ..networks.autoencoder import keep_backbone  # here, as it loads timm
 
             keep_backbone(config.backbone, out)
-        job = partial(
-            run_training, shards=shards.absolute(), out=absolute(out), config=config, wandb_project=wandb_project
+        start = partial(
+            AutoencoderRun, shards=shards.absolute(), out=absolute(out), config=config, wandb_project=wandb_project
         )
+        job = partial(run_training, start=start, memory_advice=MEMORY_ADVICE)
         trained = run_job(job, resources, Recorded(progress, out), work.check_lock)
         return AutoencoderManifest(
             config=work.config,

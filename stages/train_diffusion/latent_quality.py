@@ -35,8 +35,8 @@ class LatentQuality:
     def __init__(self, cache: FeatureCache, config: DiffusionSection, group: ProcessGroup, say: Say) -> None:
         """Read what is compared with: as many training and held-out rows as `quality_rows`, evenly spread."""
         self.cache, self.config, self.group, self.say = cache, config, group, say
-        self.train, self.train_labels = self._pooled(np.flatnonzero(cache.valid & ~cache.heldout))
-        self.held, self.held_labels = self._pooled(np.flatnonzero(cache.valid & cache.heldout))
+        self.train, self.train_labels = self._pooled(cache.training_rows)
+        self.held, self.held_labels = self._pooled(cache.heldout_rows)
         self.real = self._compare(self.train, self.held, self.held_labels)
 
     def _pooled(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def heldout_loss(
     Every process of the group must call it; `say` is told when storage fails and is tried again. None where the cache
     has no held-out row.
     """
-    held = np.flatnonzero(cache.valid & cache.heldout)[: config.eval_rows]
+    held = cache.heldout_rows[: config.eval_rows]
     if not len(held):
         return None
     tokens, channels = model.grid[0] * model.grid[1], model.in_channels

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,7 +26,7 @@ from svgpipe.manifests.recipe import DiffusionSection
 
 from ..images.decode import encode_png, tile
 from ..training.distributed import ProcessGroup, Strategy
-from ..training.loop import TrainingRun, explained_out_of_memory
+from ..training.loop import TrainingRun
 from ..training.supervisor import Supervisor
 from .data import CacheBatches
 from .latent_quality import LatentQuality, draw_in_training
@@ -52,26 +51,7 @@ class Trained:
     heldout_loss: float | None
 
 
-def run_training(
-    group: ProcessGroup,
-    supervisor: Supervisor,
-    *,
-    cache: FeatureCache,
-    out: Location,
-    config: DiffusionSection,
-    decoder: Location | None,
-    strategy: Strategy,
-    wandb_project: str | None,
-) -> Trained:
-    """From the last checkpoint in `out` to the finished weights there; see `train_diffusion`."""
-    with explained_out_of_memory(MEMORY_ADVICE):
-        run = DiffusionRun(group, supervisor, cache, out, config, decoder, strategy, wandb_project)
-        with closing(run):
-            run.train()
-            return run.finish()
-
-
-class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step]):
+class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, Trained]):
     """The trainer, where its batches come from, and what it is watched by."""
 
     section, item = "diffusion", "sample"
@@ -105,7 +85,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step]):
 
     def _training_rows(self) -> NDArray[np.int64]:
         cache, say = self.cache, self.supervisor.say
-        rows = np.flatnonzero(cache.valid & ~cache.heldout)
+        rows = cache.training_rows
         if not len(rows):
             raise UsageError(f"{cache.path}: expected valid rows to train on, found none that are not held out.")
         if self.config.batch_size > len(rows):

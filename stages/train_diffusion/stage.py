@@ -16,9 +16,10 @@ from svgpipe.manifests.recipe import DiffusionSection
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import Resources
 from ..training.distributed import Strategy
+from ..training.loop import run_training
 from ..training.metrics_log import require_wandb
 from ..training.ray_train import run_job
-from .run import Trained, run_training
+from .run import MEMORY_ADVICE, DiffusionRun, Trained
 
 
 def train_diffusion(
@@ -61,8 +62,8 @@ def train_diffusion(
     with WorkDir(out, DiffusionManifest, config.model_dump(mode="json"), inputs) as work:
         if work.finished is not None:
             return work.finished
-        job = partial(
-            run_training,
+        start = partial(
+            DiffusionRun,
             cache=FeatureCache(absolute(cache.path)) if resources is not None else cache,
             out=absolute(out),
             config=config,
@@ -70,6 +71,7 @@ def train_diffusion(
             strategy=strategy,
             wandb_project=wandb_project,
         )
+        job = partial(run_training, start=start, memory_advice=MEMORY_ADVICE)
         trained = run_job(job, resources, Recorded(progress, out), work.check_lock)
         return _manifest(work, cache, config, trained).publish(out)
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import ClassVar, Generic, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from typing import Any, ClassVar, Generic, TypeVar
 
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
 from svgpipe.manifests.errors import InterruptedRunError, UsageError, memory_error
@@ -25,6 +25,7 @@ from .supervisor import Supervisor
 
 B = TypeVar("B")
 S = TypeVar("S")
+R = TypeVar("R")
 
 
 @contextmanager
@@ -42,8 +43,8 @@ def explained_out_of_memory(advice: str) -> Iterator[None]:
         raise explained from error
 
 
-class TrainingRun(ABC, Generic[B, S]):
-    """One run in one process of its group: batches B go in, each step finds an S."""
+class TrainingRun(ABC, Generic[B, S, R]):
+    """One run in one process of its group: batches B go in, each step finds an S, the end is described by an R."""
 
     section: ClassVar[str]  # of the recipe, which the stage is named after
     item: ClassVar[str]  # what a batch is made of
@@ -93,6 +94,10 @@ class TrainingRun(ABC, Generic[B, S]):
     @abstractmethod
     def settle(self) -> None:
         """Judge what a guard still waits for. Raises DivergedError."""
+
+    @abstractmethod
+    def finish(self) -> R:
+        """The last measurements, and the finished weights as files of their own."""
 
     def last_good(self) -> Location | None:
         """Where the last saved state lies."""
@@ -188,3 +193,21 @@ class TrainingRun(ABC, Generic[B, S]):
         if self.log is not None:
             with suppress(Exception):
                 self.log.close()
+
+
+def run_training(
+    group: ProcessGroup,
+    supervisor: Supervisor,
+    *,
+    start: Callable[[ProcessGroup, Supervisor], TrainingRun[Any, Any, R]],
+    memory_advice: str,
+) -> R:
+    """Train from the last checkpoint to the finished weights.
+
+    Args:
+        start: opens the run, at its last checkpoint. Must be picklable.
+        memory_advice: what to say where memory runs out, see `explained_out_of_memory`.
+    """
+    with explained_out_of_memory(memory_advice), closing(start(group, supervisor)) as run:
+        run.train()
+        return run.finish()

@@ -36,7 +36,7 @@ class EventQueue:
         return self.stop
 
     def has_failed(self) -> bool:
-        """Whether a worker has told of an error, or the run was ended by whoever started it."""
+        """Whether a worker has reported an error, or the starting process has ended the run."""
         return self.failed
 
     def close(self) -> None:
@@ -50,11 +50,11 @@ class EventQueue:
         return events
 
     def require_reader(self) -> None:
-        """Raise if the run was ended, or nobody has read for long: who started it may have lost its lock."""
+        """Raise if the run was ended, or if the starting process has not read for long: it may have lost its lock."""
         if self.failed:
             raise TimeoutError("this training was ended")
         if (silent := time.monotonic() - self.taken_at) > STALE_S / 2:
-            raise TimeoutError(f"whoever started this training has not answered for {silent:.0f} s")
+            raise TimeoutError(f"the process that started this training has not answered for {silent:.0f} s")
 
 
 def work(config: dict[str, Any]) -> None:
