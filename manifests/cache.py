@@ -1,6 +1,6 @@
 """The feature cache: normalised features of every image, in a Zarr v3 group that opens without svgpipe.
 
-zarr.json, features/, …   the store, see store.py; when finished, the group's attributes hold the manifest's content
+zarr.json, features/, …   the store, see feature_store.py; of a finished cache its attributes hold the manifest
 stored_mean/ _std/ _min/ _max/   (channel) float32: of what was written, over all valid rows
 stored_covariance/        (channel, channel) float64: of the original view of 512 valid rows
 calibration.json          what fixed channel_mean, channel_std and the int8 steps, before anything was written

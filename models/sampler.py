@@ -20,8 +20,8 @@ Solver = Literal["euler", "heun", "multistep"]
 Weights = tuple[float, float]
 """Of the conditional and of the unconditional velocity."""
 
-# Multistep extrapolates to the middle of a step, but never further than so many steps of before: with few steps and a
-# strong shift the last ones grow so fast that it would overshoot.
+# The multistep solver extrapolates the velocity to the middle of a step, at most this many previous steps ahead: with
+# few steps and a strong shift the last steps are so long that it would overshoot.
 MAX_AHEAD = 1.0
 ROUNDING = 1e-6  # of times, which are float32: an interval's ends belong to it
 

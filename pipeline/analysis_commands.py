@@ -119,7 +119,7 @@ def eval_reconstruction(
     address: AddressOption = None,
 ) -> None:
     """What the autoencoder loses of held-out images, with its residual branch and without. Run again to resume."""
-    from svgpipe.manifests.recipe_files import load_recipe
+    from svgpipe.manifests.recipe_loader import load_recipe
     from svgpipe.manifests.reconstruction import ReconstructionReport
     from svgpipe.manifests.shards import ShardSet
     from svgpipe.stages.evaluate.reconstruction import eval_reconstruction as run_stage

@@ -216,7 +216,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """What `extract` will take: hours, gigabytes per view and dtype, workers for a deadline. Writes nothing."""
-    from svgpipe.manifests.recipe_files import load_recipe
+    from svgpipe.manifests.recipe_loader import load_recipe
     from svgpipe.manifests.shards import ShardSet
     from svgpipe.stages.extract.cost import estimate_cost
 

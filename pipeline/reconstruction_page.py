@@ -14,7 +14,7 @@ from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.stages.evaluate.decode import decoded_images
+from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.images.image_set import ImageSet
 from svgpipe.stages.runtime.selection import choose_evenly, evenly_spread
 

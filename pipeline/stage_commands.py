@@ -48,7 +48,7 @@ def shard(
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one per core.")] = 0,
 ) -> None:
     """Image folder → WebDataset tars with an index. Run again to resume."""
-    from svgpipe.manifests.recipe_files import load_recipe
+    from svgpipe.manifests.recipe_loader import load_recipe
     from svgpipe.stages.shard.from_folder import shard as run_stage
 
     from .console import ConsoleProgress
@@ -111,7 +111,7 @@ def train_autoencoder(
     wandb: WandbOption = None,
 ) -> None:
     """Residual encoder and decoder beside the frozen backbone. Run again to resume."""
-    from svgpipe.manifests.recipe_files import load_recipe
+    from svgpipe.manifests.recipe_loader import load_recipe
     from svgpipe.manifests.shards import ShardSet
     from svgpipe.stages.train_autoencoder.stage import train_autoencoder as run_stage
 
@@ -146,7 +146,7 @@ def extract(
     max_rejects: MaxRejectsOption = 0.001,
 ) -> None:
     """Shard set → normalised feature cache, on Ray workers. Run again to resume."""
-    from svgpipe.manifests.recipe_files import load_recipe
+    from svgpipe.manifests.recipe_loader import load_recipe
     from svgpipe.manifests.shards import ShardSet
     from svgpipe.stages.extract.stage import extract as run_stage
 
@@ -197,7 +197,7 @@ def train_diffusion(
 ) -> None:
     """Diffusion transformer, purely from the cache. Run again to resume."""
     from svgpipe.manifests import FeatureCache
-    from svgpipe.manifests.recipe_files import load_recipe
+    from svgpipe.manifests.recipe_loader import load_recipe
     from svgpipe.stages.train_diffusion.stage import train_diffusion as run_stage
 
     from .cluster import training_cluster
@@ -262,7 +262,7 @@ def sample_and_eval(
     address: AddressOption = None,
 ) -> None:
     """A sweep of steps and guidance: latents, images, distances, report. Run again to resume."""
-    from svgpipe.manifests.recipe_files import load_recipe
+    from svgpipe.manifests.recipe_loader import load_recipe
     from svgpipe.stages.evaluate.export_images import export_npz, export_png
     from svgpipe.stages.evaluate.reference import open_reference
     from svgpipe.stages.evaluate.stage import sample_and_eval as run_stage
@@ -310,7 +310,7 @@ def run(
     address: AddressOption = None,
 ) -> None:
     """All stages in order, skipping what is finished and unchanged. Run again to resume."""
-    from svgpipe.manifests.recipe_files import load_recipe
+    from svgpipe.manifests.recipe_loader import load_recipe
 
     from .console import ConsoleProgress
     from .run import run_recipe

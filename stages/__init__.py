@@ -1,1 +1,1 @@
-"""One file per job: typed inputs, a config section and an output directory in, a manifest out."""
+"""One package per job, shared packages below; tests/test_floors.py says which may import which."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.recipe import Recipe
-from svgpipe.manifests.recipe_files import load_recipe
+from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.pipeline.cli import main
 from svgpipe.pipeline.cluster import connected

@@ -18,7 +18,7 @@ from svgpipe.manifests.shards import ShardSet
 from svgpipe.models.losses import LPIPS
 from svgpipe.pipeline.reconstruction_page import _spread_over_classes
 from svgpipe.stages.evaluate import reconstruction as stage
-from svgpipe.stages.evaluate.decode import decoded_images
+from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.images.decode import RGBArray
 from svgpipe.stages.images.stream import load_images
 from svgpipe.stages.images.tensors import as_unit_range

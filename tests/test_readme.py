@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from svgpipe.manifests import FeatureCache
-from svgpipe.manifests.recipe_files import builtin_names
+from svgpipe.manifests.recipe_loader import builtin_names
 from svgpipe.pipeline.cli import main
 
 from .conftest import Finished, Outcome

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.precision import computes_bfloat16
-from svgpipe.manifests.recipe_files import builtin_names, load_recipe
+from svgpipe.manifests.recipe_loader import builtin_names, load_recipe
 from svgpipe.stages.runtime import device
 from svgpipe.stages.runtime.device import autocast, warn_if_imitated
 

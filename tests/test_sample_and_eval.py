@@ -38,7 +38,7 @@ from svgpipe.pipeline.page import picture
 from svgpipe.stages.evaluate import measure
 from svgpipe.stages.evaluate import sample_latents as latents_stage
 from svgpipe.stages.evaluate.cpu_tasks import LatentsUnit
-from svgpipe.stages.evaluate.decode import ImageJob, decoded_images, missing_units
+from svgpipe.stages.evaluate.decode_latents import ImageJob, decoded_images, missing_units
 from svgpipe.stages.evaluate.features import Extractor, load_extractor
 from svgpipe.stages.evaluate.measure import extracted
 from svgpipe.stages.evaluate.plan import Sampler

@@ -30,8 +30,8 @@ from ..runtime.selection import evenly_spread
 TIMES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.9)
 POINTS_PER_CLASS = 8
 MIN_CLASS = 3
-# As all fields are of as many images as the smallest class allows, one far smaller would make them all next to nothing.
-MIN_SHARE = 0.5  # of the median class
+# Every class is cut to the size of the smallest one, so classes below this share of the median are left out.
+MIN_SHARE = 0.5
 MAX_FIELDS = 32  # classes whose fields are looked at from all points: with all of 1000, the work would take days
 
 

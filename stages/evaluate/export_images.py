@@ -25,7 +25,7 @@ from svgpipe.manifests.filesystem import (
 from ..images.decode import RGBArray
 from ..images.image_set import ImageSet
 from ..runtime.progress import Progress
-from .decode import decoded_images
+from .decode_latents import decoded_images
 
 
 def export_npz(evaluation: Location, progress: Progress) -> list[Location]:

@@ -85,7 +85,7 @@ class Extractor:
 
 
 def weight_inputs(**sources: str) -> dict[str, InputRef]:
-    """Weight files by name, as inputs by which what was measured with them is known; hub and the like are none."""
+    """Fingerprints of local weight files, as inputs of what is measured with them. `hub` and the like are no files."""
     files = {name: Path(source) for name, source in sources.items()}
     return {
         name: InputRef(kind="weights", fingerprint=file_sha256(path), path=str(path), config={})

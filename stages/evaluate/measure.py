@@ -20,7 +20,7 @@ from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import Json, digest
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardFile, refs_of
-from svgpipe.models.distances import FrechetTarget
+from svgpipe.models.image_metrics import FrechetTarget
 
 from ..images.decode import psnr
 from ..images.image_set import ImageSet

@@ -12,7 +12,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
 from svgpipe.manifests.estimate import Estimate
-from svgpipe.models.distances import FrechetTarget, ball_radii, covered, kernel_influences, nearest_class_hits
+from svgpipe.models.image_metrics import FrechetTarget, ball_radii, covered, kernel_influences, nearest_class_hits
 
 from ..runtime.device import pick_device
 from ..runtime.selection import evenly_spread
@@ -20,8 +20,8 @@ from .intervals import estimate, picks, share_estimate
 
 KERNEL_SUBSETS = 50
 KERNEL_SUBSET_SIZE = 1000
-# Subsets overlap, or are the whole set, so their spread says little. What single images add does, and to know that,
-# as many others of either set are enough.
+# KID subsets overlap, so their spread underestimates the error. The interval comes from what single images contribute
+# instead, estimated against at most this many images of each set.
 KERNEL_ROWS = 10_000
 INCEPTION_SPLITS = 10
 MIN_TO_SPLIT = 100

@@ -41,7 +41,7 @@ from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Recorded
 from ..runtime.runner import LocalRunner, Runner
 from ..runtime.selection import choose_evenly
-from .decode import DecoderOptions, ImageJob, decode
+from .decode_latents import DecoderOptions, ImageJob, decode
 from .features import POOLED, Extractor, load_extractor, software, weight_inputs
 from .intervals import mean_estimate
 from .measure import RECONSTRUCTIONS, extracted

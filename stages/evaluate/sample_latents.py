@@ -3,9 +3,9 @@
     POOL/steps-025_guidance-1.5_0123abcd4567/    one Zarr group in the cache's own format for each setting and model
         journal/                                 one record per outer shard, with its hash
 
-The name ends in a digest of all that decides a latent: weights, sampler, seed, the guide. So sweeps that agree in these
-share latents, however many samples each of them asks for, and whatever the units in which it would draw them: a store
-keeps the units of the first.
+The name ends in a digest of all that decides a latent: weights, sampler, seed, the guide. Sweeps
+with the same weights, sampler, seed and guide share latents, also with other numbers of samples. The first sweep fixes
+the size of the outer shards.
 """
 
 from __future__ import annotations

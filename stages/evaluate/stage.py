@@ -29,7 +29,7 @@ from ..extract.align import align_for_evaluation, needs_alignment
 from ..networks.sampling import labels_of
 from ..runtime.progress import Progress, Recorded
 from ..runtime.runner import LocalRunner, Runner
-from .decode import DecoderOptions, ImageJob, decode
+from .decode_latents import DecoderOptions, ImageJob, decode
 from .features import software
 from .measure import NOISE, RECONSTRUCTIONS, Compared, measure
 from .plan import EvaluationPlan

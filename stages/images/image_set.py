@@ -1,4 +1,4 @@
-"""Images by number, as extractors and pages want them. Apart from measure.py, as decoding needs no torch-fidelity."""
+"""Images by number, as extractors and pages want them. Decoding uses them too, so torch-fidelity is not needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""8-bit pixels ↔ tensors. Apart from images.py, so that sharding need not load torch."""
+"""8-bit pixels ↔ tensors. Apart from decode.py, so that sharding need not load torch."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from svgpipe.models.seeds import generator, seed_of
 from ..runtime.device import autocast, to_device
 from ..training.distributed import ProcessGroup, gradient_norms, replicate
 from ..training.divergence import DivergenceGuard
-from ..training.optimizer import learning_rate, set_learning_rate
+from ..training.lr_schedule import learning_rate, set_learning_rate
 from ..training.state import load_optimizer_tensors, optimizer_tensors
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import EMA
 from svgpipe.manifests.recipe import DiffusionSection
-from svgpipe.models.distances import frechet_distance, nearest_class_accuracy
 from svgpipe.models.dit import DiT
+from svgpipe.models.image_metrics import frechet_distance, nearest_class_accuracy
 
 from ..networks.sampling import SamplerSettings, draw_latents, labels_of
 from ..runtime.retry import Say, call_with_retries

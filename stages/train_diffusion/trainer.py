@@ -33,7 +33,7 @@ from ..training.distributed import (
     shard_parameters,
 )
 from ..training.divergence import DivergenceGuard
-from ..training.optimizer import learning_rate, set_learning_rate
+from ..training.lr_schedule import learning_rate, set_learning_rate
 from ..training.state import load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
 from .loss import draws_at, sample_losses
 

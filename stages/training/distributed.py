@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _Sum(torch.autograd.Function):
-    """The derivative of all parts of the loss by what this process put in is the sum of what each of them asks for."""
+    """All-reduce sum. Its backward pass sums gradients too: every process's part of the loss depends on every input."""
 
     @staticmethod
     def forward(context: Any, values: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from svgpipe.manifests.recipe import AutoencoderSection, DiffusionSection
 from ..runtime.memory import peak_memory
 from .checkpointing import BackgroundSaver, latest_of_all
 from .distributed import ProcessGroup
+from .lr_schedule import learning_rate
 from .metrics_log import MetricsLog
-from .optimizer import learning_rate
 from .supervisor import Supervisor
 
 B = TypeVar("B")
@@ -44,7 +44,7 @@ def explained_out_of_memory(advice: str) -> Iterator[None]:
 
 
 class TrainingRun(ABC, Generic[B, S, R]):
-    """One run in one process of its group: batches B go in, each step finds an S, the end is described by an R."""
+    """One training run in one process. B: type of a batch; S: result of a step; R: result of the run."""
 
     section: ClassVar[str]  # of the recipe, which the stage is named after
     item: ClassVar[str]  # what a batch is made of

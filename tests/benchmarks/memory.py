@@ -23,7 +23,7 @@ from pathlib import Path
 import ray
 
 from svgpipe.manifests.recipe import Recipe
-from svgpipe.manifests.recipe_files import load_recipe
+from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.pipeline.cluster import connected
 from svgpipe.stages.extract.stage import extract

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from svgpipe.manifests.index import ImageRef, write_index
 from svgpipe.manifests.manifest import digest
-from svgpipe.manifests.recipe_files import load_recipe
+from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardFile, ShardSet, ShardSetManifest, shard_name
 from svgpipe.stages.shard.from_folder import shard
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder

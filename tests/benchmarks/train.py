@@ -33,7 +33,7 @@ from torch import Tensor
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.precision import Precision
 from svgpipe.manifests.recipe import DiffusionSection, Recipe
-from svgpipe.manifests.recipe_files import load_recipe
+from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.stages.extract.encoder_actor import EncoderOptions, EncodeUnits
 from svgpipe.stages.extract.stage import extract
