@@ -50,7 +50,7 @@ class FrechetTarget:
         turned = values @ self.root  # the covariance of these is C1^½ C2 C1^½
         found = []
         for pick in picks:
-            # A resampled set lacks about a third of the rows: weighting rows by their counts costs less than repeating them.
+            # A resampled set lacks a third of the rows: weighting rows by their counts costs less than repeating them.
             rows, counts = pick.unique(return_counts=True)
             weights = (counts.double() / len(pick)).to(values.device)[:, None]
             unbiased = len(pick) / (len(pick) - 1)
