@@ -28,6 +28,11 @@ from svgpipe.pipeline.cluster import connected
 GOLDEN = Path(os.environ.get("SVGPIPE_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that wait for Ray come first: one test process gets them, and the others take what is left in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 class Golden:
     """One recorded fixture: its JSON, and its tensors, with a memory of which were looked at."""
 
