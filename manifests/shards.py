@@ -251,12 +251,16 @@ class ShardSet:
         return found
 
     def _table(self, position: int) -> pa.Table:
-        if position not in self._tables:
+        """The index of a tar. Several threads may ask: every single operation on the dict is atomic."""
+        table = self._tables.get(position)
+        if table is None:
             shard = self.shards[position]
-            while len(self._tables) >= INDEXES_KEPT:
-                del self._tables[next(iter(self._tables))]
-            self._tables[position] = read_index(index_of(self.directory, shard), shard.num_images)
-        return self._tables[position]
+            table = read_index(index_of(self.directory, shard), shard.num_images)
+            kept = list(self._tables)
+            for old in kept[: max(0, len(kept) + 1 - INDEXES_KEPT)]:
+                self._tables.pop(old, None)
+            self._tables[position] = table
+        return table
 
     def usable(self, split: Split) -> list[ImageRef]:
         """All images of one split but those rejected when they were indexed. Raises as `refs_of`."""

@@ -13,6 +13,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from svgpipe.manifests import shards as shards_module
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.stages.images.decode import RejectedImageError, decode_image, to_array
@@ -345,3 +347,18 @@ def test_tars_are_plain_ustar_without_times(finished: Finished) -> None:
     shards = finished.shards
     with tarfile.open(str(shards.tars()[0])) as tar:
         assert {(m.mtime, m.uid, m.uname) for m in tar.getmembers()} == {(0, 0, "")}
+
+
+def test_threads_share_an_opened_set(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the readers of an extraction in one process do: of more tars than indexes are kept."""
+    monkeypatch.setattr(shards_module, "INDEXES_KEPT", 1)
+    shards = finished.shards
+    rows = np.random.default_rng(0).integers(0, len(shards), 600).tolist()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda row: shards.refs([row])[0].key, rows))
+    finally:
+        sys.setswitchinterval(before)
+    assert found == [ref.key for ref in finished.shards.refs(rows)]

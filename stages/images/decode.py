@@ -15,6 +15,10 @@ from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.index import ImageRef
 
 RGBArray = NDArray[np.uint8]
+# Pillow warns of odd metadata, and of what is rejected anyway. Ignored for good: `catch_warnings` changes the filters
+# of all threads, and several decode at a time.
+IGNORED_WARNINGS = r"PIL\.|svgpipe\.stages\.images\.decode$"
+warnings.filterwarnings("ignore", module=IGNORED_WARNINGS)
 FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow opens MPO, two pictures in one JPEG, as JPEG
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 MAX_ASPECT_RATIO = 100  # times the shorter one
@@ -98,11 +102,9 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 @contextmanager
 def _rejecting() -> Iterator[None]:
-    """Pillow's many errors as one, and its many warnings as none: of odd metadata, and of what is rejected anyway."""
+    """Pillow's many errors as one."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     except UnidentifiedImageError as error:
         raise RejectedImageError("not a JPEG, PNG or WebP image") from error
     except Image.DecompressionBombError as error:
