@@ -200,8 +200,9 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
+    """One Ray for the tests of a module; what a failed run leaves on it must not keep others from its CPUs."""
     with connected():
         yield
 

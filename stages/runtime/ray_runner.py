@@ -7,6 +7,7 @@ node died.
 from __future__ import annotations
 
 import pickle
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class RayRunner:
         except ray.exceptions.RayTaskError:
             raise  # a bug in a step: its traceback is what helps
         except ray.exceptions.RayError as error:
+            # Its frames hold the pool, which would keep its CPUs for as long as anybody keeps the error.
+            traceback.clear_frames(error.__traceback__)
             raise SvgpipeError(
                 f"a Ray worker died ({first_line(error)}). What was finished is kept; "
                 "run the command again. If it was killed for memory, use fewer --num-workers or smaller units."
