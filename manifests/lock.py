@@ -81,22 +81,27 @@ class Lock:
         """Replace the lock of a dead owner by ours; False if somebody else may just be doing so, or has done so.
 
         Only the holder of a claim on this very owner may replace its lock. Whoever comes later, with a reading of the
-        lock from before, finds another token under it.
+        lock from before, finds another token under it. A claim of a dead process is not removed but outnumbered by
+        the next one: a removal could hit the claim of a third process.
         """
-        claim = self.path.with_name(f".{LOCK_NAME}.{owner.get('token')}.claim")
-        if not create_exclusively(claim, self._mine()):
-            claimant = _read(claim)
-            if claimant is not None and is_dead(claimant):
-                claim.unlink(missing_ok=True)
-            time.sleep(CLAIM_WAIT_S)
-            return False
-        try:
-            if (_read(self.path) or {}).get("token") != owner.get("token"):
+        claims: list[Location] = []
+        while True:
+            claims.append(self.path.with_name(f".{LOCK_NAME}.{owner.get('token')}.claim-{len(claims)}"))
+            if create_exclusively(claims[-1], self._mine()):
+                break
+            claimant = _read(claims[-1])
+            if claimant is None or not is_dead(claimant):
+                time.sleep(CLAIM_WAIT_S)
                 return False
-            write_atomic(self.path, self._mine())
-            return True
+        replaced = False
+        try:
+            if (_read(self.path) or {}).get("token") == owner.get("token"):
+                write_atomic(self.path, self._mine())
+                replaced = True
         finally:
-            claim.unlink(missing_ok=True)
+            for claim in claims if replaced else claims[-1:]:
+                claim.unlink(missing_ok=True)
+        return replaced
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_S) and self._lost is None:

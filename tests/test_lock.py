@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import pytest
 from upath import UPath
 
 from svgpipe.manifests import lock as module
-from svgpipe.manifests.filesystem import Location, children
+from svgpipe.manifests.filesystem import Location, children, write_atomic
 from svgpipe.manifests.lock import LOCK_NAME, BusyError, Lock, locked
 
 HOLD = """
@@ -175,7 +176,40 @@ def test_of_two_that_find_a_dead_owner_one_gets_the_lock(
 def test_a_claim_of_a_process_that_died_is_no_obstacle(tmp_path: Path) -> None:
     dead = {"token": "t", "host": "far", "pid": 1, "process": {"namespace": "far"}, "since": 0, "beat_at": 0}
     (tmp_path / LOCK_NAME).write_text(json.dumps(dead))
-    (tmp_path / f".{LOCK_NAME}.t.claim").write_text(json.dumps(dead))
+    (tmp_path / f".{LOCK_NAME}.t.claim-0").write_text(json.dumps(dead))
     with locked(tmp_path):
         pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_two_that_find_a_dead_claim_one_gets_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one is about to write the lock when the second, which saw the dead claim too, goes on."""
+    dead = {"token": "t", "host": "far", "pid": 1, "process": {"namespace": "far"}, "since": 0, "beat_at": 0}
+    (tmp_path / LOCK_NAME).write_text(json.dumps(dead))
+    (tmp_path / f".{LOCK_NAME}.t.claim-0").write_text(json.dumps({**dead, "token": "claimant"}))
+    about_to_write, go_on = threading.Event(), threading.Event()
+    first: list[Lock] = []
+    thread = threading.Thread(target=lambda: first.append(Lock(tmp_path)))
+    real_is_dead, real_write = module.is_dead, write_atomic
+
+    def write_later(path: Location, content: bytes) -> None:
+        if threading.current_thread() is thread and not about_to_write.is_set():
+            about_to_write.set()
+            assert go_on.wait(60)
+        real_write(path, content)
+
+    def first_comes_in_between(owner: dict[str, Any]) -> bool:
+        if owner.get("token") == "claimant" and not thread.ident:
+            thread.start()
+            assert about_to_write.wait(60)
+        return real_is_dead(owner)
+
+    monkeypatch.setattr(module, "write_atomic", write_later)
+    monkeypatch.setattr(module, "is_dead", first_comes_in_between)
+    with pytest.raises(BusyError, match="try again"):
+        Lock(tmp_path)
+    go_on.set()
+    thread.join()
+    first[0].check()
+    first[0].release()
     assert not list(tmp_path.iterdir())
