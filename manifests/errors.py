@@ -69,7 +69,7 @@ def memory_error(error: BaseException, advice: str = MEMORY_ADVICE) -> SvgpipeEr
     on_gpu = type(error).__name__ == "OutOfMemoryError" and type(error).__module__.partition(".")[0] == "torch"
     if not on_gpu and "DefaultCPUAllocator: can't allocate" not in str(error):
         return None
-    return SvgpipeError(f"out of memory ({first_line(error)}). What was finished is kept. {advice}")
+    return SvgpipeError(f"out of memory ({first_line(error)}). Finished work is kept. {advice}")
 
 
 def storage_error(path: object, error: Exception) -> Exception:

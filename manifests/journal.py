@@ -62,16 +62,11 @@ class Journal:
         self._path(unit).unlink(missing_ok=True)
 
     def finished(self) -> set[int]:
-        """Numbers of the finished units."""
-        return finished_units(self.directory)
+        """Numbers of the finished units; none where the directory does not exist."""
+        names = (re.fullmatch(r"unit-(\d+)\.json", path.name) for path in children(self.directory))
+        return {int(match[1]) for match in names if match}
 
     def missing(self, num_units: int) -> list[int]:
         """Units of range(num_units) that are not finished."""
         done = self.finished()
         return [unit for unit in range(num_units) if unit not in done]
-
-
-def finished_units(directory: Location) -> set[int]:
-    """Numbers of the units that the journal in `directory`, which need not exist, calls finished."""
-    names = (re.fullmatch(r"unit-(\d+)\.json", path.name) for path in children(directory))
-    return {int(match[1]) for match in names if match}

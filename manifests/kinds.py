@@ -25,7 +25,7 @@ KINDS: dict[str, type[Manifest]] = {
 
 
 def read_any(path: Location) -> Manifest:
-    """The manifest of whatever finished artifact lies at `path`.
+    """The manifest of the finished artifact at `path`, of any kind.
 
     Raises:
         ArtifactError: no manifest, one of an unknown kind, or a damaged one.

@@ -1,4 +1,4 @@
-"""report.json of whatever was evaluated, and report.schema.json beside it, which says what every field means."""
+"""report.json of an evaluation, and report.schema.json beside it, which says what every field means."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ def _root(
 def _explain(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{where}no space left on the device. What was finished is kept; free space and run the command again."
-    return f"{where}{error.strerror or error}. What was finished is kept."
+        return f"{where}no space left on the device. Finished work is kept; free space and run the command again."
+    return f"{where}{error.strerror or error}. Finished work is kept."
 
 
 def _show_log() -> None:
@@ -59,7 +59,7 @@ def _show_log() -> None:
 
 
 def _stopped() -> int:
-    typer.echo("stopped. What was finished is kept; the same command resumes.", err=True)
+    typer.echo("stopped. Finished work is kept; the same command resumes.", err=True)
     return 130
 
 

@@ -20,7 +20,7 @@ from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
 from svgpipe.manifests.filesystem import Location, children
-from svgpipe.manifests.journal import finished_units
+from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.kinds import artifacts_below, read_any
 from svgpipe.manifests.lock import describe as describe_owner
 from svgpipe.manifests.lock import owner_of
@@ -63,11 +63,9 @@ def _describe_finished(path: Location) -> Json:
 def _describe_unfinished(path: Location) -> Json:
     plan = read_plan(path)
     facts: Json = {}
-    if tars := children(path / "records"):
-        facts["tars finished"] = len(tars)
     inner = [child for child in children(path / "journal") if child.suffix == ""]
     for journal in [path / "journal", *inner]:
-        if count := len(finished_units(journal)):
+        if count := len(Journal(journal).finished()):
             facts[f"{journal.name}: units finished"] = count
     if (owner := owner_of(path)) is not None:
         facts["now"] = describe_owner(owner)

@@ -124,7 +124,7 @@ def test_a_scheduler_stops_it_as_ctrl_c_does(finished: Finished, tmp_path: Path)
     process.send(signal.SIGTERM)
     assert process.wait(60) == 130
     text = log.read_text()
-    assert "stopped. What was finished is kept; the same command resumes." in text
+    assert "stopped. Finished work is kept; the same command resumes." in text
     assert "SIGTERM received" not in text
     assert "Traceback" not in text
     assert not (out / "lock.json").exists()

@@ -136,7 +136,7 @@ def test_a_unit_that_kills_its_process_ends_the_run(
     ray_session: None, monkeypatch: pytest.MonkeyPatch, deadly: str
 ) -> None:
     monkeypatch.setattr(ray_runner, "RETRIES", 1)
-    with pytest.raises(SvgpipeError, match=r"a Ray worker died .* What was finished is kept"):
+    with pytest.raises(SvgpipeError, match=r"a Ray worker died .* Finished work is kept"):
         list(RayRunner().run(range(2), steps_with({(deadly, 1): kill})))
 
 

@@ -46,7 +46,7 @@ def test_storage_that_comes_back_is_waited_for(finished: Finished, tmp_path: Pat
     assert same_weights(tmp_path / "out", finished.root / "diffusion")
 
 
-def test_patience_ends_and_knows_what_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_end_and_permanent_errors_are_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "WAITS_S", (0.0, 0.0))
     said: list[str] = []
 
@@ -85,7 +85,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
     try:
         found = svgpipe(*train_args(finished, disk / "out"))
         assert found.code == 1
-        assert "no space left on the device. What was finished is kept" in found.err
+        assert "no space left on the device. Finished work is kept" in found.err
         listed = read_json(disk / "out" / "checkpoints" / "latest.json")["checkpoints"]
         assert [entry["step"] for entry in listed] == [4]
         subprocess.run(["mount", "-o", "remount,size=256m", str(disk)], check=True)
@@ -143,7 +143,7 @@ def test_ctrl_c_twice_stops_in_the_middle_of_a_step(
     process.send(signal.SIGINT)
     assert process.wait(60) == 130
     text = log.read_text()
-    assert "stopped. What was finished is kept" in text
+    assert "stopped. Finished work is kept" in text
     assert "Traceback" not in text
     assert [entry["step"] for entry in read_json(latest)["checkpoints"]] == [1]
 

@@ -50,7 +50,7 @@ class RejectTally:
             raise TooManyRejectsError(
                 f"{rejected} of {self.seen} images so far were rejected ({rejected / self.seen:.2%}; "
                 f"--max-rejects accepts {self.limit:.2%} of {self.total}):\n  {self.by_reason()}\n"
-                f"What was finished is kept. Mend the shards, or go on with --max-rejects "
+                f"Finished work is kept. Mend the shards, or go on with --max-rejects "
                 f"{min(1.0, max(rejected / self.seen, rejected / self.total) * 1.2):.2g}."
             )
 

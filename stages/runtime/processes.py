@@ -31,7 +31,7 @@ def map_in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], pro
                 yield future.result()
         except BrokenProcessPool as error:
             raise SvgpipeError(
-                "a worker process was killed (out of memory?). What was finished is kept; run the command again, "
+                "a worker process was killed (out of memory?). Finished work is kept; run the command again, "
                 "with fewer workers if it happens again."
             ) from error
         except BaseException:

@@ -67,7 +67,7 @@ class RayRunner:
             # Its frames hold the pool, which would keep its CPUs for as long as anybody keeps the error.
             traceback.clear_frames(error.__traceback__)
             raise SvgpipeError(
-                f"a Ray worker died ({first_line(error)}). What was finished is kept; "
+                f"a Ray worker died ({first_line(error)}). Finished work is kept; "
                 "run the command again. If it was killed for memory, use fewer --num-workers or smaller units."
             ) from error
 
@@ -154,11 +154,12 @@ class _GuardedWorker:
         self.threads = None if on_gpu else threads
         self._set_threads()
         try:
-            self.step = _Guarded(make_worker(device))
+            self.step: Callable[[Row], Row] = _Guarded(make_worker(device))
         except Exception as error:
             if (told := _for_a_person(error)) is None:
                 raise
-            self.step = _Guarded(_Raises(told))
+            failure = _pack(_Failure(told))
+            self.step = lambda row: failure
 
     def _set_threads(self) -> None:
         """Ray calls from several threads, and torch keeps the number of compute threads per calling thread."""
@@ -170,11 +171,3 @@ class _GuardedWorker:
     def __call__(self, row: Row) -> Row:
         self._set_threads()
         return self.step(row)
-
-
-@dataclass(frozen=True)
-class _Raises:
-    error: SvgpipeError | OSError
-
-    def __call__(self, record: object) -> object:
-        raise self.error

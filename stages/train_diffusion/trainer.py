@@ -108,7 +108,7 @@ class FlowTrainer:
         return {name: model_tensors(model) for name, model in self.models.items()}
 
     def load(self, groups: dict[str, dict[str, Tensor]]) -> None:
-        """Inverse of `state`, whatever group and strategy it came from."""
+        """Inverse of `state`. The world size and strategy that saved the state may differ from this run's."""
         for name, model in self.models.items():
             load_model_tensors(model, groups[name])
         load_optimizer_tensors(self.model, self.optimizer, groups["optimizer"])

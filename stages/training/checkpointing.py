@@ -51,7 +51,7 @@ class BackgroundSaver:
             writing.result()
 
     def close(self) -> None:
-        """Let a checkpoint that is being written be finished, whatever becomes of it, and end the thread."""
+        """Wait for the checkpoint that is being written, and end the thread. Errors of that write are not raised."""
         self._pool.shutdown(wait=True)
 
 

@@ -1,6 +1,6 @@
-"""The course of a training, whatever is trained: resume, steps, log, checkpoints, a stop that was asked for.
+"""The training loop of every model: resume, steps, log, checkpoints, stop on request.
 
-Every process of a group runs the same code on its share of each batch; the one that leads also writes.
+Every rank runs the same code on its local slice of each batch. The main process also writes.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class _Launch(Generic[R]):
             events = ray.get(self.event_queue.take.remote(stopping))
             self._relay(events)  # first: workers may have begun since the last look
             if stopping and not self.left:  # nothing is at work that could finish a step and save
-                raise InterruptedRunError("stopped. What was saved is kept; the same command resumes.")
+                raise InterruptedRunError("stopped. Saved checkpoints are kept; the same command resumes.")
             if events:
                 warn_at = math.inf
             elif time.monotonic() > warn_at:
@@ -121,8 +121,9 @@ class _Launch(Generic[R]):
             return failure
         why = first_line(causes[0]) if causes else "no reason was given"
         return SvgpipeError(
-            f"workers died {MAX_FAILURES + 1} times, the last time: {why}. What was saved is kept. If they were killed "
-            "for memory, use a smaller batch, a larger accumulate, or fewer --num-workers on one machine."
+            f"workers died {MAX_FAILURES + 1} times, the last time: {why}. Saved checkpoints are kept. "
+            "If they were killed for memory, use a smaller batch, a larger accumulate, or fewer --num-workers on one "
+            "machine."
         )
 
     def _trainer(self, scratch: str) -> Any:
@@ -181,6 +182,6 @@ def _with_threads(resources: Reserved) -> Reserved:
 def _outcome(call: Callable[[], Any]) -> BaseException | None:
     try:
         call()
-    except BaseException as error:  # whatever it is, the main thread decides
+    except BaseException as error:  # the main thread raises it
         return error
     return None

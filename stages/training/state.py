@@ -1,7 +1,7 @@
-"""State of models and optimizers as flat tensors for checkpoints, the same for every number of processes and strategy.
+"""State of models and optimizers as flat tensors for checkpoints. It is the same for every world size and strategy.
 
-torch.distributed.checkpoint puts sharded tensors together and takes them apart. All processes must call these
-functions; of a sharded model only the main process gets tensors.
+torch.distributed.checkpoint gathers and scatters sharded tensors. All ranks must call these functions. Of a sharded
+model only the main process gets tensors.
 """
 
 from __future__ import annotations

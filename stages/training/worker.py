@@ -1,10 +1,9 @@
-"""What runs on a worker of a training, and the event queue between it and the process that started it all."""
+"""The training job on a Ray worker, and the event queue between worker 0 and the starting process."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from svgpipe.manifests.errors import SvgpipeError
@@ -115,15 +114,15 @@ class _RemoteSupervisor:
         if self._answer is None:
             self._answer = answer
         elif ray.wait([self._answer], timeout=0)[0]:
-            self.seen = ray.get(self._answer)  # raises when whoever started this is gone
+            self.seen = ray.get(self._answer)  # raises when the starting process is gone
             self._answer = answer
 
     def fail(self, error: Exception) -> None:
         """Tell what went wrong. Worker 0, which also knows what was saved, speaks for all if it fails too."""
         import ray
 
-        patience = time.monotonic() + (0 if self.group.is_main else GRACE_S)
-        while time.monotonic() < patience:
+        deadline = time.monotonic() + (0 if self.group.is_main else GRACE_S)
+        while time.monotonic() < deadline:
             if ray.get(self.event_queue.has_failed.remote()):
                 return
             time.sleep(POLL_S)
@@ -136,14 +135,10 @@ class _RemoteSupervisor:
         ray.get(self.event_queue.post.remote(name, content))
 
     def check(self) -> None:
-        """Raises a Ray error when whoever started this is gone or frozen: another run may be at work by now."""
+        """Raises a Ray error when the starting process is gone or frozen: another run may have taken the lock."""
         import ray
 
         ray.get(self.event_queue.require_reader.remote())
 
     def stop_requests(self) -> AbstractContextManager[StopFlag]:
-        return self._flag()
-
-    @contextmanager
-    def _flag(self) -> Iterator[StopFlag]:
-        yield self
+        return nullcontext(self)
