@@ -3,8 +3,8 @@
 zarr.json, features/, …   the store, see feature_store.py; of a finished cache its attributes hold the manifest
 stored_mean/ _std/ _min/ _max/   (channel) float32: of what was written, over all valid rows
 stored_covariance/        (channel, channel) float64: of the original view of 512 valid rows
-calibration.json          what fixed channel_mean, channel_std and the int8 steps, before anything was written
-journal/                  one record per outer shard, with its hash and moments: the proof that it was written
+journal/                  one record per outer shard, with its hash and moments: the proof that it was written;
+                          and the calibration: channel_mean, channel_std and the int8 steps, fixed before anything else
 rejected.jsonl            row, tar, offset, key, reason — samples = valid + rejected
 """
 

@@ -1,6 +1,7 @@
-"""calibration.json: what a cache is normalised and quantised with, fixed before anything is written.
+"""What a cache is normalised and quantised with, fixed before anything is written.
 
-Kept beside the store's own arrays, so that a resume uses the very same numbers, and either can be mended by the other.
+It lies in the cache's journal beside the store's own arrays: a resume uses the same numbers, and `repair` restores
+either of them from the other.
 """
 
 from __future__ import annotations
@@ -10,11 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ArtifactError
-from .filesystem import Location
-from .manifest import read_json, write_json
+from .journal import Journal
 
-CALIBRATION_NAME = "calibration.json"
+CALIBRATION = "calibration"
 
 
 @dataclass(frozen=True)
@@ -26,17 +25,16 @@ class Calibration:
     scale: NDArray[np.float32] | None
 
     @classmethod
-    def read(cls, path: Location) -> Calibration:
-        """Parse calibration.json. Raises ArtifactError if it is missing or damaged."""
-        entry = read_json(path)
-        try:
-            mean, std = (np.asarray(entry[key], np.float32) for key in ("mean", "std"))
-            scale = None if entry["scale"] is None else np.asarray(entry["scale"], np.float32)
-        except (KeyError, ValueError, TypeError) as error:
-            raise ArtifactError(f"{path}: expected mean, std and scale per channel ({error}).") from error
+    def read(cls, journal: Journal) -> Calibration:
+        """The recorded one. Raises ArtifactError if it is missing or damaged."""
+        entry = journal.read(CALIBRATION)
+        mean, std, scale = (
+            None if entry[name] is None else np.asarray(entry[name], np.float32) for name in ("mean", "std", "scale")
+        )
+        assert mean is not None and std is not None
         return cls(mean, std, scale)
 
-    def write(self, path: Location) -> None:
-        """Write calibration.json atomically; float32 survives JSON exactly."""
+    def record(self, journal: Journal) -> None:
+        """Put it into the journal. float32 survives JSON exactly."""
         scale = None if self.scale is None else self.scale.tolist()
-        write_json(path, {"mean": self.mean.tolist(), "std": self.std.tolist(), "scale": scale})
+        journal.record(CALIBRATION, {"mean": self.mean.tolist(), "std": self.std.tolist(), "scale": scale})

@@ -1,72 +1,130 @@
 """The record of finished units of work: what proves that they are whole, and what a resume skips.
 
-    unit-000003.json    {"entry": what is known of the unit, "sha256": of that entry}
+    journal/unit-000003.json    {"entry": what is known of the unit, "files": [name, num_bytes, sha256], "sha256": …}
 
-A stage writes a record atomically after the unit's data is on disk. All stages that work unit by unit use this class;
-checkpoints of a training have their own listing.
+A stage writes a record atomically after the unit's files are on disk. All stages that work unit by unit use this class.
+Checkpoints of a training have a list of their own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TypeVar
 
 from .errors import ArtifactError
-from .filesystem import Location, children, make_directory
+from .filesystem import Location, children, file_sha256, file_size, make_directory
 from .manifest import Json, digest, read_json, write_json
+
+Unit = TypeVar("Unit", int, str)
+# Units that are checked at the same time: an object store answers slowly.
+CHECKS = 16
+
+
+@dataclass(frozen=True)
+class UnitFile:
+    """One file of a finished unit. `name` is its path below the artifact's directory."""
+
+    name: str
+    num_bytes: int
+    sha256: str
 
 
 class Journal:
-    """One JSON file for each finished unit. Units have numbers, or names where they are found by content."""
+    """One JSON file for each finished unit of an artifact. Units have numbers or names."""
 
-    def __init__(self, directory: Location) -> None:
-        """The journal in `directory`, which the first record creates."""
-        self.directory = directory
+    def __init__(self, root: Location, name: str = "journal") -> None:
+        """The journal `root`/`name`. The first record creates it."""
+        self.root, self.directory = root, root.joinpath(*name.split("/"))
 
     def _path(self, unit: int | str) -> Location:
         return self.directory / (f"{unit}.json" if isinstance(unit, str) else f"unit-{unit:06d}.json")
 
-    def record(self, unit: int | str, entry: Json) -> None:
-        """Say that `unit` is finished."""
+    def record(self, unit: int | str, entry: Json, files: Mapping[str, str | None] | None = None) -> None:
+        """Say that `unit` is finished.
+
+        Args:
+            files: the files of the unit, by their paths below `root`, with their sha256; None computes it.
+        """
+        content = {"entry": entry, "files": [asdict(self._listed(*file)) for file in (files or {}).items()]}
         make_directory(self.directory)
-        write_json(self._path(unit), {"entry": entry, "sha256": digest(entry)})
+        write_json(self._path(unit), {**content, "sha256": digest(content)})
+
+    def _listed(self, name: str, sha256: str | None) -> UnitFile:
+        path = self.root / name
+        if (size := file_size(path)) is None:
+            raise ArtifactError(f"{path}: expected the file that was just written, found none.")
+        return UnitFile(name, size, sha256 or file_sha256(path))
+
+    def _content(self, unit: int | str) -> Json:
+        record = read_json(self._path(unit))
+        if record.pop("sha256", None) != digest(record) or set(record) != {"entry", "files"}:
+            raise ArtifactError(f"{self._path(unit)}: a damaged record: its content is not what was written.")
+        return record
 
     def read(self, unit: int | str) -> Json:
         """The entry of a finished unit. Raises ArtifactError if its record is missing or damaged."""
-        path = self._path(unit)
-        record = read_json(path)
-        entry = record.get("entry")
-        if not isinstance(entry, dict) or record.get("sha256") != digest(entry):
-            raise ArtifactError(f"{path}: a damaged record: its content is not what was written.")
+        entry: Json = self._content(unit)["entry"]
         return entry
 
-    def find(self, unit: int | str) -> Json | None:
-        """`read`, or None where it raises."""
-        with contextlib.suppress(ArtifactError):
-            return self.read(unit)
-        return None
+    def files(self, unit: int | str) -> list[UnitFile]:
+        """The files of a finished unit. Raises ArtifactError if its record is missing or damaged."""
+        return [UnitFile(**file) for file in self._content(unit)["files"]]
+
+    def check(self, unit: int | str, *, deep: bool = False) -> None:
+        """Raise ArtifactError unless the record is intact and every file has its recorded size.
+
+        Args:
+            deep: also compare the sha256 of every file.
+        """
+        for file in self.files(unit):
+            path = self.root / file.name
+            if (size := file_size(path)) != file.num_bytes:
+                found = "no file" if size is None else f"{size}"
+                raise ArtifactError(f"{path}: expected {file.num_bytes} bytes, found {found}.")
+            if deep and (sha256 := file_sha256(path)) != file.sha256:
+                raise ArtifactError(f"{path}: expected sha256 {file.sha256[:12]}, found {sha256[:12]}.")
+
+    def is_whole(self, unit: int | str, *, deep: bool = False) -> bool:
+        """Whether `check` passes."""
+        try:
+            self.check(unit, deep=deep)
+        except ArtifactError:
+            return False
+        return True
+
+    def missing(self, units: Sequence[Unit], *, deep: bool = False) -> list[Unit]:
+        """Those of `units` that are not finished and whole, see `check`."""
+        names = set(self.names())
+        recorded = [unit for unit in units if self._path(unit).stem in names]
+        with ThreadPoolExecutor(CHECKS) as threads:
+            whole = dict(zip(recorded, threads.map(partial(self.is_whole, deep=deep), recorded), strict=True))
+        return [unit for unit in units if not whole.get(unit)]
+
+    def has(self, unit: int | str) -> bool:
+        """Whether there is a record, intact or not."""
+        return self._path(unit).exists()
+
+    def names(self) -> list[str]:
+        """Names of the numbered units that have a record, sorted; `unit-000003` for unit 3."""
+        return [path.stem for path in children(self.directory) if re.fullmatch(r".+-\d+\.json", path.name)]
+
+    def numbers(self) -> list[int]:
+        """Numbers of the units that have a record, in order."""
+        return [int(match[1]) for name in self.names() if (match := re.fullmatch(r"unit-(\d+)", name))]
 
     def kept(self, unit: int | str, key: str, make: Callable[[], Json]) -> Json:
         """What `make` returns, or returned in an earlier run with the same `key`."""
-        entry = self.find(unit)
-        if entry is not None and entry.get("key") == key:
-            kept: Json = entry["kept"]
-            return kept
-        made = make()
-        self.record(unit, {"key": key, "kept": made})
-        return made
+        entry = self.read(unit) if self.is_whole(unit) else {}
+        if entry.get("key") != key:
+            entry = {"key": key, "kept": make()}
+            self.record(unit, entry)
+        kept: Json = entry["kept"]
+        return kept
 
     def forget(self, unit: int | str) -> None:
         """Say that `unit` must be done again."""
         self._path(unit).unlink(missing_ok=True)
-
-    def finished(self) -> set[int]:
-        """Numbers of the finished units; none where the directory does not exist."""
-        names = (re.fullmatch(r"unit-(\d+)\.json", path.name) for path in children(self.directory))
-        return {int(match[1]) for match in names if match}
-
-    def missing(self, num_units: int) -> list[int]:
-        """Units of range(num_units) that are not finished."""
-        done = self.finished()
-        return [unit for unit in range(num_units) if unit not in done]

@@ -55,6 +55,11 @@ class ShardFile(BaseModel):
     index_sha256: str
     index: str | None = Field(None, description="Below the set's directory; null: the tar's name with .parquet.")
 
+    @property
+    def files(self) -> dict[str, str]:
+        """The tar and its index, below the set's directory, with their sha256."""
+        return {self.name: self.sha256, _index_name(self): self.index_sha256}
+
 
 def tar_of(directory: Location, shard: ShardFile) -> Location:
     """Where a tar of the set in `directory` lies."""
@@ -63,7 +68,11 @@ def tar_of(directory: Location, shard: ShardFile) -> Location:
 
 def index_of(directory: Location, shard: ShardFile) -> Location:
     """Where its index lies."""
-    return directory / (shard.index or shard.name.replace(".tar", ".parquet"))
+    return directory / _index_name(shard)
+
+
+def _index_name(shard: ShardFile) -> str:
+    return shard.index or shard.name.replace(".tar", ".parquet")
 
 
 def refs_of(directory: Location, shards: Sequence[ShardFile]) -> list[ImageRef]:

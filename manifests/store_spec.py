@@ -36,6 +36,11 @@ class StoreSpec:
         return (len(self.rows_of(unit)), len(self.views), *self.grid, self.channels)
 
 
+def unit_name(unit: int) -> str:
+    """Path of outer shard `unit` below its store."""
+    return f"features/c/{unit}/0/0/0/0"
+
+
 def unit_file(path: Location, unit: int) -> Location:
     """The file of outer shard `unit` of the store at `path`."""
-    return path / "features" / "c" / str(unit) / "0" / "0" / "0" / "0"
+    return path / unit_name(unit)

@@ -63,10 +63,10 @@ def _describe_finished(path: Location) -> Json:
 def _describe_unfinished(path: Location) -> Json:
     plan = read_plan(path)
     facts: Json = {}
-    inner = [child for child in children(path / "journal") if child.suffix == ""]
-    for journal in [path / "journal", *inner]:
-        if count := len(Journal(journal).finished()):
-            facts[f"{journal.name}: units finished"] = count
+    inner = [f"journal/{child.name}" for child in children(path / "journal") if child.suffix == ""]
+    for name in ["journal", *inner]:
+        if count := len(Journal(path, name).names()):
+            facts[f"{name.rpartition('/')[2]}: units finished"] = count
     if (owner := owner_of(path)) is not None:
         facts["now"] = describe_owner(owner)
     latest = path / "checkpoints" / "latest.json"

@@ -29,8 +29,12 @@ GOLDEN = Path(os.environ.get("SVGPIPE_GOLDEN", Path(__file__).parents[2] / "shar
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that wait for Ray come first: one test process gets them, and the others take what is left in the end."""
+    """Tests that wait for Ray come first. Those that share this process's Ray stay together, and so do the others."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            shared = "ray_session" in getattr(item, "fixturenames", ()) or "[ray]" in item.name
+            item.add_marker(pytest.mark.xdist_group("one Ray" if shared else "a Ray each"))
 
 
 class Golden:
@@ -200,9 +204,9 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One Ray for the tests of a module; what a failed run leaves on it must not keep others from its CPUs."""
+    """One Ray for all tests that run on it in this process; a failed run must not keep the next one from its CPUs."""
     with connected():
         yield
 
@@ -241,8 +245,8 @@ def undisturbed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) ->
 
 def begin_calibrated(undisturbed: Path, out: Path) -> Path:
     """A cache that was begun as `undisturbed` was, and calibrated: on Ray that alone takes long."""
-    out.mkdir()
-    for name in ("plan.json", "calibration.json"):
+    (out / "journal").mkdir(parents=True)
+    for name in ("plan.json", "journal/calibration.json"):
         shutil.copy(undisturbed / name, out / name)
     return out
 

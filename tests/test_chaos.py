@@ -130,7 +130,7 @@ def test_a_second_extract_on_a_cache_in_use_is_refused(
     out = tmp_path / "cache"
     process = Command(extract_args(finished, out), tmp_path / "log")
     try:
-        process.wait_for((out / "lock.json").exists)
+        process.wait_for((out / "plan.json").exists)
         assert f"in use by process {process.pid}" in " ".join(svgpipe("inspect", out, "--json").out.split())
         second = svgpipe(*extract_args(finished, out))
         assert second.code == 1

@@ -181,7 +181,7 @@ def test_what_was_decoded_and_measured_is_not_done_again(
     shutil.copytree(evaluated, out)
     for name in ("manifest.json", "report.json", "report.html"):
         (out / name).unlink()
-    (out / "journal" / "decode" / "unit-000001.json").unlink()
+    (out / "journal" / "decode" / "without-residual-000001.json").unlink()
     (out / "journal" / "measure" / "unit-000002.json").unlink()
     looked: list[int] = []
 

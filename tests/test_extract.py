@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import yaml
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import FeatureStore
-from svgpipe.stages.extract.moments import Moments, merge_all
+from svgpipe.stages.extract.moments import Moments
 from svgpipe.stages.images.stream import load_images
 from svgpipe.stages.networks.autoencoder import load_autoencoder
 
@@ -169,8 +170,9 @@ def test_a_tar_cut_short_is_named(finished: Finished, tmp_path: Path, svgpipe: C
     assert f"{tar}: expected a tar of" in found.err
 
 
+@pytest.mark.slow
 def test_more_workers_than_the_machine_has_is_refused_and_does_not_hang(
-    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+    finished: Finished, ray_session: None, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     found = svgpipe(*extract_args(finished, tmp_path / "out", "--num-workers", 99, "--cpus-per-worker", 1))
     assert found.code == 2
@@ -210,7 +212,7 @@ def test_dinov3_at_256_pixels_with_random_weights_asked_for(
 def test_moments_merge_to_those_of_everything() -> None:
     values = np.random.default_rng(0).normal(3, 2, (7, 5, 4))
     parts = [Moments.of(values[:2]), Moments.of(values[2:2]), Moments.of(values[2:])]
-    merged = merge_all(parts, 4)
+    merged = reduce(Moments.merge, parts, Moments.empty(4))
     flat = values.reshape(-1, 4)
     np.testing.assert_allclose(merged.mean, flat.mean(0))
     np.testing.assert_allclose(merged.std, flat.std(0))

@@ -18,7 +18,6 @@ from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.filesystem import (
     Location,
-    children,
     create_exclusively,
     location,
     read_range,
@@ -26,6 +25,7 @@ from svgpipe.manifests.filesystem import (
     zarr_store,
 )
 from svgpipe.manifests.index import read_images
+from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.lock import BusyError, Lock, locked
 from svgpipe.manifests.shards import ShardSet
 
@@ -35,22 +35,29 @@ from .conftest import Finished, Outcome, extract_args
 UNITS = 5  # 36 rows by eight
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Location]:
-    """An empty bucket of a server of our own, found through the variables that every AWS client reads."""
+@pytest.fixture(scope="session")
+def endpoint() -> Iterator[str]:
+    """One server for the process: clients that s3fs keeps go on asking the first one."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def bucket(endpoint: str) -> Iterator[Location]:
+    """A bucket of a server of our own, found through the variables that every AWS client reads."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         root = location("s3://features")
         assert not isinstance(root, Path)
-        root.fs.mkdir("features")
+        if not root.fs.exists("features"):
+            root.fs.mkdir("features")
         yield root
-    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +97,15 @@ def test_extraction_is_killed_resumes_and_reads_and_is_repaired(
     arguments = remote_args(finished, uploaded)
 
     def records() -> list[str]:
-        return [p.name for p in children(remote / "journal") if p.suffix == ".json"]
+        return Journal(remote).names()
 
     run_and_kill(arguments, lambda: len(records()) >= 1)
     assert not (remote / "manifest.json").exists()
-    before = {name: written(remote / "journal" / name) for name in records()}
+    before = {name: written(remote / "journal" / f"{name}.json") for name in records()}
     assert 1 <= len(before) < UNITS
     resumed = run_elsewhere(arguments)
     assert resumed.returncode == 0, resumed.stderr
-    assert {name: written(remote / "journal" / name) for name in before} == before
+    assert {name: written(remote / "journal" / f"{name}.json") for name in before} == before
     assert len(records()) == UNITS
     here, there = finished.cache, FeatureCache(str(remote))
     assert there.manifest.content == here.manifest.content

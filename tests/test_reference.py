@@ -96,7 +96,7 @@ def test_a_folder_is_known_by_its_content(photographs: Path, tmp_path: Path) -> 
         first.write_bytes(content)
         damaged = open_reference(str(copy))
         with pytest.raises(ArtifactError, match=f"{first.name}: cannot be measured"):
-            require_decodable(damaged.train, Journal(tmp_path / "journal"), Silent())
+            require_decodable(damaged.train, Journal(tmp_path), Silent())
 
 
 def test_images_of_a_folder_that_are_not_measured_against_need_not_be_whole(

@@ -31,14 +31,14 @@ from svgpipe.manifests.filesystem import file_sha256, write_atomic
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.recipe import ExtractorSection
 from svgpipe.manifests.reconstruction import ReconstructionReport
-from svgpipe.manifests.shards import TarImage, shard_name, write_tar
+from svgpipe.manifests.shards import shard_name
 from svgpipe.models.sampler import time_grid
 from svgpipe.pipeline import report as report_page
 from svgpipe.pipeline.page import picture
 from svgpipe.stages.evaluate import measure
 from svgpipe.stages.evaluate import sample_latents as latents_stage
 from svgpipe.stages.evaluate.cpu_tasks import LatentsUnit
-from svgpipe.stages.evaluate.decode_latents import ImageJob, decoded_images, missing_units
+from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.evaluate.features import Extractor, load_extractor
 from svgpipe.stages.evaluate.measure import extracted
 from svgpipe.stages.evaluate.plan import Sampler
@@ -169,7 +169,10 @@ def test_records_of_another_form_are_no_crash(
     for folder in ("evaluation", "latents"):
         shutil.copytree(finished.root / folder, tmp_path / folder)
     out = tmp_path / "evaluation"
-    for record in (out / "journal/decode/unit-000000.json", latents_of(out, SETTINGS[0]) / "journal/unit-000000.json"):
+    for record in (
+        out / f"journal/decode/{SETTINGS[0]}-000000.json",
+        latents_of(out, SETTINGS[0]) / "journal/unit-000000.json",
+    ):
         for content in (
             "{}",
             '{"sha256": "a", "num_bytes": 1, "rows": 0}',
@@ -458,7 +461,7 @@ def test_an_interrupted_sweep_resumes(finished: Finished, tmp_path: Path, svgpip
     (pool / second / "features" / "c" / "1" / "0" / "0" / "0" / "0").unlink()
     cut = pool / latents_of(finished.root / "evaluation", SETTINGS[2]).name / "features/c/0/0/0/0/0"
     cut.write_bytes(cut.read_bytes()[:1000])
-    (out / "journal" / "decode" / "unit-000003.json").write_text("{}")
+    (out / "journal" / "decode" / f"{SETTINGS[1]}-000001.json").write_text("{}")
     (out / "images" / SETTINGS[0] / shard_name(0)).unlink()
     altered = out / "images" / SETTINGS[1] / shard_name(0)
     altered.write_bytes((content := altered.read_bytes())[:600] + bytes(100) + content[700:])
@@ -517,7 +520,7 @@ def test_a_killed_sweep_ends_in_the_same_report(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], phase: str
 ) -> None:
     arguments = eval_args(finished, tmp_path / "evaluation")
-    run_and_kill(arguments, lambda: len(list((tmp_path / phase).rglob("unit-*.json"))) >= 2)
+    run_and_kill(arguments, lambda: len(list((tmp_path / phase).rglob("*-00*.json"))) >= 2)
     assert not (tmp_path / "evaluation" / "manifest.json").exists()
     found = svgpipe(*arguments)
     assert found.code == 0, found.err
@@ -554,7 +557,7 @@ def test_sweeps_that_agree_share_their_latents(
     shutil.copytree(tmp_path / "same", tmp_path / "elsewhere" / "same")  # without its latents, which it does without
     assert svgpipe("verify", tmp_path / "elsewhere" / "same", "--deep").code == 0
     grown.unit_file(0).write_bytes(b"altered")
-    assert "not the latents that were published" in svgpipe("verify", tmp_path / "same", "--deep").out
+    assert "bytes, found 7" in svgpipe("verify", tmp_path / "same", "--deep").out
 
 
 def test_without_guidance_its_mode_and_guide_do_not_matter(finished: Finished) -> None:
@@ -756,7 +759,7 @@ def test_features_are_found_by_content_never_by_name(finished: Finished, tmp_pat
     kept = extracted(tmp_path, images, extractor, 4)["pooled"]
     assert extracted(tmp_path, fewer, extractor, 4)["pooled"].shape == (4, 512)
     assert not torch.allclose(extracted(tmp_path, images, other, 4)["pooled"], kept, rtol=0.1)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    assert len(list(tmp_path.glob("features/*.safetensors"))) == 3
     shutil.copytree(finished.root / "evaluation", tmp_path / "moved")
     moved = decoded_images(tmp_path / "moved", "reconstructions")
     broken = replace(extractor, module=torch.nn.Identity())  # cannot measure anything
@@ -770,7 +773,7 @@ def test_features_that_were_altered_are_found_anew(finished: Finished, tmp_path:
         ExtractorSection(kind="backbone"), build_backbone(finished.recipe.autoencoder.backbone, 32)
     )
     kept = extracted(tmp_path, images, extractor, 4)["pooled"]
-    (file,) = tmp_path.glob("*.safetensors")
+    (file,) = tmp_path.glob("features/*.safetensors")
     whole = file.read_bytes()
     if damage == "no record":
         file.with_suffix(".json").write_text("{}")
@@ -783,7 +786,7 @@ def test_figures_that_were_altered_are_computed_anew(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     assert journal.kept(0, "key", lambda: {"psnr": [23.5]}) == {"psnr": [23.5]}
     assert journal.kept(0, "key", lambda: {"psnr": [0.0]}) == {"psnr": [23.5]}
-    (record,) = tmp_path.glob("*.json")
+    (record,) = journal.directory.glob("*.json")
     record.write_text(record.read_text().replace("23.5", "29.5"))
     assert journal.kept(0, "key", lambda: {"psnr": [24.0]}) == {"psnr": [24.0]}
 
@@ -820,7 +823,8 @@ def test_features_that_killed_evaluations_left_half_written_go(finished: Finishe
     extractor = load_extractor(
         ExtractorSection(kind="backbone"), build_backbone(finished.recipe.autoencoder.backbone, 32)
     )
-    left, fresh = (tmp_path / f".{name}.safetensors.0.partial" for name in ("left", "fresh"))
+    (tmp_path / "features").mkdir()
+    left, fresh = (tmp_path / "features" / f".{name}.safetensors.0.partial" for name in ("left", "fresh"))
     for partial in (left, fresh):
         partial.write_bytes(b"half")
     two_days_ago = time.time() - 2 * 24 * 3600
@@ -853,23 +857,6 @@ def test_what_cannot_be_evaluated(
     assert found.code == code
     for word in words:
         assert word in found.err
-
-
-def test_units_of_another_list_of_sets_are_made_anew(tmp_path: Path) -> None:
-    """An alignment that there is now puts reconstructions where the noise was."""
-    journal = Journal(tmp_path / "journal")
-    noise, rebuilt = ImageJob("decoded-noise", 6), ImageJob("reconstructions", 6)
-    units = noise.units(4, 0)
-    for unit in units:
-        tar = tmp_path / unit.set_name / shard_name(unit.shard)
-        tar.parent.mkdir(exist_ok=True)
-        shard = write_tar(tar, [TarImage(str(i), b"pixels", "png", 0) for i in unit.indices], "train")
-        journal.record(unit.number, {"set": unit.set_name, "shard": shard.model_dump()})
-    assert missing_units(journal, units, tmp_path) == []
-    with_rebuilt = [*rebuilt.units(4, 0), *noise.units(4, 2)]
-    assert missing_units(journal, with_rebuilt, tmp_path) == with_rebuilt
-    tar.with_suffix(".parquet").unlink()  # the index of the last tar
-    assert missing_units(journal, units, tmp_path) == units[1:]
 
 
 def test_an_image_that_cannot_be_evaluated_is_named(finished: Finished, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.calibration import Calibration
 from svgpipe.manifests.feature_store import FeatureStore
+from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import ShardSet
 
 from .conftest import STORE, Finished, Outcome, tree_bytes
@@ -69,9 +71,9 @@ def flip_labels(cache: Path) -> None:
 
 
 def other_calibration(cache: Path) -> None:
-    entry = json.loads((cache / "calibration.json").read_text())
-    entry["std"][0] *= 2
-    (cache / "calibration.json").write_text(json.dumps(entry))
+    journal = Journal(cache)
+    calibration = Calibration.read(journal)
+    Calibration(calibration.mean, calibration.std * 2, calibration.scale).record(journal)
 
 
 DAMAGE: dict[Callable[[Path], None], tuple[str, str]] = {
@@ -81,10 +83,10 @@ DAMAGE: dict[Callable[[Path], None], tuple[str, str]] = {
     cut_last: ("features/c/4/", "unit 4: expected"),
     lose_rejects: ("rejected.jsonl", "cannot be read"),
     lose_record: ("journal", "unit 3: has no record"),
-    flip_statistics: ("features/c/0/", "unit 0: its record is damaged"),
+    flip_statistics: ("features/c/0/", "unit 0:"),
     lose_metadata: ("cache", "expected a Zarr v3 group"),
     flip_labels: ("label", "expected an array, cannot read it"),
-    other_calibration: ("calibration.json", "is not what the store was normalised with"),
+    other_calibration: ("journal", "is not what the store was normalised with"),
 }
 MENDED_TOGETHER = [
     [flip_data, cut_last, lose_rejects],
@@ -120,7 +122,7 @@ def test_damage_is_mended_to_the_published_bytes(
 ) -> None:
     cache = tmp_path / "cache"
     shutil.copytree(finished.root / "cache", cache)
-    everything = (*STORE, "manifest.json", "zarr.json", "plan.json", "rejected.jsonl", "calibration.json")
+    everything = (*STORE, "manifest.json", "zarr.json", "plan.json", "rejected.jsonl")
     before = tree_bytes(cache, *everything)
     for damage in damages:
         damage(cache)
@@ -227,7 +229,7 @@ def test_repair_wants_the_inputs_that_the_cache_was_made_from(
         ("autoencoder", "autoencoder.safetensors", "expected sha256"),
         ("diffusion", "ema-0.9.safetensors", "expected sha256"),
         ("evaluation", "report.json", "not the one that was published"),
-        ("evaluation", "images/decoded-noise/shard-000000.tar", "not the images that were published"),
+        ("evaluation", "images/decoded-noise/shard-000000.tar", "expected sha256"),
         ("cache", "manifest.json", "altered"),
     ],
 )

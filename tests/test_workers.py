@@ -135,7 +135,7 @@ def test_a_killed_worker_is_replaced_and_one_process_continues(
 
 @pytest.mark.slow
 def test_what_one_process_began_two_continue_with_the_model_spread_over_them(
-    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+    finished: Finished, ray_session: None, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     out = tmp_path / "out"
     run_and_kill(diffusion_args(finished, out), lambda: reached(out, 4))
@@ -227,7 +227,13 @@ def test_checkpoints_of_different_steps_are_never_mixed(tmp_path: Path) -> None:
     ],
 )
 def test_what_workers_cannot_do_is_told_like_anywhere(
-    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], more: list[object], code: int, words: list[str]
+    finished: Finished,
+    ray_session: None,
+    tmp_path: Path,
+    svgpipe: Callable[..., Outcome],
+    more: list[object],
+    code: int,
+    words: list[str],
 ) -> None:
     found = svgpipe(*diffusion_args(finished, tmp_path / "out", *more))
     assert found.code == code, found.err

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from svgpipe.manifests.alignment import require_same_alignment
 from svgpipe.manifests.cache import CacheManifest
-from svgpipe.manifests.calibration import CALIBRATION_NAME, Calibration
+from svgpipe.manifests.calibration import Calibration
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.feature_store import FeatureStore
@@ -26,7 +26,8 @@ from ..extract.stage import extract
 from ..runtime.progress import Progress, Silent
 from ..runtime.runner import Runner
 from .requantize import requantize
-from .verify import Finding, verify
+from .verify import verify
+from .verify_cache import Finding
 
 ASIDE_NAME = "manifest.before-repair.json"
 
@@ -102,7 +103,7 @@ def _take_apart(path: Location, manifest: CacheManifest, damaged: set[int]) -> N
     }
     write_json(path / PLAN_NAME, plan)
     write_json(path / ASIDE_NAME, manifest.model_dump(mode="json"))
-    journal = Journal(path / "journal")
+    journal = Journal(path)
     for unit in sorted(damaged):
         journal.forget(unit)
     if isinstance(path, Path):
@@ -111,7 +112,7 @@ def _take_apart(path: Location, manifest: CacheManifest, damaged: set[int]) -> N
 
 
 def _restore_calibration(path: Location, manifest: CacheManifest) -> None:
-    """calibration.json and the arrays hold the same numbers: one is made from the other where it is damaged.
+    """The journal and the arrays hold the same numbers: one is made from the other where it is damaged.
 
     Raises:
         ArtifactError: neither can be read.
@@ -121,8 +122,8 @@ def _restore_calibration(path: Location, manifest: CacheManifest) -> None:
         mean, std = store.array("channel_mean"), store.array("channel_std")
         calibration = Calibration(mean, std, store.feature_scale)
     except ArtifactError:
-        calibration = Calibration.read(path / CALIBRATION_NAME)
-    calibration.write(path / CALIBRATION_NAME)
+        calibration = Calibration.read(Journal(path))
+    calibration.record(Journal(path))
 
 
 def _require_images(path: Location, manifest: CacheManifest, damaged: set[int], shards: ShardSet) -> None:

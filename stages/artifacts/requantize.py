@@ -12,25 +12,17 @@ import numpy as np
 
 from svgpipe.manifests.alignment import keep_alignment
 from svgpipe.manifests.cache import CacheManifest, FeatureCache
-from svgpipe.manifests.calibration import CALIBRATION_NAME, Calibration
+from svgpipe.manifests.calibration import CALIBRATION, Calibration
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.feature_store import FeatureStore
-from svgpipe.manifests.filesystem import Location, absolute, remove_partials, write_atomic
+from svgpipe.manifests.filesystem import Location, absolute, remove_partials
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import WorkDir
 from svgpipe.manifests.store_spec import StoreDtype
 
 from ..extract.quantization import SAMPLED_VECTORS, int8_scales
 from ..extract.rejects import Reject
-from ..extract.unit_writer import (
-    REJECTS_NAME,
-    all_records,
-    publish_cache,
-    put_statistics,
-    reject_lines,
-    take_stock,
-    write_unit,
-)
+from ..extract.unit_writer import complete_store, publish_cache, write_unit
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import cpu_count
@@ -70,13 +62,12 @@ def requantize(
             return work.finished
         progress = Recorded(progress, out)
         keep_alignment(source, out)
-        calibration = _calibration(cache, dtype, out / CALIBRATION_NAME, progress)
+        journal = Journal(out)
+        remove_partials(journal.directory)
+        calibration = _calibration(cache, dtype, journal, progress)
         spec = before.model_copy(update={"store_dtype": dtype}).spec
         store = FeatureStore.create(out, spec, calibration.mean, calibration.std, calibration.scale)
-        journal = Journal(out / "journal")
-        remove_partials(journal.directory)
-        finished = take_stock(store, journal)
-        missing = [unit for unit in range(spec.num_units) if unit not in finished]
+        missing = journal.missing(range(spec.num_units))
         progress.begin("requantize", spec.num_units, spec.num_units - len(missing))
         places = (absolute(place) for place in (source, out))
         convert = _Convert(*(FeatureStore(place, s) for place, s in zip(places, (before.spec, spec), strict=True)))
@@ -90,11 +81,7 @@ def _publish(
     work: WorkDir[CacheManifest], cache: FeatureCache, store: FeatureStore, journal: Journal, dtype: StoreDtype
 ) -> CacheManifest:
     before = cache.manifest
-    for name in ("label", "valid", "heldout"):
-        store.put(name, cache.store.array(name), "sample")
-    records = all_records(store, journal)
-    put_statistics(store, records, cache.valid)
-    write_atomic(work.path / REJECTS_NAME, reject_lines(records, store.spec))
+    stored = complete_store(store, journal, cache.store.array("label"), cache.store.array("heldout"))
     manifest = CacheManifest.model_validate(
         {
             **before.model_dump(exclude={"finished_at", "svgpipe_version", "fingerprint", "timings"}),
@@ -102,17 +89,17 @@ def _publish(
             "inputs": work.inputs,
             "seconds": work.seconds,
             "store_dtype": dtype,
-            "content": CacheManifest.content_of(store, [record["sha256"] for record in records]),
-            "num_bytes": sum(record["num_bytes"] for record in records),
+            "content": stored.content,
+            "num_bytes": stored.num_bytes,
         }
     )
     work.check_lock()
     return publish_cache(manifest, store)
 
 
-def _calibration(cache: FeatureCache, dtype: StoreDtype, path: Location, progress: Progress) -> Calibration:
-    if path.exists():
-        return Calibration.read(path)
+def _calibration(cache: FeatureCache, dtype: StoreDtype, journal: Journal, progress: Progress) -> Calibration:
+    if journal.has(CALIBRATION):
+        return Calibration.read(journal)
     scale = None
     if dtype == "int8":
         usable = cache.training_rows
@@ -124,7 +111,7 @@ def _calibration(cache: FeatureCache, dtype: StoreDtype, path: Location, progres
         vectors = cache.read(rows).reshape(-1, cache.shape[-1])
         scale = int8_scales(vectors[evenly_spread(len(vectors), SAMPLED_VECTORS)].astype(np.float32))
     calibration = Calibration(cache.channel_mean, cache.channel_std, scale)
-    calibration.write(path)
+    calibration.record(journal)
     return calibration
 
 
@@ -137,5 +124,5 @@ class _Convert:
 
     def __call__(self, unit: int) -> None:
         features = self.source.decode(self.source.read_unit(unit)).astype(np.float16, copy=False)
-        rejects = [Reject(**entry) for entry in Journal(self.source.path / "journal").read(unit)["rejects"]]
-        write_unit(self.target, Journal(self.target.path / "journal"), unit, features, rejects)
+        rejects = [Reject(**entry) for entry in Journal(self.source.path).read(unit)["rejects"]]
+        write_unit(self.target, Journal(self.target.path), unit, features, rejects)

@@ -6,7 +6,6 @@ Without `deep` it looks at manifests, sizes, hashes of small files and completen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,20 +28,9 @@ from svgpipe.manifests.manifest import MANIFEST_NAME, digest, read_json
 from svgpipe.manifests.reconstruction import ReconstructionManifest
 from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.shards import ShardSetManifest, index_of, tar_of
-from svgpipe.manifests.store_spec import unit_file
 
-from ..evaluate.cpu_tasks import LatentsRecord
 from ..runtime.progress import Progress, Silent
-from .verify_cache import verify_cache
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that is not as it should be. `unit` names the outer shard of a cache that must be made again."""
-
-    where: str
-    problem: str
-    unit: int | None = None
+from .verify_cache import Finding, finding, found_by, verify_cache
 
 
 def verify(path: Location, *, deep: bool = False, progress: Progress | None = None) -> list[Finding]:
@@ -57,70 +45,65 @@ def verify(path: Location, *, deep: bool = False, progress: Progress | None = No
     if not (path / MANIFEST_NAME).exists():
         plan = read_json(path / "plan.json")
         if plan.get("kind") == "feature-cache":
-            return [Finding(*found) for found in verify_cache(path, None, deep=deep, progress=progress)]
+            return list(verify_cache(path, None, deep=deep, progress=progress))
         return [Finding(str(path), "unfinished; the command that makes it resumes")]
     try:
         manifest = read_any(path)
     except ArtifactError as error:
         return [Finding(str(path / MANIFEST_NAME), str(error))]
-    return [Finding(*found) for found in _CHECKS[manifest.kind](path, manifest, deep=deep, progress=progress)]
+    return list(_CHECKS[manifest.kind](path, manifest, deep=deep, progress=progress))
 
 
-MALFORMED = (KeyError, TypeError, ValueError)  # of JSON that holds something else than it should
-Found = Iterator[tuple[str, str, int | None]]
+Findings = Iterator[Finding]
 
 
-def _wrong(where: object, problem: object) -> tuple[str, str, int | None]:
-    return str(where), str(problem).removeprefix(f"{where}: "), None
-
-
-def _verify_shards(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Found:
+def _verify_shards(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Findings:
     assert isinstance(manifest, ShardSetManifest)
     if manifest.content != ShardSetManifest.content_of(manifest.shards):
-        yield _wrong(path / MANIFEST_NAME, "the list of tars is not the one that was published")
+        yield finding(path / MANIFEST_NAME, "the list of tars is not the one that was published")
     progress.begin("verify", len(manifest.shards))
     for shard in manifest.shards:
         tar, index = tar_of(path, shard), index_of(path, shard)
         size = file_size(tar)
         if size != shard.num_bytes:
-            yield _wrong(tar, f"expected {shard.num_bytes} bytes, found {'no file' if size is None else size}")
+            yield finding(tar, f"expected {shard.num_bytes} bytes, found {'no file' if size is None else size}")
         try:
             table = read_index(index, shard.num_images)
         except ArtifactError as error:
-            yield _wrong(index, error)
+            yield finding(index, error)
             progress.advance()
             continue
         if deep and (found := file_sha256(index)) != shard.index_sha256:
-            yield _wrong(index, f"expected sha256 {shard.index_sha256[:12]}, found {found[:12]}")
+            yield finding(index, f"expected sha256 {shard.index_sha256[:12]}, found {found[:12]}")
         refs = refs_of_table(table, tar)
         for ref in refs:
             if ref.reject is None and not 0 <= ref.label < len(manifest.class_names):
                 problem = f"{ref.key}: expected a label of 0..{len(manifest.class_names) - 1}, found {ref.label}"
-                yield _wrong(index, problem)
+                yield finding(index, problem)
         if deep and size is not None:
             if (found := file_sha256(tar)) != shard.sha256:
-                yield _wrong(tar, f"expected sha256 {shard.sha256[:12]}, found {found[:12]}")
+                yield finding(tar, f"expected sha256 {shard.sha256[:12]}, found {found[:12]}")
             for ref in refs:
                 try:
                     if ref.reject is None:
                         ref.read()
                 except ArtifactError as error:
-                    yield _wrong(tar, error)
+                    yield finding(tar, error)
         progress.advance()
 
 
-def _verify_tensors(path: Location, sha256: str, deep: bool) -> Found:
+def _verify_tensors(path: Location, sha256: str, deep: bool) -> Findings:
     try:
         tensors = load_tensors(path, sha256)
     except ArtifactError as error:
-        yield _wrong(path, error)
+        yield finding(path, error)
         return
     bad = [name for name, value in tensors.items() if deep and not bool(value.isfinite().all())]
     if bad:
-        yield _wrong(path, f"{bad[0]}: a value is not finite")
+        yield finding(path, f"{bad[0]}: a value is not finite")
 
 
-def _verify_checkpoints(path: Location, deep: bool) -> Found:
+def _verify_checkpoints(path: Location, deep: bool) -> Findings:
     """Training state is only read where every byte is."""
     listing = path / "checkpoints" / "latest.json"
     if not deep or not listing.exists():
@@ -131,10 +114,10 @@ def _verify_checkpoints(path: Location, deep: bool) -> Found:
             for group, sha256 in entry["files"].items():
                 yield from _verify_tensors(folder / f"{group}.safetensors", sha256, deep)
     except (ArtifactError, KeyError, TypeError) as error:
-        yield _wrong(listing, error)
+        yield finding(listing, error)
 
 
-def _verify_autoencoder(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Found:
+def _verify_autoencoder(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Findings:
     assert isinstance(manifest, AutoencoderManifest)
     progress.begin("verify", 1)
     yield from _verify_tensors(path / AUTOENCODER_FILE, manifest.content, deep)
@@ -142,15 +125,15 @@ def _verify_autoencoder(path: Location, manifest: Any, *, deep: bool, progress: 
         yield from _verify_backbone(path, manifest, deep)
     yield from _verify_checkpoints(path, deep)
     if manifest.alignment is not None and not np.isfinite(manifest.alignment).all():
-        yield _wrong(path / MANIFEST_NAME, "an alignment scalar is not finite")
+        yield finding(path / MANIFEST_NAME, "an alignment scalar is not finite")
     progress.advance()
 
 
-def _verify_backbone(path: Location, manifest: AutoencoderManifest, deep: bool) -> Found:
+def _verify_backbone(path: Location, manifest: AutoencoderManifest, deep: bool) -> Findings:
     """The backbone beside an autoencoder, and the alignment of an imported one, if it was measured."""
     file = path / BACKBONE_FILE
     if file_size(file) is None:
-        yield _wrong(file, "expected the imported backbone, found no such file")
+        yield finding(file, "expected the imported backbone, found no such file")
     elif deep:
         # Only here: verifying anything else need not load timm.
         from ..networks.autoencoder import load_autoencoder
@@ -158,14 +141,14 @@ def _verify_backbone(path: Location, manifest: AutoencoderManifest, deep: bool) 
         try:
             load_autoencoder(path)
         except (ArtifactError, MismatchError) as error:
-            yield _wrong(file, error)
+            yield finding(file, error)
     try:
         MeasuredAlignment.read(path)
     except ArtifactError as error:
-        yield _wrong(path / ALIGNMENT_NAME, error)
+        yield finding(path / ALIGNMENT_NAME, error)
 
 
-def _verify_diffusion(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Found:
+def _verify_diffusion(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Findings:
     assert isinstance(manifest, DiffusionManifest)
     progress.begin("verify", len(manifest.content))
     for name, sha256 in manifest.content.items():
@@ -174,7 +157,7 @@ def _verify_diffusion(path: Location, manifest: Any, *, deep: bool, progress: Pr
     yield from _verify_checkpoints(path, deep)
 
 
-def _verify_evaluation(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Found:
+def _verify_evaluation(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Findings:
     assert isinstance(manifest, EvaluationManifest)
     yield from _verify_report(path, manifest.report)
     yield from _verify_latents(path, manifest, deep)
@@ -182,62 +165,55 @@ def _verify_evaluation(path: Location, manifest: Any, *, deep: bool, progress: P
     yield from _verify_images(path, lambda tars: digest([latents, tars]) == manifest.content, deep, progress)
 
 
-def _verify_reconstruction(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Found:
+def _verify_reconstruction(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Findings:
     assert isinstance(manifest, ReconstructionManifest)
     yield from _verify_report(path, manifest.report)
     yield from _verify_images(path, lambda tars: digest(tars) == manifest.content, deep, progress)
 
 
-def _verify_report(path: Location, sha256: str) -> Found:
+def _verify_report(path: Location, sha256: str) -> Findings:
     report = path / REPORT_NAME
     if not has_sha256(report, sha256):
-        yield _wrong(report, "missing or not the one that was published")
+        yield finding(report, "missing or not the one that was published")
 
 
 def _verify_images(
     path: Location, published: Callable[[dict[str, list[str]]], bool], deep: bool, progress: Progress
-) -> Found:
+) -> Findings:
     """Decoded images, and whether `published` knows their tars' hashes, by set."""
-    decode = Journal(path / "journal" / "decode")
-    progress.begin("verify", len(decode.finished()))
+    decode = Journal(path, "journal/decode")
+    names = decode.names()
+    progress.begin("verify", len(names))
     tars: dict[str, list[str]] = {}
-    try:
-        for unit in sorted(decode.finished()):
-            record = decode.read(unit)
+    for name in names:
+        try:
+            decode.check(name, deep=deep)
+            record = decode.read(name)
             tars.setdefault(record["set"], []).append(record["shard"]["sha256"])
-            tar = path / "images" / record["set"] / record["shard"]["name"]
-            size = file_size(tar)
-            if size != record["shard"]["num_bytes"] or (deep and file_sha256(tar) != record["shard"]["sha256"]):
-                yield _wrong(tar, "missing, or not the images that were published")
-            progress.advance()
-    except (ArtifactError, *MALFORMED) as error:
-        yield _wrong(path / "journal", error if isinstance(error, ArtifactError) else "a record is damaged")
-        return
+        except ArtifactError as error:
+            yield found_by(error)
+        progress.advance()
     if not published(tars):
-        yield _wrong(path / "journal", "its records are not those that were published")
+        yield finding(decode.directory, "its records are not those that were published")
 
 
-def _verify_latents(path: Location, manifest: EvaluationManifest, deep: bool) -> Found:
+def _verify_latents(path: Location, manifest: EvaluationManifest, deep: bool) -> Findings:
     """Those that are still where they were drawn to: they are not part of the evaluation, and may be deleted."""
     for ref in manifest.latents.values():
         store = _place_of(path, ref.path)
-        hashes: list[str] = []
         if not (store / "zarr.json").exists():
             continue
+        journal, rows, hashes = Journal(store), 0, list[str]()
         try:
-            rows, journal = 0, Journal(store / "journal")
             while rows < manifest.num_samples:
-                record = LatentsRecord.model_validate(journal.read(len(hashes)))
-                file = unit_file(store, len(hashes))
-                hashes.append(record.sha256)
-                rows += record.rows
-                if file_size(file) != record.num_bytes or (deep and file_sha256(file) != hashes[-1]):
-                    yield _wrong(file, "missing, or not the latents that were published")
-        except (ArtifactError, *MALFORMED) as error:
-            yield _wrong(store / "journal", error if isinstance(error, ArtifactError) else "a record is damaged")
+                rows += journal.read(len(hashes))["rows"]
+                journal.check(len(hashes), deep=deep)
+                hashes += [file.sha256 for file in journal.files(len(hashes))]
+        except ArtifactError as error:
+            yield found_by(error)
             continue
         if digest(hashes) != ref.content:
-            yield _wrong(store / "journal", "its records are not those that were published")
+            yield finding(journal.directory, "its records are not those that were published")
 
 
 def _place_of(directory: Location, path: str) -> Location:
@@ -245,14 +221,10 @@ def _place_of(directory: Location, path: str) -> Location:
     return location(path) if "://" in path else directory / path
 
 
-def _verify_cache(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Found:
-    return verify_cache(path, manifest, deep=deep, progress=progress)
-
-
-_CHECKS: dict[str, Callable[..., Found]] = {
+_CHECKS: dict[str, Callable[..., Findings]] = {
     "shard-set": _verify_shards,
     "autoencoder": _verify_autoencoder,
-    "feature-cache": _verify_cache,
+    "feature-cache": verify_cache,
     "diffusion": _verify_diffusion,
     "evaluation": _verify_evaluation,
     "reconstruction": _verify_reconstruction,

@@ -3,36 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from svgpipe.manifests.cache import CacheManifest
-from svgpipe.manifests.calibration import CALIBRATION_NAME, Calibration
+from svgpipe.manifests.calibration import Calibration
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import FeatureStore
-from svgpipe.manifests.filesystem import Location, file_sha256, file_size
+from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import MANIFEST_NAME
 
 from ..extract.moments import Moments
-from ..extract.unit_writer import REJECTS_NAME, reject_lines
+from ..extract.unit_writer import REJECTS_NAME, reject_lines, rejects_of
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress
 from ..runtime.resources import cpu_count
 
-Found = tuple[str, str, int | None]
 # Relative difference between a mean computed again and the recorded one: float64 rounding, in another order.
 MEAN_TOLERANCE = 1e-9
 # Less is read sooner than another process starts.
 BYTES_PER_PROCESS = 512 << 20
 
 
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it should be. `unit` names the outer shard of a cache that must be made again."""
+
+    where: str
+    problem: str
+    unit: int | None = None
+
+
+def finding(where: object, problem: object, unit: int | None = None) -> Finding:
+    """A finding; an error's message does not name the place again."""
+    return Finding(str(where), str(problem).removeprefix(f"{where}: "), unit)
+
+
+def found_by(error: ArtifactError) -> Finding:
+    """A finding where the error's message begins with the place."""
+    where, _, problem = str(error).partition(": ")
+    return Finding(where, problem)
+
+
 def verify_cache(
     path: Location, manifest: CacheManifest | None, *, deep: bool, progress: Progress, processes: int | None = None
-) -> Iterator[Found]:
-    """Problems of the cache at `path` as (where, what, unit that must be extracted again).
+) -> Iterator[Finding]:
+    """Everything that is wrong with the cache at `path`.
 
     Args:
         manifest: None for a cache that is not finished; then only what is there is checked.
@@ -41,36 +62,36 @@ def verify_cache(
     try:
         store = FeatureStore.open(path)
     except ArtifactError as error:
-        yield str(path), str(error), None
+        yield Finding(str(path), str(error))
         # The manifest still tells what to look for.
         if manifest is None:
             return
         store = FeatureStore(path, manifest.spec)
     if manifest is not None and store.spec != manifest.spec:
-        yield str(path / "features"), f"expected {manifest.spec}, found {store.spec}", None
+        yield finding(path / "features", f"expected {manifest.spec}, found {store.spec}")
         store = FeatureStore(path, manifest.spec)
-    journal = Journal(path / "journal")
-    missing = journal.missing(store.spec.num_units)
+    journal, total = Journal(path), store.spec.num_units
+    units = [unit for unit in journal.numbers() if unit < total]
+    missing = sorted({*range(total)} - {*units})
     if manifest is None:
-        done = store.spec.num_units - len(missing)
-        yield str(path), f"unfinished: {done} of {store.spec.num_units} units; `svgpipe extract` resumes", None
+        yield finding(path, f"unfinished: {len(units)} of {total} units; `svgpipe extract` resumes")
     else:
-        yield from ((str(journal.directory), f"unit {unit}: has no record", unit) for unit in missing)
-    units = sorted(set(range(store.spec.num_units)) - set(missing))
+        yield from (finding(journal.directory, f"unit {unit}: has no record", unit) for unit in missing)
     damaged = set(missing)
     for found in _verify_units(_UnitCheck(store, journal, deep), units, progress, processes):
-        damaged.add(found[2] if found[2] is not None else -1)
+        damaged.add(found.unit if found.unit is not None else -1)
         yield found
     if manifest is not None:
-        yield from _verify_arrays(path, manifest, store, journal, recorded=not damaged)
+        yield from _verify_arrays(path, manifest, store, journal)
+        yield from _verify_rest(path, manifest, store, None if damaged else journal)
 
 
-def _verify_units(check: _UnitCheck, units: list[int], progress: Progress, processes: int | None) -> Iterator[Found]:
+def _verify_units(check: _UnitCheck, units: list[int], progress: Progress, processes: int | None) -> Iterator[Finding]:
     progress.begin("verify", len(units))
     num_bytes = len(units) * np.prod(check.store.spec.shape_of(0)) * (2 if check.store.spec.dtype == "float16" else 1)
     workers = min(processes or cpu_count(), int(num_bytes // BYTES_PER_PROCESS) + 1) if check.deep else 1
-    for found in map_in_processes(check, units, workers):
-        yield from found
+    for findings in map_in_processes(check, units, workers):
+        yield from findings
         progress.advance()
 
 
@@ -82,107 +103,105 @@ class _UnitCheck:
     journal: Journal
     deep: bool
 
-    def __call__(self, unit: int) -> list[Found]:
+    def __call__(self, unit: int) -> list[Finding]:
+        return [
+            finding(self.store.unit_file(unit), f"unit {unit}: {problem}", unit) for problem in self._problems(unit)
+        ]
+
+    def _problems(self, unit: int) -> Iterator[object]:
         file = self.store.unit_file(unit)
-
-        def wrong(problem: object) -> Found:
-            return str(file), f"unit {unit}: {problem}", unit
-
         try:
             record = self.journal.read(unit)
             rejects = [int(reject["row"]) for reject in record["rejects"]]
             moments = Moments.from_json(record.get("moments"), self.store.spec.channels)
-            sha256, num_bytes = record["sha256"], record["num_bytes"]
+            self.journal.check(unit)
         except (ArtifactError, KeyError, TypeError, ValueError) as error:
-            return [wrong(f"its record is damaged: {error}")]
-        size = file_size(file)
-        if size != num_bytes:
-            return [wrong(f"expected {num_bytes} bytes, found {'no file' if size is None else size}")]
-        rows = self.store.spec.rows_of(unit)
-        if any(not 0 <= row < len(rows) for row in rejects):
-            return [wrong(f"its record rejects rows {rejects} of {len(rows)}")]
-        if not self.deep:
-            return []
-        problems: list[Found] = []
-        try:
-            if (found := file_sha256(file)) != sha256:
-                problems.append(wrong(f"expected sha256 {sha256[:12]}, found {found[:12]}"))
-            problems += [wrong(problem) for problem in self._values(unit, rejects, moments)]
-        except (ArtifactError, OSError) as error:  # a bad sector is damage too
-            problems.append(wrong(error))
-        return problems
+            yield str(error).removeprefix(f"{file}: ")
+            return
+        rows = len(self.store.spec.rows_of(unit))
+        if any(not 0 <= row < rows for row in rejects):
+            yield f"its record rejects rows {rejects} of {rows}"
+        elif self.deep:
+            for look in (
+                partial(self.journal.check, unit, deep=True),
+                partial(self._check_values, unit, rejects, moments),
+            ):
+                try:
+                    look()
+                except (ArtifactError, OSError) as error:  # a bad sector is damage too
+                    yield str(error).removeprefix(f"{file}: ")
 
-    def _values(self, unit: int, rejects: list[int], moments: Moments) -> Iterator[str]:
+    def _check_values(self, unit: int, rejects: list[int], moments: Moments) -> None:
         stored: Any = self.store.read_unit(unit)  # verifies every chunk's crc32c
         if stored.dtype == np.float16 and not np.isfinite(stored).all():
-            yield "a feature is not finite"
+            raise ArtifactError("a feature is not finite")
         valid = np.ones(len(stored), bool)
         valid[rejects] = False
         if stored[~valid].any():
-            yield "a rejected row is not zero"
+            raise ArtifactError("a rejected row is not zero")
         flat = stored[valid].reshape(-1, stored.shape[-1]).astype(np.float64)
         if (scale := self.store.feature_scale) is not None:
             flat = flat * scale
         if len(flat) != moments.count:
-            yield f"expected statistics of {len(flat)} vectors, found {moments.count}"
-        elif len(flat) and not np.allclose(flat.mean(axis=0), moments.mean, rtol=MEAN_TOLERANCE, atol=MEAN_TOLERANCE):
-            yield "its recorded mean is not that of its features"
+            raise ArtifactError(f"expected statistics of {len(flat)} vectors, found {moments.count}")
+        if len(flat) and not np.allclose(flat.mean(axis=0), moments.mean, rtol=MEAN_TOLERANCE, atol=MEAN_TOLERANCE):
+            raise ArtifactError("its recorded mean is not that of its features")
 
 
-def _verify_arrays(
-    path: Location, manifest: CacheManifest, store: FeatureStore, journal: Journal, *, recorded: bool
-) -> Iterator[Found]:
-    """The small arrays, the calibration, and the digest over everything where every unit has a record."""
+def _verify_arrays(path: Location, manifest: CacheManifest, store: FeatureStore, journal: Journal) -> Iterator[Finding]:
+    """The small arrays, and the calibration, which holds the same numbers as some of them."""
     arrays: dict[str, Any] = {}
     for name in manifest.array_names:
         try:
             arrays[name] = store.array(name)
+            if arrays[name].dtype.kind == "f" and not np.isfinite(arrays[name]).all():
+                yield finding(path / name, "a value is not finite")
         except ArtifactError as error:
-            yield str(path / name), str(error), None
-    yield from _verify_calibration(path / CALIBRATION_NAME, arrays)
-    yield from _verify_rejects(path / REJECTS_NAME, journal, store, recorded=recorded)
+            yield finding(path / name, error)
+    try:
+        calibration = Calibration.read(journal)
+        expected = {
+            "channel_mean": calibration.mean,
+            "channel_std": calibration.std,
+            "feature_scale": calibration.scale,
+        }
+        pairs = [(arrays[name], values) for name, values in expected.items() if name in arrays and values is not None]
+        if not all(np.array_equal(stored, recorded) for stored, recorded in pairs):
+            yield finding(journal.directory, "its calibration is not what the store was normalised with")
+    except ArtifactError as error:
+        yield found_by(error)
     if len(arrays) < len(manifest.array_names):
         return
-    bad = [name for name, values in arrays.items() if values.dtype.kind == "f" and not np.isfinite(values).all()]
-    yield from ((str(path / name), "a value is not finite", None) for name in bad)
     labels, valid = arrays["label"], arrays["valid"]
     if len(labels) != manifest.num_samples or len(valid) != manifest.num_samples:
-        yield str(path / "label"), f"expected {manifest.num_samples} values, found {len(labels)}", None
+        yield finding(path / "label", f"expected {manifest.num_samples} values, found {len(labels)}")
         return
     wrong = np.flatnonzero(valid & ((labels < 0) | (labels >= len(manifest.class_names))))
     if wrong.size:
         row, classes = int(wrong[0]), len(manifest.class_names)
-        yield str(path / "label"), f"row {row}: expected 0..{classes - 1}, found {labels[row]}", None
+        yield finding(path / "label", f"row {row}: expected 0..{classes - 1}, found {labels[row]}")
     if int(valid.sum()) != manifest.num_valid:
-        yield str(path / "valid"), f"expected {manifest.num_valid} valid rows, found {int(valid.sum())}", None
-    if recorded:
-        hashes = [journal.read(unit)["sha256"] for unit in range(store.spec.num_units)]
-        content = CacheManifest.content_of(store, hashes)
-        if content != manifest.content:
-            problem = f"expected the content {manifest.content[:12]}, found {content[:12]}"
-            yield str(path / MANIFEST_NAME), problem, None
+        yield finding(path / "valid", f"expected {manifest.num_valid} valid rows, found {int(valid.sum())}")
 
 
-def _verify_rejects(path: Location, journal: Journal, store: FeatureStore, *, recorded: bool) -> Iterator[Found]:
+def _verify_rest(
+    path: Location, manifest: CacheManifest, store: FeatureStore, whole: Journal | None
+) -> Iterator[Finding]:
+    """rejected.jsonl, and the digest over everything.
+
+    Args:
+        whole: the journal, if every unit is whole.
+    """
+    units = range(store.spec.num_units)
     try:
-        found = path.read_bytes()
+        lines = (path / REJECTS_NAME).read_bytes()
+        if whole and lines != reject_lines(rejects_of([whole.read(unit) for unit in units], store.spec)):
+            yield finding(path / REJECTS_NAME, "is not what the units' records say")
     except OSError as error:
-        yield str(path), f"cannot be read: {error}", None
-        return
-    if recorded and found != reject_lines([journal.read(unit) for unit in range(store.spec.num_units)], store.spec):
-        yield str(path), "is not what the units' records say", None
-
-
-def _verify_calibration(path: Location, arrays: dict[str, Any]) -> Iterator[Found]:
-    try:
-        calibration = Calibration.read(path)
-    except ArtifactError as error:
-        yield str(path), str(error), None
-        return
-    expected: dict[str, Any] = {
-        "channel_mean": calibration.mean,
-        "channel_std": calibration.std,
-        "feature_scale": calibration.scale,
-    }
-    if any(name in arrays and not np.array_equal(arrays[name], values) for name, values in expected.items()):
-        yield str(path), "is not what the store was normalised with", None
+        yield finding(path / REJECTS_NAME, f"cannot be read: {error}")
+    with suppress(ArtifactError):  # a small array is damaged, which has been said
+        if whole:
+            content = CacheManifest.content_of(store, [file.sha256 for unit in units for file in whole.files(unit)])
+            if content != manifest.content:
+                problem = f"expected the content {manifest.content[:12]}, found {content[:12]}"
+                yield finding(path / MANIFEST_NAME, problem)

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import PositiveInt
 
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.estimate import Record
 from svgpipe.manifests.feature_store import FeatureStore
-from svgpipe.manifests.filesystem import Location, file_sha256
+from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import TarImage, shard_name, write_tar
-from svgpipe.manifests.store_spec import StoreSpec
+from svgpipe.manifests.store_spec import StoreSpec, unit_name
 
 from ..images.decode import RGBArray, centre_crop, decode_member, encode_png, to_array
+
+DECODE_JOURNAL = "journal/decode"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class DrawnUnit:
 class ImageUnit:
     """One tar of decoded images: from a store of latents, from real images, or, without either, from noise."""
 
-    number: int  # in the journal
     set_name: str
     shard: int  # in its set
     indices: Sequence[int]
@@ -53,6 +52,11 @@ class ImageUnit:
     store: Location | None = None
     originals: Sequence[ImageRef] = ()
     residual: bool = True  # of real images: False encodes them without the residual branch
+
+    @property
+    def name(self) -> str:
+        """What the journal calls it."""
+        return f"{self.set_name}-{self.shard:06d}"
 
 
 @dataclass(frozen=True)
@@ -72,14 +76,6 @@ class DecodedUnit:
     images: RGBArray
 
 
-class LatentsRecord(Record):
-    """What the journal of a store of latents says of an outer shard."""
-
-    sha256: str
-    num_bytes: int
-    rows: PositiveInt
-
-
 def pass_on(unit: LatentsUnit) -> LatentsUnit:
     """Nothing to read."""
     return unit
@@ -95,9 +91,7 @@ class WriteLatents:
     def __call__(self, drawn: DrawnUnit) -> LatentsUnit:
         store = FeatureStore(self.paths[drawn.setting], self.specs[drawn.setting])
         store.write_unit(drawn.unit, np.ascontiguousarray(drawn.latents))
-        file = store.unit_file(drawn.unit)
-        record = LatentsRecord(sha256=file_sha256(file), num_bytes=file.stat().st_size, rows=len(drawn.latents))
-        Journal(store.path / "journal").record(drawn.unit, record.model_dump())
+        Journal(store.path).record(drawn.unit, {"rows": len(drawn.latents)}, {unit_name(drawn.unit): None})
         return LatentsUnit(drawn.setting, drawn.unit)
 
 
@@ -130,14 +124,15 @@ class WriteImages:
     """One tar, then its journal record."""
 
     out: Location
-    journal: Location
 
-    def __call__(self, decoded: DecodedUnit) -> int:
+    def __call__(self, decoded: DecodedUnit) -> str:
         unit = decoded.unit
         members = [
             TarImage(f"{index:08d}", encode_png(pixels), "png", label)
             for index, label, pixels in zip(unit.indices, unit.labels, decoded.images, strict=True)
         ]
-        shard = write_tar(self.out / "images" / unit.set_name / shard_name(unit.shard), members, "train")
-        Journal(self.journal).record(unit.number, {"set": unit.set_name, "shard": shard.model_dump()})
-        return unit.number
+        folder = f"images/{unit.set_name}"
+        shard = write_tar(self.out / folder / shard_name(unit.shard), members, "train")
+        files = {f"{folder}/{name}": sha256 for name, sha256 in shard.files.items()}
+        Journal(self.out, DECODE_JOURNAL).record(unit.name, {"set": unit.set_name, "shard": shard.model_dump()}, files)
+        return unit.name

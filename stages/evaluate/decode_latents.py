@@ -9,15 +9,14 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from torch import Tensor
 
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.filesystem import Location, absolute, children, has_sha256, make_directory, remove_partials
+from svgpipe.manifests.filesystem import Location, absolute, children, make_directory, remove_partials
 from svgpipe.manifests.index import ImageRef, read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.report_file import evaluate_again
-from svgpipe.manifests.shards import ShardFile, shard_name
+from svgpipe.manifests.shards import ShardFile
 
 from ..images.decode import RGBArray, decode_image
 from ..images.image_set import ImageSet
@@ -26,7 +25,7 @@ from ..networks.autoencoder import load_autoencoder, reconstruct
 from ..networks.sampling import initial_noise
 from ..runtime.progress import Progress
 from ..runtime.runner import Runner, Steps
-from .cpu_tasks import DecodedUnit, ImageSources, ImageUnit, ReadForDecoding, WriteImages
+from .cpu_tasks import DECODE_JOURNAL, DecodedUnit, ImageSources, ImageUnit, ReadForDecoding, WriteImages
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,12 @@ class ImageJob:
     originals: Sequence[ImageRef] = ()
     residual: bool = True
 
-    def units(self, rows: int, first_number: int) -> list[ImageUnit]:
-        """Tars of `rows` images; the journal counts them from `first_number`."""
+    def units(self, rows: int) -> list[ImageUnit]:
+        """Tars of `rows` images."""
         labels = self.labels or [ref.label for ref in self.originals] or [0] * self.count
         originals = [replace(ref, tar=absolute(ref.tar)) for ref in self.originals]
         return [
             ImageUnit(
-                number=first_number + shard,
                 set_name=self.name,
                 shard=shard,
                 indices=range(first, min(first + rows, self.count)),
@@ -87,45 +85,26 @@ def decode(
     """Tars of every set below `out`/images, by name; run again to resume."""
     units: list[ImageUnit] = []
     for job in jobs:
-        units += job.units(options.unit_rows, len(units))
+        units += job.units(options.unit_rows)
         make_directory(out / "images" / job.name)
         remove_partials(out / "images" / job.name)
-    journal = Journal(out / "journal" / "decode")
+    journal = Journal(out, DECODE_JOURNAL)
     remove_partials(journal.directory)
-    missing = missing_units(journal, units, out / "images")
+    # By hash: an altered image would be measured as if it were the model's.
+    wanted = {unit.name: unit for unit in units}
+    missing = [wanted[name] for name in journal.missing(list(wanted), deep=True)]
     progress.begin("decode", len(units), len(units) - len(missing))
     steps = Steps(
         ReadForDecoding(options.size),
         partial(_Decode, options=replace(options, autoencoder=absolute(options.autoencoder))),
-        WriteImages(absolute(out), absolute(journal.directory)),
+        WriteImages(absolute(out)),
     )
     for _ in runner.run(missing, steps):
         progress.advance()
-    found: dict[str, list[ShardFile]] = {job.name: [] for job in jobs}
+    tars: dict[str, list[ShardFile]] = {job.name: [] for job in jobs}
     for unit in units:
-        found[unit.set_name].append(ShardFile.model_validate(journal.read(unit.number)["shard"]))
-    return found
-
-
-def missing_units(journal: Journal, units: Sequence[ImageUnit], images: Location) -> list[ImageUnit]:
-    """Units without a record of their own, or whose tar or index is gone or altered.
-
-    The sets may have changed since the records were written: an alignment that there is now allows another.
-    """
-    finished = journal.finished()
-
-    def is_there(unit: ImageUnit) -> bool:
-        tar = images / unit.set_name / shard_name(unit.shard)
-        try:
-            record = journal.read(unit.number)
-            shard = ShardFile.model_validate(record.get("shard"))
-        except (ArtifactError, ValidationError):
-            return False
-        is_its_own = record.get("set") == unit.set_name and shard.name == tar.name
-        index = tar.with_suffix(".parquet")
-        return is_its_own and has_sha256(tar, shard.sha256) and has_sha256(index, shard.index_sha256)
-
-    return [unit for unit in units if unit.number not in finished or not is_there(unit)]
+        tars[unit.set_name].append(ShardFile.model_validate(journal.read(unit.name)["shard"]))
+    return tars
 
 
 def decoded_images(evaluation: Location, name: str) -> ImageSet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -15,7 +16,7 @@ from svgpipe.manifests.checkpoint import load_tensors, save_tensors
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.evaluation import Measured, ReferenceRecord, SamplerRecord
-from svgpipe.manifests.filesystem import ABANDONED_S, Location, children, make_directory, remove_partials
+from svgpipe.manifests.filesystem import ABANDONED_S, Location, make_directory, remove_partials, remove_tree
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import Json, digest
 from svgpipe.manifests.recipe import EvaluationSection
@@ -60,7 +61,7 @@ def measure(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]], pro
         work.extracted(name)
         progress.advance(1, name)
     names = [*work.drawn, *(line for line in LINES if line in work.sets)]
-    journal = Journal(plan.out / "journal" / "compare")  # of 50,000 images, the intervals take minutes
+    journal = Journal(plan.out, "journal/compare")  # of 50,000 images, the intervals take minutes
     progress.begin("compare", len(names))
     results = []
     for number, name in enumerate(names):
@@ -118,7 +119,7 @@ class _Measurement:
     def extracted(self, name: str) -> dict[str, Tensor]:
         """Features of a set, extracted now or kept. Those of all sets at a time may be more than memory holds."""
         plan = self.plan
-        return extracted(plan.pool / "features", self.sets[name], plan.extractor, plan.config.batch_size)
+        return extracted(plan.pool, self.sets[name], plan.extractor, plan.config.batch_size)
 
     def features(self, name: str) -> Features:
         """Features of a set, with labels where these are the reference's."""
@@ -188,45 +189,33 @@ def _target(reference: Reference) -> FrechetTarget | None:
 
 
 def extracted(
-    pool: Location, images: ImageSet, extractor: Extractor, batch_size: int, prefix: str = ""
+    pool: Location, images: ImageSet, extractor: Extractor, batch_size: int, folder: str = "features"
 ) -> dict[str, Tensor]:
-    """Features of a set, kept in `pool` by the content of images and extractor.
+    """Features of a set, kept by the content of images and extractor.
 
-    pool/DIGEST.safetensors    the features; DIGEST.json is their journal record, with the file's hash
+    pool/features/DIGEST.safetensors    the features; DIGEST.json is their journal record, with the file's hash
 
     Args:
-        prefix: of the file's name, for parts.
+        folder: below `pool`; another one for the parts of a large set.
     """
     key = digest([images.digest, extractor.description.model_dump(), extractor.layers])[:16]
-    name, journal = f"{prefix}{key}", Journal(pool)
-    if (whole := _kept(journal, name)) is not None:
-        return whole
-    remove_partials(pool, idle_s=ABANDONED_S)
-    if len(images) <= PART:
-        return _keep(journal, name, extractor.features(images, batch_size))
-    # Kept part by part, so that a kill does not cost the hours that a large set takes.
-    parts = [ImageSet(images.refs[start : start + PART], images.size) for start in range(0, len(images), PART)]
-    pieces = [extracted(pool / "parts", part, extractor, batch_size, f"{key}-") for part in parts]
-    found = _keep(journal, name, {layer: torch.cat([piece[layer] for piece in pieces]) for layer in extractor.layers})
-    for part_file in children(pool / "parts"):
-        if part_file.name.startswith(f"{key}-"):
-            part_file.unlink(missing_ok=True)
-    return found
-
-
-def _keep(journal: Journal, name: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Write features, then their record."""
+    journal, name = Journal(pool, folder), f"{folder}/{key}.safetensors"
+    if journal.is_whole(key):
+        with suppress(ArtifactError):  # altered: they are extracted again
+            return load_tensors(pool / name, journal.files(key)[0].sha256)
     make_directory(journal.directory)
-    journal.record(name, {"sha256": save_tensors(journal.directory / f"{name}.safetensors", found)})
-    return found
-
-
-def _kept(journal: Journal, name: str) -> dict[str, Tensor] | None:
-    """Features as they were written; None where there are none, or others than these."""
-    try:
-        return load_tensors(journal.directory / f"{name}.safetensors", str(journal.read(name)["sha256"]))
-    except (ArtifactError, KeyError):
-        return None
+    remove_partials(journal.directory, idle_s=ABANDONED_S)
+    # A large set is kept part by part, so that a kill does not cost the hours that it takes.
+    parts_folder = f"{folder}/parts-{key}"
+    if len(images) <= PART:
+        features = extractor.features(images, batch_size)
+    else:
+        parts = [ImageSet(images.refs[start : start + PART], images.size) for start in range(0, len(images), PART)]
+        pieces = [extracted(pool, part, extractor, batch_size, parts_folder) for part in parts]
+        features = {layer: torch.cat([piece[layer] for piece in pieces]) for layer in extractor.layers}
+    journal.record(key, {}, {name: save_tensors(pool / name, features)})
+    remove_tree(pool / parts_folder)
+    return features
 
 
 def _psnr(originals: ImageSet, reconstructions: ImageSet, config: EvaluationSection) -> Estimate | None:

@@ -181,7 +181,7 @@ def _evaluate(
     extractor = plan.extractor  # weights that are missing should stop it before it has decoded for long
     lpips = _lpips(config, missing)
     if not was_decoded(plan.shards):
-        require_decodable(plan.chosen, Journal(out / "journal" / "looked"), progress)
+        require_decodable(plan.chosen, Journal(out, "journal/looked"), progress)
     if needs_alignment(plan.autoencoder, plan.encoder):
         align_for_evaluation(plan.shards, plan.autoencoder, plan.encoder, config.batch_size, runner, progress)
     keep_alignment(plan.autoencoder, out)
@@ -239,7 +239,7 @@ def _measure(
     plan: ReconstructionPlan, sets: dict[str, ImageSet], lpips: Lpips | None, progress: Progress
 ) -> list[Reconstructed]:
     """Figures of every set against the originals."""
-    config, originals, pool = plan.config, plan.originals, plan.pool / "features"
+    config, originals, pool = plan.config, plan.originals, plan.pool
     reference = extracted(pool, originals, plan.extractor, config.batch_size)
     comparison = Comparison(Features(reference[POOLED]), config.bootstrap, config.seed)
     progress.begin("measure", len(sets) * len(originals))
@@ -266,7 +266,7 @@ def _compared(
     plan: ReconstructionPlan, number: int, name: str, images: ImageSet, lpips: Lpips | None, progress: Progress
 ) -> dict[str, list[float | None]]:
     """Values of every measure, image by image; kept in the journal, `unit_rows` images a unit."""
-    originals, journal, rows = plan.originals, Journal(plan.out / "journal" / "measure"), plan.config.unit_rows
+    originals, journal, rows = plan.originals, Journal(plan.out, "journal/measure"), plan.config.unit_rows
     measures: dict[str, list[float | None]] = {}
     starts = range(0, len(originals), rows)
     for part, start in enumerate(starts):

@@ -11,17 +11,16 @@ the size of the outer shards.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import FeatureStore
-from svgpipe.manifests.filesystem import Location, absolute, file_size, make_directory
+from svgpipe.manifests.filesystem import Location, absolute, make_directory
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.lock import Lock
 from svgpipe.manifests.manifest import digest
@@ -33,7 +32,7 @@ from ..networks.sampling import SamplerSettings, draw_latents, keep_as_computed,
 from ..runtime.device import is_compiled, warn_if_imitated
 from ..runtime.progress import Progress
 from ..runtime.runner import Runner, Steps
-from .cpu_tasks import DrawnUnit, LatentsRecord, LatentsUnit, WriteLatents, pass_on
+from .cpu_tasks import DrawnUnit, LatentsUnit, WriteLatents, pass_on
 from .plan import EvaluationPlan, Sampler
 
 DESCRIPTION = "sampler"
@@ -57,16 +56,10 @@ class _Store:
     journal: Journal
     count: int
 
-    def missing(self) -> list[int]:
-        """Outer shards without a record, or whose file is not of the size that was recorded."""
-        records = _records(self.journal)
-        sizes = {unit: file_size(self.store.unit_file(unit)) for unit in range(self.count) if unit in records}
-        return [unit for unit in range(self.count) if unit not in sizes or sizes[unit] != records[unit].num_bytes]
-
     def drawn(self) -> DrawnLatents:
         """All of them, once they are there."""
-        records = _records(self.journal)
-        return DrawnLatents(self.setting, self.store, [records[unit].sha256 for unit in range(self.count)])
+        files = [file for unit in range(self.count) for file in self.journal.files(unit)]
+        return DrawnLatents(self.setting, self.store, [file.sha256 for file in files])
 
 
 def draw(plan: EvaluationPlan, runner: Runner, progress: Progress) -> list[DrawnLatents]:
@@ -79,7 +72,11 @@ def draw(plan: EvaluationPlan, runner: Runner, progress: Progress) -> list[Drawn
         warn_if_imitated(plan.config.precision)  # here, since nobody reads what a worker logs
     with ExitStack() as locks:
         stores = [_open(plan, setting, locks) for setting in plan.settings]
-        missing = [LatentsUnit(number, unit) for number, store in enumerate(stores) for unit in store.missing()]
+        missing = [
+            LatentsUnit(number, unit)
+            for number, store in enumerate(stores)
+            for unit in store.journal.missing(range(store.count))
+        ]
         total = sum(store.count for store in stores)
         progress.begin("sample", total, total - len(missing))
         specs = [store.store.spec for store in stores]
@@ -102,7 +99,7 @@ def _open(plan: EvaluationPlan, setting: SamplerSettings, locks: ExitStack) -> _
     locks.callback(Lock(path).release)
     store = _prepare(path, plan.sampler.model, setting, config.num_samples, config.unit_rows)
     # Whole outer shards: what another sweep adds must not change what is there.
-    return _Store(setting, store, Journal(path / "journal"), -(-config.num_samples // store.spec.unit_rows))
+    return _Store(setting, store, Journal(path), -(-config.num_samples // store.spec.unit_rows))
 
 
 def _key(sampler: Sampler, setting: SamplerSettings, config: EvaluationSection) -> str:
@@ -117,8 +114,9 @@ def _prepare(
     Its description is written last, so a store that has one is whole; another was left by a kill and is made anew
     around the shards that lie there.
     """
-    if records := _records(Journal(path / "journal")):
-        unit_rows = records[min(records)].rows
+    journal = Journal(path)
+    if (first := next(filter(journal.is_whole, journal.numbers()), None)) is not None:
+        unit_rows = journal.read(first)["rows"]
     rows = -(-count // unit_rows) * unit_rows
     store = _whole_store(path)
     if store is not None and store.spec.unit_rows == unit_rows and store.spec.num_samples >= rows:
@@ -138,15 +136,6 @@ def _whole_store(path: Location) -> FeatureStore | None:
     except ArtifactError:
         return None
     return store if DESCRIPTION in store.group.attrs else None
-
-
-def _records(journal: Journal) -> dict[int, LatentsRecord]:
-    """Of every unit that has one which can be read."""
-    found = {}
-    for unit in journal.finished():
-        with suppress(ArtifactError, ValidationError):
-            found[unit] = LatentsRecord.model_validate(journal.read(unit))
-    return found
 
 
 class _Draw:

@@ -81,7 +81,7 @@ def _evaluate(
     _ = plan.extractor  # weights that are missing should stop a sweep before it has sampled for hours
     sets = plan.sets
     if not was_decoded(plan.reference.shards):
-        looked = Journal(plan.out / "journal" / "looked")
+        looked = Journal(plan.out, "journal/looked")
         require_decodable([*sets.reference, *sets.heldout, *sets.reconstructed], looked, progress)
     can_encode = _align(plan, runner, progress)
     drawn = draw(plan, runner, progress)

@@ -1,6 +1,6 @@
 """The pass before an extraction: channel statistics, and int8 steps, over evenly spread training rows.
 
-Kept in calibration.json by the extraction, so that every resume normalises with the very same numbers.
+Kept in the journal by the extraction, so that every resume normalises with the very same numbers.
 """
 
 from __future__ import annotations

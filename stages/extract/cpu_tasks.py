@@ -23,7 +23,7 @@ from ..images.decode import RejectedImageError, RGBArray, centre_crop, decode_im
 from .moments import Moments
 from .rejects import Reject
 from .timings import Stopwatch, Timing
-from .unit_writer import find_record, write_unit
+from .unit_writer import write_unit
 
 
 @dataclass(frozen=True)
@@ -117,16 +117,16 @@ def _again_if_altered(ref: ImageRef, data: bytes | ArtifactError) -> bytes:
 class WriteUnit:
     """One outer shard, whole, then its journal record."""
 
-    def __init__(self, store: FeatureStore, journal: Journal) -> None:
-        self.path, self.spec, self.journal_path = absolute(store.path), store.spec, absolute(journal.directory)
+    def __init__(self, store: FeatureStore) -> None:
+        self.path, self.spec = absolute(store.path), store.spec
 
-    def __call__(self, found: UnitFeatures) -> UnitWritten:
-        store, journal = FeatureStore(self.path, self.spec), Journal(self.journal_path)
+    def __call__(self, encoded: UnitFeatures) -> UnitWritten:
+        store, journal = FeatureStore(self.path, self.spec), Journal(self.path)
         # Ray runs a task twice after a node seemed lost: then the first one's bytes are on record.
-        if find_record(store, journal, found.unit) is not None:
-            return UnitWritten(found.unit, found.rejects, found.timings)
-        watch = write_unit(store, journal, found.unit, np.ascontiguousarray(found.features), found.rejects)
-        return UnitWritten(found.unit, found.rejects, (*found.timings, watch.timing()))
+        if journal.is_whole(encoded.unit):
+            return UnitWritten(encoded.unit, encoded.rejects, encoded.timings)
+        watch = write_unit(store, journal, encoded.unit, np.ascontiguousarray(encoded.features), encoded.rejects)
+        return UnitWritten(encoded.unit, encoded.rejects, (*encoded.timings, watch.timing()))
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ class CollectMoments:
 
     sampled_vectors: int
 
-    def __call__(self, found: UnitFeatures) -> UnitMoments:
-        features = found.features[found.valid]
+    def __call__(self, encoded: UnitFeatures) -> UnitMoments:
+        features = encoded.features[encoded.valid]
         flat = features.reshape(-1, features.shape[-1])
         chosen = np.linspace(0, len(flat) - 1, min(self.sampled_vectors, len(flat))).round().astype(int)
-        return UnitMoments(found.unit, Moments.of(features), np.ascontiguousarray(flat[chosen]))
+        return UnitMoments(encoded.unit, Moments.of(features), np.ascontiguousarray(flat[chosen]))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,11 +85,3 @@ class Moments:
             return cls(int(entry["count"]), *values.astype(np.float64))
         except (AssertionError, KeyError, TypeError, ValueError, binascii.Error) as error:
             raise ArtifactError(f"expected statistics of {channels} channels, found others ({error}).") from error
-
-
-def merge_all(parts: Iterable[Moments], channels: int) -> Moments:
-    """Merge in the order given."""
-    total = Moments.empty(channels)
-    for part in parts:
-        total = total.merge(part)
-    return total

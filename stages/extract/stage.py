@@ -13,15 +13,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
 from svgpipe.manifests.cache import CacheManifest
-from svgpipe.manifests.calibration import CALIBRATION_NAME, Calibration
+from svgpipe.manifests.calibration import CALIBRATION, Calibration
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import FeatureStore
-from svgpipe.manifests.filesystem import Location, absolute, remove_partials, write_atomic
+from svgpipe.manifests.filesystem import Location, absolute, remove_partials
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import WorkDir
 from svgpipe.manifests.recipe import ExtractSection
@@ -37,18 +35,10 @@ from .cpu_tasks import ReadImages, UnitRows, WriteUnit
 from .encoder_actor import EncoderOptions, EncodeUnits
 from .rejects import RejectTally
 from .timings import Timings
-from .unit_writer import (
-    REJECTS_NAME,
-    all_records,
-    publish_cache,
-    put_statistics,
-    reject_lines,
-    rejects_of,
-    take_stock,
-    unit_record,
-)
+from .unit_writer import REJECTS_NAME, complete_store, publish_cache
 
 MAX_REJECTS = 0.001
+NAMED_REJECTS = 20
 
 
 def extract(
@@ -123,9 +113,9 @@ class _Job:
         if needs_alignment(self.autoencoder, self.encoder):
             measure_alignment(self.shards, self.autoencoder, self.encoder, self.options, self.runner, self.progress)
         keep_alignment(self.autoencoder, work.path)
-        calibration = self._calibration(work)
-        journal = Journal(work.path / "journal")
+        journal = Journal(work.path)
         remove_partials(journal.directory)
+        calibration = self._calibration(work, journal)
         store = FeatureStore.create(work.path, self.spec, calibration.mean, calibration.std, calibration.scale)
         timings = self._extract(work, store, journal, calibration)
         return self._publish(work, store, journal, timings.summary())
@@ -140,62 +130,53 @@ class _Job:
     ) -> Timings:
         """Make the units that are missing."""
         spec, tally, timings = store.spec, RejectTally(store.spec.num_samples, self.max_rejects), Timings()
-        finished = take_stock(store, journal)
-        for unit, record in finished.items():
-            tally.add(len(spec.rows_of(unit)), [reject["reason"] for reject in record["rejects"]])
+        missing = journal.missing(range(spec.num_units))
+        for unit in sorted({*range(spec.num_units)} - {*missing}):
+            tally.add(len(spec.rows_of(unit)), [reject["reason"] for reject in journal.read(unit)["rejects"]])
         self.progress.begin("extract", spec.num_samples, tally.seen)
-        units = [UnitRows(unit, spec.rows_of(unit)) for unit in range(spec.num_units) if unit not in finished]
+        units = [UnitRows(unit, spec.rows_of(unit)) for unit in missing]
         options = replace(self.options, mean=calibration.mean, std=calibration.std, views=spec.views)
         steps = Steps(
             ReadImages(self.shards, self.encoder.image_size),
             partial(EncodeUnits, options=options),
-            WriteUnit(store, journal),
+            WriteUnit(store),
         )
         for done in self.runner.run(units, steps):
             work.check_lock()
-            _require_seen(store, journal, done.unit)
+            _require_seen(journal, done.unit)
             count = len(spec.rows_of(done.unit))
             timings.add(count, done.timings)
             self.progress.advance(count)
             tally.add(count, [reject.reason for reject in done.rejects])
         return timings
 
-    def _calibration(self, work: WorkDir[CacheManifest]) -> Calibration:
+    def _calibration(self, work: WorkDir[CacheManifest], journal: Journal) -> Calibration:
         """The one that this cache was begun with, or one measured now."""
-        path = work.path / CALIBRATION_NAME
-        if path.exists():
-            return Calibration.read(path)
+        if journal.has(CALIBRATION):
+            return Calibration.read(journal)
         size = self.encoder.image_size
-        found = calibrate(self.shards, size, self.options, self.config, self.runner, self.progress)
+        calibration = calibrate(self.shards, size, self.options, self.config, self.runner, self.progress)
         work.check_lock()
-        found.write(path)
-        return found
+        calibration.record(journal)
+        return calibration
 
     def _publish(
         self, work: WorkDir[CacheManifest], store: FeatureStore, journal: Journal, timings: dict[str, Any]
     ) -> CacheManifest:
         spec, rows = store.spec, self.shards.rows
-        records = all_records(store, journal)
-        rejected = rejects_of(records, spec)
-        valid = np.ones(len(rows), bool)
-        valid[[reject.row for reject in rejected]] = False
-        store.put("label", rows.label, "sample")
-        store.put("valid", valid, "sample")
-        store.put("heldout", rows.heldout, "sample")
-        put_statistics(store, records, valid)
-        write_atomic(work.path / REJECTS_NAME, reject_lines(records, spec))
-        for reject in rejected[:20]:
+        stored = complete_store(store, journal, rows.label, rows.heldout)
+        for reject in stored.rejects[:NAMED_REJECTS]:
             self.progress.say(f"row {reject.row} is not valid: {reject.reason}")
-        if len(rejected) > 20:
-            self.progress.say(f"… and {len(rejected) - 20} more rows, see {work.path / REJECTS_NAME}")
+        if (more := len(stored.rejects) - NAMED_REJECTS) > 0:
+            self.progress.say(f"… and {more} more rows, see {work.path / REJECTS_NAME}")
         backbone = self.encoder.config["backbone"]
         manifest = CacheManifest(
             config=work.config,
             inputs=work.inputs,
             seconds=work.seconds,
             num_samples=len(rows),
-            num_valid=int(valid.sum()),
-            num_rejected=len(rejected),
+            num_valid=int(stored.valid.sum()),
+            num_rejected=len(stored.rejects),
             num_heldout=int(rows.heldout.sum()),
             feature_shape=(*spec.grid, spec.channels),
             frozen_channels=self.encoder.frozen_channels,
@@ -205,22 +186,22 @@ class _Job:
             class_names=list(spec.class_names),
             backbone=backbone["name"],
             backbone_weights=backbone["weights"],
-            content=CacheManifest.content_of(store, [record["sha256"] for record in records]),
-            num_bytes=sum(record["num_bytes"] for record in records),
+            content=stored.content,
+            num_bytes=stored.num_bytes,
             timings=timings,
         )
         work.check_lock()
         return publish_cache(manifest, store)
 
 
-def _require_seen(store: FeatureStore, journal: Journal, unit: int) -> None:
+def _require_seen(journal: Journal, unit: int) -> None:
     """What a worker, perhaps on another node, has just written must be seen from here, or hours are lost.
 
     Raises:
         ArtifactError: it is not.
     """
     try:
-        unit_record(store, journal, unit)
+        journal.check(unit)
     except ArtifactError as error:
         raise ArtifactError(
             f"{error} A worker has just written it, but this process does not see it: the cache must lie where "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from svgpipe.manifests.errors import ArtifactError, UsageError
-from svgpipe.manifests.filesystem import Location, location, remove_tree, write_atomic
+from svgpipe.manifests.filesystem import Location, location
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import InputRef, Json, WorkDir, digest
 from svgpipe.manifests.recipe import ShardSection
@@ -28,8 +27,7 @@ from ..images.decode import EXTENSIONS, RejectedImageError, centre_crop, decode_
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import cpu_count
-
-JOURNAL_NAME = "journal"  # removed when all is published: the indexes say the same
+from .publish import printable, publish_shards
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,8 @@ def shard(
         if work.finished is not None:
             return work.finished
         jobs = list(plan(files, source, out, config))
-        journal = Journal(out / JOURNAL_NAME)
-        done = journal.finished()
-        missing = [job for job in jobs if job.number not in done]
+        journal = Journal(out)
+        missing = [jobs[number] for number in journal.missing(range(len(jobs)))]
         progress = Recorded(progress, out)
         progress.begin("shard", len(jobs), len(jobs) - len(missing))
         for _ in map_in_processes(write_shard, missing, workers or cpu_count()):
@@ -165,19 +162,15 @@ def write_shard(job: ShardJob) -> None:
             try:
                 data, extension = _load(job, file)
             except RejectedImageError as error:
-                rejects.append({"path": _printable(file.path), "reason": str(error)})
+                rejects.append({"path": printable(file.path), "reason": str(error)})
                 continue
             assert file.label is not None
             labels[str(file.label)] += 1
-            yield TarImage(f"{job.first_key + position:08d}", data, extension, file.label, _printable(file.path))
+            yield TarImage(f"{job.first_key + position:08d}", data, extension, file.label, printable(file.path))
 
     entry = write_tar(out / shard_name(job.number), images(), job.split)
     record = {"shard": entry.model_dump(), "rejected": rejects, "labels": labels}
-    Journal(out / JOURNAL_NAME).record(job.number, record)
-
-
-def _printable(path: str) -> str:
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    Journal(out).record(job.number, record, entry.files)
 
 
 def _load(job: ShardJob, file: SourceFile) -> tuple[bytes, str]:
@@ -216,22 +209,7 @@ def _publish(
             f"{work.path}: class {empty[0]!r}: expected at least one usable image, but all were rejected "
             f"({reason['reason']}). Remove the class folder and shard into a new directory."
         )
-    lines = "".join(json.dumps(reject, sort_keys=True) + "\n" for reject in rejects)
-    write_atomic(work.path / "rejected.jsonl", lines.encode())
     num_images = sum(shard.num_images for shard in shards)
     if num_images + len(rejects) != len(files):
         raise AssertionError(f"{len(files)} inputs, but {num_images} stored and {len(rejects)} rejected")
-    manifest = ShardSetManifest(
-        config=work.config,
-        inputs=work.inputs,
-        seconds=work.seconds,
-        class_names=[_printable(name) for name in class_names],
-        num_inputs=len(files),
-        num_images=num_images,
-        num_rejected=len(rejects),
-        num_heldout=sum(shard.num_images for shard in shards if shard.split == "heldout"),
-        content=ShardSetManifest.content_of(shards),
-        shards=shards,
-    ).publish(work.path)
-    remove_tree(work.path / JOURNAL_NAME)
-    return manifest
+    return publish_shards(work, class_names, shards, rejects, len(files))

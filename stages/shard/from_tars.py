@@ -25,8 +25,6 @@ from svgpipe.manifests.filesystem import (
     location,
     make_directory,
     read_range,
-    remove_tree,
-    write_atomic,
 )
 from svgpipe.manifests.index import ImageRef, write_index
 from svgpipe.manifests.journal import Journal
@@ -37,8 +35,8 @@ from ..images.decode import EXTENSIONS, RejectedImageError, check_header, decode
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import cpu_count
+from .publish import printable, publish_shards
 
-JOURNAL_NAME = "journal"  # removed when all is published: the indexes say the same
 SCAN_BYTES = 1 << 22
 # A class number above this is taken for a mistake, not for that many classes.
 MAX_LABEL = 10_000_000
@@ -94,12 +92,12 @@ def index_tars(
     with WorkDir(out, ShardSetManifest, recorded, {"source": origin}) as work:
         if work.finished is not None:
             return work.finished
-        journal = Journal(out / JOURNAL_NAME)
+        journal = Journal(out)
         make_directory(out / "index")
-        missing = journal.missing(len(splits))
+        missing = journal.missing(range(len(splits)))
         progress = Recorded(progress, out)
         progress.begin("index", len(splits), len(splits) - len(missing))
-        jobs = [_Scan(str(splits[i][0]), i, str(absolute(journal.directory)), config) for i in missing]
+        jobs = [_Scan(str(splits[i][0]), i, str(absolute(out)), config) for i in missing]
         for note in map_in_processes(_Scan.__call__, jobs, processes or cpu_count()):
             if note:
                 progress.say(note)
@@ -158,7 +156,7 @@ class _Scan:
 
     tar: str
     number: int
-    journal: str
+    out: str
     config: IndexConfig
 
     def __call__(self) -> str:
@@ -185,7 +183,7 @@ class _Scan:
                 row["reject"] = None if row["label"] is not None else "no label: expected KEY.cls or KEY.json with one"
         _reject_duplicates(images)
         entry = {"sha256": sha256, "num_bytes": size, "images": images}
-        Journal(location(self.journal)).record(self.number, entry)
+        Journal(location(self.out)).record(self.number, entry)
         return note
 
     def _look_at(
@@ -206,8 +204,8 @@ class _Scan:
                 if label is not None and (extension == "cls" or key not in labels):
                     labels[key] = label
             return
-        row: dict[str, Any] = {"key": _printable(key), "offset": member.offset_data, "size": member.size}
-        row |= {"path": _printable(member.name), "label": None, "sha256": "", "reject": None}
+        row: dict[str, Any] = {"key": printable(key), "offset": member.offset_data, "size": member.size}
+        row |= {"path": printable(member.name), "label": None, "sha256": "", "reject": None}
         images.append(row)
         try:
             if (problem := unsafe(member.name)) is not None:
@@ -273,16 +271,12 @@ def _label_in(content: bytes, extension: str, field: str) -> int | str | None:
     return value if abs(value) <= MAX_LABEL else None
 
 
-def _printable(name: str) -> str:
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
 def _publish(
     work: WorkDir[ShardSetManifest], splits: list[tuple[Location, Split]], config: IndexConfig, entries: list[Json]
 ) -> ShardSetManifest:
     class_names = _class_names(entries, config)
     numbers = {name: i for i, name in enumerate(class_names)}
-    shards, rejected, rows, heldout = [], [], 0, 0
+    shards, rejected = [], []
     for i, ((tar, split), entry) in enumerate(zip(splits, entries, strict=True)):
         refs = [_resolved(ImageRef(tar, **_with_number(row)), row["label"], numbers) for row in entry["images"]]
         name = f"index/{i:06d}.parquet"
@@ -298,32 +292,16 @@ def _publish(
                 index=name,
             )
         )
-        rows += len(refs)
-        heldout += len(refs) if split == "heldout" else 0
         rejected += [
             {"tar": str(tar), "offset": ref.offset, "key": ref.key, "reason": ref.reject, "path": ref.path}
             for ref in refs
             if ref.reject is not None
         ]
+    rows = sum(shard.num_images for shard in shards)
     if rows == len(rejected):
         reason = rejected[0]["reason"] if rejected else "no member has an image's extension"
         raise ArtifactError(f"{splits[0][0]}: expected at least one usable image in {len(splits)} tars ({reason}).")
-    lines = "".join(json.dumps(reject, sort_keys=True) + "\n" for reject in rejected)
-    write_atomic(work.path / "rejected.jsonl", lines.encode())
-    manifest = ShardSetManifest(
-        config=work.config,
-        inputs=work.inputs,
-        seconds=work.seconds,
-        class_names=class_names,
-        num_inputs=rows,
-        num_images=rows - len(rejected),
-        num_rejected=len(rejected),
-        num_heldout=heldout,
-        content=ShardSetManifest.content_of(shards),
-        shards=shards,
-    ).publish(work.path)
-    remove_tree(work.path / JOURNAL_NAME)
-    return manifest
+    return publish_shards(work, class_names, shards, rejected, rows)
 
 
 def _with_number(row: dict[str, Any]) -> dict[str, Any]:

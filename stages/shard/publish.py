@@ -1,0 +1,46 @@
+"""The last step of `svgpipe shard` and `svgpipe index`: the ledger of rejects, then the manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from svgpipe.manifests.filesystem import remove_tree, write_atomic
+from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.manifest import WorkDir
+from svgpipe.manifests.shards import ShardFile, ShardSetManifest
+
+
+def publish_shards(
+    work: WorkDir[ShardSetManifest],
+    class_names: Sequence[str],
+    shards: Sequence[ShardFile],
+    rejects: Sequence[Mapping[str, object]],
+    num_inputs: int,
+) -> ShardSetManifest:
+    """Write rejected.jsonl and manifest.json, and remove the journal: the indexes say the same.
+
+    Args:
+        rejects: one line each. num_inputs = usable images + rejects.
+    """
+    lines = "".join(json.dumps(reject, sort_keys=True) + "\n" for reject in rejects)
+    write_atomic(work.path / "rejected.jsonl", lines.encode())
+    manifest = ShardSetManifest(
+        config=work.config,
+        inputs=work.inputs,
+        seconds=work.seconds,
+        class_names=[printable(name) for name in class_names],
+        num_inputs=num_inputs,
+        num_images=num_inputs - len(rejects),
+        num_rejected=len(rejects),
+        num_heldout=sum(shard.num_images for shard in shards if shard.split == "heldout"),
+        content=ShardSetManifest.content_of(shards),
+        shards=list(shards),
+    ).publish(work.path)
+    remove_tree(Journal(work.path).directory)
+    return manifest
+
+
+def printable(name: str) -> str:
+    """A file name as valid Unicode: bytes that are none become replacement characters."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
