@@ -8,19 +8,19 @@ evaluation: imported anew, the same weights may be given others.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from .errors import ArtifactError, MismatchError
 from .filesystem import Location
-from .manifest import read_json, summarise, write_json
+from .manifest import FrozenModel, read_json, summarise, write_json
 
 ALIGNMENT_NAME = "alignment.json"
 
 
-class MeasuredAlignment(BaseModel):
+class MeasuredAlignment(FrozenModel):
     """What was measured, and on what."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     scalars: tuple[float, float, float, float] = Field(description="Frozen mean, std, residual mean, std.")
     images: int

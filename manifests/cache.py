@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from .errors import ArtifactError
-from .feature_store import Decoded, FeatureStore
+from .feature_store import FeatureStore, Values
 from .filesystem import Location, location
 from .manifest import Json, Manifest, digest
 from .store_spec import StoreDtype, StoreSpec
@@ -86,7 +86,7 @@ class CacheManifest(Manifest):
 class CachedRow:
     """One sample of a cache."""
 
-    features: Decoded  # (row, column, channel), normalised, view `original`
+    features: Values  # (row, column, channel), normalised, view `original`
     label: int
     class_name: str
     valid: bool
@@ -186,7 +186,7 @@ class FeatureCache(Sequence[CachedRow]):
         name = self.classes[label] if label >= 0 else ""  # of a reject that has none
         return CachedRow(features, label, name, bool(self.valid[i]), bool(self.heldout[i]))
 
-    def read(self, indices: ArrayLike, view: str | ArrayLike = "original") -> Decoded:
+    def read(self, indices: ArrayLike, view: str | ArrayLike = "original") -> Values:
         """Rows in any order with duplicates; see `FeatureStore.read`."""
         return self.store.read(indices, view)
 

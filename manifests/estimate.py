@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from .manifest import FrozenModel
 
 
-class Record(BaseModel):
-    """Base of what reports are made of: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Estimate(Record):
+class Estimate(FrozenModel):
     """A number, how many images it was found on, and the 95 % interval over them.
 
     By bootstrap; of shares Wilson's, which has a width where all or none hit.

@@ -15,13 +15,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from .estimate import Estimate, Record
-from .manifest import Manifest
+from .estimate import Estimate
+from .manifest import FrozenModel, Manifest
 from .paper import PAPER_ROWS, PaperRow
-from .report_file import ExtractorRecord, WrittenReport
+from .report_file import ExtractorInfo, WrittenReport
 
 
-class SamplerRecord(Record):
+class SamplerInfo(FrozenModel):
     """Everything that decides a sample, besides the model."""
 
     steps: int = Field(description="Of the time grid.")
@@ -36,7 +36,7 @@ class SamplerRecord(Record):
     guide: str | None = Field(description="Weights, step and hash of the worse model of autoguidance, or null.")
 
 
-class ReferenceRecord(Record):
+class ReferenceInfo(FrozenModel):
     """Real images, or statistics of such."""
 
     kind: str = Field(description="shards, folder or statistics.")
@@ -45,7 +45,7 @@ class ReferenceRecord(Record):
     content: str = Field(description="sha256 over the images and how they are cropped; of statistics, over the file.")
 
 
-class ModelRecord(Record):
+class ModelInfo(FrozenModel):
     """The diffusion model that was sampled from."""
 
     steps: int = Field(description="Of its training; 0 of an imported one, whose file does not say.")
@@ -53,7 +53,7 @@ class ModelRecord(Record):
     weights_sha256: str = Field(description="Of the file of the weights that were used.")
 
 
-class Measured(Record):
+class Measured(FrozenModel):
     """One set of images, measured against the reference."""
 
     name: str = Field(description="Folder of the images; of real ones, heldout.")
@@ -79,7 +79,7 @@ class Measured(Record):
         description="Share whose nearest class mean of the reference, in this feature space, is their own class."
     )
     psnr: Estimate | None = Field(None, description="dB against the originals; reconstructions only.")
-    sampler: SamplerRecord | None = Field(None, description="Everything that decides a sample; samples only.")
+    sampler: SamplerInfo | None = Field(None, description="Everything that decides a sample; samples only.")
 
 
 class Report(WrittenReport):
@@ -89,9 +89,9 @@ class Report(WrittenReport):
 
     schema_version: int = Field(4, description="Of this layout; raised when a field changes its meaning.")
     metric: str = Field(description="What frechet_distance is: FID, or a Fréchet distance in a named space.")
-    extractor: ExtractorRecord = Field(description="What made the features.")
-    reference: ReferenceRecord = Field(description="What distances are measured against.")
-    diffusion: ModelRecord = Field(description="What was sampled from.")
+    extractor: ExtractorInfo = Field(description="What made the features.")
+    reference: ReferenceInfo = Field(description="What distances are measured against.")
+    diffusion: ModelInfo = Field(description="What was sampled from.")
     num_samples: int = Field(description="Of every setting.")
     image_size: int = Field(description="Pixels a side of all images.")
     class_names: list[str] = Field(description="Of the diffusion model, in the order of its labels.")
@@ -103,7 +103,7 @@ class Report(WrittenReport):
     )
 
 
-class LatentsRef(Record):
+class LatentsRef(FrozenModel):
     """Where the latents of one setting were drawn to, for other sweeps to find."""
 
     path: str = Field(description="From the evaluation's directory; for people, as latents may be deleted or moved.")

@@ -36,11 +36,11 @@ from .store_spec import StoreSpec, unit_file
 DIMENSIONS = ("sample", "view", "row", "column", "channel")
 INT8_LIMIT = 127
 ZSTD_LEVEL = 3
-# Decoded shard indexes that a reader keeps: without them every read fetches the index of its shard again.
+# Values shard indexes that a reader keeps: without them every read fetches the index of its shard again.
 INDEX_CACHE_BYTES = 64 << 20
 
 Features = NDArray[np.float16]  # as they are handed in
-Decoded = NDArray[np.floating[Any]]  # as they are read: float16 or float32, see `FeatureStore.decode`
+Values = NDArray[np.floating[Any]]  # as they are read: float16 or float32, see `FeatureStore.dequantize`
 
 
 # The process that has used tensorstore; a fork of it must not, or tensorstore aborts it.
@@ -135,9 +135,9 @@ class FeatureStore:
             ArtifactError: there is none of that name, or its checksum is wrong.
         """
         try:
-            found = self.group[name]
-            assert isinstance(found, zarr.Array)
-            return np.asarray(found[...])
+            array = self.group[name]
+            assert isinstance(array, zarr.Array)
+            return np.asarray(array[...])
         except (KeyError, FileNotFoundError, ValueError) as error:
             raise ArtifactError(f"{self.path}/{name}: expected an array, cannot read it: {error}") from error
 
@@ -170,15 +170,15 @@ class FeatureStore:
             self._scale = self.array("feature_scale").astype(np.float32)
         return self._scale
 
-    def encode(self, features: Features) -> NDArray[Any]:
+    def quantize(self, features: Features) -> NDArray[Any]:
         """Normalised float16 (…, channel) → as they are stored: rounded to the nearest step and clipped for int8."""
         if (scale := self.feature_scale) is None:
             return features
         steps = np.rint(features.astype(np.float32) / scale)
         return np.clip(steps, -INT8_LIMIT, INT8_LIMIT, out=steps).astype(np.int8)
 
-    def decode(self, stored: NDArray[Any]) -> Decoded:
-        """Inverse of `encode`, up to its rounding: float16 from a float16 store, float32 from int8.
+    def dequantize(self, stored: NDArray[Any]) -> Values:
+        """Inverse of `quantize`, up to its rounding: float16 from a float16 store, float32 from int8.
 
         numpy rounds float32 to float16 five times slower than it multiplies, so int8 is left in float32.
         """
@@ -227,7 +227,7 @@ class FeatureStore:
         rows, expected = self.spec.rows_of(unit), self.spec.shape_of(unit)
         if features.shape != expected or features.dtype != np.float16:
             raise ValueError(f"unit {unit}: expected float16 {expected}, found {features.dtype} {features.shape}")
-        stored = self.encode(features)
+        stored = self.quantize(features)
         # Of the last shard, which is seldom full, tensorstore would read what is there first, and stop at damage.
         self.unit_file(unit).unlink(missing_ok=True)
         try:
@@ -245,8 +245,8 @@ class FeatureStore:
         rows = self.spec.rows_of(unit)
         return self._by_tensorstore(lambda features: features[rows.start : rows.stop])
 
-    def read(self, indices: ArrayLike, view: str | ArrayLike = "original") -> Decoded:
-        """Rows in any order, duplicates and negative indices allowed: (n, row, column, channel), see `decode`.
+    def read(self, indices: ArrayLike, view: str | ArrayLike = "original") -> Values:
+        """Rows in any order, duplicates and negative indices allowed: (n, row, column, channel), see `dequantize`.
 
         Args:
             indices: (n,) integers.
@@ -255,7 +255,7 @@ class FeatureStore:
             IndexError: an index or view number out of range. ValueError: an unknown view name.
             ArtifactError: a shard that is missing or whose checksum is wrong.
         """
-        return self.decode(self.read_stored(indices, view))
+        return self.dequantize(self.read_stored(indices, view))
 
     def read_stored(self, indices: ArrayLike, view: str | ArrayLike = "original") -> NDArray[Any]:
         """As `read`, but as the rows lie on disk. Folders are read by `ChunkReader`, object stores by tensorstore."""

@@ -210,11 +210,11 @@ def read_ranges(path: Location, ranges: Sequence[tuple[int, int]]) -> list[bytes
         blocks = path.fs.cat_ranges(names, firsts, lasts, on_error="raise")
     except OSError:  # a range beyond the end of an object that was cut short: the others can still be had
         return [read_range(path, offset, size) for offset, size in ranges]
-    found = []
+    parts = []
     for start, end in zip(starts, ends, strict=True):
         number = bisect.bisect_right(firsts, start) - 1
-        found.append(bytes(blocks[number][start - firsts[number] : end - firsts[number]]))
-    return found
+        parts.append(bytes(blocks[number][start - firsts[number] : end - firsts[number]]))
+    return parts
 
 
 def kvstore(path: Location) -> dict[str, Any]:

@@ -73,17 +73,17 @@ def read_index(path: Location, num_images: int | None, columns: Sequence[str] = 
     try:
         with path.open("rb") as file:
             source = parquet.ParquetFile(file)
-            found = set(source.schema_arrow.names)
-            wanted = [name for name in (*columns, REJECT.name) if name in found]
+            names = set(source.schema_arrow.names)
+            wanted = [name for name in (*columns, REJECT.name) if name in names]
             table = source.read(columns=wanted, use_threads=False)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: expected the index of its tar, found none.") from error
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: not a readable parquet file: {error}") from error
-    if set(columns) - found or num_images not in (None, len(table)):
+    if set(columns) - names or num_images not in (None, len(table)):
         raise ArtifactError(
             f"{path}: expected {num_images} rows of {', '.join(columns)}, "
-            f"found {len(table)} rows of {', '.join(sorted(found))}."
+            f"found {len(table)} rows of {', '.join(sorted(names))}."
         )
     return table
 
@@ -106,15 +106,15 @@ def read_images(refs: Sequence[ImageRef]) -> list[bytes | ArtifactError]:
     by_tar: dict[Location, list[int]] = {}
     for number, ref in enumerate(refs):
         by_tar.setdefault(ref.tar, []).append(number)
-    found: dict[int, bytes | ArtifactError] = {}
+    results: dict[int, bytes | ArtifactError] = {}
     for tar, numbers in by_tar.items():
         datas = read_ranges(tar, [(refs[number].offset, refs[number].size) for number in numbers])
         for number, data in zip(numbers, datas, strict=True):
             try:
-                found[number] = _checked(data, refs[number])
+                results[number] = _checked(data, refs[number])
             except ArtifactError as error:
-                found[number] = error
-    return [found[number] for number in range(len(refs))]
+                results[number] = error
+    return [results[number] for number in range(len(refs))]
 
 
 def _checked(data: bytes, ref: ImageRef) -> bytes:

@@ -83,8 +83,8 @@ class Journal:
         for file in self.files(unit):
             path = self.root / file.name
             if (size := file_size(path)) != file.num_bytes:
-                found = "no file" if size is None else f"{size}"
-                raise ArtifactError(f"{path}: expected {file.num_bytes} bytes, found {found}.")
+                actual = "no file" if size is None else f"{size}"
+                raise ArtifactError(f"{path}: expected {file.num_bytes} bytes, found {actual}.")
             if deep and (sha256 := file_sha256(path)) != file.sha256:
                 raise ArtifactError(f"{path}: expected sha256 {file.sha256[:12]}, found {sha256[:12]}.")
 

@@ -43,7 +43,7 @@ def artifacts_below(path: Location) -> list[Location]:
         ArtifactError: there is none.
     """
     candidates = [path, *children(path)]
-    found = [p for p in candidates if (p / MANIFEST_NAME).exists() or (p / PLAN_NAME).exists()]
-    if not found:
+    artifacts = [p for p in candidates if (p / MANIFEST_NAME).exists() or (p / PLAN_NAME).exists()]
+    if not artifacts:
         raise ArtifactError(f"{path}: expected an svgpipe artifact, found neither {MANIFEST_NAME} nor {PLAN_NAME}.")
-    return [path] if found[0] == path else found
+    return [path] if artifacts[0] == path else artifacts

@@ -111,9 +111,9 @@ class Lock:
         """One heartbeat, or the discovery that the lock is lost."""
         # A full disk or a store out of reach for a moment must not end the run, whatever its client library raises.
         with self._looking, suppress(Exception):
-            found = _read(self.path)
-            if found is None or found.get("token") != self.token:
-                self._lost = "it was removed." if found is None else describe(found)
+            owner = _read(self.path)
+            if owner is None or owner.get("token") != self.token:
+                self._lost = "it was removed." if owner is None else describe(owner)
                 return
             write_atomic(self.path, self._mine())
             self._beat_at = time.time()
@@ -135,8 +135,8 @@ class Lock:
         self._released.set()
         self._thread.join()
         with suppress(Exception):  # whatever a client library raises must not hide why the run ended
-            found = _read(self.path)
-            if found is not None and found.get("token") == self.token:
+            owner = _read(self.path)
+            if owner is not None and owner.get("token") == self.token:
                 self.path.unlink()
 
 
@@ -155,9 +155,9 @@ def is_dead(owner: dict[str, Any]) -> bool:
     here = _process(os.getpid())
     theirs = owner.get("process") or {}
     if here["namespace"] == theirs.get("namespace"):
-        found = _process(int(owner.get("pid", -1)))
-        if found["started"] != HIDDEN:
-            return bool(found != theirs)
+        process = _process(int(owner.get("pid", -1)))
+        if process["started"] != HIDDEN:
+            return bool(process != theirs)
     return time.time() - float(owner.get("beat_at", 0)) > STALE_S
 
 

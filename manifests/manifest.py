@@ -99,10 +99,14 @@ def _shorten(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-class InputRef(BaseModel):
-    """An artifact that another one was made from: enough to check it and to say how it differs."""
+class FrozenModel(BaseModel):
+    """Base of what is written as JSON: immutable, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class InputRef(FrozenModel):
+    """An artifact that another one was made from: enough to check it and to say how it differs."""
 
     kind: str
     fingerprint: str
@@ -116,15 +120,13 @@ class InputRef(BaseModel):
         return {"config": self.config, "inputs": inputs}
 
 
-class Manifest(BaseModel):
+class Manifest(FrozenModel):
     """Fields that all manifests share; subclasses add what they produced.
 
     Subclasses set `kind` and list in `OUTSIDE_IDENTITY` the fields that two equal artifacts may
     differ in (times, long per-file lists that a content digest already covers); in `MAY_CHANGE` keys of the
     config that another run of the same work may set otherwise.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     KIND: ClassVar[str]
     NOUN: ClassVar[str]  # with its article, for messages: "a shard set"
@@ -139,7 +141,7 @@ class Manifest(BaseModel):
     svgpipe_version: str = Field(default_factory=svgpipe_version)
     finished_at: str = Field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     seconds: float = Field(0.0, ge=0, description="Wall time of the run that finished it.")
-    config: Json
+    config: Json = Field(default_factory=dict)
     inputs: dict[str, InputRef] = Field(default_factory=dict)
     fingerprint: str = ""
 
@@ -150,7 +152,7 @@ class Manifest(BaseModel):
         return fields
 
     def sealed(self) -> Self:
-        """The same manifest with its fingerprint filled in."""
+        """The same manifest with its fingerprint."""
         return self.model_copy(update={"fingerprint": digest(self.identity())})
 
     def as_input(self, path: Location) -> InputRef:
@@ -325,11 +327,11 @@ class WorkDir(Generic[M]):
         if not (self.path / MANIFEST_NAME).exists():
             return False
         done = kind.read(self.path)
-        found = {"kind": done.kind, "config": done.config}
-        found["inputs"] = {name: ref.fingerprint for name, ref in done.inputs.items()}
+        made = {"kind": done.kind, "config": done.config}
+        made["inputs"] = {name: ref.fingerprint for name, ref in done.inputs.items()}
         what = "Use the recipe and options that it was made with (did you forget --recipe?), or give another --out."
         noun = f"a finished {kind.NOUN.split(' ', 1)[1]} (fingerprint {done.fingerprint[:12]}) that was made"
-        self._require_equal(found, plan, noun, what)
+        self._require_equal(made, plan, noun, what)
         self.finished = done
         return True
 
@@ -342,10 +344,16 @@ class WorkDir(Generic[M]):
                 + f"\n{what_to_do}"
             )
 
-    @property
-    def seconds(self) -> float:
-        """Wall time since this object was made."""
-        return round(time.monotonic() - self._started, 3)
+    def completed(self, manifest: M) -> M:
+        """The manifest of what was made here, with config, inputs, wall time and fingerprint."""
+        seconds = round(time.monotonic() - self._started, 3)
+        update = {"config": self.config, "inputs": self.inputs, "seconds": seconds}
+        return manifest.model_copy(update=update).sealed()
+
+    def publish(self, manifest: M) -> M:
+        """Write manifest.json, after everything that it describes is on disk. Raises BusyError for a lost lock."""
+        self.check_lock()
+        return self.completed(manifest).publish(self.path)
 
 
 def require_same(where: str, expected: InputRef, found: InputRef, *, what_to_do: str) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from .estimate import Record
+from .manifest import FrozenModel
 
 
-class PaperRow(Record):
+class PaperRow(FrozenModel):
     """The paper's FID of three models under one setting, on ImageNet at 256 pixels with 50,000 samples."""
 
     setting: str = Field(description="Steps, or epochs of training, as the paper names them.")
@@ -34,7 +34,7 @@ PAPER_ROWS = [
 ]
 
 
-class PaperProbe(Record):
+class PaperProbe(FrozenModel):
     """The paper's top-1 accuracy of a linear probe on ImageNet at 256 pixels, by a protocol of its own.
 
     Source: Table 4 of arXiv 2510.15301v4.

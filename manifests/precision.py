@@ -25,8 +25,8 @@ def computes_bfloat16() -> bool:
 
     if torch.cuda.is_available():
         return True
-    found: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
-    return any(found.get(name) for name in BFLOAT16_INSTRUCTIONS)
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
+    return any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS)
 
 
 def _definite(value: object) -> object:

@@ -149,6 +149,6 @@ def _section_of(annotation: object) -> type[Section] | None:
         return annotation
     if typing.get_origin(annotation) in (Union, types.UnionType):
         for option in typing.get_args(annotation):
-            if (found := _section_of(option)) is not None:
-                return found
+            if (section := _section_of(option)) is not None:
+                return section
     return None

@@ -10,12 +10,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from .estimate import Estimate, Record
-from .manifest import Manifest
-from .report_file import ExtractorRecord, WrittenReport
+from .estimate import Estimate
+from .manifest import FrozenModel, Manifest
+from .report_file import ExtractorInfo, WrittenReport
 
 
-class Reconstructed(Record):
+class Reconstructed(FrozenModel):
     """The same images through the autoencoder, measured against themselves."""
 
     name: str = Field(description="Folder of the images.")
@@ -35,7 +35,7 @@ class ReconstructionReport(WrittenReport):
 
     schema_version: int = Field(3, description="Of this layout; raised when a field changes its meaning.")
     metric: str = Field(description="What frechet_distance is: FID, or a Fréchet distance in a named space.")
-    extractor: ExtractorRecord = Field(description="What made the features.")
+    extractor: ExtractorInfo = Field(description="What made the features.")
     lpips_weights: str | None = Field(description="sha256 over LPIPS's tensors, VGG16's among them; null without it.")
     image_size: int = Field(description="Pixels a side of all images.")
     num_images: int = Field(description="Held-out images, centre-cropped.")

@@ -7,9 +7,8 @@ from typing import ClassVar, Self
 from pydantic import Field, ValidationError
 
 from .errors import ArtifactError
-from .estimate import Record
 from .filesystem import Location, has_sha256
-from .manifest import MANIFEST_NAME, read_json, summarise, write_json
+from .manifest import MANIFEST_NAME, FrozenModel, read_json, summarise, write_json
 
 REPORT_NAME = "report.json"
 SCHEMA_NAME = "report.schema.json"
@@ -20,7 +19,7 @@ def evaluate_again(directory: Location) -> str:
     return f"Delete {directory / MANIFEST_NAME} and run the same command: only what is missing is made anew."
 
 
-class ExtractorRecord(Record):
+class ExtractorInfo(FrozenModel):
     """What made the features: all that decides those of an image, so that features are kept by it."""
 
     kind: str = Field(description="inception, backbone (the autoencoder's own) or timm.")
@@ -30,7 +29,7 @@ class ExtractorRecord(Record):
     library: str = Field(description="Whose network and resizing it is, with its version.")
 
 
-class WrittenReport(Record):
+class WrittenReport(FrozenModel):
     """Base of reports: read and written as JSON, with its own JSON schema beside it."""
 
     NOUN: ClassVar[str]
@@ -58,13 +57,13 @@ class WrittenReport(Record):
     def read(cls, directory: Location) -> Self:
         """Parse report.json. Raises ArtifactError if it is missing, of another layout, or not such a report."""
         path = directory / REPORT_NAME
-        found, expected = read_json(path), cls.model_fields["schema_version"].default
-        if found.get("schema_version") != expected:
+        report, expected = read_json(path), cls.model_fields["schema_version"].default
+        if report.get("schema_version") != expected:
             raise ArtifactError(
-                f"{path}: expected {cls.NOUN} of layout {expected}, found {found.get('schema_version')}. Read it with "
+                f"{path}: expected {cls.NOUN} of layout {expected}, found {report.get('schema_version')}. Read it with "
                 "the svgpipe that wrote it, or move its directory away and run the command again: latents are found."
             )
         try:
-            return cls.model_validate(found)
+            return cls.model_validate(report)
         except ValidationError as error:
             raise ArtifactError(f"{path}: not {cls.NOUN}: {summarise(error)}") from error

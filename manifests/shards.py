@@ -30,22 +30,20 @@ import braceexpand
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from .errors import ArtifactError, UsageError
 from .filesystem import Location, absolute, file_sha256, file_size, location, staged
 from .index import ImageRef, read_index, refs_of_table, write_index
-from .manifest import MANIFEST_NAME, InputRef, Manifest, digest
+from .manifest import MANIFEST_NAME, FrozenModel, InputRef, Manifest, digest
 
 Split = Literal["train", "heldout"]
 # Opened indexes that one process keeps: neighbouring units lie in the same tars.
 INDEXES_KEPT = 4
 
 
-class ShardFile(BaseModel):
+class ShardFile(FrozenModel):
     """One tar of a shard set."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(description="Beside the manifest, or the whole location of a tar made by others.")
     split: Split
@@ -179,9 +177,9 @@ class ShardSet:
 
     @classmethod
     def _checked(cls, directory: Location, manifest: ShardSetManifest, shards: Sequence[ShardFile]) -> ShardSet:
-        found = cls(directory, manifest, shards)
-        found.check_files()
-        return found
+        shard_set = cls(directory, manifest, shards)
+        shard_set.check_files()
+        return shard_set
 
     def absolute(self) -> ShardSet:
         """The same set for a process with another current directory."""
@@ -250,14 +248,14 @@ class ShardSet:
         if bad.size:
             raise IndexError(f"row {bad[0]}: expected 0..{len(self) - 1}")
         positions = np.searchsorted(self._starts, wanted, side="right") - 1
-        found = []
+        refs = []
         # One take per stretch of rows in the same tar; units are such stretches.
         for stretch in np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(positions)) + 1):
             if len(stretch):
                 position = int(positions[stretch[0]])
                 table = self._table(position).take(_as_arrow(wanted[stretch] - self._starts[position]))
-                found += refs_of_table(table, tar_of(self.directory, self.shards[position]))
-        return found
+                refs += refs_of_table(table, tar_of(self.directory, self.shards[position]))
+        return refs
 
     def _table(self, position: int) -> pa.Table:
         """The index of a tar. Several threads may ask: every single operation on the dict is atomic."""
@@ -273,8 +271,8 @@ class ShardSet:
 
     def usable(self, split: Split) -> list[ImageRef]:
         """All images of one split but those rejected when they were indexed. Raises as `refs_of`."""
-        found = refs_of(self.directory, [shard for shard in self.shards if shard.split == split])
-        return [ref for ref in found if ref.reject is None]
+        refs = refs_of(self.directory, [shard for shard in self.shards if shard.split == split])
+        return [ref for ref in refs if ref.reject is None]
 
     def read_image(self, row: int) -> bytes:
         """Bytes of the image at `row`. Raises ArtifactError where the tar does not hold the recorded ones."""

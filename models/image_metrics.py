@@ -48,7 +48,7 @@ class FrechetTarget:
         """The same for several choices of rows, each (k,) row numbers that may repeat."""
         values = _rows(features)
         turned = values @ self.root  # the covariance of these is C1^½ C2 C1^½
-        found = []
+        distances = []
         for pick in picks:
             # A resampled set lacks a third of the rows: weighting rows by their counts costs less than repeating them.
             rows, counts = pick.unique(return_counts=True)
@@ -58,8 +58,8 @@ class FrechetTarget:
             apart = (mean - self.mean).square().sum()
             trace = unbiased * centred.square().sum()
             root_trace = unbiased**0.5 * _root_trace(_centred(turned[rows], weights)[1])
-            found.append(max(0.0, float(apart + self.trace + trace - 2 * root_trace)))
-        return found
+            distances.append(max(0.0, float(apart + self.trace + trace - 2 * root_trace)))
+        return distances
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
@@ -96,13 +96,13 @@ def kernel_influences(rows: Tensor, places: Tensor, reference: Tensor) -> Tensor
         reference: (l,D) y.
     """
     others, reference = rows[places].double(), reference.double()
-    found = []
+    influences = []
     for start in range(0, len(rows), BLOCK):
         part = rows[start : start + BLOCK].double()
         own = places == torch.arange(start, start + len(part))[:, None]
         among = _cubic_kernel(part, others).masked_fill(own, 0).sum(1) / (~own).sum(1)
-        found.append(2 * (among - _cubic_kernel(part, reference).mean(1)))
-    return torch.cat(found)
+        influences.append(2 * (among - _cubic_kernel(part, reference).mean(1)))
+    return torch.cat(influences)
 
 
 def _cubic_kernel(first: Tensor, second: Tensor) -> Tensor:
@@ -116,8 +116,8 @@ def ball_radii(rows: Tensor, neighbours: int = 3) -> Tensor:
     """
     if len(rows) <= neighbours:
         raise ValueError(f"precision and recall: expected more than {neighbours} rows, found {len(rows)}")
-    found = [torch.cdist(block, rows).kthvalue(neighbours + 1).values for block in rows.split(_block(rows))]
-    return torch.cat(found)
+    radii = [torch.cdist(block, rows).kthvalue(neighbours + 1).values for block in rows.split(_block(rows))]
+    return torch.cat(radii)
 
 
 def covered(features: Tensor, by: Tensor, radii: Tensor) -> Tensor:

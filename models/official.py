@@ -75,7 +75,7 @@ def split_autoencoder(state: State) -> OfficialAutoencoder:
             unknown.append(key)
     if unknown:
         raise ValueError(f"{len(unknown)} keys have no place in an SVG autoencoder: {', '.join(unknown[:4])}")
-    missing = [f"{prefix}*" for prefix, found in parts.items() if not found]
+    missing = [f"{prefix}*" for prefix, tensors in parts.items() if not tensors]
     missing += [] if "mask_token" in state else ["mask_token"]
     if missing:
         raise ValueError(f"not an SVG autoencoder: it has no {', '.join(missing)}")
@@ -219,4 +219,4 @@ def _need(state: Mapping[str, Tensor], key: str, dimensions: int) -> Tensor:
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     """One more than the largest number in the keys that begin with the pattern; 0 where there are none."""
-    return 1 + max((int(found[1]) for key in state if (found := re.match(pattern, key))), default=-1)
+    return 1 + max((int(match[1]) for key in state if (match := re.match(pattern, key))), default=-1)

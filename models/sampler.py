@@ -70,8 +70,8 @@ class Guidance:
     @property
     def _parsed(self) -> tuple[str, tuple[float, ...]]:
         for name, pattern in _MODES.items():
-            if found := re.fullmatch(pattern, self.mode):
-                return name.partition("-")[0], tuple(map(float, found.groups()))
+            if match := re.fullmatch(pattern, self.mode):
+                return name.partition("-")[0], tuple(map(float, match.groups()))
         raise ValueError(f"guidance mode: expected one of {', '.join(_MODES)}; found {self.mode!r}")
 
     @property

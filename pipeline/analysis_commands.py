@@ -6,13 +6,20 @@ from typing import Annotated
 
 import typer
 
+from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.filesystem import location
+from svgpipe.manifests.recipe_loader import load_recipe
+from svgpipe.manifests.reconstruction import ReconstructionReport
+from svgpipe.manifests.shards import ShardSet
 
+from .console import ConsoleProgress
 from .options import (
     AddressOption,
     AutoencoderOption,
     CpusOption,
     GpusOption,
+    HtmlOption,
+    JsonOption,
     OutOption,
     RecipeOption,
     SetOption,
@@ -21,11 +28,9 @@ from .options import (
     page_at,
     resources_of,
 )
+from .tables import print_result
 
 app = typer.Typer()
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-HtmlOption = Annotated[str | None, typer.Option("--html", help="Also write a page to look at.")]
 
 
 @app.command()
@@ -41,23 +46,18 @@ def probe(
     html: HtmlOption = None,
 ) -> None:
     """How well the features tell classes apart: linear probe and k-NN of backbone, residual and both."""
-    from svgpipe.manifests import FeatureCache
     from svgpipe.stages.analyze.probe import probe as run_stage
 
-    from .console import ConsoleProgress
     from .probe_page import render_probe, show_probe
 
     page = page_at(html)
     opened = FeatureCache(cache)
     tested = None if validation is None else FeatureCache(validation)
     with ConsoleProgress() as progress:
-        found = run_stage(opened, tested, rows=rows, progress=progress)
-    if as_json:
-        typer.echo(found.model_dump_json(indent=2))
-    else:
-        show_probe(found)
+        result = run_stage(opened, tested, rows=rows, progress=progress)
+    print_result(result, as_json, show_probe)
     if page is not None:
-        render_probe(found, page)
+        render_probe(result, page)
         typer.echo(f"page: {html}", err=as_json)
 
 
@@ -76,16 +76,14 @@ def analyze(
     html: HtmlOption = None,
 ) -> None:
     """Whether classes lie apart and pull noise apart, and how straight a model's sampling paths are."""
-    from svgpipe.manifests import FeatureCache
     from svgpipe.stages.analyze.analyze import analyze as run_stage
 
     from .analysis_page import render_analysis, show_analysis
-    from .console import ConsoleProgress
 
     page = page_at(html)
     opened = [FeatureCache(cache) for cache in caches]
     with ConsoleProgress() as progress:
-        found = run_stage(
+        result = run_stage(
             opened,
             [location(model) for model in diffusion or []],
             classes=classes,
@@ -94,12 +92,9 @@ def analyze(
             seed=seed,
             progress=progress,
         )
-    if as_json:
-        typer.echo(found.model_dump_json(indent=2))
-    else:
-        show_analysis(found)
+    print_result(result, as_json, show_analysis)
     if page is not None:
-        render_analysis(found, page)
+        render_analysis(result, page)
         typer.echo(f"page: {html}", err=as_json)
 
 
@@ -119,13 +114,9 @@ def eval_reconstruction(
     address: AddressOption = None,
 ) -> None:
     """What the autoencoder loses of held-out images, with its residual branch and without. Run again to resume."""
-    from svgpipe.manifests.recipe_loader import load_recipe
-    from svgpipe.manifests.reconstruction import ReconstructionReport
-    from svgpipe.manifests.shards import ShardSet
     from svgpipe.stages.evaluate.reconstruction import eval_reconstruction as run_stage
 
     from .cluster import runner_for
-    from .console import ConsoleProgress
     from .reconstruction_page import render_reconstruction, show_reconstruction
 
     config = load_recipe(recipe, overrides or []).reconstruction

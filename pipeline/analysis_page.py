@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.filesystem import Location, write_atomic
@@ -15,6 +13,7 @@ from svgpipe.stages.analyze.analyze import Analysis, CacheAnalysis
 
 from .charts import Drawing, LineChart, scatter
 from .page import render
+from .tables import new_table, print_table, with_interval
 
 
 @dataclass(frozen=True)
@@ -30,25 +29,20 @@ class AnalysisRow:
 class CachePlots:
     """The pictures of one cache; rows: over how many images the fields reach, at each time."""
 
-    found: CacheAnalysis
+    analysis: CacheAnalysis
     map: Drawing | None
     agreement: Drawing | None
     rows: str
 
 
-def show_analysis(found: Analysis) -> None:
+def show_analysis(analysis: Analysis) -> None:
     """Print the numbers, a column for each cache, and what was not measured."""
-    console = Console(highlight=False)
-    table = Table(title="analysis, 95 % intervals", title_justify="left", box=None, pad_edge=False)
-    table.add_column("")
-    for one in found.caches:
-        table.add_column(escape(one.cache), justify="right", overflow="fold")
-    for row in summary_rows(found.caches):
+    names = [escape(one.cache) for one in analysis.caches]
+    table = new_table("analysis, 95 % intervals", "", *names, right=names)
+    for row in summary_rows(analysis.caches):
         table.add_row(row.name, *row.values)
-    console.print(table)
-    for one in found.caches:
-        for reason in one.not_measured:
-            console.print(f"not measured of {one.cache}: {reason}", markup=False, soft_wrap=True)
+    reasons = [f"not measured of {one.cache}: {reason}" for one in analysis.caches for reason in one.not_measured]
+    print_table(table, *reasons)
 
 
 def summary_rows(caches: Sequence[CacheAnalysis]) -> list[AnalysisRow]:
@@ -83,20 +77,21 @@ def summary_rows(caches: Sequence[CacheAnalysis]) -> list[AnalysisRow]:
     return rows
 
 
-def render_analysis(found: Analysis, out: Location) -> None:
+def render_analysis(analysis: Analysis, out: Location) -> None:
     """Write a self-contained page."""
-    straight = {f"{i + 1}: {c.cache}": c.straightness for i, c in enumerate(found.caches) if c.straightness is not None}
+    numbered = enumerate(analysis.caches, 1)
+    straight = {f"{number}: {c.cache}": c.straightness for number, c in numbered if c.straightness is not None}
     deviation = None
     if straight:
         times = next(iter(straight.values())).times[::5]
         series = {name: s.deviation[::5] for name, s in straight.items()}
         chart = LineChart("Distance from the straight path", "t", "relative distance", times, series, {})
-        deviation = chart.draw()
-    plots = [_plots(one, number) for number, one in enumerate(found.caches, 1)]
+        deviation = chart.render()
+    plots = [_plots(one, number) for number, one in enumerate(analysis.caches, 1)]
     page = render(
         "analysis_template.html",
-        analysis=found,
-        rows=summary_rows(found.caches),
+        analysis=analysis,
+        rows=summary_rows(analysis.caches),
         plots=plots,
         deviation=deviation,
     )
@@ -120,12 +115,12 @@ def _plots(one: CacheAnalysis, number: int) -> CachePlots:
             "between classes": [a.between for a in one.agreement],
         }
         times = [a.time for a in one.agreement]
-        agreement = LineChart(f"Agreement of velocity fields, cache {number}", "t", "cosine", times, series, {}).draw()
+        agreement = LineChart(
+            f"Agreement of velocity fields, cache {number}", "t", "cosine", times, series, {}
+        ).render()
     rows = ", ".join(f"{a.rows.value:.3g} at {a.time:g}" for a in one.agreement)
     return CachePlots(one, points, agreement, rows)
 
 
 def _text(f: Estimate | None) -> str:
-    if f is None:
-        return "–"
-    return f"{f.value:.3f}" + ("" if f.low is None or f.high is None else f" ({f.low:.3f} – {f.high:.3f})")
+    return with_interval(f, "%.3f")

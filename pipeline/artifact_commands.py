@@ -9,13 +9,22 @@ from typing import Annotated
 
 import typer
 
+from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import location
+from svgpipe.manifests.kinds import artifacts_below
+from svgpipe.manifests.manifest import MANIFEST_NAME, write_json
+from svgpipe.manifests.recipe_loader import load_recipe
+from svgpipe.manifests.shards import ShardSet
 
+from .console import ConsoleProgress
 from .options import (
     AddressOption,
     AutoencoderOption,
     CpusOption,
     GpusOption,
+    HtmlOption,
+    JsonOption,
     RecipeOption,
     SetOption,
     ShardsOption,
@@ -24,6 +33,7 @@ from .options import (
     read_class_names,
     resources_of,
 )
+from .tables import print_result, show_cost, show_diff, show_plan
 
 app = typer.Typer()
 
@@ -31,67 +41,55 @@ app = typer.Typer()
 @app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help="Any artifact, finished or not, or a working directory.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a page.")] = False,
-    html: Annotated[str | None, typer.Option("--html", help="A feature cache: write a page to look at.")] = None,
+    as_json: JsonOption = False,
+    html: HtmlOption = None,
 ) -> None:
     """What an artifact holds, what it was made from, and whether it is finished."""
     from .inspect import describe, show
 
     page = page_at(html)
     if page is not None:
-        from svgpipe.manifests import FeatureCache
-
         from .cache_page import render_cache
 
         render_cache(FeatureCache(path), page)
         typer.echo(f"page: {html}")
         return
-    found = describe(location(path))
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-    else:
-        show(found)
+    print_result(describe(location(path)), as_json, show)
 
 
 @app.command()
 def status(
     path: Annotated[str, typer.Argument(help="A working directory, or any one artifact in it.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """How far a running, stopped or finished pipeline has come: stages, time left, last metrics, warnings."""
     from .status import show_status
     from .status import status as find_status
 
-    found = find_status(location(path))
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-    else:
-        show_status(found)
+    print_result(find_status(location(path)), as_json, show_status)
 
 
 @app.command()
 def verify(
     path: Annotated[str, typer.Argument(help="Any artifact, or a working directory.")],
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte: hashes, checksums, NaN.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Whether an artifact is whole and is what its manifest says. Exit code 1 if it is not."""
-    from svgpipe.manifests.kinds import artifacts_below
     from svgpipe.stages.artifacts.verify import verify as run_stage
-
-    from .console import ConsoleProgress
 
     places = artifacts_below(location(path))
     with ConsoleProgress() as progress:
         findings = {str(place): run_stage(place, deep=deep, progress=progress) for place in places}
     if as_json:
-        typer.echo(json.dumps({place: [asdict(f) for f in found] for place, found in findings.items()}, indent=2))
+        as_dicts = {place: list(map(asdict, in_artifact)) for place, in_artifact in findings.items()}
+        typer.echo(json.dumps(as_dicts, indent=2))
     else:
-        for place, found in findings.items():
-            for finding in found:
+        for place, in_artifact in findings.items():
+            for finding in in_artifact:
                 typer.echo(f"{finding.where}: {finding.problem}")
             how = "every byte was read" if deep else "sizes and small files; --deep reads every byte"
-            typer.echo(f"{place}: {f'{len(found)} problems' if found else 'whole'} ({how})")
+            typer.echo(f"{place}: {f'{len(in_artifact)} problems' if in_artifact else 'whole'} ({how})")
     if any(findings.values()):
         raise typer.Exit(1)
 
@@ -107,11 +105,9 @@ def repair(
     address: AddressOption = None,
 ) -> None:
     """Extract again exactly what `verify --deep` names, back to the content that was published."""
-    from svgpipe.manifests.shards import ShardSet
     from svgpipe.stages.artifacts.repair import repair as run_stage
 
     from .cluster import runner_for
-    from .console import ConsoleProgress
 
     resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
     with runner_for(resources, address) as runner, ConsoleProgress() as progress:
@@ -140,14 +136,8 @@ def requantize(
     ] = None,
 ) -> None:
     """The same cache in another dtype, and what that costs. Run again to resume."""
-    from svgpipe.manifests import FeatureCache
-    from svgpipe.manifests.errors import UsageError
-    from svgpipe.manifests.manifest import MANIFEST_NAME, write_json
     from svgpipe.stages.artifacts.requantize import requantize as run_stage
-    from svgpipe.stages.artifacts.requantize_cost import COST_NAME, as_json, measure_cost
-
-    from .console import ConsoleProgress
-    from .tables import show_cost
+    from svgpipe.stages.artifacts.requantize_cost import COST_NAME, measure_cost
 
     if store_dtype not in ("int8", "float16"):
         raise UsageError(f"--store-dtype {store_dtype!r}: expected int8 or float16.")
@@ -156,14 +146,14 @@ def requantize(
         run_stage(source, target, store_dtype, progress=progress)  # type: ignore[arg-type]
     reference = FeatureCache(source)
     where = location(autoencoder or reference.manifest.inputs["autoencoder"].path)
-    found = measure_cost(
+    cost = measure_cost(
         reference,
         FeatureCache(target),
         autoencoder=where if autoencoder or (where / MANIFEST_NAME).exists() else None,
         diffusion=None if diffusion is None else location(diffusion),
     )
-    write_json(target / COST_NAME, as_json(found))
-    show_cost(as_json(found))
+    write_json(target / COST_NAME, cost.model_dump(mode="json"))
+    show_cost(cost)
 
 
 @app.command()
@@ -175,8 +165,8 @@ def export(
     """The weights of a diffusion model as plain safetensors, to use without the pipeline."""
     from svgpipe.stages.artifacts.export import export as run_stage
 
-    found = run_stage(location(source), location(out), weights)
-    typer.echo(f"{found.directory}: {found.weights} of step {found.step}")
+    exported = run_stage(location(source), location(out), weights)
+    typer.echo(f"{exported.directory}: {exported.weights} of step {exported.step}")
 
 
 @app.command()
@@ -195,9 +185,9 @@ def import_official(
     from svgpipe.stages.artifacts.import_official import import_official as run_stage
 
     names = read_class_names(class_names)
-    for found in run_stage(autoencoder, location(out), diffusion=diffusion, stats=stats, class_names=names):
-        typer.echo(f"{found.directory}: {found.what} ({found.fingerprint[:12]}); {found.used} tensors used")
-        for reason, keys in found.ignored.items():
+    for imported in run_stage(autoencoder, location(out), diffusion=diffusion, stats=stats, class_names=names):
+        typer.echo(f"{imported.directory}: {imported.what} ({imported.fingerprint[:12]}); {imported.used} tensors used")
+        for reason, keys in imported.ignored.items():
             typer.echo(f"  left aside: {len(keys)} {'entry' if len(keys) == 1 else 'entries'}, {keys[0]} …: {reason}")
     typer.echo("The alignment of the residual is in no official file: the first extraction or evaluation measures it.")
 
@@ -213,38 +203,23 @@ def plan(
     deadline: Annotated[
         float | None, typer.Option("--deadline", min=0.001, help="Hours until the cache must be there.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """What `extract` will take: hours, gigabytes per view and dtype, workers for a deadline. Writes nothing."""
-    from svgpipe.manifests.recipe_loader import load_recipe
-    from svgpipe.manifests.shards import ShardSet
     from svgpipe.stages.extract.cost import estimate_cost
-
-    from .console import ConsoleProgress
-    from .tables import show_plan
 
     config = load_recipe(recipe, overrides or []).extract
     with ConsoleProgress() as progress:
-        found = estimate_cost(
+        cost = estimate_cost(
             ShardSet.open(shards),
             location(autoencoder),
             config,
             sample=sample,
+            num_workers=num_workers,
+            deadline_hours=deadline,
             progress=progress,
         )
-    summary = {
-        **asdict(found),
-        "num_workers": num_workers,
-        "hours": found.hours(num_workers),
-        "reader_cores": found.reader_cores(num_workers),
-        "gigabytes_per_view": {dtype: found.gigabytes(dtype) for dtype in found.bytes_per_row},
-        "deadline_hours": deadline,
-        "workers_for_deadline": None if deadline is None else found.workers_for(deadline),
-    }
-    if as_json:
-        typer.echo(json.dumps(summary, indent=2))
-    else:
-        show_plan(summary)
+    print_result(cost, as_json, show_plan)
 
 
 @app.command()
@@ -252,24 +227,11 @@ def diff(
     one: Annotated[str, typer.Argument(help="Feature cache that differences are measured against.")],
     two: Annotated[str, typer.Argument(help="Another cache of the same images.")],
     rows: Annotated[int, typer.Option("--rows", min=0, help="Evenly spread rows to compare; 0 is all.")] = 4096,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """How much the features of the same images differ: bfloat16 and float32, say, or old and new weights."""
-    from svgpipe.manifests import FeatureCache
-    from svgpipe.stages.artifacts.diff import COSINE_EDGES, DIFFERENCE_EDGES
     from svgpipe.stages.artifacts.diff import diff as run_stage
 
-    from .console import ConsoleProgress
-    from .tables import show_diff
-
     with ConsoleProgress() as progress:
-        found = run_stage(FeatureCache(one), FeatureCache(two), rows=rows or None, progress=progress)
-    summary = asdict(found)
-    for group in summary["groups"]:
-        for name in ("cosine_counts", "difference_counts"):
-            group[name] = group[name].tolist()
-    summary["cosine_edges"], summary["difference_edges"] = COSINE_EDGES.tolist(), DIFFERENCE_EDGES[:-1].tolist()
-    if as_json:
-        typer.echo(json.dumps(summary, indent=2))
-    else:
-        show_diff(summary)
+        difference = run_stage(FeatureCache(one), FeatureCache(two), rows=rows or None, progress=progress)
+    print_result(difference, as_json, show_diff)

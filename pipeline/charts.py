@@ -71,7 +71,7 @@ class LineChart:
     joined: bool = True
     logarithmic: bool = False
 
-    def draw(self) -> Drawing:
+    def render(self) -> Drawing:
         """The chart with intervals as vertical bars."""
         from matplotlib.ticker import LogLocator, NullLocator
 
@@ -113,8 +113,8 @@ class LineChart:
 
     def _logarithmic_limits(self) -> tuple[float, float]:
         """From the least to the largest value; intervals that reach further are cut off there."""
-        drawn = [v.value for values in self.series.values() for v in values] + list(self.levels.values())
-        return min(drawn) / 1.15, max(drawn) * 1.15
+        values = [v.value for values in self.series.values() for v in values] + list(self.levels.values())
+        return min(values) / 1.15, max(values) * 1.15
 
     def _name_levels(self, axes: Axes) -> None:
         """Names on the right of the lines, from the lowest up. Needs the final limits of the axes."""

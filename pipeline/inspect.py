@@ -167,8 +167,8 @@ def _reconstruction_facts(path: Location, manifest: Any) -> Json:
         report = ReconstructionReport.read(path)
     except ArtifactError as error:
         return {"report": str(error), "held-out images": manifest.num_images}
-    found = {r.name: {name: _rounded(getattr(r, name)) for name in _RECONSTRUCTED} for r in report.results}
-    return {"metric": report.metric, "held-out images": manifest.num_images, **found}
+    values = {r.name: {name: _rounded(getattr(r, name)) for name in _RECONSTRUCTED} for r in report.results}
+    return {"metric": report.metric, "held-out images": manifest.num_images, **values}
 
 
 def _rounded(figure: Estimate | None) -> float | None:
@@ -190,10 +190,10 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
-def show(found: Json, console: Console | None = None) -> None:
+def show(description: Json, console: Console | None = None) -> None:
     """Print what `describe` found."""
     console = console or Console(highlight=False)
-    for artifact in found.get("artifacts", [found]):
+    for artifact in description.get("artifacts", [description]):
         console.print(_panel(artifact))
 
 

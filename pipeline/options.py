@@ -52,6 +52,8 @@ GpusOption = Annotated[
 MaxRejectsOption = Annotated[
     float, typer.Option("--max-rejects", min=0, max=1, help="Share of images that may be unusable before it stops.")
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+HtmlOption = Annotated[str | None, typer.Option("--html", help="Also write a page to look at.")]
 AddressOption = Annotated[
     str | None, typer.Option("--address", help="Ray cluster to run on, as `auto`; without it, this machine.")
 ]

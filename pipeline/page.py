@@ -41,18 +41,17 @@ def render(template: str, **values: Any) -> bytes:
     return environment.get_template(template).render(**values).encode()
 
 
-# Pages are to be mailed and opened anywhere: a picture of this size takes about 26 kB of its page.
-MAX_PICTURE = 256
-QUALITY = 92  # WebP's
+# Pages are to be mailed and opened anywhere: a photograph of this size and quality takes about 15 kB of its page.
+MAX_PICTURE, QUALITY = 256, 85
 
 
-def picture(pixels: RGBArray, caption: str, *, quality: int = QUALITY, lossless: bool = False) -> Picture:
+def picture(pixels: RGBArray, caption: str, *, lossless: bool = False) -> Picture:
     """(H,W,3) uint8 → WebP inside the page, at most MAX_PICTURE a side; feature maps are kept exactly."""
     buffer = io.BytesIO()
     image = Image.fromarray(pixels)
     if not lossless:
         image.thumbnail((MAX_PICTURE, MAX_PICTURE), Image.Resampling.LANCZOS)
-    image.save(buffer, "WEBP", quality=quality, lossless=lossless)
+    image.save(buffer, "WEBP", quality=QUALITY, lossless=lossless)
     return Picture("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), caption)
 
 

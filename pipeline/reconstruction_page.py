@@ -6,11 +6,8 @@ from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from svgpipe.manifests.checkpoint import AutoencoderManifest
-from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.shards import ShardSet
@@ -19,6 +16,7 @@ from svgpipe.stages.images.image_set import ImageSet
 from svgpipe.stages.runtime.selection import choose_evenly, evenly_spread
 
 from .page import Grid, lineage, picture, render
+from .tables import new_table, print_table, with_interval
 
 PAGE = "report.html"
 COLUMNS = 8
@@ -34,21 +32,12 @@ MEASURES = (
 
 def show_reconstruction(report: ReconstructionReport) -> None:
     """Print the figures, a column for each set."""
-    table = Table(
-        title=f"{report.num_images} held-out images at {report.image_size} pixels; {report.metric}",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
-    table.add_column("")
-    for result in report.results:
-        table.add_column(_title(result), justify="right")
+    titles = [_title(result) for result in report.results]
+    title = f"{report.num_images} held-out images at {report.image_size} pixels; {report.metric}"
+    table = new_table(title, "", *titles, right=titles)
     for key, name, form, unit, _ in MEASURES:
-        table.add_row(name, *(_text(getattr(result, key), form, unit) for result in report.results))
-    console = Console(highlight=False)
-    console.print(table)
-    for reason in report.not_measured:
-        console.print(f"not measured: {reason}", markup=False, soft_wrap=True)
+        table.add_row(name, *(with_interval(getattr(result, key), form, unit) for result in report.results))
+    print_table(table, *(f"not measured: {reason}" for reason in report.not_measured))
 
 
 def render_reconstruction(evaluation: Location, autoencoder: Location, shards: ShardSet) -> Location:
@@ -59,7 +48,7 @@ def render_reconstruction(evaluation: Location, autoencoder: Location, shards: S
         manifest=manifest,
         report=report,
         measures=[
-            (name, what, [_text(getattr(result, key), form, unit) for result in report.results])
+            (name, what, [with_interval(getattr(result, key), form, unit) for result in report.results])
             for key, name, form, unit, what in MEASURES
         ],
         titles=[_title(result) for result in report.results],
@@ -96,10 +85,3 @@ def _spread_over_classes(labels: NDArray[np.int64], count: int) -> list[int]:
 
 def _title(result: Reconstructed) -> str:
     return "residual on" if result.residual else "residual off"
-
-
-def _text(figure: Estimate | None, form: str, unit: str) -> str:
-    if figure is None:
-        return "–"
-    interval = "" if figure.low is None or figure.high is None else f" ({form % figure.low} – {form % figure.high})"
-    return f"{form % figure.value}{unit}{interval}"

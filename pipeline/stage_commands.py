@@ -1,6 +1,6 @@
 """One command per stage, and those that run all of them. Thin: parse, open inputs, call one stage, say the result.
 
-Heavy imports happen inside the commands: `svgpipe --help` must not load torch, and training from a cache must not
+Stages are imported inside the commands: `svgpipe --help` must not load torch, and training from a cache must not
 load timm or webdataset.
 """
 
@@ -12,8 +12,12 @@ from typing import Annotated
 
 import typer
 
+from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.filesystem import location
+from svgpipe.manifests.recipe_loader import load_recipe
+from svgpipe.manifests.shards import ShardSet, expand
 
+from .console import ConsoleProgress
 from .options import (
     AddressOption,
     AutoencoderOption,
@@ -32,6 +36,7 @@ from .options import (
     resources_of,
     trainers_of,
 )
+from .tables import show_timings
 
 app = typer.Typer()
 
@@ -48,10 +53,7 @@ def shard(
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one per core.")] = 0,
 ) -> None:
     """Image folder → WebDataset tars with an index. Run again to resume."""
-    from svgpipe.manifests.recipe_loader import load_recipe
     from svgpipe.stages.shard.from_folder import shard as run_stage
-
-    from .console import ConsoleProgress
 
     extra = [] if holdout is None else [f"shard.holdout={holdout}"]
     config = load_recipe(recipe, [*(overrides or []), *extra]).shard
@@ -75,10 +77,7 @@ def index(
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one per core.")] = 0,
 ) -> None:
     """Tars made by others → a shard set that refers to them. Run again to resume."""
-    from svgpipe.manifests.shards import expand
     from svgpipe.stages.shard.from_tars import IndexConfig, index_tars
-
-    from .console import ConsoleProgress
 
     names = read_class_names(class_names)
     config = IndexConfig(label_field, None if names is None else tuple(names), decode)
@@ -111,12 +110,9 @@ def train_autoencoder(
     wandb: WandbOption = None,
 ) -> None:
     """Residual encoder and decoder beside the frozen backbone. Run again to resume."""
-    from svgpipe.manifests.recipe_loader import load_recipe
-    from svgpipe.manifests.shards import ShardSet
     from svgpipe.stages.train_autoencoder.stage import train_autoencoder as run_stage
 
     from .cluster import training_cluster
-    from .console import ConsoleProgress
 
     config = load_recipe(recipe, overrides or []).autoencoder
     opened = ShardSet.open(shards)
@@ -146,13 +142,9 @@ def extract(
     max_rejects: MaxRejectsOption = 0.001,
 ) -> None:
     """Shard set → normalised feature cache, on Ray workers. Run again to resume."""
-    from svgpipe.manifests.recipe_loader import load_recipe
-    from svgpipe.manifests.shards import ShardSet
     from svgpipe.stages.extract.stage import extract as run_stage
 
     from .cluster import runner_for
-    from .console import ConsoleProgress
-    from .tables import show_timings
 
     extra = [] if store_dtype is None else [f"extract.store_dtype={store_dtype}"]
     config = load_recipe(recipe, [*(overrides or []), *extra]).extract
@@ -196,12 +188,9 @@ def train_diffusion(
     wandb: WandbOption = None,
 ) -> None:
     """Diffusion transformer, purely from the cache. Run again to resume."""
-    from svgpipe.manifests import FeatureCache
-    from svgpipe.manifests.recipe_loader import load_recipe
     from svgpipe.stages.train_diffusion.stage import train_diffusion as run_stage
 
     from .cluster import training_cluster
-    from .console import ConsoleProgress
 
     config = load_recipe(recipe, overrides or []).diffusion
     opened = FeatureCache(cache)
@@ -262,13 +251,11 @@ def sample_and_eval(
     address: AddressOption = None,
 ) -> None:
     """A sweep of steps and guidance: latents, images, distances, report. Run again to resume."""
-    from svgpipe.manifests.recipe_loader import load_recipe
     from svgpipe.stages.evaluate.export_images import export_npz, export_png
     from svgpipe.stages.evaluate.reference import open_reference
     from svgpipe.stages.evaluate.stage import sample_and_eval as run_stage
 
     from .cluster import runner_for
-    from .console import ConsoleProgress
     from .report import render_report
 
     extra = _numbers(steps, "steps") + _numbers(guidance, "guidance")
@@ -310,9 +297,7 @@ def run(
     address: AddressOption = None,
 ) -> None:
     """All stages in order, skipping what is finished and unchanged. Run again to resume."""
-    from svgpipe.manifests.recipe_loader import load_recipe
 
-    from .console import ConsoleProgress
     from .run import run_recipe
 
     loaded = load_recipe(recipe, overrides or [])

@@ -51,8 +51,8 @@ def _entry(path: Location) -> Json:
         progress, owner = read_progress(path), owner_of(path)
         state = {"kind": read_plan(path)["kind"], "state": "stopped" if owner is None else "running"}
     metrics = _last_metrics(path)
-    found = {"path": str(path), "name": path.name, **state, "progress": _as_json(progress), "metrics": metrics}
-    return found | {"warnings": list(_warnings(path, state["state"], progress, owner, metrics))}
+    entry = {"path": str(path), "name": path.name, **state, "progress": _as_json(progress), "metrics": metrics}
+    return entry | {"warnings": list(_warnings(path, state["state"], progress, owner, metrics))}
 
 
 def _as_json(progress: ProgressEntry | None) -> Json | None:
@@ -72,10 +72,10 @@ def _as_json(progress: ProgressEntry | None) -> Json | None:
 
 def _last_metrics(path: Location) -> Json:
     """The newest value of everything that was logged."""
-    found: Json = {}
+    newest: Json = {}
     for line in read_metrics(path / METRICS_NAME):
-        found |= line
-    return {name: found[name] for name in ("step", *SHOWN) if name in found}
+        newest |= line
+    return {name: newest[name] for name in ("step", *SHOWN) if name in newest}
 
 
 def _warnings(

@@ -1,13 +1,60 @@
-"""Tables that commands end with."""
+"""What commands end with: a table on the terminal, or JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
+
+from svgpipe.manifests.estimate import Estimate
+
+if TYPE_CHECKING:
+    from svgpipe.stages.artifacts.diff import CacheDifference
+    from svgpipe.stages.artifacts.requantize_cost import RequantizeCost
+    from svgpipe.stages.extract.cost import ExtractCost
+
+T = TypeVar("T")
+
+
+def print_result(result: T, as_json: bool, show: Callable[[T], None]) -> None:
+    """Print a result as JSON, or by `show`."""
+    if not as_json:
+        show(result)
+    elif isinstance(result, BaseModel):
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        typer.echo(json.dumps(result, indent=2))
+
+
+def new_table(title: str, *columns: str, right: Iterable[str] = ()) -> Table:
+    """A table without lines; no header without `columns`. Columns in `right` hold numbers."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=bool(columns))
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    return table
+
+
+def print_table(table: Table, *lines: str) -> None:
+    """Print a table, and lines below it."""
+    console = Console(highlight=False)
+    console.print(table)
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def with_interval(estimate: Estimate | None, form: str, unit: str = "") -> str:
+    """`23.50 dB (23.10 – 23.90)` by a printf format; – for what was not measured."""
+    if estimate is None:
+        return "–"
+    ends = (estimate.low, estimate.high)
+    interval = "" if None in ends else f" ({' – '.join(form % end for end in ends if end is not None)})"
+    return f"{form % estimate.value}{unit}{interval}"
 
 
 def show_timings(timings: Mapping[str, Any]) -> None:
@@ -15,101 +62,80 @@ def show_timings(timings: Mapping[str, Any]) -> None:
     if not timings.get("workers"):
         return
     phases = list(dict.fromkeys(phase for worker in timings["workers"] for phase in worker["seconds"]))
-    table = Table(title="seconds per worker", title_justify="left", box=None, pad_edge=False)
-    for name in ("", "worker", "images", *phases):
-        table.add_column(name, justify="left" if name in ("", "worker") else "right")
+    table = new_table("seconds per worker", "role", "worker", "images", *phases, right=("images", *phases))
     for worker in timings["workers"]:
         seconds = [f"{worker['seconds'][phase]:.1f}" if phase in worker["seconds"] else "" for phase in phases]
         table.add_row(worker["role"], worker["worker"], str(worker["images"]), *seconds)
-    console = Console(highlight=False)
-    console.print(table)
     rate = timings["steady_images_per_s"]
     steady = "" if rate is None else f", {rate:.1f} images/s once under way"
-    console.print(f"{timings['images']} images in {timings['seconds']:.1f} s{steady}", markup=False)
-    console.print(timings["advice"], markup=False, soft_wrap=True)
+    print_table(table, f"{timings['images']} images in {timings['seconds']:.1f} s{steady}", timings["advice"])
 
 
-def show_cost(cost: Mapping[str, Any]) -> None:
+def show_cost(cost: RequantizeCost) -> None:
     """Print what `requantize` saved and lost."""
-    table = Table(title="cost of the smaller cache", title_justify="left", box=None, show_header=False, pad_edge=False)
-    sizes = f"{cost['small_bytes'] / 1e6:.1f} of {cost['reference_bytes'] / 1e6:.1f} MB: {cost['bytes_ratio']:.3f}"
+    table = new_table("cost of the smaller cache")
+    sizes = f"{cost.small_bytes / 1e6:.1f} of {cost.reference_bytes / 1e6:.1f} MB: {cost.bytes_ratio:.3f}"
     table.add_row("bytes", sizes)
-    for group in ("backbone", "residual"):
-        if (value := cost[f"{group}_snr"]) is not None:
-            table.add_row(f"signal to noise, {group} channels", f"{value:.1f} dB")
-    if cost["decoded_psnr"] is not None:
-        table.add_row("decoded images against those of the larger cache", f"{cost['decoded_psnr']:.1f} dB PSNR")
-    if cost["psnr_change"] is not None:
-        pair = f"{cost['source_psnr_reference']:.3f} → {cost['source_psnr_small']:.3f} dB"
-        table.add_row("decoded images against their sources", f"{pair}: {-cost['psnr_change']:+.3f} dB")
-    if cost["loss_change"] is not None:
-        pair = f"{cost['heldout_loss_reference']:.5f} → {cost['heldout_loss_small']:.5f}"
-        table.add_row("held-out loss of the trained model", f"{pair}: {cost['loss_change']:+.3%}")
-    console = Console(highlight=False)
-    console.print(table)
-    for reason in cost["not_measured"]:
-        console.print(f"not measured: {reason}", markup=False, soft_wrap=True)
+    for group, snr in (("backbone", cost.backbone_snr), ("residual", cost.residual_snr)):
+        if snr is not None:
+            table.add_row(f"signal to noise, {group} channels", f"{snr:.1f} dB")
+    if cost.decoded_psnr is not None:
+        table.add_row("decoded images against those of the larger cache", f"{cost.decoded_psnr:.1f} dB PSNR")
+    if cost.psnr_change is not None:
+        pair = f"{cost.source_psnr_reference:.3f} → {cost.source_psnr_small:.3f} dB"
+        table.add_row("decoded images against their sources", f"{pair}: {-cost.psnr_change:+.3f} dB")
+    if cost.loss_change is not None:
+        pair = f"{cost.heldout_loss_reference:.5f} → {cost.heldout_loss_small:.5f}"
+        table.add_row("held-out loss of the trained model", f"{pair}: {cost.loss_change:+.3%}")
+    print_table(table, *(f"not measured: {reason}" for reason in cost.not_measured))
 
 
-def show_plan(plan: Mapping[str, Any]) -> None:
+def show_plan(cost: ExtractCost) -> None:
     """Print what an extraction will take."""
-    table = Table(title="plan of an extraction", title_justify="left", box=None, show_header=False, pad_edge=False)
-    rows, columns, channels = plan["row_shape"]
-    views = plan["num_views"]
-    table.add_row("images", f"{plan['num_images']:,} in {plan['shard_bytes'] / 1e9:.2f} GB of shards")
-    table.add_row("features", f"{rows}x{columns}x{channels}, {views} view{'s' if views > 1 else ''}")
-    for dtype, gigabytes in plan["gigabytes_per_view"].items():
-        table.add_row(f"cache, {dtype}", f"{gigabytes:.2f} GB per view, {gigabytes * views:.2f} GB in all")
-    table.add_row("encoding", f"{plan['encode_s'] * 1e3:.1f} ms per image, all views, one worker like this machine")
-    reading = (plan["read_s"] + plan["decode_s"]) * 1e3
-    table.add_row("reading and decoding", f"{reading:.1f} ms per image and core")
-    workers = plan["num_workers"]
-    table.add_row(
-        f"{workers} worker{'s' if workers > 1 else ''}",
-        f"{plan['hours']:.2f} hours, with {plan['reader_cores']} more CPU core(s) for reading",
-    )
-    if plan["deadline_hours"] is not None:
-        table.add_row(f"within {plan['deadline_hours']:g} hours", f"{plan['workers_for_deadline']} workers")
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"estimated from {plan['sampled_images']} images encoded here; the cluster may be faster or slower")
+    table = new_table("plan of an extraction")
+    several = "s" if cost.num_views > 1 else ""
+    table.add_row("images", f"{cost.num_images:,} in {cost.shard_bytes / 1e9:.2f} GB of shards")
+    table.add_row("features", f"{'x'.join(map(str, cost.row_shape))}, {cost.num_views} view{several}")
+    for dtype, size in cost.gigabytes_per_view.items():
+        table.add_row(f"cache, {dtype}", f"{size:.2f} GB per view, {size * cost.num_views:.2f} GB in all")
+    table.add_row("encoding", f"{cost.encode_s * 1e3:.1f} ms per image, all views, one worker like this machine")
+    table.add_row("reading and decoding", f"{(cost.read_s + cost.decode_s) * 1e3:.1f} ms per image and core")
+    several = "s" if cost.num_workers > 1 else ""
+    hours = f"{cost.hours:.2f} hours, with {cost.reader_cores} more CPU core(s) for reading"
+    table.add_row(f"{cost.num_workers} worker{several}", hours)
+    if cost.deadline_hours is not None:
+        table.add_row(f"within {cost.deadline_hours:g} hours", f"{cost.workers_for_deadline} workers")
+    print_table(table, f"estimated from {cost.sampled_images} images encoded here; the cluster may be faster or slower")
 
 
-def show_diff(diff: Mapping[str, Any]) -> None:
+def show_diff(diff: CacheDifference) -> None:
     """Print the histograms of two caches' differences."""
-    console = Console(highlight=False)
-    console.print(f"{diff['rows']} rows in views {', '.join(diff['views'])}", markup=False)
-    for group in diff["groups"]:
-        row, view = group["largest_at"]
-        console.print(
-            f"\n{group['name']} channels: cosine {group['mean_cosine']:.6f} on average, {group['smallest_cosine']:.6f} "
-            f"at least; largest difference {group['largest_difference']:.4g} standard deviations (row {row}, {view})",
-            markup=False,
-            soft_wrap=True,
+    typer.echo(f"{diff.rows} rows in views {', '.join(diff.views)}")
+    cosines = [f"{low:g} … {min(1.0, high):g}" for low, high in pairwise(diff.cosine_edges)]
+    differences = [f"{low:g} … {high:g}" for low, high in pairwise(diff.difference_edges)]
+    differences.append(f"over {diff.difference_edges[-1]:g}")
+    for group in diff.groups:
+        row, view = group.largest_at
+        typer.echo(
+            f"\n{group.name} channels: cosine {group.mean_cosine:.6f} on average, {group.smallest_cosine:.6f} at least"
+            f"; largest difference {group.largest_difference:.4g} standard deviations (row {row}, {view})"
         )
-        edges = diff["cosine_edges"]
-        labels = [f"{low:g} … {min(1.0, high):g}" for low, high in pairwise(edges)]
-        _histogram(console, "cosine of vectors", labels, group["cosine_counts"])
-        edges = diff["difference_edges"]
-        labels = [f"{low:g} … {high:g}" for low, high in pairwise(edges)] + [f"over {edges[-1]:g}"]
-        _histogram(console, "largest difference of rows", labels, group["difference_counts"])
-    for name in ("labels_differ", "validity_differs"):
-        if diff[name]:
-            console.print(f"{name.replace('_', ' ')} in {diff[name]} rows", markup=False)
-    console.print(
-        "\nwhat they were made from differs in:" if diff["fields"] else "\nthe same in config, inputs and content"
-    )
-    for line in diff["fields"]:
-        console.print(f"  {line}", markup=False, soft_wrap=True)
+        print_table(_histogram("cosine of vectors", cosines, group.cosine_counts))
+        print_table(_histogram("largest difference of rows", differences, group.difference_counts))
+    for name, count in (("labels differ", diff.labels_differ), ("validity differs", diff.validity_differs)):
+        if count:
+            typer.echo(f"{name} in {count} rows")
+    typer.echo("\nwhat they were made from differs in:" if diff.fields else "\nthe same in config, inputs and content")
+    for line in diff.fields:
+        typer.echo(f"  {line}")
 
 
-def _histogram(console: Console, title: str, labels: Sequence[str], counts: Sequence[int]) -> None:
-    table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
+def _histogram(title: str, labels: Sequence[str], counts: Sequence[int]) -> Table:
+    table = new_table(title)
     table.add_column(justify="right")
     table.add_column(justify="right")
-    table.add_column()
     total = max(1, sum(counts))
     for label, count in zip(labels, counts, strict=True):
         if count:
             table.add_row(label, f"{count:,}", "█" * max(1, round(40 * count / total)))
-    console.print(table)
+    return table

@@ -16,7 +16,7 @@ from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.stages.artifacts.cache_statistics import CacheStatistics, effective_rank
 from svgpipe.stages.artifacts.contact_sheet import HISTOGRAM_RANGE, contact_sheet
-from svgpipe.stages.artifacts.requantize_cost import as_json, measure_cost
+from svgpipe.stages.artifacts.requantize_cost import measure_cost
 
 from .conftest import Finished, Outcome, extract_args, tree_bytes
 
@@ -84,9 +84,9 @@ def test_a_small_cache_is_as_good_as_any_other(
 
 def test_a_cost_without_any_noise_can_be_written(small: Path) -> None:
     cache = FeatureCache(small)
-    found = as_json(measure_cost(cache, cache, autoencoder=None, diffusion=None))
-    assert found["backbone_snr"] is None
-    assert json.loads(json.dumps(found, allow_nan=False))["bytes_ratio"] == 1
+    cost = measure_cost(cache, cache, autoencoder=None, diffusion=None)
+    assert cost.backbone_snr is None
+    assert json.loads(json.dumps(cost.model_dump(mode="json"), allow_nan=False))["bytes_ratio"] == 1
 
 
 def test_int8_straight_from_extract(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:

@@ -24,7 +24,7 @@ def texts(drawing: Drawing) -> list[str]:
 
 def test_a_chart_names_everything_it_shows() -> None:
     series = {"guidance 1": estimates(4, 2), "guidance 1.5": estimates(3, 1)}
-    drawn = LineChart("Distance <b>", "steps", "Fréchet distance", [1, 25], series, {"floor": 0.5}).draw()
+    drawn = LineChart("Distance <b>", "steps", "Fréchet distance", [1, 25], series, {"floor": 0.5}).render()
     for text in ("steps", "Fréchet distance", "1", "25", "guidance 1", "guidance 1.5", "floor"):
         assert text in texts(drawn)
     assert drawn.svg.startswith('<svg class="chart" role="img" aria-label="Distance &lt;b&gt;" ')
@@ -35,7 +35,7 @@ def test_a_chart_names_everything_it_shows() -> None:
 
 def test_the_same_chart_is_drawn_in_the_same_bytes() -> None:
     chart = LineChart("title", "steps", "distance", [1, 2], {"a": estimates(4, 2)}, {"floor": 1.0})
-    assert chart.draw() == chart.draw()
+    assert chart.render() == chart.render()
     assert curve("loss", [1, 2, 3], [3.0, 2.0, 1.0], "step") == curve("loss", [1, 2, 3], [3.0, 2.0, 1.0], "step")
 
 
@@ -43,7 +43,7 @@ def test_names_of_levels_do_not_lie_on_each_other() -> None:
     """With the ceiling far above and two levels close to each other below, as of a model like the paper's."""
     levels = {"decoded noise": 400.0, "held-out real": 1.75, "reconstructions": 1.76}
     series = {"guidance 1": estimates(69.38, 12.26, 9.39)}
-    drawn = LineChart("t", "steps", "FID", [2, 5, 10], series, levels, logarithmic=True).draw()
+    drawn = LineChart("t", "steps", "FID", [2, 5, 10], series, levels, logarithmic=True).render()
     names = "|".join(levels)
     places = re.findall(rf"<text[^>]* y=\"([\d.]+)\"[^>]*>(?:{names})<", drawn.svg)
     found = sorted(map(float, places))
@@ -55,8 +55,8 @@ def test_names_of_levels_do_not_lie_on_each_other() -> None:
 def test_any_numbers_can_be_drawn(values: tuple[float, float]) -> None:
     plain = [Estimate(value=value, num_images=9) for value in values]
     for joined in (True, False):
-        assert "a" in texts(LineChart("t", "x", "y", ["p", "q"], {"a": plain}, {}, joined=joined).draw())
-    assert LineChart("t", "x", "y", [1], {"a": plain[:1]}, {}).draw().pdf
+        assert "a" in texts(LineChart("t", "x", "y", ["p", "q"], {"a": plain}, {}, joined=joined).render())
+    assert LineChart("t", "x", "y", [1], {"a": plain[:1]}, {}).render().pdf
 
 
 def test_a_map_names_its_classes_in_their_colours() -> None:

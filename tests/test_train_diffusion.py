@@ -25,7 +25,7 @@ from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.recipe import ScheduleSection
 from svgpipe.stages.runtime import retry
 from svgpipe.stages.train_diffusion.data import batch_at
-from svgpipe.stages.training.lr_schedule import learning_rate
+from svgpipe.stages.training.optimizer import learning_rate
 
 from .commands import Command, run_and_kill
 from .conftest import Finished, Outcome

@@ -23,7 +23,7 @@ from svgpipe.models.losses import SyncedBatchNorm2d
 from svgpipe.models.residual import Alignment
 from svgpipe.stages.training.checkpointing import latest_of_all
 from svgpipe.stages.training.distributed import ProcessGroup
-from svgpipe.stages.training.worker import EventQueue
+from svgpipe.stages.training.ray_train import EventQueue
 
 from .commands import Command, run_and_kill
 from .conftest import Finished, Outcome

@@ -17,8 +17,9 @@ from torch import Tensor
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import EMA
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
-from svgpipe.manifests.estimate import Estimate, Record
+from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.filesystem import Location
+from svgpipe.manifests.manifest import FrozenModel
 
 from ..networks.diffusion import TrainedDiffusion, open_diffusion
 from ..runtime.device import pick_device
@@ -34,7 +35,7 @@ MAX_IMAGES = 4096  # every pair of them is looked at
 RESAMPLINGS = 100
 
 
-class MappedImage(Record):
+class MappedImage(FrozenModel):
     """One image on the t-SNE map."""
 
     x: float
@@ -43,7 +44,7 @@ class MappedImage(Record):
     label: int
 
 
-class CacheAnalysis(Record):
+class CacheAnalysis(FrozenModel):
     """Of one cache."""
 
     cache: str
@@ -60,7 +61,7 @@ class CacheAnalysis(Record):
     not_measured: list[str]
 
 
-class Analysis(Record):
+class Analysis(FrozenModel):
     """What `svgpipe analyze` found, caches in the order they were given."""
 
     schema_version: int = Field(4, description="Of this layout; raised when a field changes its meaning.")
@@ -102,15 +103,15 @@ def analyze(
             f"--classes {classes} and --per-class {per_class}: expected at most {MAX_IMAGES} images of a cache, found "
             f"{most}. Every pair of them is compared; fewer say as much."
         )
-    found = []
+    analyses = []
     for cache, rows in zip(caches, chosen, strict=True):
-        found.append(_analyze_one(cache, trained.get(cache.manifest.fingerprint), rows, weights, seed, progress))
-    return Analysis(seed=seed, caches=found)
+        analyses.append(_analyze_one(cache, trained.get(cache.manifest.fingerprint), rows, weights, seed, progress))
+    return Analysis(seed=seed, caches=analyses)
 
 
 def _assign(caches: Sequence[FeatureCache], models: Sequence[Location]) -> dict[str, TrainedDiffusion]:
     """Models by the fingerprint of the cache that they belong to."""
-    found: dict[str, TrainedDiffusion] = {}
+    assigned: dict[str, TrainedDiffusion] = {}
     for place in models:
         model = open_diffusion(place)
         belongs = [cache.manifest.fingerprint for cache in caches if _is_of(model, cache)]
@@ -121,10 +122,10 @@ def _assign(caches: Sequence[FeatureCache], models: Sequence[Location]) -> dict[
                 f"{place}: {what} {(model.autoencoder or model.cache)[:12]}, which is none of those given: "
                 + ", ".join(f"{cache.path} ({_known_by(cache, imported)[:12]})" for cache in caches)
             )
-        if belongs[0] in found:
-            raise MismatchError(f"{place}: {found[belongs[0]].directory} belongs to the same cache; give one.")
-        found[belongs[0]] = model
-    return found
+        if belongs[0] in assigned:
+            raise MismatchError(f"{place}: {assigned[belongs[0]].directory} belongs to the same cache; give one.")
+        assigned[belongs[0]] = model
+    return assigned
 
 
 def _is_of(model: TrainedDiffusion, cache: FeatureCache) -> bool:
@@ -204,9 +205,9 @@ def _straightness(
         missing.append("curvature of sampling trajectories: no model of this cache was given (--diffusion)")
         return None
     name = trained.weights_name(weights)
-    found = straightness(trained.load(name).to(pick_device()), trained.described(name), RESAMPLINGS, seed)
+    result = straightness(trained.load(name).to(pick_device()), trained.described(name), RESAMPLINGS, seed)
     progress.advance(1, "straightness")
-    return found
+    return result
 
 
 def _choose(cache: FeatureCache, classes: int, per_class: int) -> NDArray[np.int64]:

@@ -8,14 +8,15 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from svgpipe.manifests.estimate import Estimate, Record
+from svgpipe.manifests.estimate import Estimate
+from svgpipe.manifests.manifest import FrozenModel
 
 from ..evaluate.intervals import estimate, picks
 
 MIN_MAP = 5
 
 
-class Distances(Record):
+class Distances(FrozenModel):
     """Mean Euclidean distances between pooled, standardised features of one group of channels."""
 
     group: str
@@ -36,8 +37,8 @@ def class_distances(group: str, features_nD: Tensor, labels_n: Tensor, replicate
         raise ValueError(f"distances of {group}: expected two classes and a class of two rows")
     if within == 0:
         raise ValueError(f"distances of {group}: the images of a class do not differ in it")
-    found = [_means(apart, labels_n, pick) for pick in picks(n, replicates, seed)]
-    resampled = [pair for pair in found if np.isfinite(pair).all() and pair[0] > 0]
+    means = [_means(apart, labels_n, pick) for pick in picks(n, replicates, seed)]
+    resampled = [pair for pair in means if np.isfinite(pair).all() and pair[0] > 0]
     return Distances(
         group=group,
         within=estimate(within, [w for w, _ in resampled], n),
@@ -62,5 +63,5 @@ def tsne(features_nD: Tensor, seed: int) -> NDArray[np.float64] | None:
     if n < MIN_MAP or features_nD.shape[1] < 2:
         return None
     perplexity = min(30.0, (n - 1) / 3)
-    found = TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=-1).fit_transform(features_nD.numpy())
-    return np.asarray(found, np.float64)
+    embedding = TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=-1).fit_transform(features_nD.numpy())
+    return np.asarray(embedding, np.float64)

@@ -37,12 +37,12 @@ def pooled(cache: FeatureCache, rows: Sequence[int], progress: Progress | None =
     progress = progress or Silent()
     progress.begin("read", len(rows))
     blocks = [rows[start : start + BLOCK_ROWS] for start in range(0, len(rows), BLOCK_ROWS)]
-    found: list[NDArray[np.float32]] = []
+    means: list[NDArray[np.float32]] = []
     with ThreadPoolExecutor(READERS) as readers:
-        for means in readers.map(lambda block: cache.read(block).mean(axis=(1, 2), dtype=np.float32), blocks):
-            found.append(means)
-            progress.advance(len(means))
-    return cache.denormalize(np.concatenate(found)) if found else np.zeros((0, cache.shape[-1]), np.float32)
+        for part in readers.map(lambda block: cache.read(block).mean(axis=(1, 2), dtype=np.float32), blocks):
+            means.append(part)
+            progress.advance(len(part))
+    return cache.denormalize(np.concatenate(means)) if means else np.zeros((0, cache.shape[-1]), np.float32)
 
 
 def spread(features_nD: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 from svgpipe.manifests.alignment import require_same_alignment
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
-from svgpipe.manifests.estimate import Estimate, Record
-from svgpipe.manifests.manifest import InputRef, require_same
+from svgpipe.manifests.estimate import Estimate
+from svgpipe.manifests.manifest import FrozenModel, InputRef, require_same
 from svgpipe.manifests.paper import PAPER_PROBES, PaperProbe
 from svgpipe.models.probes import fit_linear, knn_votes
 from svgpipe.models.seeds import generator
@@ -33,7 +33,7 @@ DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 TUNING_SHARE = 0.1
 
 
-class GroupProbe(Record):
+class GroupProbe(FrozenModel):
     """Top-1 accuracies of one group of channels, with Wilson intervals."""
 
     group: str = Field(description="backbone, residual or both.")
@@ -43,7 +43,7 @@ class GroupProbe(Record):
     weight_decay: float = Field(description="Of the linear map; the best on a tenth of the training rows.")
 
 
-class Probe(Record):
+class Probe(FrozenModel):
     """What `svgpipe probe` found."""
 
     cache: str
@@ -154,8 +154,8 @@ def _probe_group(
     )
 
 
-def _accuracy(found: Tensor, labels: Tensor) -> Estimate:
-    return share_estimate(found == labels)
+def _accuracy(predicted: Tensor, labels: Tensor) -> Estimate:
+    return share_estimate(predicted == labels)
 
 
 def _best_decay(x: Tensor, y: Tensor, num_classes: int, seed: int) -> float:

@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from svgpipe.manifests.estimate import Estimate, Record
+from svgpipe.manifests.estimate import Estimate
+from svgpipe.manifests.manifest import FrozenModel
 from svgpipe.models.dit import DiT
 from svgpipe.models.sampler import time_grid
 
@@ -21,7 +22,7 @@ SAMPLES = 64
 BATCH = 16
 
 
-class Straightness(Record):
+class Straightness(FrozenModel):
     """Of trajectories without guidance, in 50 equal Euler steps. All are relative to |end - start|; 0 is straight."""
 
     weights: str

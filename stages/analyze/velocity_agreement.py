@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from svgpipe.manifests.estimate import Estimate, Record
+from svgpipe.manifests.estimate import Estimate
+from svgpipe.manifests.manifest import FrozenModel
 from svgpipe.models.empirical_flow import empirical_velocity, posterior
 from svgpipe.models.seeds import generator
 
@@ -35,7 +36,7 @@ MIN_SHARE = 0.5
 MAX_FIELDS = 32  # classes whose fields are looked at from all points: with all of 1000, the work would take days
 
 
-class Agreement(Record):
+class Agreement(FrozenModel):
     """At one time."""
 
     time: float

@@ -90,11 +90,11 @@ def _classes_in_turn(cache: FeatureCache, count: int) -> list[int]:
     present = np.unique(cache.labels[usable])
     classes = present[evenly_spread(len(present), count)]
     per_class = max(1, count // max(1, len(classes)))
-    found: list[int] = []
+    rows: list[int] = []
     for label in classes:
         members = usable[cache.labels[usable] == label]
-        found += choose_evenly(members.tolist(), per_class)
-    return found[:count]
+        rows += choose_evenly(members.tolist(), per_class)
+    return rows[:count]
 
 
 def _principal_colours(features: NDArray[np.float32]) -> RGBArray:

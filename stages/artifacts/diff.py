@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.errors import MismatchError
-from svgpipe.manifests.manifest import differing_fields
+from svgpipe.manifests.manifest import FrozenModel, differing_fields
 
 from ..runtime.progress import Progress, Silent
 from ..runtime.selection import choose_evenly
@@ -19,21 +18,19 @@ COSINE_EDGES = np.asarray([-1.0, 0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999, 1.
 DIFFERENCE_EDGES = np.asarray([0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, np.inf])
 
 
-@dataclass(frozen=True)
-class GroupDifference:
+class GroupDifference(FrozenModel):
     """Of one group of channels. Differences are in standard deviations of the first cache's channels."""
 
     name: str
-    cosine_counts: NDArray[np.int64]  # vectors per interval of COSINE_EDGES
-    difference_counts: NDArray[np.int64]  # rows per interval of DIFFERENCE_EDGES, by their largest difference
+    cosine_counts: list[int] = Field(description="Vectors per interval of cosine_edges.")
+    difference_counts: list[int] = Field(description="Rows per interval of difference_edges, by largest difference.")
     smallest_cosine: float
     mean_cosine: float
     largest_difference: float
-    largest_at: tuple[int, str]  # row and view
+    largest_at: tuple[int, str] = Field(description="Row and view.")
 
 
-@dataclass(frozen=True)
-class CacheDifference:
+class CacheDifference(FrozenModel):
     """What differs between two caches."""
 
     rows: int
@@ -41,7 +38,9 @@ class CacheDifference:
     groups: list[GroupDifference]
     labels_differ: int
     validity_differs: int
-    fields: list[str]  # of config and inputs, both values in each
+    fields: list[str] = Field(description="Of config and inputs, both values in each.")
+    cosine_edges: list[float] = COSINE_EDGES.tolist()
+    difference_edges: list[float] = Field(DIFFERENCE_EDGES[:-1].tolist(), description="The last interval has no end.")
 
 
 def diff(
@@ -120,11 +119,11 @@ class _Tally:
         """The counts so far."""
         count = max(1, int(self.cosines.sum()))
         return GroupDifference(
-            self.name,
-            self.cosines,
-            self.differences,
-            self.smallest,
-            self.total / count,
-            self.largest,
-            self.at,
+            name=self.name,
+            cosine_counts=self.cosines.tolist(),
+            difference_counts=self.differences.tolist(),
+            smallest_cosine=self.smallest,
+            mean_cosine=self.total / count,
+            largest_difference=self.largest,
+            largest_at=self.at,
         )

@@ -48,19 +48,19 @@ def export(source: Location, out: Location, weights: str = EMA) -> Exported:
         ArtifactError: no diffusion model there, a damaged file, or files in `out`. UsageError: no such weights.
         BusyError: another process exports to `out`.
     """
-    found = open_diffusion(source)
-    config = DiffusionSection.model_validate(found.config)
-    name = found.weights_name(weights)
+    model = open_diffusion(source)
+    config = DiffusionSection.model_validate(model.config)
+    name = model.weights_name(weights)
     _require_free(out)
-    tensors = load_tensors(found.directory / weights_file(name), found.content[weights_file(name)])
-    statistics = load_tensors(found.directory / STATISTICS_FILE, found.content[STATISTICS_FILE])
+    tensors = load_tensors(model.directory / weights_file(name), model.content[weights_file(name)])
+    statistics = load_tensors(model.directory / STATISTICS_FILE, model.content[STATISTICS_FILE])
     make_directory(out)
     with locked(out):
         remove_partials(out)
         save_tensors(out / MODEL_FILE, tensors)
         save_tensors(out / STATISTICS_FILE, statistics)
-        write_json(out / CONFIG_FILE, _config(found, config, name))
-    return Exported(name, found.step, out)
+        write_json(out / CONFIG_FILE, _config(model, config, name))
+    return Exported(name, model.step, out)
 
 
 def _require_free(out: Location) -> None:
@@ -72,16 +72,16 @@ def _require_free(out: Location) -> None:
         raise ArtifactError(f"{out}: expected a new or empty folder, found something there. Give another.")
 
 
-def _config(found: TrainedDiffusion, config: DiffusionSection, name: str) -> Json:
+def _config(model: TrainedDiffusion, config: DiffusionSection, name: str) -> Json:
     """Content of config.json, which is written last."""
     arguments: dict[str, Any] = dit_arguments(
-        config.model, grid=found.grid, channels=found.channels, num_classes=len(found.class_names)
+        config.model, grid=model.grid, channels=model.channels, num_classes=len(model.class_names)
     )
     return {
         "model": arguments,
-        "class_names": found.class_names,
+        "class_names": model.class_names,
         "weights": name,
-        "step": found.step,
+        "step": model.step,
         "time_shift": {"training": config.time_shift, "sampling": config.sample_shift},
-        "made_from": found.made_from,
+        "made_from": model.made_from,
     }

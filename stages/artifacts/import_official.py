@@ -96,19 +96,19 @@ def import_official(
         raise UsageError("--class-names are of the transformer's labels: give --diffusion as well.")
     if (diffusion is None) != (stats is None):
         raise UsageError("--diffusion and --stats belong together: the statistics are what its latents are made with.")
-    found = [_import_autoencoder(autoencoder, out / "autoencoder")]
+    imports = [_import_autoencoder(autoencoder, out / "autoencoder")]
     if diffusion is not None and stats is not None:
-        found.append(_import_diffusion(diffusion, stats, out / "autoencoder", out / "diffusion", class_names))
-    listing = [{"directory": one.directory.name, "used": one.used, "ignored": one.ignored} for one in found]
+        imports.append(_import_diffusion(diffusion, stats, out / "autoencoder", out / "diffusion", class_names))
+    listing = [{"directory": one.directory.name, "used": one.used, "ignored": one.ignored} for one in imports]
     now = {entry["directory"] for entry in listing}
     earlier = read_json(out / IMPORT_NAME)["imported"] if (out / IMPORT_NAME).exists() else []
     write_json(out / IMPORT_NAME, {"imported": listing + [one for one in earlier if one["directory"] not in now]})
-    return found
+    return imports
 
 
 def _import_autoencoder(path: Path, out: Location) -> Imported:
-    found = read_official(path)
-    state = tensors_of(path, found, "state_dict")
+    checkpoint = read_official(path)
+    state = tensors_of(path, checkpoint, "state_dict")
     try:
         parts = split_autoencoder(state)
         residual, decoder = residual_sizes(parts.extra_vit), decoder_sizes(parts.decoder)
@@ -119,12 +119,7 @@ def _import_autoencoder(path: Path, out: Location) -> Imported:
             residual=ResidualSection.model_validate(
                 {key: residual[key] for key in ("channels", "depth", "width", "heads", "mlp_ratio")}
             ),
-            decoder=DecoderSection(
-                ch=decoder.ch,
-                ch_mult=decoder.ch_mult,
-                num_res_blocks=decoder.num_res_blocks,
-                attention=decoder.attention,
-            ),
+            decoder=DecoderSection.model_validate(decoder, from_attributes=True),
             steps=0,
         )
         model = build_autoencoder(config.model_copy(update={"backbone": BackboneSection(name=name, weights="random")}))
@@ -145,10 +140,7 @@ def _import_autoencoder(path: Path, out: Location) -> Imported:
         manifest = work.finished
         if manifest is None:
             save_tensors(out / BACKBONE_FILE, parts.encoder)
-            manifest = AutoencoderManifest(
-                config=work.config,
-                inputs=work.inputs,
-                seconds=work.seconds,
+            imported = AutoencoderManifest(
                 steps=0,
                 image_size=config.image_size,
                 grid=(model.backbone.grid, model.backbone.grid),
@@ -158,19 +150,23 @@ def _import_autoencoder(path: Path, out: Location) -> Imported:
                 alignment=None,
                 content=save_tensors(out / AUTOENCODER_FILE, model.trained_state()),
                 origin=f"{path.name}, sha256 {source.fingerprint}",
-            ).publish(out)
+            )
+            manifest = work.publish(imported)
     count = sum(map(len, (parts.encoder, parts.extra_vit, parts.decoder))) + 1
     what = f"autoencoder for {manifest.image_size} pixels, {name}, {manifest.residual_channels} residual channels"
-    return Imported(out, manifest.fingerprint, what, count, {**parts.ignored, **_beside(found, ["state_dict"])})
+    return Imported(out, manifest.fingerprint, what, count, {**parts.ignored, **_beside(checkpoint, ["state_dict"])})
 
 
 def _import_diffusion(
     path: Path, stats: Path, autoencoder: Location, out: Location, class_names: list[str] | None
 ) -> Imported:
-    found = read_official(path)
-    names = [name for name in ("ema", "model") if isinstance(found, dict) and isinstance(found.get(name), dict)]
+    checkpoint = read_official(path)
+    held = checkpoint if isinstance(checkpoint, dict) else {}
+    names = [name for name in ("ema", "model") if isinstance(held.get(name), dict)]
     # A bare state dict does not say whether it is an average.
-    states = {name: tensors_of(path, found[name]) for name in names} or {"model": tensors_of(path, found, "state_dict")}
+    states = {name: tensors_of(path, checkpoint[name]) for name in names} or {
+        "model": tensors_of(path, checkpoint, "state_dict")
+    }
     try:
         sizes = dit_sizes(next(iter(states.values())))
     except ValueError as error:
@@ -185,10 +181,7 @@ def _import_diffusion(
     with WorkDir(out, DiffusionManifest, config.model_dump(mode="json"), inputs) as work:
         manifest = work.finished
         if manifest is None:
-            manifest = DiffusionManifest(
-                config=work.config,
-                inputs=work.inputs,
-                seconds=work.seconds,
+            imported = DiffusionManifest(
                 steps=0,
                 grid=(sizes.grid, sizes.grid),
                 channels=sizes.in_channels,
@@ -196,11 +189,12 @@ def _import_diffusion(
                 content={file: save_tensors(out / file, tensors) for file, tensors in files.items()},
                 num_parameters=sum(p.numel() for p in model.parameters()),
                 origin=f"{path.name}, sha256 {inputs['official'].fingerprint}",
-            ).publish(out)
+            )
+            manifest = work.publish(imported)
     sigma = " with the unused sigma half" if sizes.learn_sigma else ""
     hint = "" if "ema" in states else "; not known to be an average: sample with --ema raw"
     what = f"DiT {sizes.name}{sigma}, {sizes.num_classes} classes, weights {' and '.join(states)}{hint}"
-    aside = _beside(found, names or ["state_dict"])
+    aside = _beside(checkpoint, names or ["state_dict"])
     return Imported(out, manifest.fingerprint, what, sum(map(len, states.values())), aside)
 
 
@@ -219,14 +213,7 @@ def _classes(path: Path, sizes: DiTSizes, given: list[str] | None) -> list[str]:
 def _transformer(path: Path, sizes: DiTSizes) -> tuple[DiffusionSection, DiT]:
     """The recipe's section for a transformer of these sizes, and a new one. Raises ArtifactError where none can be."""
     try:
-        section = DiTSection(
-            width=sizes.width,
-            depth=sizes.depth,
-            heads=sizes.heads,
-            mlp_ratio=sizes.mlp_ratio,
-            qk_norm=sizes.qk_norm,
-            learn_sigma=sizes.learn_sigma,
-        )
+        section = DiTSection.model_validate(sizes, from_attributes=True)
         grid = (sizes.grid, sizes.grid)
         model = build_dit(section, grid=grid, channels=sizes.in_channels, num_classes=sizes.num_classes)
     except ValueError as error:
@@ -273,21 +260,21 @@ def _require_same_latents(path: Path, sizes: DiTSizes, encoder: AutoencoderManif
         )
 
 
-def _beside(found: object, used: list[str]) -> dict[str, list[str]]:
+def _beside(checkpoint: object, used: list[str]) -> dict[str, list[str]]:
     """What a checkpoint holds beside the entries that were used, by the reason why it was left; no keys of weights."""
-    if not (isinstance(found, dict) and any(name in found for name in used)):
+    if not (isinstance(checkpoint, dict) and any(name in checkpoint for name in used)):
         return {}  # a bare state dict
-    others = [str(name) for name in found if name not in used]
+    others = [str(name) for name in checkpoint if name not in used]
     return {"state of the training, from which none goes on here": others} if others else {}
 
 
 def _statistics(path: Path, channels: int) -> dict[str, Tensor]:
     """channel_mean and channel_std, (C,). Raises ArtifactError for another number of channels, or a std of 0."""
-    found = tensors_of(path, read_official(path))
-    keys = {name: [key for key in found if key.endswith(f"_{name}") or key == name] for name in STATISTICS}
-    if len(found) != 2 or any(len(matching) != 1 for matching in keys.values()):
-        raise ArtifactError(f"{path}: expected dinov3_sp_mean and dinov3_sp_std, found {', '.join(found)}.")
-    mean, std = (found[keys[name][0]].flatten() for name in STATISTICS)
+    tensors = tensors_of(path, read_official(path))
+    keys = {name: [key for key in tensors if key.endswith(f"_{name}") or key == name] for name in STATISTICS}
+    if len(tensors) != 2 or any(len(matching) != 1 for matching in keys.values()):
+        raise ArtifactError(f"{path}: expected dinov3_sp_mean and dinov3_sp_std, found {', '.join(tensors)}.")
+    mean, std = (tensors[keys[name][0]].flatten() for name in STATISTICS)
     if len(mean) != channels or len(std) != channels:
         raise ArtifactError(f"{path}: expected statistics of {channels} channels, found {len(mean)} and {len(std)}.")
     if not (mean.is_floating_point() and std.is_floating_point()):

@@ -87,27 +87,25 @@ def read_official(path: Path) -> Any:
         raise ArtifactError(f"{path}: not a readable checkpoint: {first_line(error)}") from error
 
 
-def tensors_of(path: Path, found: Any, *names: str) -> dict[str, Tensor]:
+def tensors_of(path: Path, checkpoint: Any, *names: str) -> dict[str, Tensor]:
     """The state dict in what was read: under the first of `names` that is there, or the whole; floats in float32.
 
     `module.`, which DistributedDataParallel puts before every key, is dropped.
     Raises ArtifactError if it is no dict of dense tensors.
     """
-    for name in names:
-        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            found = found[name]
-            break
-    if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
-        held = (
-            f"a dict of {', '.join(map(str, list(found)[:6]))}" if isinstance(found, Mapping) else type(found).__name__
+    held = checkpoint if isinstance(checkpoint, Mapping) else {}
+    state = next((held[name] for name in names if isinstance(held.get(name), Mapping)), checkpoint)
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        kind = (
+            f"a dict of {', '.join(map(str, list(state)[:6]))}" if isinstance(state, Mapping) else type(state).__name__
         )
-        raise ArtifactError(f"{path}: expected a state dict of tensors, found {held}.")
-    for key, value in found.items():
+        raise ArtifactError(f"{path}: expected a state dict of tensors, found {kind}.")
+    for key, value in state.items():
         if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
             kind = "no data" if value.is_meta else f"{value.layout} of {value.dtype}"
             raise ArtifactError(f"{path}: {key}: expected a dense tensor of real numbers, found {kind}.")
-    wrapped = all(str(key).startswith("module.") for key in found)
+    wrapped = all(str(key).startswith("module.") for key in state)
     return {
         str(key).removeprefix("module.") if wrapped else str(key): v.float() if v.is_floating_point() else v
-        for key, v in found.items()
+        for key, v in state.items()
     }

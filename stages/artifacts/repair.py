@@ -152,9 +152,9 @@ def _maker(
 ) -> Callable[[Location], CacheManifest]:
     """The stage that made a cache, with its inputs opened and checked before anything is taken apart."""
 
-    def require(name: str, found: InputRef) -> None:
+    def require(name: str, ref: InputRef) -> None:
         what = "Repair needs the very inputs that the cache was made from."
-        require_same("the cache", manifest.inputs[name], found, what_to_do=what)
+        require_same("the cache", manifest.inputs[name], ref, what_to_do=what)
 
     if "cache" in manifest.inputs:
         source = location(manifest.inputs["cache"].path)

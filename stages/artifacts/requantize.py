@@ -85,16 +85,12 @@ def _publish(
     manifest = CacheManifest.model_validate(
         {
             **before.model_dump(exclude={"finished_at", "svgpipe_version", "fingerprint", "timings"}),
-            "config": work.config,
-            "inputs": work.inputs,
-            "seconds": work.seconds,
             "store_dtype": dtype,
             "content": stored.content,
             "num_bytes": stored.num_bytes,
         }
     )
-    work.check_lock()
-    return publish_cache(manifest, store)
+    return publish_cache(work, manifest, store)
 
 
 def _calibration(cache: FeatureCache, dtype: StoreDtype, journal: Journal, progress: Progress) -> Calibration:
@@ -123,6 +119,6 @@ class _Convert:
     target: FeatureStore
 
     def __call__(self, unit: int) -> None:
-        features = self.source.decode(self.source.read_unit(unit)).astype(np.float16, copy=False)
+        features = self.source.dequantize(self.source.read_unit(unit)).astype(np.float16, copy=False)
         rejects = [Reject(**entry) for entry in Journal(self.source.path).read(unit)["rejects"]]
         write_unit(self.target, Journal(self.target.path), unit, features, rejects)

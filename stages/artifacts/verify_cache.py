@@ -78,9 +78,9 @@ def verify_cache(
     else:
         yield from (finding(journal.directory, f"unit {unit}: has no record", unit) for unit in missing)
     damaged = set(missing)
-    for found in _verify_units(_UnitCheck(store, journal, deep), units, progress, processes):
-        damaged.add(found.unit if found.unit is not None else -1)
-        yield found
+    for problem in _verify_units(_UnitCheck(store, journal, deep), units, progress, processes):
+        damaged.add(problem.unit if problem.unit is not None else -1)
+        yield problem
     if manifest is not None:
         yield from _verify_arrays(path, manifest, store, journal)
         yield from _verify_rest(path, manifest, store, None if damaged else journal)

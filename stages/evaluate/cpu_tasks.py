@@ -33,7 +33,7 @@ class LatentsUnit:
 
 
 @dataclass(frozen=True)
-class DrawnUnit:
+class SampledUnit:
     """Latents (n,1,row,column,channel) float16 of a unit."""
 
     setting: int
@@ -88,15 +88,15 @@ class WriteLatents:
     paths: list[Location]
     specs: list[StoreSpec]
 
-    def __call__(self, drawn: DrawnUnit) -> LatentsUnit:
-        store = FeatureStore(self.paths[drawn.setting], self.specs[drawn.setting])
-        store.write_unit(drawn.unit, np.ascontiguousarray(drawn.latents))
-        Journal(store.path).record(drawn.unit, {"rows": len(drawn.latents)}, {unit_name(drawn.unit): None})
-        return LatentsUnit(drawn.setting, drawn.unit)
+    def __call__(self, sampled: SampledUnit) -> LatentsUnit:
+        store = FeatureStore(self.paths[sampled.setting], self.specs[sampled.setting])
+        store.write_unit(sampled.unit, np.ascontiguousarray(sampled.latents))
+        Journal(store.path).record(sampled.unit, {"rows": len(sampled.latents)}, {unit_name(sampled.unit): None})
+        return LatentsUnit(sampled.setting, sampled.unit)
 
 
 def _latents(store: FeatureStore, indices: Sequence[int]) -> NDArray[np.float32]:
-    """Raises ArtifactError for damage within files of the right size: what has another size was drawn anew."""
+    """Raises ArtifactError for damage within files of the right size: what has another size was sampled anew."""
     try:
         return store.read(indices).astype(np.float32)
     except ArtifactError as error:

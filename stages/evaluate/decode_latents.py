@@ -20,8 +20,7 @@ from svgpipe.manifests.shards import ShardFile
 
 from ..images.decode import RGBArray, decode_image
 from ..images.image_set import ImageSet
-from ..images.tensors import as_pixels
-from ..networks.autoencoder import load_autoencoder, reconstruct
+from ..networks.autoencoder import decode_latents, load_autoencoder, reconstruct
 from ..networks.sampling import initial_noise
 from ..runtime.progress import Progress
 from ..runtime.runner import Runner, Steps
@@ -130,12 +129,9 @@ class _Decode:
         self.model, self.grid = model.to(device), manifest.grid
         self.mean, self.std = torch.from_numpy(options.mean), torch.from_numpy(options.std)
 
-    @torch.inference_mode()
     def _decode(self, latents: Tensor) -> RGBArray:
         """(n,row,column,channel) normalised → (n,H,W,3)."""
-        features = (latents * self.std + self.mean).permute(0, 3, 1, 2).to(self.device)
-        chunks = features.split(self.options.batch_size)
-        return np.concatenate([as_pixels(self.model.decode(chunk)) for chunk in chunks])
+        return decode_latents(self.model, latents * self.std + self.mean, self.options.batch_size)
 
     def __call__(self, sources: ImageSources) -> DecodedUnit:
         unit, batch_size = sources.unit, self.options.batch_size

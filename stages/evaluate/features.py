@@ -23,7 +23,7 @@ from svgpipe.manifests.errors import ArtifactError, UsageError, first_line
 from svgpipe.manifests.filesystem import file_sha256
 from svgpipe.manifests.manifest import InputRef, svgpipe_version
 from svgpipe.manifests.recipe import BackboneSection, ExtractorSection
-from svgpipe.manifests.report_file import ExtractorRecord
+from svgpipe.manifests.report_file import ExtractorInfo
 from svgpipe.models.backbone import Backbone, own_input
 
 from ..images.image_set import ImageSet
@@ -71,17 +71,17 @@ class Extractor:
     module: nn.Module
     layers: dict[str, str]  # POOLED, and LOGITS where it has them, by what the module calls them
     metric: str
-    description: ExtractorRecord
+    description: ExtractorInfo
     dimensions: int  # of POOLED
 
     @torch.no_grad()
     def features(self, images: ImageSet, batch_size: int) -> dict[str, Tensor]:
         """(n,D) float32 on the CPU, of each layer."""
         device = pick_device()
-        found = get_featuresdict_from_dataset(
+        by_layer = get_featuresdict_from_dataset(
             images, self.module.to(device), batch_size, device.type == "cuda", True, False
         )
-        return {name: torch.as_tensor(found[layer]).float() for name, layer in self.layers.items()}
+        return {name: torch.as_tensor(by_layer[layer]).float() for name, layer in self.layers.items()}
 
 
 def weight_inputs(**sources: str) -> dict[str, InputRef]:
@@ -139,8 +139,8 @@ def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "e
     )
 
 
-def _record(kind: str, name: str, network: nn.Module, input_size: int, library: str) -> ExtractorRecord:
-    return ExtractorRecord(
+def _record(kind: str, name: str, network: nn.Module, input_size: int, library: str) -> ExtractorInfo:
+    return ExtractorInfo(
         kind=kind,
         name=name,
         weights=state_digest(network.state_dict()),

@@ -15,7 +15,7 @@ from torch import Tensor
 from svgpipe.manifests.checkpoint import load_tensors, save_tensors
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.estimate import Estimate
-from svgpipe.manifests.evaluation import Measured, ReferenceRecord, SamplerRecord
+from svgpipe.manifests.evaluation import Measured, ReferenceInfo, SamplerInfo
 from svgpipe.manifests.filesystem import ABANDONED_S, Location, make_directory, remove_partials, remove_tree
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import Json, digest
@@ -44,7 +44,7 @@ PART = 5000  # images: the unit of resume of extracted features
 class Compared:
     """What a report says of the sets that were compared."""
 
-    reference: ReferenceRecord
+    reference: ReferenceInfo
     results: list[Measured]
     not_measured: list[str]
 
@@ -60,13 +60,13 @@ def measure(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]], pro
     for name in work.sets:
         work.extracted(name)
         progress.advance(1, name)
-    names = [*work.drawn, *(line for line in LINES if line in work.sets)]
+    names = [*work.sampled, *(line for line in LINES if line in work.sets)]
     journal = Journal(plan.out, "journal/compare")  # of 50,000 images, the intervals take minutes
     progress.begin("compare", len(names))
     results = []
     for number, name in enumerate(names):
-        found = journal.kept(number, work.key(name), functools.partial(work.measured, name))
-        results.append(Measured.model_validate(found))
+        measured = journal.kept(number, work.key(name), functools.partial(work.measured, name))
+        results.append(Measured.model_validate(measured))
         progress.advance(1, name)
     return Compared(work.reference, results, work.not_measured())
 
@@ -89,7 +89,7 @@ class _Measurement:
     sets: dict[str, ImageSet]
 
     @cached_property
-    def drawn(self) -> dict[str, SamplerSettings]:
+    def sampled(self) -> dict[str, SamplerSettings]:
         """Settings of the sweep by the names of their images."""
         return {setting.name: setting for setting in self.plan.settings}
 
@@ -99,10 +99,10 @@ class _Measurement:
         return self.plan.sets.class_names == self.plan.class_names
 
     @cached_property
-    def reference(self) -> ReferenceRecord:
+    def reference(self) -> ReferenceInfo:
         """What is measured against, for the report."""
         reference, real = self.plan.reference, self.plan.sets.reference
-        return ReferenceRecord(
+        return ReferenceInfo(
             kind=reference.kind,
             description=reference.description,
             num_images=len(real) or None,
@@ -123,10 +123,10 @@ class _Measurement:
 
     def features(self, name: str) -> Features:
         """Features of a set, with labels where these are the reference's."""
-        found = self.extracted(name)
-        labelled = name != NOISE and (self.same_classes or name not in self.drawn)
+        by_layer = self.extracted(name)
+        labelled = name != NOISE and (self.same_classes or name not in self.sampled)
         labels = torch.from_numpy(self.sets[name].labels) if labelled else None
-        return Features(found[POOLED], found.get(LOGITS) if name != REFERENCE else None, labels)
+        return Features(by_layer[POOLED], by_layer.get(LOGITS) if name != REFERENCE else None, labels)
 
     def key(self, name: str) -> str:
         """Digest of all that decides the figures of a set."""
@@ -137,50 +137,41 @@ class _Measurement:
 
     def measured(self, name: str) -> Json:
         """All figures of a set, as JSON of `Measured`."""
-        setting, more = self.drawn.get(name), {}
+        setting, more = self.sampled.get(name), {}
         if name == RECONSTRUCTIONS:
             originals = ImageSet(self.plan.sets.reconstructed, self.plan.sets.size)
             more["psnr"] = _psnr(originals, self.sets[name], self.plan.config)
-        found = Measured(
+        measured = Measured(
             name=name,
             role="samples" if setting is not None else name,
             num_images=len(self.sets[name]),
-            sampler=None if setting is None else SamplerRecord(**asdict(setting)),
+            sampler=None if setting is None else SamplerInfo(**asdict(setting)),
             **self.comparison.measure(self.features(name)),
             **more,
         )
-        return found.model_dump(mode="json")
+        return measured.model_dump(mode="json")
 
     def not_measured(self) -> list[str]:
         """What is missing, and why."""
-        smallest = min(map(len, self.sets.values()))
-        idle = [setting for setting in self.plan.settings if setting.guidance != 1 and not setting.acts]
-        return _not_measured(self.sets, self.plan.extractor, smallest, same_classes=self.same_classes) + [
+        reasons = []
+        if HELDOUT not in self.sets:
+            reasons.append("held-out real images (the floor): the reference has fewer than two; shard with a holdout")
+        if REFERENCE not in self.sets:
+            what = "kernel distance, precision, recall and nearest classes"
+            reasons.append(f"{what}: the reference is statistics, not images")
+        elif not self.same_classes:
+            reasons.append("share of samples nearest to their own class: the reference has other classes")
+        if RECONSTRUCTIONS not in self.sets:
+            reasons.append("reconstructions: the reference has no images, or the autoencoder no alignment yet")
+        if LOGITS not in self.plan.extractor.layers:
+            reasons.append("Inception Score: it is defined by Inception's classes, and another extractor was chosen")
+        if REFERENCE in self.sets and min(map(len, self.sets.values())) <= NEIGHBOURS:
+            reasons.append(f"precision and recall of sets of {NEIGHBOURS} images or fewer")
+        return reasons + [
             f"what guidance {s.guidance:g} does in {s.steps} steps: {s.guidance_mode} acts at none of their times"
-            for s in idle
+            for s in self.plan.settings
+            if s.guidance != 1 and not s.acts
         ]
-
-
-def _not_measured(
-    everything: dict[str, ImageSet], extractor: Extractor, smallest: int, *, same_classes: bool
-) -> list[str]:
-    """What is missing, and why."""
-    reasons = []
-    if HELDOUT not in everything:
-        reasons.append("held-out real images (the floor): the reference has fewer than two; shard with a holdout")
-    if REFERENCE not in everything:
-        reasons.append(
-            "kernel distance, precision, recall and nearest classes: the reference is statistics, not images"
-        )
-    if RECONSTRUCTIONS not in everything:
-        reasons.append("reconstructions: the reference has no images, or the autoencoder no alignment yet")
-    if REFERENCE in everything and not same_classes:
-        reasons.append("share of samples nearest to their own class: the reference has other classes")
-    if LOGITS not in extractor.layers:
-        reasons.append("Inception Score: it is defined by Inception's classes, and another extractor was chosen")
-    if smallest <= NEIGHBOURS and REFERENCE in everything:
-        reasons.append(f"precision and recall of sets of {NEIGHBOURS} images or fewer")
-    return reasons
 
 
 def _target(reference: Reference) -> FrechetTarget | None:

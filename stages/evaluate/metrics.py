@@ -58,15 +58,15 @@ class Comparison:
         assert self.reference is not None, "either images or statistics are what is measured against"
         return FrechetTarget.of(self.reference.pooled, pick_device())
 
-    def measure(self, found: Features) -> dict[str, Estimate | None]:
+    def measure(self, features: Features) -> dict[str, Estimate | None]:
         """Fields of `Measured`; None for what cannot be measured on so few images, or without logits or labels."""
         return {
-            "frechet_distance": self.frechet(found.pooled),
-            "kernel_distance": self.kernel(found.pooled),
-            "inception_score": None if found.logits is None else self._inception_score(found.logits),
-            "precision": self._precision(found.pooled),
-            "recall": self._recall(found.pooled),
-            "class_accuracy": self._class_accuracy(found),
+            "frechet_distance": self.frechet(features.pooled),
+            "kernel_distance": self.kernel(features.pooled),
+            "inception_score": None if features.logits is None else self._inception_score(features.logits),
+            "precision": self._precision(features.pooled),
+            "recall": self._recall(features.pooled),
+            "class_accuracy": self._class_accuracy(features),
         }
 
     def frechet(self, pooled: Tensor) -> Estimate:
@@ -101,20 +101,20 @@ class Comparison:
         return self._share(covered(pooled, *self._reference_balls))
 
     def _recall(self, pooled: Tensor) -> Estimate | None:
-        found = None if self.reference is None else balls(pooled)
-        if self.reference is None or found is None:
+        own_balls = None if self.reference is None else balls(pooled)
+        if self.reference is None or own_balls is None:
             return None
-        return self._share(covered(_at_most(self.reference.pooled, MAX_BALLS), *found))
+        return self._share(covered(_at_most(self.reference.pooled, MAX_BALLS), *own_balls))
 
-    def _class_accuracy(self, found: Features) -> Estimate | None:
-        if found.labels is None or self.reference is None or self.reference.labels is None:
+    def _class_accuracy(self, features: Features) -> Estimate | None:
+        if features.labels is None or self.reference is None or self.reference.labels is None:
             return None
-        hits = nearest_class_hits(self.reference.pooled, self.reference.labels, found.pooled, found.labels)
+        hits = nearest_class_hits(self.reference.pooled, self.reference.labels, features.pooled, features.labels)
         return None if hits is None else self._share(hits)
 
     def _share(self, hits: Tensor) -> Estimate:
-        found = share_estimate(hits)
-        return found if self.replicates else Estimate(value=found.value, num_images=found.num_images)
+        share = share_estimate(hits)
+        return share if self.replicates else Estimate(value=share.value, num_images=share.num_images)
 
 
 def balls(pooled: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -135,8 +135,8 @@ def kernel_distances(first: Tensor, second: Tensor) -> Tensor:
         # As torch-fidelity draws them; here, so that only these are in float64: a reference may be all of ImageNet.
         rng = np.random.RandomState(subset)
         one, two = (rows[rng.choice(len(rows), size, replace=False)].double() for rows in (first, second))
-        found = kid_features_to_metric(one, two, kid_subsets=1, kid_subset_size=size, rng_seed=0, verbose=False)
-        values.append(found[KEY_METRIC_KID_MEAN])
+        metric = kid_features_to_metric(one, two, kid_subsets=1, kid_subset_size=size, rng_seed=0, verbose=False)
+        values.append(metric[KEY_METRIC_KID_MEAN])
     return torch.from_numpy(np.asarray(values, np.float64))
 
 

@@ -187,7 +187,7 @@ def _evaluate(
     keep_alignment(plan.autoencoder, out)
     tars = decode(plan.jobs(), plan.decoder_options(), out, runner, progress)
     size = plan.encoder.image_size
-    sets = {name: ImageSet(refs_of(out / "images" / name, found), size) for name, found in tars.items()}
+    sets = {name: ImageSet(refs_of(out / "images" / name, shards), size) for name, shards in tars.items()}
     ReconstructionReport(
         inputs={name: ref.fingerprint for name, ref in plan.inputs.items()},
         software=software(),
@@ -200,14 +200,12 @@ def _evaluate(
         results=_measure(plan, sets, lpips, progress),
         not_measured=missing,
     ).write(out)
-    return ReconstructionManifest(
-        config=work.config,
-        inputs=work.inputs,
-        seconds=work.seconds,
+    manifest = ReconstructionManifest(
         num_images=len(plan.chosen),
-        content=digest({name: [tar.sha256 for tar in found] for name, found in tars.items()}),
+        content=digest({name: [tar.sha256 for tar in shards] for name, shards in tars.items()}),
         report=file_sha256(out / REPORT_NAME),
-    ).publish(out)
+    )
+    return work.publish(manifest)
 
 
 def _lpips(config: ReconstructionSection, missing: list[str]) -> Lpips | None:
@@ -284,25 +282,31 @@ def _compare_all(
     originals: ImageSet, images: ImageSet, rows: Sequence[int], lpips: Lpips | None
 ) -> dict[str, list[float | None]]:
     """`_compare` of the images at `rows`; None for the infinite PSNR of one that is reproduced exactly."""
-    found: dict[str, list[float | None]] = {}
+    measures: dict[str, list[float | None]] = {}
     for row in rows:
         for key, value in _compare(originals.pixels(row), images.pixels(row), lpips).items():
-            found.setdefault(key, []).append(value if np.isfinite(value) else None)
-    return found
+            measures.setdefault(key, []).append(value if np.isfinite(value) else None)
+    return measures
 
 
-def _compare(original: RGBArray, found: RGBArray, lpips: Lpips | None) -> dict[str, float]:
+def _compare(original: RGBArray, reconstruction: RGBArray, lpips: Lpips | None) -> dict[str, float]:
     """One image against its reconstruction, both (S,S,3) uint8; names as in `Reconstructed`."""
     similarity = structural_similarity(
-        original, found, data_range=255, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        original,
+        reconstruction,
+        data_range=255,
+        channel_axis=2,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
     )
-    colours: NDArray[np.float64] = deltaE_ciede2000(rgb2lab(original), rgb2lab(found))
+    colours: NDArray[np.float64] = deltaE_ciede2000(rgb2lab(original), rgb2lab(reconstruction))
     values = {
-        "psnr": float(psnr(original[None], found[None])[0]),
+        "psnr": float(psnr(original[None], reconstruction[None])[0]),
         "ssim": float(similarity),
         "colour_difference": float(colours.mean()),
     }
-    return values if lpips is None else {**values, "lpips": lpips.distance(original, found)}
+    return values if lpips is None else {**values, "lpips": lpips.distance(original, reconstruction)}
 
 
 def _finite(values: list[float | None]) -> Tensor:

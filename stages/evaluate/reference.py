@@ -89,7 +89,7 @@ def open_reference(spec: str) -> Reference:
 def shard_reference(shards: ShardSet) -> Reference:
     """The training split of a shard set; its held-out images are the floor."""
     names = shards.manifest.class_names
-    found = Reference(
+    reference = Reference(
         "shards",
         str(shards.directory),
         shards.as_input(),
@@ -98,11 +98,11 @@ def shard_reference(shards: ShardSet) -> Reference:
         names,
         shards,
     )
-    if len(found.train) < MIN_IMAGES:
+    if len(reference.train) < MIN_IMAGES:
         raise ArtifactError(
-            f"{shards.directory}: expected at least two reference images, found {len(found.train)} in training tars."
+            f"{shards.directory}: expected two reference images or more, found {len(reference.train)} in training tars."
         )
-    return found
+    return reference
 
 
 def _folder(directory: Path) -> Reference:
@@ -188,10 +188,10 @@ def _statistics(path: Path) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as archive:
             held = list(archive.files)
-            found = [archive[name] for name in (MEAN, COVARIANCE) if name in held]
-            if any(array.dtype.kind not in "fiu" for array in found):
-                raise TypeError(f"expected real numbers, found {', '.join(str(array.dtype) for array in found)}")
-            arrays = [array.astype(np.float64) for array in found]
+            stored = [archive[name] for name in (MEAN, COVARIANCE) if name in held]
+            if any(array.dtype.kind not in "fiu" for array in stored):
+                raise TypeError(f"expected real numbers, found {', '.join(str(array.dtype) for array in stored)}")
+            arrays = [array.astype(np.float64) for array in stored]
             extractor = str(archive[EXTRACTOR].item()) if EXTRACTOR in held else INCEPTION
     except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ArtifactError(f"{path}: not a readable .npz file: {error}") from error
@@ -243,13 +243,13 @@ class RealSets:
     class_names: list[str] | None
 
     @classmethod
-    def of(cls, found: Reference, config: EvaluationSection, size: int) -> RealSets:
+    def of(cls, source: Reference, config: EvaluationSection, size: int) -> RealSets:
         """Choose them."""
-        train, heldout = found.train, found.heldout
+        train, heldout = source.train, source.heldout
         reference = choose_evenly(train, config.reference_images)
         floor = choose_evenly(heldout, config.num_samples)
         pool = heldout if len(heldout) >= MIN_IMAGES else train
         reconstructed = choose_evenly(pool, config.num_samples)
         return cls(
-            reference, floor, reconstructed, size, None if found.class_names is None else list(found.class_names)
+            reference, floor, reconstructed, size, None if source.class_names is None else list(source.class_names)
         )

@@ -28,18 +28,18 @@ from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.store_spec import StoreSpec
 
 from ..networks.diffusion import TrainedDiffusion
-from ..networks.sampling import SamplerSettings, draw_latents, keep_as_computed, labels_of
+from ..networks.sampling import SamplerSettings, keep_as_computed, labels_of, sample_latents
 from ..runtime.device import is_compiled, warn_if_imitated
 from ..runtime.progress import Progress
 from ..runtime.runner import Runner, Steps
-from .cpu_tasks import DrawnUnit, LatentsUnit, WriteLatents, pass_on
+from .cpu_tasks import LatentsUnit, SampledUnit, WriteLatents, pass_on
 from .plan import EvaluationPlan, Sampler
 
 DESCRIPTION = "sampler"
 
 
 @dataclass(frozen=True)
-class DrawnLatents:
+class SampledLatents:
     """The first `count` latents of a store that may hold more."""
 
     setting: SamplerSettings
@@ -56,13 +56,13 @@ class _Store:
     journal: Journal
     count: int
 
-    def drawn(self) -> DrawnLatents:
+    def sampled(self) -> SampledLatents:
         """All of them, once they are there."""
         files = [file for unit in range(self.count) for file in self.journal.files(unit)]
-        return DrawnLatents(self.setting, self.store, [file.sha256 for file in files])
+        return SampledLatents(self.setting, self.store, [file.sha256 for file in files])
 
 
-def draw(plan: EvaluationPlan, runner: Runner, progress: Progress) -> list[DrawnLatents]:
+def sample_sweep(plan: EvaluationPlan, runner: Runner, progress: Progress) -> list[SampledLatents]:
     """Draw what the plan's pool does not hold yet of the latents of every setting.
 
     Raises:
@@ -82,13 +82,15 @@ def draw(plan: EvaluationPlan, runner: Runner, progress: Progress) -> list[Drawn
         specs = [store.store.spec for store in stores]
         steps = Steps(
             pass_on,
-            partial(_Draw, sampler=plan.sampler.absolute(), settings=plan.settings, config=plan.config, specs=specs),
+            partial(
+                _SampleUnit, sampler=plan.sampler.absolute(), settings=plan.settings, config=plan.config, specs=specs
+            ),
             WriteLatents([absolute(store.store.path) for store in stores], specs),
         )
         in_all = sum(store.count * store.store.spec.unit_rows for store in stores)
         for _ in runner.run(missing, steps):
             progress.advance(1, f"{in_all} latents in all")
-        return [store.drawn() for store in stores]
+        return [store.sampled() for store in stores]
 
 
 def _open(plan: EvaluationPlan, setting: SamplerSettings, locks: ExitStack) -> _Store:
@@ -138,8 +140,8 @@ def _whole_store(path: Location) -> FeatureStore | None:
     return store if DESCRIPTION in store.group.attrs else None
 
 
-class _Draw:
-    """Draws a unit of one setting's latents."""
+class _SampleUnit:
+    """Samples a unit of one setting's latents."""
 
     def __init__(
         self,
@@ -161,16 +163,16 @@ class _Draw:
             for model in self.models:
                 model.compile()
 
-    def __call__(self, wanted: LatentsUnit) -> DrawnUnit:
+    def __call__(self, wanted: LatentsUnit) -> SampledUnit:
         setting, spec = self.settings[wanted.setting], self.specs[wanted.setting]
         start, size = wanted.unit * spec.unit_rows, self.config.batch_size
         indices = range(start, start + spec.unit_rows)
         parts = [
-            draw_latents(self.models[0], indices[i : i + size], setting, self.device, *self.models[1:]).cpu()
+            sample_latents(self.models[0], indices[i : i + size], setting, self.device, *self.models[1:]).cpu()
             for i in range(0, len(indices), size)
         ]
         latents = torch.cat(parts).numpy().astype(np.float16)
         if not np.isfinite(latents).all():
             raise ArtifactError(f"{setting.name}: the model drew latents that are not finite; train longer or anew.")
         shape = (len(indices), 1, *spec.grid, spec.channels)
-        return DrawnUnit(wanted.setting, wanted.unit, latents.reshape(shape))
+        return SampledUnit(wanted.setting, wanted.unit, latents.reshape(shape))

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
-from svgpipe.manifests.evaluation import EvaluationManifest, LatentsRef, ModelRecord, Report
+from svgpipe.manifests.evaluation import EvaluationManifest, LatentsRef, ModelInfo, Report
 from svgpipe.manifests.filesystem import Location, file_sha256
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import WorkDir, digest
@@ -34,7 +34,7 @@ from .features import software
 from .measure import NOISE, RECONSTRUCTIONS, Compared, measure
 from .plan import EvaluationPlan
 from .reference import Reference, require_decodable, was_decoded
-from .sample_latents import DrawnLatents, draw
+from .sample_latents import SampledLatents, sample_sweep
 
 
 def sample_and_eval(
@@ -84,11 +84,11 @@ def _evaluate(
         looked = Journal(plan.out, "journal/looked")
         require_decodable([*sets.reference, *sets.heldout, *sets.reconstructed], looked, progress)
     can_encode = _align(plan, runner, progress)
-    drawn = draw(plan, runner, progress)
-    images = decode(_image_jobs(plan, drawn, can_encode), _decoder_options(plan), plan.out, runner, progress)
+    sampled = sample_sweep(plan, runner, progress)
+    images = decode(_image_jobs(plan, sampled, can_encode), _decoder_options(plan), plan.out, runner, progress)
     measured = measure(plan, images, progress)
     _report(plan, measured).write(plan.out)
-    return _manifest(plan, work, drawn, images).publish(plan.out)
+    return work.publish(_manifest(plan, sampled, images))
 
 
 def _align(plan: EvaluationPlan, runner: Runner, progress: Progress) -> bool:
@@ -102,7 +102,7 @@ def _align(plan: EvaluationPlan, runner: Runner, progress: Progress) -> bool:
     return can_encode
 
 
-def _image_jobs(plan: EvaluationPlan, drawn: Sequence[DrawnLatents], can_encode: bool) -> list[ImageJob]:
+def _image_jobs(plan: EvaluationPlan, sampled: Sequence[SampledLatents], can_encode: bool) -> list[ImageJob]:
     """The samples of every setting, then reconstructions and decoded noise."""
     count, originals = plan.config.num_samples, plan.sets.reconstructed
     jobs = [
@@ -113,7 +113,7 @@ def _image_jobs(plan: EvaluationPlan, drawn: Sequence[DrawnLatents], can_encode:
             store=one.store.path,
             labels=labels_of(range(count), len(plan.class_names), one.setting).tolist(),
         )
-        for one in drawn
+        for one in sampled
     ]
     if can_encode and originals:
         jobs.append(ImageJob(RECONSTRUCTIONS, len(originals), originals=originals))
@@ -133,7 +133,7 @@ def _report(plan: EvaluationPlan, measured: Compared) -> Report:
         metric=plan.extractor.metric,
         extractor=plan.extractor.description,
         reference=measured.reference,
-        diffusion=ModelRecord(
+        diffusion=ModelInfo(
             steps=plan.diffusion.steps,
             num_parameters=plan.diffusion.num_parameters,
             weights_sha256=plan.sampler.model.weights_sha256(plan.config.weights),
@@ -147,20 +147,14 @@ def _report(plan: EvaluationPlan, measured: Compared) -> Report:
 
 
 def _manifest(
-    plan: EvaluationPlan,
-    work: WorkDir[EvaluationManifest],
-    drawn: Sequence[DrawnLatents],
-    images: Mapping[str, Sequence[ShardFile]],
+    plan: EvaluationPlan, sampled: Sequence[SampledLatents], images: Mapping[str, Sequence[ShardFile]]
 ) -> EvaluationManifest:
     tars = {name: [shard.sha256 for shard in shards] for name, shards in images.items()}
     latents = {
         one.setting.name: LatentsRef(path=_path_from(plan.out, one.store.path), content=digest(one.hashes))
-        for one in drawn
+        for one in sampled
     }
     return EvaluationManifest(
-        config=work.config,
-        inputs=work.inputs,
-        seconds=work.seconds,
         num_samples=plan.config.num_samples,
         settings=[setting.name for setting in plan.settings],
         latents=latents,

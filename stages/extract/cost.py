@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
+from pydantic import Field
 
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import INT8_LIMIT, ZSTD_LEVEL
 from svgpipe.manifests.filesystem import Location
+from svgpipe.manifests.manifest import FrozenModel
 from svgpipe.manifests.recipe import ExtractSection
 from svgpipe.manifests.shards import ShardSet
 
@@ -31,8 +32,7 @@ CHUNK_OVERHEAD = 4 + 16
 CPU_BATCH = 4
 
 
-@dataclass(frozen=True)
-class ExtractCost:
+class ExtractCost(FrozenModel):
     """An estimate. Seconds are of this machine's one worker; bytes are exact for float16, sampled for int8."""
 
     num_images: int
@@ -40,26 +40,16 @@ class ExtractCost:
     sampled_images: int
     shard_bytes: int
     row_shape: tuple[int, int, int]
-    read_s: float  # per image, one core
-    decode_s: float  # per image, one core
-    encode_s: float  # per image, all views, one worker
-    bytes_per_row: dict[str, float]  # per sample and view, by dtype
-
-    def hours(self, workers: int) -> float:
-        """With that many encoders like this machine's, all of them kept busy."""
-        return self.num_images * self.encode_s / workers / 3600
-
-    def reader_cores(self, workers: int) -> int:
-        """CPU cores that keep so many encoders busy with decoded images."""
-        return max(1, math.ceil((self.read_s + self.decode_s) / self.encode_s * workers))
-
-    def workers_for(self, hours: float) -> int:
-        """Encoders needed to be done within `hours`."""
-        return max(1, math.ceil(self.hours(1) / hours))
-
-    def gigabytes(self, dtype: str) -> float:
-        """Of one view of the whole cache, in units of 10^9 bytes."""
-        return self.num_images * self.bytes_per_row[dtype] / 1e9
+    read_s: float = Field(description="Per image, one core.")
+    decode_s: float = Field(description="Per image, one core.")
+    encode_s: float = Field(description="Per image, all views, one worker.")
+    bytes_per_row: dict[str, float] = Field(description="Per sample and view, by dtype.")
+    gigabytes_per_view: dict[str, float] = Field(description="10^9 bytes of the whole cache, by dtype.")
+    num_workers: int
+    hours: float = Field(description="With that many encoders like this machine's, all of them kept busy.")
+    reader_cores: int = Field(description="CPU cores that keep so many encoders busy with decoded images.")
+    deadline_hours: float | None
+    workers_for_deadline: int | None = Field(description="Encoders needed to be done by then.")
 
 
 def estimate_cost(
@@ -68,10 +58,14 @@ def estimate_cost(
     config: ExtractSection,
     *,
     sample: int = 64,
+    num_workers: int = 1,
+    deadline_hours: float | None = None,
     progress: Progress | None = None,
 ) -> ExtractCost:
     """Encode `sample` evenly spread images of the real shards here, and count what there is.
 
+    Args:
+        num_workers: encoders to estimate the time for. deadline_hours: time to estimate the number of encoders for.
     Raises:
         ArtifactError: no image, or none of the sample can be decoded.
     """
@@ -101,17 +95,24 @@ def estimate_cost(
     started = time.perf_counter()
     features = worker.encode(pixels)
     encode_s = (time.perf_counter() - started) / len(rows)
-    rows_, columns, channels = encoder.grid[0], encoder.grid[1], features.shape[-1]
+    read_s, decode_s = (seconds.get(phase, 0.0) / len(rows) for phase in ("read", "decode"))
+    bytes_per_row, hours = _bytes_per_row(features), len(shards) * encode_s / 3600
     return ExtractCost(
         num_images=len(shards),
         num_views=len(config.views),
         sampled_images=len(rows),
         shard_bytes=sum(shard.num_bytes for shard in shards.shards),
-        row_shape=(rows_, columns, channels),
-        read_s=seconds.get("read", 0.0) / len(rows),
-        decode_s=seconds.get("decode", 0.0) / len(rows),
+        row_shape=(*encoder.grid, features.shape[-1]),
+        read_s=read_s,
+        decode_s=decode_s,
         encode_s=encode_s,
-        bytes_per_row=_bytes_per_row(features),
+        bytes_per_row=bytes_per_row,
+        gigabytes_per_view={dtype: len(shards) * size / 1e9 for dtype, size in bytes_per_row.items()},
+        num_workers=num_workers,
+        hours=hours / num_workers,
+        reader_cores=max(1, math.ceil((read_s + decode_s) / encode_s * num_workers)),
+        deadline_hours=deadline_hours,
+        workers_for_deadline=None if deadline_hours is None else max(1, math.ceil(hours / deadline_hours)),
     )
 
 

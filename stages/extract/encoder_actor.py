@@ -17,6 +17,7 @@ from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.precision import Precision
 
 from ..images.decode import RGBArray
+from ..images.tensors import as_unit_range
 from ..networks.autoencoder import load_autoencoder
 from ..runtime.device import autocast
 from .cpu_tasks import UnitFeatures, UnitPixels
@@ -55,13 +56,13 @@ class EncodeUnits:
     @torch.inference_mode()
     def encode(self, pixels: RGBArray) -> NDArray[Any]:
         """(n,S,S,3) uint8 → (n,view,row,column,channel) float16 normalised, or float32 as encoded."""
-        found: list[Tensor] = []
+        parts: list[Tensor] = []
         for images in self._batches(pixels):
             per_view = [self._features(images.flip(-1) if view == "flip" else images) for view in self.options.views]
-            found.append(self._to_host(torch.stack(per_view, dim=1)))
+            parts.append(self._to_host(torch.stack(per_view, dim=1)))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return torch.cat(found)[: len(pixels)].numpy()
+        return torch.cat(parts)[: len(pixels)].numpy()
 
     def _features(self, images: Tensor) -> Tensor:
         with autocast(self.device, self.options.precision):
@@ -78,7 +79,7 @@ class EncodeUnits:
         """
         starts = range(0, len(pixels), self.options.batch_size)
         if self.device.type != "cuda":
-            yield from (_as_images(self._filled(pixels[s : s + self.options.batch_size])) for s in starts)
+            yield from (as_unit_range(self._filled(pixels[s : s + self.options.batch_size])) for s in starts)
             return
         stream = torch.cuda.Stream(self.device)
         coming: Tensor | None = None
@@ -92,7 +93,7 @@ class EncodeUnits:
                 with torch.cuda.stream(stream):
                     coming = pinned.to(self.device, non_blocking=True)
             if ready is not None:
-                yield _as_images(ready)
+                yield as_unit_range(ready)
 
     def _filled(self, pixels: RGBArray) -> Tensor:
         batch = torch.zeros((self.options.batch_size, *pixels.shape[1:]), dtype=torch.uint8)
@@ -123,7 +124,3 @@ class EncodeUnits:
                 "Extract with --set extract.precision=float32, or check the autoencoder."
             )
         return values
-
-
-def _as_images(pixels: Tensor) -> Tensor:
-    return pixels.permute(0, 3, 1, 2).float() / 255

@@ -33,8 +33,8 @@ def int8_scales(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return scales
 
 
-def signal_to_noise(signal: NDArray[Any], found: NDArray[Any]) -> float:
+def signal_to_noise(signal: NDArray[Any], noisy: NDArray[Any]) -> float:
     """dB: power of the signal's deviations from its mean over the power of the error; infinite where equal."""
-    signal, found = signal.astype(np.float64), found.astype(np.float64)
-    noise = np.square(found - signal).mean()
+    signal, noisy = signal.astype(np.float64), noisy.astype(np.float64)
+    noise = np.square(noisy - signal).mean()
     return float("inf") if noise == 0 else float(10 * np.log10(signal.var() / noise))

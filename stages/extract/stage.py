@@ -171,9 +171,6 @@ class _Job:
             self.progress.say(f"… and {more} more rows, see {work.path / REJECTS_NAME}")
         backbone = self.encoder.config["backbone"]
         manifest = CacheManifest(
-            config=work.config,
-            inputs=work.inputs,
-            seconds=work.seconds,
             num_samples=len(rows),
             num_valid=int(stored.valid.sum()),
             num_rejected=len(stored.rejects),
@@ -190,8 +187,7 @@ class _Job:
             num_bytes=stored.num_bytes,
             timings=timings,
         )
-        work.check_lock()
-        return publish_cache(manifest, store)
+        return publish_cache(work, manifest, store)
 
 
 def _require_seen(journal: Journal, unit: int) -> None:

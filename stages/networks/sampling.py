@@ -78,7 +78,7 @@ def labels_of(indices: Sequence[int], num_classes: int, settings: SamplerSetting
 
 
 @torch.no_grad()  # not inference mode: what a sharded model gathers then could not be trained on afterwards
-def draw_latents(
+def sample_latents(
     model: DiT, indices: Sequence[int], settings: SamplerSettings, device: torch.device, guide: DiT | None = None
 ) -> Tensor:
     """Normalised latents (B,T,C) float32 of the samples numbered `indices`; `guide` is a worse model, see `sample`."""

@@ -1,10 +1,13 @@
-"""Which device computes, and in which precision."""
+"""Which device computes, in which precision, and how much memory that took."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import resource
+import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -47,3 +50,13 @@ def warn_if_imitated(precision: Precision) -> None:
 def is_compiled(setting: Literal["auto"] | bool, device: torch.device) -> bool:
     """Whether models are compiled; auto: where it pays, which is on CUDA."""
     return device.type == "cuda" if setting == "auto" else setting
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by the device's allocator on CUDA, by this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # not getrusage, whose value begins with that of the process that started this one
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

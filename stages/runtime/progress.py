@@ -1,4 +1,4 @@
-"""How a stage tells what it is doing, without knowing whether anybody looks."""
+"""How a stage reports what it is doing. It does not know who looks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SAID = 5
 
 
 class Progress(Protocol):
-    """Handed down by whoever runs a stage."""
+    """What a stage reports to. The caller of a stage passes one."""
 
     def begin(self, task: str, total: int, done: int = 0) -> None:
         """A new task of `total` items, `done` of which were finished by an earlier run."""
@@ -28,16 +28,13 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Tells nobody."""
+    """Shows nothing."""
 
-    def begin(self, task: str, total: int, done: int = 0) -> None:
-        """Nothing to show."""
+    def begin(self, task: str, total: int, done: int = 0) -> None: ...
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Nothing to show."""
+    def advance(self, count: int = 1, note: str = "") -> None: ...
 
-    def say(self, text: str) -> None:
-        """Nothing to show."""
+    def say(self, text: str) -> None: ...
 
 
 class Recorded:

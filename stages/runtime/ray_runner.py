@@ -102,7 +102,7 @@ class RayRunner:
 
 @dataclass(frozen=True)
 class _Failure:
-    """An error that is meant for a person. It travels with the unit, because Ray's own wrapping loses its type."""
+    """A user error. It travels with the unit, because Ray's own wrapping loses its type."""
 
     error: SvgpipeError | OSError
 
@@ -120,13 +120,13 @@ def _unpack(row: Row) -> Any:
     return pickle.loads(row["head"], buffers=[row[f"buffer_{i}"] for i in range(len(row) - 1)])
 
 
-def _for_a_person(error: Exception) -> SvgpipeError | OSError | None:
+def _user_error(error: Exception) -> SvgpipeError | OSError | None:
     """The error, if its message is one; None for a bug."""
     return error if isinstance(error, SvgpipeError | OSError) else memory_error(error)
 
 
 class _Guarded:
-    """A step on packed records whose errors, if they are meant for a person, travel with the unit."""
+    """A step on packed records whose user errors travel with the unit."""
 
     def __init__(self, step: Callable[[Any], Any]) -> None:
         self.step = step
@@ -138,13 +138,13 @@ class _Guarded:
         try:
             return _pack(self.step(record))
         except Exception as error:
-            if (told := _for_a_person(error)) is None:
+            if (user_error := _user_error(error)) is None:
                 raise
-            return _pack(_Failure(told))
+            return _pack(_Failure(user_error))
 
 
 class _GuardedWorker:
-    """The same for an actor: what goes wrong while it is built is told by the first unit that it gets."""
+    """The same for an actor: what goes wrong while it is built is user_error by the first unit that it gets."""
 
     def __init__(self, make_worker: Callable[[Any], Callable[[Any], Any]], on_gpu: bool, threads: int) -> None:
         import torch
@@ -156,9 +156,9 @@ class _GuardedWorker:
         try:
             self.step: Callable[[Row], Row] = _Guarded(make_worker(device))
         except Exception as error:
-            if (told := _for_a_person(error)) is None:
+            if (user_error := _user_error(error)) is None:
                 raise
-            failure = _pack(_Failure(told))
+            failure = _pack(_Failure(user_error))
             self.step = lambda row: failure
 
     def _set_threads(self) -> None:

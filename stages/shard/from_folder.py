@@ -75,7 +75,7 @@ def shard(
     with WorkDir(out, ShardSetManifest, config.model_dump(mode="json"), {"source": origin}) as work:
         if work.finished is not None:
             return work.finished
-        jobs = list(plan(files, source, out, config))
+        jobs = list(assign_shards(files, source, out, config))
         journal = Journal(out)
         missing = [jobs[number] for number in journal.missing(range(len(jobs)))]
         progress = Recorded(progress, out)
@@ -98,10 +98,10 @@ def scan(source: Path) -> tuple[list[str], list[SourceFile]]:
         raise UsageError(f"{source}: expected class folders (class/image.jpg), found none.")
     files = [SourceFile(e.name, _size(e), None) for e in os.scandir(source) if _counts(e)]
     for label, name in enumerate(class_names):
-        found = [SourceFile(os.path.relpath(e.path, source), _size(e), label) for e in _walk(source / name)]
-        if not found:
+        own = [SourceFile(os.path.relpath(e.path, source), _size(e), label) for e in _walk(source / name)]
+        if not own:
             raise UsageError(f"{source / name}: expected images of class {name!r}, found none. Remove the folder.")
-        files += found
+        files += own
     return class_names, sorted(files, key=lambda f: f.path)
 
 
@@ -126,7 +126,7 @@ def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
             yield entry
 
 
-def plan(files: Sequence[SourceFile], source: Path, out: Location, config: ShardSection) -> Iterator[ShardJob]:
+def assign_shards(files: Sequence[SourceFile], source: Path, out: Location, config: ShardSection) -> Iterator[ShardJob]:
     """Spread the files over tars: held-out ones last, each split in an order that only the seed decides."""
 
     def order(file: SourceFile) -> bytes:

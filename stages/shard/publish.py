@@ -26,9 +26,6 @@ def publish_shards(
     lines = "".join(json.dumps(reject, sort_keys=True) + "\n" for reject in rejects)
     write_atomic(work.path / "rejected.jsonl", lines.encode())
     manifest = ShardSetManifest(
-        config=work.config,
-        inputs=work.inputs,
-        seconds=work.seconds,
         class_names=[printable(name) for name in class_names],
         num_inputs=num_inputs,
         num_images=num_inputs - len(rejects),
@@ -36,9 +33,10 @@ def publish_shards(
         num_heldout=sum(shard.num_images for shard in shards if shard.split == "heldout"),
         content=ShardSetManifest.content_of(shards),
         shards=list(shards),
-    ).publish(work.path)
+    )
+    published = work.publish(manifest)
     remove_tree(Journal(work.path).directory)
-    return manifest
+    return published
 
 
 def printable(name: str) -> str:

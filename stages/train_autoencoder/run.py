@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from svgpipe.manifests.checkpoint import AUTOENCODER_FILE, Checkpoint, CheckpointStore, save_tensors
+from svgpipe.manifests.checkpoint import (
+    AUTOENCODER_FILE,
+    AutoencoderManifest,
+    Checkpoint,
+    CheckpointStore,
+    save_tensors,
+)
 from svgpipe.manifests.filesystem import Location, make_directory, write_atomic
 from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.shards import ShardSet
@@ -30,21 +35,7 @@ GRID_IMAGES = 16
 MEMORY_ADVICE = "Use a smaller autoencoder.batch_size, autoencoder.decoder.ch or image, or several --num-workers."
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a finished run says of the model and of the files that it wrote."""
-
-    grid: int
-    frozen_channels: int
-    residual_channels: int
-    backbone_weights: str
-    alignment: list[float] | None
-    content: str
-    heldout_psnr: float | None
-    reconstruction_grid: str | None
-
-
-class AutoencoderRun(TrainingRun[Tensor, Step, Trained]):
+class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
     """The trainer, where its images come from, and what it is watched by."""
 
     section, item = "autoencoder", "image"
@@ -108,14 +99,14 @@ class AutoencoderRun(TrainingRun[Tensor, Step, Trained]):
         )
         return training_batches(dataset, config.workers)
 
-    def logged(self, found: Step) -> tuple[dict[str, float], str]:
-        loss = found.generator
+    def logged(self, step: Step) -> tuple[dict[str, float], str]:
+        loss = step.generator
         parts = {
             "l1": loss.l1,
             "perceptual": loss.perceptual,
             "nll": loss.nll,
             "adversarial": loss.adversarial,
-            "discriminator": found.discriminator,
+            "discriminator": step.discriminator,
         }
         summed = self.group.sum(torch.stack([part.float() for part in parts.values()])).tolist()
         values = dict(zip(parts, summed, strict=True)) | {"adaptive_weight": loss.adaptive_weight.item()}
@@ -166,7 +157,7 @@ class AutoencoderRun(TrainingRun[Tensor, Step, Trained]):
         scalars = [_scalars(group.sum(moments)) for moments in (frozen, encoded)]
         alignment.freeze(torch.cat(scalars).float())
 
-    def finish(self) -> Trained:
+    def finish(self) -> AutoencoderManifest:
         """Freeze the alignment, measure, and write the weights as a file of their own."""
         self.freeze_alignment()
         psnr_db = self.evaluate()
@@ -176,8 +167,10 @@ class AutoencoderRun(TrainingRun[Tensor, Step, Trained]):
             self.supervisor.check()
             content = save_tensors(self.out / AUTOENCODER_FILE, model.trained_state())
             grid = f"{GRID_FOLDER}/{self._grid_file.name}" if self._grid_file.exists() else None
-        return Trained(
-            grid=model.backbone.grid,
+        return AutoencoderManifest(
+            steps=self.config.steps,
+            image_size=self.config.image_size,
+            grid=(model.backbone.grid, model.backbone.grid),
             frozen_channels=model.backbone.channels,
             residual_channels=model.channels - model.backbone.channels,
             backbone_weights=self.backbone_weights,

@@ -57,19 +57,4 @@ def train_autoencoder(
             AutoencoderRun, shards=shards.absolute(), out=absolute(out), config=config, wandb_project=wandb_project
         )
         job = partial(run_training, start=start, memory_advice=MEMORY_ADVICE)
-        trained = run_job(job, resources, Recorded(progress, out), work.check_lock)
-        return AutoencoderManifest(
-            config=work.config,
-            inputs=work.inputs,
-            seconds=work.seconds,
-            steps=config.steps,
-            image_size=config.image_size,
-            grid=(trained.grid, trained.grid),
-            frozen_channels=trained.frozen_channels,
-            residual_channels=trained.residual_channels,
-            backbone_weights=trained.backbone_weights,
-            alignment=trained.alignment,
-            content=trained.content,
-            heldout_psnr=trained.heldout_psnr,
-            reconstruction_grid=trained.reconstruction_grid,
-        ).publish(out)
+        return work.publish(run_job(job, resources, Recorded(progress, out), work.check_lock))

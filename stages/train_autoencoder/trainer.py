@@ -31,8 +31,7 @@ from svgpipe.models.seeds import generator, seed_of
 from ..runtime.device import autocast, to_device
 from ..training.distributed import ProcessGroup, gradient_norms, replicate
 from ..training.divergence import DivergenceGuard
-from ..training.lr_schedule import learning_rate, set_learning_rate
-from ..training.state import load_optimizer_tensors, optimizer_tensors
+from ..training.optimizer import learning_rate, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class AutoencoderTrainer:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """All that a resumed run needs besides the step's number. Raises DivergedError rather than give a bad one."""
         self.settle()
-        groups = {name: optimizer_tensors(self._module(name), found) for name, found in self.optimizers.items()}
+        groups = {name: optimizer_tensors(self._module(name), optimizer) for name, optimizer in self.optimizers.items()}
         groups["model"] = self.model.trained_state()
         if self.discriminator is not None:
             groups["discriminator_model"] = self.discriminator.state_dict()
@@ -187,7 +186,7 @@ def _new_discriminator(config: AutoencoderSection, group: ProcessGroup) -> Patch
 
 @contextmanager
 def _frozen(module: nn.Module | None) -> Iterator[None]:
-    """The generator is judged, but does not teach its judge; several processes could not tell whose pass it was."""
+    """Freezes the discriminator during the generator step. DDP could not tell the two backward passes apart."""
     if module is not None:
         module.requires_grad_(False)
     yield

@@ -21,7 +21,7 @@ from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.dit import DiT
 from svgpipe.models.image_metrics import frechet_distance, nearest_class_accuracy
 
-from ..networks.sampling import SamplerSettings, draw_latents, labels_of
+from ..networks.sampling import SamplerSettings, labels_of, sample_latents
 from ..runtime.retry import Say, call_with_retries
 from ..runtime.selection import evenly_spread
 from ..training.distributed import ProcessGroup
@@ -51,33 +51,33 @@ class LatentQuality:
         return self.group.gather_rows(torch.cat(parts), len(chosen)), labels
 
     def _compare(self, spread: Tensor, classified: Tensor, labels: Tensor) -> dict[str, float]:
-        found: dict[str, float] = {}
+        quality: dict[str, float] = {}
         if not self.group.is_main:  # all have the rows; one computes
-            return found
+            return quality
         if len(self.held) >= 2 and len(spread) >= 2:
-            found["latent_fd"] = frechet_distance(spread, self.held)
+            quality["latent_fd"] = frechet_distance(spread, self.held)
         if len(classified):
             accuracy = nearest_class_accuracy(self.train, self.train_labels, classified, labels)
             if accuracy is not None:
-                found["latent_accuracy"] = accuracy
-        return found
+                quality["latent_accuracy"] = accuracy
+        return quality
 
     def measure(self, model: DiT) -> dict[str, float]:
         """`latent_fd` and `latent_accuracy` of `quality_samples` samples, and the same of real rows with `_real`."""
         count = self.config.quality_samples
-        samples = draw_in_training(model, count, self.config, self.group, keep=lambda drawn: drawn.mean(1)).cpu()
-        found = self._compare(samples, samples, labels_of(range(count), model.num_classes))
-        return found | {f"{name}_real": value for name, value in self.real.items()}
+        samples = sample_in_training(model, count, self.config, self.group, keep=lambda latents: latents.mean(1)).cpu()
+        quality = self._compare(samples, samples, labels_of(range(count), model.num_classes))
+        return quality | {f"{name}_real": value for name, value in self.real.items()}
 
 
-def draw_in_training(
+def sample_in_training(
     model: DiT,
     count: int,
     config: DiffusionSection,
     group: ProcessGroup,
-    keep: Callable[[Tensor], Tensor] = lambda drawn: drawn,
+    keep: Callable[[Tensor], Tensor] = lambda latents: latents,
 ) -> Tensor:
-    """Samples 0 to `count` - 1 of a model in training, drawn by all processes of its group; each gets them all.
+    """Samples 0 to `count` - 1 of a model in training, sampled by all processes of its group; each gets them all.
 
     Args:
         config: says how to sample, and by its batch how many at a time.
@@ -92,5 +92,5 @@ def draw_in_training(
     mine, size = group.local_slice(count), -(-config.batch_size // config.accumulate)
     end = mine.start + group.largest_slice(count)
     chunks = [range(start, min(start + size, end)) for start in range(mine.start, end, size)]
-    drawn = torch.cat([keep(draw_latents(model, indices, settings, group.device)) for indices in chunks])
-    return group.gather_rows(drawn[: len(mine)], count)
+    sampled = torch.cat([keep(sample_latents(model, indices, settings, group.device)) for indices in chunks])
+    return group.gather_rows(sampled[: len(mine)], count)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +16,7 @@ from svgpipe.manifests.checkpoint import (
     STATISTICS_FILE,
     Checkpoint,
     CheckpointStore,
+    DiffusionManifest,
     save_tensors,
     weights_file,
 )
@@ -29,7 +29,7 @@ from ..training.distributed import ProcessGroup, Strategy
 from ..training.loop import TrainingRun
 from ..training.supervisor import Supervisor
 from .data import CacheBatches
-from .latent_quality import LatentQuality, draw_in_training
+from .latent_quality import LatentQuality, sample_in_training
 from .loss import LossByTime, heldout_loss
 from .trainer import FlowTrainer, Step
 
@@ -42,16 +42,7 @@ Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
 """Denormalised latents (B,row,column,channel) → (B,H,W,3) uint8."""
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a finished run says of the files that it wrote."""
-
-    content: dict[str, str]
-    num_parameters: int
-    heldout_loss: float | None
-
-
-class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, Trained]):
+class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
     """The trainer, where its batches come from, and what it is watched by."""
 
     section, item = "diffusion", "sample"
@@ -104,8 +95,8 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, Trained]):
     @property
     def statistics(self) -> dict[str, Tensor]:
         """What latents are denormalised with."""
-        found = {"channel_mean": self.cache.channel_mean, "channel_std": self.cache.channel_std}
-        return {name: torch.from_numpy(values.copy()) for name, values in found.items()}
+        arrays = {"channel_mean": self.cache.channel_mean, "channel_std": self.cache.channel_std}
+        return {name: torch.from_numpy(values.copy()) for name, values in arrays.items()}
 
     def load(self, saved: Checkpoint) -> None:
         self.trainer.load(saved.groups)
@@ -123,17 +114,17 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, Trained]):
         return iter(CacheBatches(self.cache, self.rows, self.config, self.step, share, self.supervisor.say))
 
     def take_step(self, batch: tuple[Tensor, Tensor]) -> Step:
-        found = self.trainer(self.step, *batch)
-        self.by_time.add(found.sample_losses, found.times)
-        return found
+        step = self.trainer(self.step, *batch)
+        self.by_time.add(step.sample_losses, step.times)
+        return step
 
     def settle(self) -> None:
         self.trainer.guard.settle()
 
-    def logged(self, found: Step) -> tuple[dict[str, float], str]:
+    def logged(self, step: Step) -> tuple[dict[str, float], str]:
         by_time = self.by_time.summed(self.group).means()
         self.by_time = LossByTime(self.group.device)
-        loss, norm = found.loss.item(), found.grad_norm.item()
+        loss, norm = step.loss.item(), step.grad_norm.item()
         return {"loss": loss, "grad_norm": norm, **by_time}, f"loss {loss:.4f}"
 
     def measure(self) -> None:
@@ -141,7 +132,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, Trained]):
         if self.step % config.eval_every == 0:
             self.evaluate()
         if self.step % config.sample_every == 0:
-            self.draw_grid()
+            self.sample_grid()
         if self.step % config.quality_every == 0:
             self.measure_quality()
 
@@ -162,19 +153,21 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, Trained]):
         """What samples of the first average of the weights are worth in latent space."""
         if not self.config.quality_samples:
             return
-        found = self.quality.measure(self.trainer.averages[0])
-        if self.log is None or not found:
+        quality = self.quality.measure(self.trainer.averages[0])
+        if self.log is None or not quality:
             return
-        self.log.write(self.step, **found)
+        self.log.write(self.step, **quality)
         words = {"latent_fd": "latent Fréchet distance", "latent_accuracy": "in the right class"}
-        told = [f"{words[k]} {found[k]:.3g} (real {found[f'{k}_real']:.3g})" for k in words if f"{k}_real" in found]
+        told = [
+            f"{words[k]} {quality[k]:.3g} (real {quality[f'{k}_real']:.3g})" for k in words if f"{k}_real" in quality
+        ]
         self.supervisor.say(f"step {self.step}: {', '.join(told)}")
 
-    def draw_grid(self) -> None:
+    def sample_grid(self) -> None:
         """A sheet of samples from the first average of the weights, where a decoder was given."""
         if self.decoder is None:
             return
-        latents = draw_in_training(self.trainer.averages[0], GRID_SAMPLES, self.config, self.group)
+        latents = sample_in_training(self.trainer.averages[0], GRID_SAMPLES, self.config, self.group)
         if self.log is None or self.decode is None:
             return
         shape = (GRID_SAMPLES, *self.cache.manifest.feature_shape)
@@ -185,10 +178,10 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, Trained]):
         write_atomic(folder / f"step-{self.step:08d}.png", encode_png(sheet))
         self.log.image(self.step, "samples", sheet)
 
-    def finish(self) -> Trained:
+    def finish(self) -> DiffusionManifest:
         """The last measurements, and all weights as files of their own."""
         loss = self.evaluate()
-        self.draw_grid()
+        self.sample_grid()
         self.measure_quality()
         weights = self.trainer.weights()
         content = {}
@@ -200,4 +193,12 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, Trained]):
                 for name, state in weights.items()
             }
             content[STATISTICS_FILE] = save_tensors(self.out / STATISTICS_FILE, self.statistics)
-        return Trained(content, sum(p.numel() for p in self.trainer.parameters), loss)
+        return DiffusionManifest(
+            steps=self.config.steps,
+            grid=self.trainer.model.grid,
+            channels=self.trainer.model.in_channels,
+            class_names=self.cache.classes,
+            content=content,
+            num_parameters=sum(p.numel() for p in self.trainer.parameters),
+            heldout_loss=loss,
+        )

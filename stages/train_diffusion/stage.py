@@ -19,7 +19,7 @@ from ..training.distributed import Strategy
 from ..training.loop import run_training
 from ..training.metrics_log import require_wandb
 from ..training.ray_train import run_job
-from .run import MEMORY_ADVICE, DiffusionRun, Trained
+from .run import MEMORY_ADVICE, DiffusionRun
 
 
 def train_diffusion(
@@ -72,23 +72,4 @@ def train_diffusion(
             wandb_project=wandb_project,
         )
         job = partial(run_training, start=start, memory_advice=MEMORY_ADVICE)
-        trained = run_job(job, resources, Recorded(progress, out), work.check_lock)
-        return _manifest(work, cache, config, trained).publish(out)
-
-
-def _manifest(
-    work: WorkDir[DiffusionManifest], cache: FeatureCache, config: DiffusionSection, trained: Trained
-) -> DiffusionManifest:
-    rows, columns, channels = cache.manifest.feature_shape
-    return DiffusionManifest(
-        config=work.config,
-        inputs=work.inputs,
-        seconds=work.seconds,
-        steps=config.steps,
-        grid=(rows, columns),
-        channels=channels,
-        class_names=cache.classes,
-        content=trained.content,
-        num_parameters=trained.num_parameters,
-        heldout_loss=trained.heldout_loss,
-    )
+        return work.publish(run_job(job, resources, Recorded(progress, out), work.check_lock))

@@ -33,8 +33,14 @@ from ..training.distributed import (
     shard_parameters,
 )
 from ..training.divergence import DivergenceGuard
-from ..training.lr_schedule import learning_rate, set_learning_rate
-from ..training.state import load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
+from ..training.optimizer import (
+    learning_rate,
+    load_model_tensors,
+    load_optimizer_tensors,
+    model_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
 from .loss import draws_at, sample_losses
 
 
@@ -130,10 +136,10 @@ class FlowTrainer:
         for number, places in enumerate(parts, 1):
             part = slice(int(places[0]), int(places[-1]) + 1)
             with averaging(self.averaged, now=number == len(parts)):
-                found, at = self._losses(step, tokens[part], labels[part], share[part])
+                part_losses, at = self._losses(step, tokens[part], labels[part], share[part])
                 # Parts of any size add up to the mean over all; processes are averaged.
-                (found.sum() / size * group.size).backward()
-            losses.append(found.detach())
+                (part_losses.sum() / size * group.size).backward()
+            losses.append(part_losses.detach())
             times.append(at)
         per_sample = torch.cat(losses)
         loss, norms = group.sum(per_sample.sum()) / size, gradient_norms(self.parameters, group)

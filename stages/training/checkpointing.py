@@ -66,12 +66,12 @@ def latest_of_all(store: CheckpointStore, group: ProcessGroup, say: Callable[[st
     Raises:
         ArtifactError: as `CheckpointStore.latest`; or processes found different ones, which must never be mixed.
     """
-    found = store.latest(say)
-    steps = group.gather_rows(torch.tensor([-1 if found is None else found.step]), group.size).tolist()
+    checkpoint = store.latest(say)
+    steps = group.gather_rows(torch.tensor([-1 if checkpoint is None else checkpoint.step]), group.size).tolist()
     if len(set(steps)) > 1:
         raise ArtifactError(
             f"{store.directory}: expected all workers to find the same checkpoint, found steps "
             f"{', '.join(map(str, steps))} (-1 is none). It must lie where all nodes see it: in a shared folder or an "
             "object store."
         )
-    return found
+    return checkpoint

@@ -2,7 +2,7 @@
 
 A global batch is split into contiguous slices, one for each process; the first slices may be longer by one. The model
 is replicated (DDP), or each process holds a part of every parameter (FSDP2); both average gradients over processes.
-Checkpoints know nothing of either, see state.py. One process alone never starts torch.distributed.
+Checkpoints are the same for both, see optimizer.py. One process alone never starts torch.distributed.
 """
 
 from __future__ import annotations

@@ -16,11 +16,11 @@ from svgpipe.manifests.errors import InterruptedRunError, UsageError, memory_err
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.recipe import AutoencoderSection, DiffusionSection
 
-from ..runtime.memory import peak_memory
+from ..runtime.device import peak_memory
 from .checkpointing import BackgroundSaver, latest_of_all
 from .distributed import ProcessGroup
-from .lr_schedule import learning_rate
 from .metrics_log import MetricsLog
+from .optimizer import learning_rate
 from .supervisor import Supervisor
 
 B = TypeVar("B")
@@ -51,10 +51,10 @@ class TrainingRun(ABC, Generic[B, S, R]):
     config: AutoencoderSection | DiffusionSection
 
     def __init__(self, group: ProcessGroup, supervisor: Supervisor, out: Location, store: CheckpointStore) -> None:
-        """Of the run in `out`, of which `store` keeps the checkpoints.
+        """Prepare a run in `out`, whose checkpoints `store` keeps.
 
         Raises:
-            UsageError: a batch that is too small to share.
+            UsageError: a batch has fewer items than there are workers.
         """
         self.group, self.supervisor, self.out, self.store = group, supervisor, out, store
         if self.config.batch_size < group.size:
@@ -73,34 +73,34 @@ class TrainingRun(ABC, Generic[B, S, R]):
 
     @abstractmethod
     def state(self) -> Checkpoint:
-        """All that `load` needs; every process takes part, only the one that leads keeps it."""
+        """The state that `load` restores. All ranks must call this; only the main process gets all tensors."""
 
     @abstractmethod
     def batches(self) -> Iterator[B]:
-        """This process's share of every batch, from `step` on."""
+        """The local slice of every batch, from `step` on."""
 
     @abstractmethod
     def take_step(self, batch: B) -> S:
         """Optimiser step number `step`, counted from 0."""
 
     @abstractmethod
-    def logged(self, found: S) -> tuple[dict[str, float], str]:
-        """What a line of the log says, and a short text of it for a person; every process takes part."""
+    def logged(self, step: S) -> tuple[dict[str, float], str]:
+        """Values for one line of the log, and a short text for the console. All ranks must call this."""
 
     @abstractmethod
     def measure(self) -> None:
-        """What is due between two steps: held-out data, samples."""
+        """Run the measurements that are due at this step: held-out data, samples."""
 
     @abstractmethod
     def settle(self) -> None:
-        """Judge what a guard still waits for. Raises DivergedError."""
+        """Wait for values that are still on their way to the CPU. Raises DivergedError if one is not finite."""
 
     @abstractmethod
     def finish(self) -> R:
-        """The last measurements, and the finished weights as files of their own."""
+        """Measure once more, and write the finished weights as files of their own."""
 
     def last_good(self) -> Location | None:
-        """Where the last saved state lies."""
+        """Folder of the last saved checkpoint."""
         self.saver.wait()
         return self.store.newest
 
@@ -133,20 +133,20 @@ class TrainingRun(ABC, Generic[B, S, R]):
                 before = time.monotonic()
                 batch = next(batches)
                 self._wait_s += time.monotonic() - before
-                found = self.take_step(batch)
+                step = self.take_step(batch)
                 self.step, self._steps = self.step + 1, self._steps + 1
                 if not reported_memory:
                     self.supervisor.say(f"peak memory after one step: {peak_memory(self.group.device) / 1e9:.2f} GB")
                     reported_memory = True
                 due = self.step % config.log_every == 0 or self.step == config.steps
-                self.supervisor.advance(1, self._write(found) if due else "")
+                self.supervisor.advance(1, self._write(step) if due else "")
                 self._between_steps(self.group.any(stop.seen))
         self.settle()
         self.saver.wait()
 
-    def _write(self, found: S) -> str:
+    def _write(self, step: S) -> str:
         config = self.config
-        values, text = self.logged(found)
+        values, text = self.logged(step)
         now = time.monotonic()
         seconds, steps, wait_s = now - self._since, self._steps, self._wait_s
         self._since, self._steps, self._wait_s = now, 0, 0.0
@@ -188,7 +188,7 @@ class TrainingRun(ABC, Generic[B, S, R]):
             self.saver.save(state)
 
     def close(self) -> None:
-        """Let go of files and threads, also after an error, which a second one must not hide."""
+        """Close files and threads. After an error, a second one must not hide the first."""
         self.saver.close()
         if self.log is not None:
             with suppress(Exception):

@@ -41,8 +41,7 @@ from svgpipe.stages.images.decode import RGBArray
 from svgpipe.stages.images.stream import load_images
 from svgpipe.stages.networks.autoencoder import build_autoencoder
 from svgpipe.stages.networks.perceptual import load_perceptual
-from svgpipe.stages.runtime.device import pick_device
-from svgpipe.stages.runtime.memory import peak_memory
+from svgpipe.stages.runtime.device import peak_memory, pick_device
 from svgpipe.stages.shard.from_folder import shard
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
 from svgpipe.stages.train_autoencoder.trainer import AutoencoderTrainer

@@ -1,18 +1,38 @@
-"""State of models and optimizers as flat tensors for checkpoints. It is the same for every world size and strategy.
+"""Learning rate, and the state of models and optimizers as flat tensors for checkpoints.
 
-torch.distributed.checkpoint gathers and scatters sharded tensors. All ranks must call these functions. Of a sharded
-model only the main process gets tensors.
+The state is the same for every world size and strategy: torch.distributed.checkpoint gathers and scatters sharded
+tensors. All ranks must call these functions. Only the main process gets the tensors of a sharded model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from svgpipe.manifests.recipe import ScheduleSection
+
 from .distributed import is_sharded
+
+
+def learning_rate(step: int, steps: int, base: float, schedule: ScheduleSection) -> float:
+    """Learning rate at optimiser step `step` (from 0) of `steps`: linear warm-up, then constant or cosine."""
+    if step < schedule.warmup_steps:
+        return base * (step + 1) / schedule.warmup_steps
+    if schedule.kind == "constant":
+        return base
+    progress = (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps)
+    factor = schedule.final_factor + (1 - schedule.final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return base * factor
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
 
 
 def _options(model: nn.Module, *, cpu_offload: bool = False) -> Any:
@@ -26,8 +46,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """`model.state_dict()`; a sharded model's is put together on the CPU."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    found: dict[str, Any] = get_model_state_dict(model, options=_options(model, cpu_offload=True))
-    return found
+    tensors: dict[str, Any] = get_model_state_dict(model, options=_options(model, cpu_offload=True))
+    return tensors
 
 
 def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -43,8 +63,8 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
     if not optimizer.state:  # torch would make a step to have some
         return {}
-    found: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_options(model, cpu_offload=True))
-    state: dict[str, dict[str, Tensor]] = found.get("state", {})
+    gathered: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_options(model, cpu_offload=True))
+    state: dict[str, dict[str, Tensor]] = gathered.get("state", {})
     return {f"{key}.{name}": torch.as_tensor(value) for key, entry in state.items() for name, value in entry.items()}
 
 
