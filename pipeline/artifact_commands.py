@@ -12,7 +12,6 @@ import typer
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import location
-from svgpipe.manifests.kinds import artifacts_below
 from svgpipe.manifests.manifest import MANIFEST_NAME, write_json
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet
@@ -76,6 +75,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Whether an artifact is whole and is what its manifest says. Exit code 1 if it is not."""
+    from svgpipe.manifests.kinds import artifacts_below  # it loads torch
     from svgpipe.stages.artifacts.verify import verify as run_stage
 
     places = artifacts_below(location(path))

@@ -31,7 +31,7 @@ PACKAGES_BELOW = {
     "evaluate": SHARED | {"extract"},  # an imported autoencoder is aligned before its first use
     "analyze": SHARED | {"evaluate"},  # confidence intervals
     # Caches are written and rewritten as `extract` does it; requantize_cost measures the held-out loss.
-    "artifacts": SHARED | {"extract", "train_diffusion", "evaluate"},
+    "artifacts": SHARED | {"extract", "train_diffusion"},
 }
 
 
