@@ -34,7 +34,10 @@ class UnitFile:
 
 
 class Journal:
-    """One JSON file for each finished unit of an artifact. Units have numbers or names."""
+    """One JSON file for each finished unit of an artifact. A unit is a number, or a name that ends in `-NUMBER`.
+
+    Records that are no units, such as the calibration, have other names; `missing` and `names` leave them out.
+    """
 
     def __init__(self, root: Location, name: str = "journal") -> None:
         """The journal `root`/`name`. The first record creates it."""

@@ -80,9 +80,9 @@ class Lock:
     def _take_over(self, owner: dict[str, Any]) -> bool:
         """Replace the lock of a dead owner by ours; False if somebody else may just be doing so, or has done so.
 
-        Only the holder of a claim on this very owner may replace its lock. Whoever comes later, with a reading of the
-        lock from before, finds another token under it. A claim of a dead process is not removed but outnumbered by
-        the next one: a removal could hit the claim of a third process.
+        A process first creates a claim file that is named after the dead owner's token. A process that read the old
+        lock too late finds another token when it reads the lock again, and gives up. If the process that made claim N
+        died, the next one creates claim N + 1. It does not delete claim N: that could hit a live process's claim.
         """
         claims: list[Location] = []
         while True:
@@ -190,7 +190,7 @@ def _read(path: Location) -> dict[str, Any] | None:
 
 
 def _process(pid: int) -> dict[str, Any]:
-    """What tells a process from a later one of the same number, and this set of numbers from another's."""
+    """Identity of a process: its start time, as numbers are reused, and its namespace of process numbers."""
     try:
         namespace = f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()} "
         namespace += str(Path("/proc/self/ns/pid").readlink())

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .image_metrics import CELLS
+from .feature_distances import CELLS
 
 BLOCK = 8192
 STEPS = 200

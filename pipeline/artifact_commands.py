@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 
 from svgpipe.manifests import FeatureCache
-from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import location
 from svgpipe.manifests.manifest import MANIFEST_NAME, write_json
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.store_spec import StoreDtype
 
 from .console import ConsoleProgress
 from .options import (
@@ -127,7 +127,7 @@ def repair(
 def requantize(
     cache: Annotated[str, typer.Argument(help="Finished feature cache.")],
     out: Annotated[str, typer.Argument(help="Cache to create or resume.")],
-    store_dtype: Annotated[str, typer.Option("--store-dtype", help="int8 or float16.")] = "int8",
+    store_dtype: Annotated[StoreDtype, typer.Option("--store-dtype", help="Of the new cache.")] = "int8",
     autoencoder: Annotated[
         str | None, typer.Option("--autoencoder", help="To decode with; default: where the cache says it lay.")
     ] = None,
@@ -139,11 +139,9 @@ def requantize(
     from svgpipe.stages.artifacts.requantize import requantize as run_stage
     from svgpipe.stages.artifacts.requantize_cost import COST_NAME, measure_cost
 
-    if store_dtype not in ("int8", "float16"):
-        raise UsageError(f"--store-dtype {store_dtype!r}: expected int8 or float16.")
     source, target = location(cache), location(out)
     with ConsoleProgress() as progress:
-        run_stage(source, target, store_dtype, progress=progress)  # type: ignore[arg-type]
+        run_stage(source, target, store_dtype, progress=progress)
     reference = FeatureCache(source)
     where = location(autoencoder or reference.manifest.inputs["autoencoder"].path)
     cost = measure_cost(

@@ -171,8 +171,8 @@ def _reconstruction_facts(path: Location, manifest: Any) -> Json:
     return {"metric": report.metric, "held-out images": manifest.num_images, **values}
 
 
-def _rounded(figure: Estimate | None) -> float | None:
-    return None if figure is None else round(figure.value, 4)
+def _rounded(estimate: Estimate | None) -> float | None:
+    return None if estimate is None else round(estimate.value, 4)
 
 
 _RECONSTRUCTED = ("psnr", "ssim", "lpips", "colour_difference", "frechet_distance")

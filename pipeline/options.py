@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,13 +12,6 @@ from svgpipe.manifests.filesystem import Location, location, make_directory
 
 if TYPE_CHECKING:
     from svgpipe.stages.runtime.resources import Resources
-
-
-class StrategyName(StrEnum):
-    """How several workers train one model."""
-
-    DDP = "ddp"
-    FSDP2 = "fsdp2"
 
 
 RecipeOption = Annotated[

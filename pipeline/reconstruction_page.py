@@ -31,7 +31,7 @@ MEASURES = (
 
 
 def show_reconstruction(report: ReconstructionReport) -> None:
-    """Print the figures, a column for each set."""
+    """Print the metrics, a column for each set."""
     titles = [_title(result) for result in report.results]
     title = f"{report.num_images} held-out images at {report.image_size} pixels; {report.metric}"
     table = new_table(title, "", *titles, right=titles)

@@ -14,7 +14,7 @@ from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.stages.evaluate.decode_latents import decoded_images
-from svgpipe.stages.evaluate.measure import RECONSTRUCTIONS
+from svgpipe.stages.evaluate.measure_images import RECONSTRUCTIONS
 from svgpipe.stages.evaluate.reference import MIN_IMAGES, RealSets, Reference
 from svgpipe.stages.images.image_set import ImageSet
 from svgpipe.stages.runtime.selection import choose_evenly, evenly_spread

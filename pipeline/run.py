@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,33 +26,7 @@ from .demo import write_photographs
 from .report import render_report
 
 DEMO_SOURCE = "demo-photographs"
-
-
-@dataclass(frozen=True)
-class WorkLayout:
-    """Where each stage's artifact lies in a working directory."""
-
-    root: Location
-
-    @property
-    def shards(self) -> Location:
-        return self.root / "shards"
-
-    @property
-    def autoencoder(self) -> Location:
-        return self.root / "autoencoder"
-
-    @property
-    def cache(self) -> Location:
-        return self.root / "cache"
-
-    @property
-    def diffusion(self) -> Location:
-        return self.root / "diffusion"
-
-    @property
-    def evaluation(self) -> Location:
-        return self.root / "evaluation"
+STAGES = ("shards", "autoencoder", "cache", "diffusion", "evaluation")  # directories in a working directory
 
 
 def run_recipe(
@@ -76,32 +49,25 @@ def run_recipe(
     Raises:
         UsageError: no source is named anywhere. Whatever the stages raise.
     """
-    layout, resources = WorkLayout(workdir), resources or Resources()
+    resources = resources or Resources()
     images = _find_source(source or recipe.source, workdir)
-    _stage(layout.shards, progress, lambda: shard(images, layout.shards, recipe.shard, progress=progress))
-    shards = ShardSet.open(layout.shards)
-    encoder, cache, model = layout.autoencoder, layout.cache, layout.diffusion
+    tars, encoder, cache, model, evaluation = (workdir / name for name in STAGES)
+    _stage(tars, progress, lambda: shard(images, tars, recipe.shard, progress=progress))
+    shards = ShardSet.open(tars)
     with training_cluster(trainers, address):
         train = partial(train_autoencoder, resources=trainers, progress=progress)
         _stage(encoder, progress, lambda: train(shards, encoder, recipe.autoencoder))
     with runner_for(resources, address) as runner:
-        _stage(
-            cache,
-            progress,
-            lambda: extract(shards, encoder, cache, recipe.extract, runner=runner, progress=progress),
-        )
+        encode = partial(extract, runner=runner, progress=progress)
+        _stage(cache, progress, lambda: encode(shards, encoder, cache, recipe.extract))
     with training_cluster(trainers, address):
         learn = partial(train_diffusion, autoencoder=encoder, resources=trainers, progress=progress)
         _stage(model, progress, lambda: learn(FeatureCache(cache), model, recipe.diffusion))
     reference = shard_reference(shards)
     with runner_for(resources, address) as runner:
         evaluate = partial(sample_and_eval, runner=runner, progress=progress)
-        _stage(
-            layout.evaluation,
-            progress,
-            lambda: evaluate(model, encoder, reference, layout.evaluation, recipe.evaluation),
-        )
-    return render_report(layout.evaluation, encoder, model, reference)
+        _stage(evaluation, progress, lambda: evaluate(model, encoder, reference, evaluation, recipe.evaluation))
+    return render_report(evaluation, encoder, model, reference)
 
 
 def _find_source(source: str | None, workdir: Location) -> Path:

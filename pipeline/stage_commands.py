@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,6 +16,7 @@ from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.filesystem import location
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet, expand
+from svgpipe.manifests.store_spec import StoreDtype
 
 from .console import ConsoleProgress
 from .options import (
@@ -28,7 +29,6 @@ from .options import (
     RecipeOption,
     SetOption,
     ShardsOption,
-    StrategyName,
     TrainersOption,
     WandbOption,
     WorkersOption,
@@ -137,7 +137,7 @@ def extract(
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
     store_dtype: Annotated[
-        str | None, typer.Option("--store-dtype", help="float16, or int8 for less than half the bytes.")
+        StoreDtype | None, typer.Option("--store-dtype", help="int8 takes less than half the bytes of float16.")
     ] = None,
     max_rejects: MaxRejectsOption = 0.001,
 ) -> None:
@@ -181,7 +181,7 @@ def train_diffusion(
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     strategy: Annotated[
-        StrategyName | None,
+        Literal["ddp", "fsdp2"] | None,
         typer.Option("--strategy", help="Several workers: each holds the model (default), or a part of it."),
     ] = None,
     address: AddressOption = None,
@@ -209,7 +209,7 @@ def train_diffusion(
             config,
             autoencoder=decoder,
             resources=resources,
-            strategy=(strategy or StrategyName.DDP).value,
+            strategy=strategy or "ddp",
             wandb_project=wandb,
             progress=progress,
         )

@@ -6,6 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -58,16 +59,7 @@ def _entry(path: Location) -> Json:
 def _as_json(progress: ProgressEntry | None) -> Json | None:
     if progress is None:
         return None
-    return {
-        "task": progress.task,
-        "done": progress.done,
-        "total": progress.total,
-        "note": progress.note,
-        "per_second": progress.per_second,
-        "seconds_left": progress.seconds_left,
-        "updated_at": progress.updated_at,
-        "said": progress.said,
-    }
+    return {**asdict(progress), "per_second": progress.per_second, "seconds_left": progress.seconds_left}
 
 
 def _last_metrics(path: Location) -> Json:

@@ -12,8 +12,14 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from svgpipe.models import image_metrics
-from svgpipe.models.image_metrics import FrechetTarget, ball_radii, covered, frechet_distance, nearest_class_accuracy
+from svgpipe.models import feature_distances
+from svgpipe.models.feature_distances import (
+    FrechetTarget,
+    ball_radii,
+    covered,
+    frechet_distance,
+    nearest_class_accuracy,
+)
 from svgpipe.stages.evaluate import metrics
 from svgpipe.stages.evaluate.intervals import estimate, mean_estimate, picks
 from svgpipe.stages.evaluate.metrics import Comparison, Features, inception_score, kernel_distances
@@ -33,7 +39,7 @@ def test_frechet_distance_against_the_closed_form() -> None:
 @pytest.mark.parametrize(("rows", "block"), [(20, 4096), (400, 4096), (400, 7)])
 def test_frechet_distance_is_torch_fidelitys(rows: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with fewer rows than dimensions, where the covariances have no inverse; also in parts."""
-    monkeypatch.setattr(image_metrics, "BLOCK", block)
+    monkeypatch.setattr(feature_distances, "BLOCK", block)
     torch.manual_seed(1)
     a, b = torch.randn(rows, 64) @ torch.randn(64, 64), torch.randn(rows + 5, 64) @ torch.randn(64, 64) + 1
     expected = fid_statistics_to_metric(*map(fid_features_to_statistics, (a.double(), b.double())), verbose=False)
@@ -97,7 +103,7 @@ def test_precision_and_recall_are_torch_fidelitys() -> None:
 def test_large_tables_of_distances_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     samples, reference = gaussians(60, 90)
     whole = covered(samples, reference, ball_radii(reference))
-    monkeypatch.setattr(image_metrics, "CELLS", 7 * 90)
+    monkeypatch.setattr(feature_distances, "CELLS", 7 * 90)
     assert torch.equal(covered(samples, reference, ball_radii(reference)), whole)
 
 
@@ -180,9 +186,9 @@ def test_the_kernel_distances_interval_is_as_wide_as_other_samples_differ(monkey
 
 def test_what_an_image_adds_to_the_kernel_distance_is_its_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaving row i out moves the unbiased distance of n rows by about -(influence - mean) / (n - 1)."""
-    monkeypatch.setattr(image_metrics, "BLOCK", 7)
+    monkeypatch.setattr(feature_distances, "BLOCK", 7)
     rows, reference = (x.double() for x in gaussians(20, 30))
-    found = image_metrics.kernel_influences(rows, torch.arange(20), reference)
+    found = feature_distances.kernel_influences(rows, torch.arange(20), reference)
 
     def distance(x: torch.Tensor) -> float:
         inner, outer = (x @ x.T / 6 + 1) ** 3, (x @ reference.T / 6 + 1) ** 3

@@ -35,12 +35,12 @@ from svgpipe.manifests.shards import shard_name
 from svgpipe.models.sampler import time_grid
 from svgpipe.pipeline import report as report_page
 from svgpipe.pipeline.page import picture
-from svgpipe.stages.evaluate import measure
+from svgpipe.stages.evaluate import measure_images
 from svgpipe.stages.evaluate import sample_latents as latents_stage
 from svgpipe.stages.evaluate.cpu_tasks import LatentsUnit
 from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.evaluate.features import Extractor, load_extractor
-from svgpipe.stages.evaluate.measure import extracted
+from svgpipe.stages.evaluate.measure_images import extracted
 from svgpipe.stages.evaluate.plan import Sampler
 from svgpipe.stages.evaluate.reference import open_reference
 from svgpipe.stages.images.decode import decode_image, to_array
@@ -797,7 +797,7 @@ def test_features_of_a_large_set_are_kept_part_by_part(
     backbone = build_backbone(finished.recipe.autoencoder.backbone, 32)
     extractor = load_extractor(ExtractorSection(kind="backbone"), backbone)
     expected = extractor.features(images, 2)["pooled"]
-    monkeypatch.setattr(measure, "PART", 2)
+    monkeypatch.setattr(measure_images, "PART", 2)
     looked: list[int] = []
 
     def until_killed(self: Extractor, part: ImageSet, batch_size: int) -> dict[str, torch.Tensor]:

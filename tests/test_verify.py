@@ -126,6 +126,7 @@ def test_damage_is_mended_to_the_published_bytes(
     before = tree_bytes(cache, *everything)
     for damage in damages:
         damage(cache)
+    (cache / "journal" / ".unit-000001.json.0123.partial").write_text("of a killed worker")
     mended = svgpipe("repair", cache)
     assert mended.code == 0, mended.err
     for damage in damages:

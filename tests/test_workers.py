@@ -189,7 +189,7 @@ def test_a_starter_that_is_frozen_is_not_written_for() -> None:
     assert event_queue.take(stop=True) == []
     event_queue.require_reader()
     event_queue.close()
-    assert event_queue.has_failed()  # so workers that Ray starts anew return at once
+    assert event_queue.has_ended()  # so workers that Ray starts anew return at once
     with pytest.raises(TimeoutError, match="this training was ended"):
         event_queue.require_reader()
 

@@ -102,7 +102,7 @@ def velocity_agreement(latents_nD: Tensor, labels_n: Tensor, replicates: int, se
 
 
 def _summarised(cosines_T2P: Tensor, rows_TP: Tensor, replicates: int, seed: int) -> tuple[list[Agreement], Estimate]:
-    """Figures of the cosines within and between, of every time; points are resampled at all times alike."""
+    """Estimates of the cosines within and between, of every time; points are resampled at all times alike."""
     count = cosines_T2P.shape[2]
 
     def parted(pick: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""Figures with the spread that other samples of the same size would have, by bootstrap.
+"""95 % confidence intervals of metric values, by bootstrap.
 
-A resampled set holds some rows twice and so looks less varied than the set: what measures variety, as a Fréchet
-distance does, is moved by that. Hence an interval is laid around the figure itself: figure + (replicate - mean of the
-replicates), between the 2.5 % and the 97.5 % quantile. A mean is not moved: its interval is that of the replicates,
-which never leaves the range of the values.
+Resampling with replacement repeats some rows, so a resampled set is less diverse than the set. This biases metrics of
+diversity, such as a Fréchet distance. So the replicates are shifted until their mean is the metric value; then the
+2.5 % and the 97.5 % quantile are taken. A mean is not biased: its replicates are not shifted.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ QUANTILES = (0.025, 0.975)
 
 
 def picks(count: int, replicates: int, seed: int) -> list[Tensor]:
-    """Row numbers of `replicates` sets of `count` rows, drawn with replacement; the same for every equal call."""
+    """Row numbers of `replicates` sets of `count` rows, drawn with replacement. They depend on the arguments alone."""
     return [torch.randint(count, (count,), generator=generator(seed, "bootstrap", count, i)) for i in range(replicates)]
 
 
 def estimate(value: float, replicates: Sequence[float], num_images: int, least: float = -math.inf) -> Estimate:
-    """A figure with the interval around it; without one where there are no replicates.
+    """A metric value with its interval; without replicates it has none.
 
-    least: what the figure cannot fall below; nor can its interval.
+    least: the smallest possible value of the metric.
     """
     shift = value - sum(replicates) / max(1, len(replicates))
     least = min(least, value)  # that rounding may put below

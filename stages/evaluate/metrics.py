@@ -1,4 +1,4 @@
-"""All figures of one set of images, from its features: against a reference, and by itself."""
+"""All metrics of one set of images, from its features: FID, KID, Inception Score, precision, recall, accuracy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
 from svgpipe.manifests.estimate import Estimate
-from svgpipe.models.image_metrics import FrechetTarget, ball_radii, covered, kernel_influences, nearest_class_hits
+from svgpipe.models.feature_distances import FrechetTarget, ball_radii, covered, kernel_influences, nearest_class_hits
 
 from ..runtime.device import pick_device
 from ..runtime.selection import evenly_spread

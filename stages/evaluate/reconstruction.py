@@ -44,7 +44,7 @@ from ..runtime.selection import choose_evenly
 from .decode_latents import DecoderOptions, ImageJob, decode
 from .features import POOLED, Extractor, load_extractor, software, weight_inputs
 from .intervals import mean_estimate
-from .measure import RECONSTRUCTIONS, extracted
+from .measure_images import RECONSTRUCTIONS, extracted
 from .metrics import Comparison, Features
 from .reference import require_decodable, was_decoded
 
@@ -236,14 +236,14 @@ def _lpips(config: ReconstructionSection, missing: list[str]) -> Lpips | None:
 def _measure(
     plan: ReconstructionPlan, sets: dict[str, ImageSet], lpips: Lpips | None, progress: Progress
 ) -> list[Reconstructed]:
-    """Figures of every set against the originals."""
+    """Metrics of every set against the originals."""
     config, originals, pool = plan.config, plan.originals, plan.pool
     reference = extracted(pool, originals, plan.extractor, config.batch_size)
     comparison = Comparison(Features(reference[POOLED]), config.bootstrap, config.seed)
     progress.begin("measure", len(sets) * len(originals))
     results = []
     for number, (name, images) in enumerate(sets.items()):
-        figures = {
+        means = {
             key: mean_estimate(finite, config.bootstrap, config.seed) if len(finite := _finite(values)) else None
             for key, values in _compared(plan, number, name, images, lpips, progress).items()
         }
@@ -254,7 +254,7 @@ def _measure(
                 residual=name == RECONSTRUCTIONS,
                 frechet_distance=comparison.frechet(features),
                 kernel_distance=comparison.kernel(features),
-                **{"lpips": None, **figures},
+                **{"lpips": None, **means},
             )
         )
     return results

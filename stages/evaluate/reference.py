@@ -37,9 +37,9 @@ MIN_IMAGES = 2
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean (D,) and covariance (D,D) of features that somebody else has computed, float64; whose, is written there.
+    """Mean (D,) and covariance (D,D) of reference features, float64, read from a file.
 
-    Published ones name nobody, and are of Inception.
+    `extractor` names the network. Files that ADM published do not name one; they are of Inception.
     """
 
     mean: Tensor

@@ -113,8 +113,8 @@ def _prepare(
 ) -> FeatureStore:
     """The store with room for `count` latents, in units as large as those that are drawn already; these stay.
 
-    Its description is written last, so a store that has one is whole; another was left by a kill and is made anew
-    around the shards that lie there.
+    The description attribute is written last. A store without it was interrupted: its metadata is written again, and
+    existing shards are kept.
     """
     journal = Journal(path)
     if (first := next(filter(journal.is_whole, journal.numbers()), None)) is not None:

@@ -31,7 +31,7 @@ from ..runtime.progress import Progress, Recorded
 from ..runtime.runner import LocalRunner, Runner
 from .decode_latents import DecoderOptions, ImageJob, decode
 from .features import software
-from .measure import NOISE, RECONSTRUCTIONS, Compared, measure
+from .measure_images import NOISE, RECONSTRUCTIONS, Compared, measure
 from .plan import EvaluationPlan
 from .reference import Reference, require_decodable, was_decoded
 from .sample_latents import SampledLatents, sample_sweep

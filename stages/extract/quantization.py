@@ -1,4 +1,4 @@
-"""int8 features: a step per channel, chosen by the error it makes."""
+"""int8 features: the step of each channel, chosen by its error. `FeatureStore.quantize` applies the steps."""
 
 from __future__ import annotations
 

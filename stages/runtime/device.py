@@ -1,4 +1,7 @@
-"""Which device computes, in which precision, and how much memory that took."""
+"""Which device computes, in which precision, and how much memory that took.
+
+Workers on Ray get their device from what they reserve, see ray_runner.py and ray_train.py.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def pick_device() -> torch.device:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy there. Towards a GPU it runs beside the computation: from pageable memory the host would wait for both."""
+    """The tensor on `device`. For CUDA it is pinned first, so that the host does not wait for the transfer."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

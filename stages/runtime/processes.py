@@ -15,7 +15,9 @@ Result = TypeVar("Result")
 
 
 def map_in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], processes: int) -> Iterator[Result]:
-    """`function` of each job, in their order; in this process where one would do. What was begun is finished.
+    """Yield `function(job)` for every job, in order. With one worker no process is started.
+
+    After an error, queued jobs are cancelled and running jobs finish.
 
     Raises:
         SvgpipeError: a process was killed.

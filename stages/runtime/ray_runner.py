@@ -144,7 +144,7 @@ class _Guarded:
 
 
 class _GuardedWorker:
-    """The same for an actor: what goes wrong while it is built is user_error by the first unit that it gets."""
+    """The same for an actor. A user error of its constructor becomes the result of every unit that it receives."""
 
     def __init__(self, make_worker: Callable[[Any], Callable[[Any], Any]], on_gpu: bool, threads: int) -> None:
         import torch

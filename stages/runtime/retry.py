@@ -1,4 +1,4 @@
-"""Storage that fails once is asked again; storage that stays away is an error."""
+"""Retries of storage calls: reads of images and caches, checkpoints, logs. Ray retries units (ray_runner.py)."""
 
 from __future__ import annotations
 

@@ -99,14 +99,14 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
         )
         return training_batches(dataset, config.workers)
 
-    def logged(self, step: Step) -> tuple[dict[str, float], str]:
-        loss = step.generator
+    def logged(self, result: Step) -> tuple[dict[str, float], str]:
+        loss = result.generator
         parts = {
             "l1": loss.l1,
             "perceptual": loss.perceptual,
             "nll": loss.nll,
             "adversarial": loss.adversarial,
-            "discriminator": step.discriminator,
+            "discriminator": result.discriminator,
         }
         summed = self.group.sum(torch.stack([part.float() for part in parts.values()])).tolist()
         values = dict(zip(parts, summed, strict=True)) | {"adaptive_weight": loss.adaptive_weight.item()}

@@ -19,7 +19,7 @@ from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import EMA
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.dit import DiT
-from svgpipe.models.image_metrics import frechet_distance, nearest_class_accuracy
+from svgpipe.models.feature_distances import frechet_distance, nearest_class_accuracy
 
 from ..networks.sampling import SamplerSettings, labels_of, sample_latents
 from ..runtime.retry import Say, call_with_retries

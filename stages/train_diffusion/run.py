@@ -114,17 +114,17 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         return iter(CacheBatches(self.cache, self.rows, self.config, self.step, share, self.supervisor.say))
 
     def take_step(self, batch: tuple[Tensor, Tensor]) -> Step:
-        step = self.trainer(self.step, *batch)
-        self.by_time.add(step.sample_losses, step.times)
-        return step
+        result = self.trainer(self.step, *batch)
+        self.by_time.add(result.sample_losses, result.times)
+        return result
 
     def settle(self) -> None:
         self.trainer.guard.settle()
 
-    def logged(self, step: Step) -> tuple[dict[str, float], str]:
+    def logged(self, result: Step) -> tuple[dict[str, float], str]:
         by_time = self.by_time.summed(self.group).means()
         self.by_time = LossByTime(self.group.device)
-        loss, norm = step.loss.item(), step.grad_norm.item()
+        loss, norm = result.loss.item(), result.grad_norm.item()
         return {"loss": loss, "grad_norm": norm, **by_time}, f"loss {loss:.4f}"
 
     def measure(self) -> None:

@@ -27,8 +27,8 @@ from ..runtime.device import is_compiled, to_device
 from ..training.distributed import (
     ProcessGroup,
     Strategy,
-    averaging,
     gradient_norms,
+    gradient_sync,
     replicate,
     shard_parameters,
 )
@@ -135,7 +135,7 @@ class FlowTrainer:
         parts = np.array_split(np.arange(len(share)), min(config.accumulate, size // group.size))
         for number, places in enumerate(parts, 1):
             part = slice(int(places[0]), int(places[-1]) + 1)
-            with averaging(self.averaged, now=number == len(parts)):
+            with gradient_sync(self.averaged, enabled=number == len(parts)):
                 part_losses, at = self._losses(step, tokens[part], labels[part], share[part])
                 # Parts of any size add up to the mean over all; processes are averaged.
                 (part_losses.sum() / size * group.size).backward()

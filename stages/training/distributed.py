@@ -41,7 +41,7 @@ def _total(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process's place among those that train together. All of them must call every method but `local_slice`."""
+    """This process's place among those that train together. All must call every method but the two of slices."""
 
     device: torch.device
     rank: int = 0
@@ -112,17 +112,17 @@ def replicate(model: nn.Module, group: ProcessGroup) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
     devices = [group.device] if group.device.type == "cuda" else None
-    # No buffer of ours changes in training but by what all processes agree on.
+    # Buffers need no broadcast: they are only updated with values that are equal on all ranks.
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 @contextmanager
-def averaging(model: Any, now: bool) -> Iterator[None]:
-    """Whether backward passes in the block exchange gradients, or keep them for one that will."""
+def gradient_sync(model: Any, enabled: bool) -> Iterator[None]:
+    """Whether backward passes in the block average gradients over ranks, or only accumulate them."""
     if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(now)
+        model.set_requires_gradient_sync(enabled)
         yield
-    elif hasattr(model, "no_sync") and not now:
+    elif hasattr(model, "no_sync") and not enabled:
         with model.no_sync():
             yield
     else:

@@ -25,8 +25,8 @@ class _Watched:
 class DivergenceGuard:
     """Watches the loss and every parameter's gradient norm.
 
-    On the CPU a step is judged before it is applied. On CUDA the numbers travel to the CPU beside the next step, which
-    judges them: one bad update may be applied, but nothing is saved before `settle` has judged all.
+    On the CPU a step is checked before it is applied. On CUDA the values are copied asynchronously and checked in the
+    next call of `watch`. So one bad update may be applied, but `settle` checks all values before anything is saved.
     """
 
     def __init__(

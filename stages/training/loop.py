@@ -84,7 +84,7 @@ class TrainingRun(ABC, Generic[B, S, R]):
         """Optimiser step number `step`, counted from 0."""
 
     @abstractmethod
-    def logged(self, step: S) -> tuple[dict[str, float], str]:
+    def logged(self, result: S) -> tuple[dict[str, float], str]:
         """Values for one line of the log, and a short text for the console. All ranks must call this."""
 
     @abstractmethod
@@ -133,20 +133,20 @@ class TrainingRun(ABC, Generic[B, S, R]):
                 before = time.monotonic()
                 batch = next(batches)
                 self._wait_s += time.monotonic() - before
-                step = self.take_step(batch)
+                result = self.take_step(batch)
                 self.step, self._steps = self.step + 1, self._steps + 1
                 if not reported_memory:
                     self.supervisor.say(f"peak memory after one step: {peak_memory(self.group.device) / 1e9:.2f} GB")
                     reported_memory = True
                 due = self.step % config.log_every == 0 or self.step == config.steps
-                self.supervisor.advance(1, self._write(step) if due else "")
+                self.supervisor.advance(1, self._write(result) if due else "")
                 self._between_steps(self.group.any(stop.seen))
         self.settle()
         self.saver.wait()
 
-    def _write(self, step: S) -> str:
+    def _write(self, result: S) -> str:
         config = self.config
-        values, text = self.logged(step)
+        values, text = self.logged(result)
         now = time.monotonic()
         seconds, steps, wait_s = now - self._since, self._steps, self._wait_s
         self._since, self._steps, self._wait_s = now, 0, 0.0

@@ -68,7 +68,7 @@ class _Launch(Generic[R]):
         self.job, self.progress, self.check = job, progress, check
         self.reserved = _with_threads(reserved)
         self.cpus = self.reserved.require(cluster)
-        # Beside this process: the death of another node is none of its concern.
+        # On the driver's node, so that the failure of another node does not affect it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.event_queue = ray.remote(num_cpus=0, scheduling_strategy=here)(EventQueue).remote()
         self.result: list[R] = []
@@ -200,21 +200,21 @@ class EventQueue:
     def __init__(self) -> None:
         self.events: list[tuple[str, Any]] = []
         self.taken_at = time.monotonic()
-        self.stop = self.failed = False
+        self.stop = self.ended = False
 
     def post(self, name: str, arguments: Any) -> bool:
         """Leave an event; returns whether the run is asked to stop."""
         self.events.append((name, arguments))
-        self.failed |= name == "error"
+        self.ended |= name == "error"
         return self.stop
 
-    def has_failed(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether a worker has reported an error, or the starting process has ended the run."""
-        return self.failed
+        return self.ended
 
     def close(self) -> None:
         """End the run: workers that are started from now on return at once."""
-        self.failed = True
+        self.ended = True
 
     def take(self, stop: bool) -> list[tuple[str, Any]]:
         """All events since the last call."""
@@ -224,7 +224,7 @@ class EventQueue:
 
     def require_reader(self) -> None:
         """Raise if the run was ended, or if the starting process has not read for long: it may have lost its lock."""
-        if self.failed:
+        if self.ended:
             raise TimeoutError("this training was ended")
         if (silent := time.monotonic() - self.taken_at) > STALE_S / 2:
             raise TimeoutError(f"the process that started this training has not answered for {silent:.0f} s")
@@ -239,7 +239,7 @@ def work(config: dict[str, Any]) -> None:
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     group = ProcessGroup(ray.train.torch.get_device(), rank, size)
     event_queue = config["event_queue"]
-    if ray.get(event_queue.has_failed.remote()):
+    if ray.get(event_queue.has_ended.remote()):
         return  # Ray Train starts workers anew also after an error that ends the run
     supervisor = _RemoteSupervisor(event_queue, group)
     supervisor.start()
@@ -297,7 +297,7 @@ class _RemoteSupervisor:
 
         deadline = time.monotonic() + (0 if self.group.is_main else GRACE_S)
         while time.monotonic() < deadline:
-            if ray.get(self.event_queue.has_failed.remote()):
+            if ray.get(self.event_queue.has_ended.remote()):
                 return
             time.sleep(POLL_S)
         self.deliver("error", error)

@@ -1,4 +1,4 @@
-"""Who watches a training run and may ask it to stop; the run itself does not know where they sit."""
+"""What a training run reports to, and what may ask it to stop. Restarts of workers are in ray_train.py."""
 
 from __future__ import annotations
 

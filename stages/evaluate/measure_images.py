@@ -1,4 +1,4 @@
-"""Decoded and real image sets → the numbers of an evaluation report."""
+"""Decoded and real image sets → features → the numbers of an evaluation report. The metrics are in metrics.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import Json, digest
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardFile, refs_of
-from svgpipe.models.image_metrics import FrechetTarget
+from svgpipe.models.feature_distances import FrechetTarget
 
 from ..images.decode import psnr
 from ..images.image_set import ImageSet
@@ -35,7 +35,7 @@ from .plan import EvaluationPlan
 from .reference import Reference
 
 HELDOUT, RECONSTRUCTIONS, NOISE = "heldout", "reconstructions", "decoded-noise"
-LINES = (HELDOUT, RECONSTRUCTIONS, NOISE)  # to read the samples by, each a role of its own name
+BASELINES = (HELDOUT, RECONSTRUCTIONS, NOISE)  # for comparison with the samples; each name is also a role
 REFERENCE = "reference"
 PART = 5000  # images: the unit of resume of extracted features
 
@@ -50,7 +50,7 @@ class Compared:
 
 
 def measure(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]], progress: Progress) -> Compared:
-    """Features of every set, then its figures against the reference; run again to resume.
+    """Features of every set, then its metrics against the reference; run again to resume.
 
     Args:
         images: tars of every decoded set, by name.
@@ -60,7 +60,7 @@ def measure(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]], pro
     for name in work.sets:
         work.extracted(name)
         progress.advance(1, name)
-    names = [*work.sampled, *(line for line in LINES if line in work.sets)]
+    names = [*work.sampled, *(line for line in BASELINES if line in work.sets)]
     journal = Journal(plan.out, "journal/compare")  # of 50,000 images, the intervals take minutes
     progress.begin("compare", len(names))
     results = []
@@ -129,14 +129,14 @@ class _Measurement:
         return Features(by_layer[POOLED], by_layer.get(LOGITS) if name != REFERENCE else None, labels)
 
     def key(self, name: str) -> str:
-        """Digest of all that decides the figures of a set."""
+        """Digest of all that decides the metrics of a set."""
         plan, config = self.plan, self.plan.config
         measured_by = [software(), plan.extractor.description.model_dump(), config.bootstrap, config.seed]
         against = [self.reference.model_dump(), self.same_classes]
         return digest([measured_by, against, name, self.sets[name].digest])
 
     def measured(self, name: str) -> Json:
-        """All figures of a set, as JSON of `Measured`."""
+        """All metrics of a set, as JSON of `Measured`."""
         setting, more = self.sampled.get(name), {}
         if name == RECONSTRUCTIONS:
             originals = ImageSet(self.plan.sets.reconstructed, self.plan.sets.size)
