@@ -1,0 +1,6 @@
+"""Benchmarks, run by hand. They compute with all cores, while tests compute with one."""
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT"):
+    os.environ.pop(_name, None)

@@ -1,12 +1,13 @@
 """How close an extraction comes to its encoder: end-to-end images/s against the bare encoder's.
 
-    .venv/bin/python -m tests.benchmarks.extract [--images 256]
+    .venv/bin/python -m tests.benchmarks.extract [--images 128] [--turns 3]
 
 DINOv3 ViT-S/16+ at 256 pixels with both branches, random weights (speed does not depend on them), bfloat16, both
 views, CPU or whatever GPU is there. The limit is the same encoder on the same images, decoded and in memory
-beforehand, measured before and after each extraction in the same run. One extraction runs in this process (local), one
+beforehand, measured before and after each extraction. In every turn one extraction runs in this process (local), one
 on Ray. The rate counts from the first unit encoded to the last one written, so that the start of Ray and of the
-workers is left out. Prints the bottleneck tables and, as the last line, JSON.
+workers is left out. A ratio is the median over the turns, each against the mean of the two measurements around it.
+Prints the bottleneck tables of the last turn and, as the last line, JSON.
 """
 
 from __future__ import annotations
@@ -87,34 +88,37 @@ def bare_rate(autoencoder: Path, recipe: Recipe, pixels: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=256)
-    count = parser.parse_args().images
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--turns", type=int, default=3)
+    arguments = parser.parse_args()
     more = [f"extract.unit_rows={UNIT}", f"extract.batch_size={UNIT}"]
     recipe = load_recipe(None, [*UNTRAINED, *more])
-    bare: list[float] = []
-    rates: dict[str, float] = {}
+    rates: dict[str, list[float]] = {"local": [], "ray": []}
+    ratios: dict[str, list[float]] = {"local": [], "ray": []}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        shard(write_images(root / "images", count), root / "shards", recipe.shard)
+        shard(write_images(root / "images", arguments.images), root / "shards", recipe.shard)
         shards = ShardSet.open(root / "shards")
         train_autoencoder(shards, root / "autoencoder", recipe.autoencoder)
         pixels = load_images(shards, range(0, len(shards), 2), 256)
-        bare.append(bare_rate(root / "autoencoder", recipe, pixels))
-        for name in ("local", "ray"):
-            with nullcontext() if name == "local" else connected():
-                runner = LocalRunner() if name == "local" else RayRunner()
-                manifest = extract(shards, root / "autoencoder", root / name, recipe.extract, runner=runner)
-            show_timings(manifest.timings)
-            rates[name] = manifest.timings["steady_images_per_s"]
-            bare.append(bare_rate(root / "autoencoder", recipe, pixels))
-    print(f"{'bare encoder, three times':32}{', '.join(f'{rate:.2f}' for rate in bare)} images/s")
-    for name, rate in rates.items():
-        print(f"{f'extraction, {name} runner':32}{rate:.2f} images/s")
-    ratios = {
-        "local_over_encoder": rates["local"] / np.mean(bare[:2]),
-        "pipeline_over_encoder": rates["ray"] / np.mean(bare[1:]),
-    }
-    print(json.dumps({name: round(float(ratio), 3) for name, ratio in ratios.items()}))
+        bare = [bare_rate(root / "autoencoder", recipe, pixels)]
+        for turn in range(arguments.turns):
+            for name in rates:
+                out = root / f"{name}-{turn}"
+                with nullcontext() if name == "local" else connected():
+                    runner = LocalRunner() if name == "local" else RayRunner()
+                    manifest = extract(shards, root / "autoencoder", out, recipe.extract, runner=runner)
+                bare.append(bare_rate(root / "autoencoder", recipe, pixels))
+                rates[name].append(manifest.timings["steady_images_per_s"])
+                ratios[name].append(rates[name][-1] / float(np.mean(bare[-2:])))
+                if turn == arguments.turns - 1:
+                    show_timings(manifest.timings)
+    print(f"{'bare encoder':32}{', '.join(f'{rate:.2f}' for rate in bare)} images/s")
+    for name in rates:
+        values = ", ".join(f"{rate:.2f} ({ratio:.3f})" for rate, ratio in zip(rates[name], ratios[name], strict=True))
+        print(f"{f'extraction, {name} runner':32}{values} images/s (of the encoder)")
+    names = {"local_over_encoder": "local", "pipeline_over_encoder": "ray"}
+    print(json.dumps({name: round(float(np.median(ratios[runner])), 3) for name, runner in names.items()}))
 
 
 if __name__ == "__main__":
