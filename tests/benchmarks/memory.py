@@ -93,7 +93,7 @@ def main() -> None:
         train_autoencoder(ShardSet.open(root / "shards"), root / "autoencoder", recipe.autoencoder)
         for rows in SIZES:
             command = [sys.executable, "-m", "tests.benchmarks.memory", "--measure", str(root), str(rows)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found[rows] = json.loads(done.stdout.splitlines()[-1])
     for rows, peaks in found.items():
         line = ", ".join(f"{role} {peaks[role] / 1e3:.0f} MB" for role in ("driver", "encoder", "task", "shared"))
