@@ -7,7 +7,9 @@ the process that decodes it.
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import os
 import random
 import signal
 import zlib
@@ -110,15 +112,20 @@ def training_batches(dataset: TrainingImages, workers: int) -> Iterator[Tensor]:
         num_workers=workers,
         multiprocessing_context="spawn",
         prefetch_factor=4,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_prepare_worker,
     )
     return _plain_errors(loader)
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole group; the training process finishes its step, and needs its batches for that."""
+def _prepare_worker(worker: int) -> None:
+    """Ignore Ctrl-C, which reaches the whole process group: the training process needs batches to finish its step.
+
+    Also end without C++ destructors. They abort a process in which a thread of a library still runs, and the signal
+    of the dead worker would raise an error in the training process.
+    """
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    atexit.register(os._exit, 0)
 
 
 def _plain_errors(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
