@@ -41,7 +41,7 @@ def render_cache(cache: FeatureCache, out: Location, samples: int = SAMPLES) -> 
         for row in sheet.rows
     ]
     curves = [
-        curve("share of variance in the first components", order, energy.tolist(), "components"),
+        curve("cumulative share of variance", order, energy.tolist(), "components"),
         curve("mean per channel", order, statistics.mean.tolist(), "channel"),
         curve("standard deviation per channel", order, statistics.std.tolist(), "channel"),
     ]
