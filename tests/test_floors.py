@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +52,20 @@ def test_packages_of_stages_only_import_those_below() -> None:
     assert not wrong
     assert {package_of(module).split(".")[-1] for module in modules_of("stages")} == set(PACKAGES_BELOW)
     list(TopologicalSorter(PACKAGES_BELOW).static_order())  # raises CycleError
+
+
+def test_functions_are_short() -> None:
+    """None is longer than 60 lines, nine in ten have at most 35."""
+    functions = [
+        (node.end_lineno - node.lineno + 1, f"{file}: {node.name}")
+        for floor in FLOORS_BELOW
+        for file in Path(__file__).parents[1].joinpath(floor).rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno is not None
+    ]
+    assert len(functions) > 100
+    assert [name for lines, name in functions if lines > 60] == []
+    assert sum(lines <= 35 for lines, _ in functions) >= 0.9 * len(functions)
 
 
 def test_imports_are_relative_inside_a_floor_and_absolute_between() -> None:

@@ -69,7 +69,6 @@ def estimate_cost(
     Raises:
         ArtifactError: no image, or none of the sample can be decoded.
     """
-    progress = progress or Silent()
     encoder = AutoencoderManifest.read(autoencoder)
     usable = np.flatnonzero(~shards.rows.rejected)
     rows = choose_evenly(usable.tolist(), sample)
@@ -78,24 +77,10 @@ def estimate_cost(
     # A CPU is no faster in large batches, and needs their memory.
     batch = min(config.batch_size if pick_device().type == "cuda" else CPU_BATCH, len(rows))
     rows = rows[: len(rows) // batch * batch]
-    progress.say(f"encoding {len(rows)} of {len(shards)} images")
-    read = ReadImages(shards, encoder.image_size)(UnitRows(0, rows))
-    seconds = read.timings[0].seconds
-    options = EncoderOptions(
-        autoencoder,
-        batch,
-        config.precision,
-        config.compile,
-        views=config.views,
-        aligned=not needs_alignment(autoencoder, encoder),
-    )
-    worker = EncodeUnits(pick_device(), options)
-    pixels = read.pixels
-    worker.encode(pixels[:batch])
-    started = time.perf_counter()
-    features = worker.encode(pixels)
-    encode_s = (time.perf_counter() - started) / len(rows)
-    read_s, decode_s = (seconds.get(phase, 0.0) / len(rows) for phase in ("read", "decode"))
+    (progress or Silent()).say(f"encoding {len(rows)} of {len(shards)} images")
+    aligned = not needs_alignment(autoencoder, encoder)
+    options = EncoderOptions(autoencoder, batch, config.precision, config.compile, views=config.views, aligned=aligned)
+    features, read_s, decode_s, encode_s = _encode_sample(ReadImages(shards, encoder.image_size), rows, options)
     bytes_per_row, hours = _bytes_per_row(features), len(shards) * encode_s / 3600
     return ExtractCost(
         num_images=len(shards),
@@ -114,6 +99,21 @@ def estimate_cost(
         deadline_hours=deadline_hours,
         workers_for_deadline=None if deadline_hours is None else max(1, math.ceil(hours / deadline_hours)),
     )
+
+
+def _encode_sample(
+    read: ReadImages, rows: list[int], options: EncoderOptions
+) -> tuple[NDArray[Any], float, float, float]:
+    """Features (n,view,row,column,channel) of `rows`, and seconds per image of reading, decoding and encoding."""
+    unit = read(UnitRows(0, rows))
+    seconds = unit.timings[0].seconds
+    worker = EncodeUnits(pick_device(), options)
+    worker.encode(unit.pixels[: options.batch_size])
+    started = time.perf_counter()
+    features = worker.encode(unit.pixels)
+    encode_s = (time.perf_counter() - started) / len(rows)
+    read_s, decode_s = (seconds.get(phase, 0.0) / len(rows) for phase in ("read", "decode"))
+    return features, read_s, decode_s, encode_s
 
 
 def _bytes_per_row(features: NDArray[Any]) -> dict[str, float]:
