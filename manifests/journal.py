@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TypeVar
@@ -31,6 +32,14 @@ class UnitFile:
     name: str
     num_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """What the journal says of a finished unit."""
+
+    entry: Json
+    files: list[UnitFile]
 
 
 class Journal:
@@ -62,50 +71,56 @@ class Journal:
             raise ArtifactError(f"{path}: expected the file that was just written, found none.")
         return UnitFile(name, size, sha256 or file_sha256(path))
 
-    def _content(self, unit: int | str) -> Json:
-        record = read_json(self._path(unit))
-        if record.pop("sha256", None) != digest(record) or set(record) != {"entry", "files"}:
+    def _load(self, unit: int | str) -> UnitRecord:
+        content = read_json(self._path(unit))
+        if content.pop("sha256", None) != digest(content) or set(content) != {"entry", "files"}:
             raise ArtifactError(f"{self._path(unit)}: a damaged record: its content is not what was written.")
-        return record
+        return UnitRecord(content["entry"], [UnitFile(**file) for file in content["files"]])
 
     def read(self, unit: int | str) -> Json:
         """The entry of a finished unit. Raises ArtifactError if its record is missing or damaged."""
-        entry: Json = self._content(unit)["entry"]
-        return entry
+        return self._load(unit).entry
 
     def files(self, unit: int | str) -> list[UnitFile]:
         """The files of a finished unit. Raises ArtifactError if its record is missing or damaged."""
-        return [UnitFile(**file) for file in self._content(unit)["files"]]
+        return self._load(unit).files
 
-    def check(self, unit: int | str, *, deep: bool = False) -> None:
-        """Raise ArtifactError unless the record is intact and every file has its recorded size.
+    def check(self, unit: int | str, *, deep: bool = False) -> UnitRecord:
+        """The record of a unit that is whole: the record is intact, and every file has its recorded size.
 
         Args:
             deep: also compare the sha256 of every file.
+        Raises:
+            ArtifactError: it is not.
         """
-        for file in self.files(unit):
+        record = self._load(unit)
+        for file in record.files:
             path = self.root / file.name
             if (size := file_size(path)) != file.num_bytes:
                 actual = "no file" if size is None else f"{size}"
                 raise ArtifactError(f"{path}: expected {file.num_bytes} bytes, found {actual}.")
             if deep and (sha256 := file_sha256(path)) != file.sha256:
                 raise ArtifactError(f"{path}: expected sha256 {file.sha256[:12]}, found {sha256[:12]}.")
+        return record
 
-    def is_whole(self, unit: int | str, *, deep: bool = False) -> bool:
-        """Whether `check` passes."""
-        try:
-            self.check(unit, deep=deep)
-        except ArtifactError:
-            return False
-        return True
+    def find(self, unit: int | str, *, deep: bool = False) -> UnitRecord | None:
+        """`check`, or None where it raises."""
+        with suppress(ArtifactError):
+            return self.check(unit, deep=deep)
+        return None
 
-    def missing(self, units: Sequence[Unit], *, deep: bool = False) -> list[Unit]:
-        """Those of `units` that are not finished and whole, see `check`."""
+    def whole(self, units: Sequence[Unit], *, deep: bool = False) -> dict[Unit, UnitRecord]:
+        """Records of those of `units` that are finished and whole, see `check`. Every record is read once."""
         names = set(self.names())
         recorded = [unit for unit in units if self._path(unit).stem in names]
         with ThreadPoolExecutor(CHECKS) as threads:
-            whole = dict(zip(recorded, threads.map(partial(self.is_whole, deep=deep), recorded), strict=True))
-        return [unit for unit in units if not whole.get(unit)]
+            records = list(threads.map(partial(self.find, deep=deep), recorded))
+        return {unit: record for unit, record in zip(recorded, records, strict=True) if record is not None}
+
+    def missing(self, units: Sequence[Unit], *, deep: bool = False) -> list[Unit]:
+        """Those of `units` that `whole` does not give."""
+        whole = self.whole(units, deep=deep)
+        return [unit for unit in units if unit not in whole]
 
     def has(self, unit: int | str) -> bool:
         """Whether there is a record, intact or not."""
@@ -121,7 +136,8 @@ class Journal:
 
     def kept(self, unit: int | str, key: str, make: Callable[[], Json]) -> Json:
         """What `make` returns, or returned in an earlier run with the same `key`."""
-        entry = self.read(unit) if self.is_whole(unit) else {}
+        record = self.find(unit)
+        entry = {} if record is None else record.entry
         if entry.get("key") != key:
             entry = {"key": key, "kept": make()}
             self.record(unit, entry)

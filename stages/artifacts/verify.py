@@ -187,8 +187,7 @@ def _verify_images(
     tars: dict[str, list[str]] = {}
     for name in names:
         try:
-            decode.check(name, deep=deep)
-            record = decode.read(name)
+            record = decode.check(name, deep=deep).entry
             tars.setdefault(record["set"], []).append(record["shard"]["sha256"])
         except ArtifactError as error:
             yield found_by(error)
@@ -206,9 +205,9 @@ def _verify_latents(path: Location, manifest: EvaluationManifest, deep: bool) ->
         journal, rows, hashes = Journal(store), 0, list[str]()
         try:
             while rows < manifest.num_samples:
-                rows += journal.read(len(hashes))["rows"]
-                journal.check(len(hashes), deep=deep)
-                hashes += [file.sha256 for file in journal.files(len(hashes))]
+                record = journal.check(len(hashes), deep=deep)
+                rows += record.entry["rows"]
+                hashes += [file.sha256 for file in record.files]
         except ArtifactError as error:
             yield found_by(error)
             continue

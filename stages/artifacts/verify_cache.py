@@ -111,10 +111,9 @@ class _UnitCheck:
     def _problems(self, unit: int) -> Iterator[object]:
         file = self.store.unit_file(unit)
         try:
-            record = self.journal.read(unit)
+            record = self.journal.check(unit).entry
             rejects = [int(reject["row"]) for reject in record["rejects"]]
             moments = Moments.from_json(record.get("moments"), self.store.spec.channels)
-            self.journal.check(unit)
         except (ArtifactError, KeyError, TypeError, ValueError) as error:
             yield str(error).removeprefix(f"{file}: ")
             return
@@ -192,16 +191,16 @@ def _verify_rest(
     Args:
         whole: the journal, if every unit is whole.
     """
-    units = range(store.spec.num_units)
+    records = [] if whole is None else list(whole.whole(range(store.spec.num_units)).values())
     try:
         lines = (path / REJECTS_NAME).read_bytes()
-        if whole and lines != reject_lines(rejects_of([whole.read(unit) for unit in units], store.spec)):
+        if whole and lines != reject_lines(rejects_of([record.entry for record in records], store.spec)):
             yield finding(path / REJECTS_NAME, "is not what the units' records say")
     except OSError as error:
         yield finding(path / REJECTS_NAME, f"cannot be read: {error}")
     with suppress(ArtifactError):  # a small array is damaged, which has been said
         if whole:
-            content = CacheManifest.content_of(store, [file.sha256 for unit in units for file in whole.files(unit)])
+            content = CacheManifest.content_of(store, [file.sha256 for record in records for file in record.files])
             if content != manifest.content:
                 problem = f"expected the content {manifest.content[:12]}, found {content[:12]}"
                 yield finding(path / MANIFEST_NAME, problem)

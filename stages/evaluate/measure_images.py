@@ -191,9 +191,8 @@ def extracted(
     """
     key = digest([images.digest, extractor.description.model_dump(), extractor.layers])[:16]
     journal, name = Journal(pool, folder), f"{folder}/{key}.safetensors"
-    if journal.is_whole(key):
-        with suppress(ArtifactError):  # altered: they are extracted again
-            return load_tensors(pool / name, journal.files(key)[0].sha256)
+    with suppress(ArtifactError):  # missing or altered: they are extracted now
+        return load_tensors(pool / name, journal.files(key)[0].sha256)
     make_directory(journal.directory)
     remove_partials(journal.directory, idle_s=ABANDONED_S)
     # A large set is kept part by part, so that a kill does not cost the hours that it takes.

@@ -117,8 +117,8 @@ def _prepare(
     existing shards are kept.
     """
     journal = Journal(path)
-    if (first := next(filter(journal.is_whole, journal.numbers()), None)) is not None:
-        unit_rows = journal.read(first)["rows"]
+    if (first := next(filter(None, map(journal.find, journal.numbers())), None)) is not None:
+        unit_rows = first.entry["rows"]
     rows = -(-count // unit_rows) * unit_rows
     store = _whole_store(path)
     if store is not None and store.spec.unit_rows == unit_rows and store.spec.num_samples >= rows:

@@ -123,7 +123,7 @@ class WriteUnit:
     def __call__(self, encoded: UnitFeatures) -> UnitWritten:
         store, journal = FeatureStore(self.path, self.spec), Journal(self.path)
         # Ray runs a task twice after a node seemed lost: then the first one's bytes are on record.
-        if journal.is_whole(encoded.unit):
+        if journal.find(encoded.unit) is not None:
             return UnitWritten(encoded.unit, encoded.rejects, encoded.timings)
         watch = write_unit(store, journal, encoded.unit, np.ascontiguousarray(encoded.features), encoded.rejects)
         return UnitWritten(encoded.unit, encoded.rejects, (*encoded.timings, watch.timing()))

@@ -130,11 +130,11 @@ class _Job:
     ) -> Timings:
         """Make the units that are missing."""
         spec, tally, timings = store.spec, RejectTally(store.spec.num_samples, self.max_rejects), Timings()
-        missing = journal.missing(range(spec.num_units))
-        for unit in sorted({*range(spec.num_units)} - {*missing}):
-            tally.add(len(spec.rows_of(unit)), [reject["reason"] for reject in journal.read(unit)["rejects"]])
+        finished = journal.whole(range(spec.num_units))
+        for unit, record in finished.items():
+            tally.add(len(spec.rows_of(unit)), [reject["reason"] for reject in record.entry["rejects"]])
         self.progress.begin("extract", spec.num_samples, tally.seen)
-        units = [UnitRows(unit, spec.rows_of(unit)) for unit in missing]
+        units = [UnitRows(unit, spec.rows_of(unit)) for unit in range(spec.num_units) if unit not in finished]
         options = replace(self.options, mean=calibration.mean, std=calibration.std, views=spec.views)
         steps = Steps(
             ReadImages(self.shards, self.encoder.image_size),

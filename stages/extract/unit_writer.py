@@ -69,20 +69,20 @@ def complete_store(store: FeatureStore, journal: Journal, labels: NDArray[Any], 
         ArtifactError: a unit is not whole any more. The next run makes it again.
     """
     units, spec = range(store.spec.num_units), store.spec
-    if lost := journal.missing(units):
+    records = journal.whole(units)
+    if lost := [unit for unit in units if unit not in records]:
         raise ArtifactError(
             f"{store.path}: {len(lost)} of {len(units)} units that were written are not whole any more "
             f"(the first is {store.unit_file(lost[0])}). Run the command again: it makes these, and no others."
         )
-    records = [journal.read(unit) for unit in units]
-    rejects, valid = rejects_of(records, spec), np.ones(spec.num_samples, bool)
+    entries, files = [records[unit].entry for unit in units], [file for unit in units for file in records[unit].files]
+    rejects, valid = rejects_of(entries, spec), np.ones(spec.num_samples, bool)
     valid[[reject.row for reject in rejects]] = False
     for name, values in {"label": labels, "valid": valid, "heldout": heldout}.items():
         store.put(name, values, "sample")
-    _put_statistics(store, records, valid)
+    _put_statistics(store, entries, valid)
     write_atomic(store.path / REJECTS_NAME, reject_lines(rejects))
     remove_partials(journal.directory)  # of workers that were killed in this run
-    files = [file for unit in units for file in journal.files(unit)]
     content = CacheManifest.content_of(store, [file.sha256 for file in files])
     return StoredUnits(rejects, valid, content, sum(file.num_bytes for file in files))
 

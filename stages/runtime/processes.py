@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 def map_in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], processes: int) -> Iterator[Result]:
-    """Yield `function(job)` for every job, in order. With one worker no process is started.
+    """Yield `function(job)` for every job, in order. One worker means this process.
 
     After an error, queued jobs are cancelled and running jobs finish.
 

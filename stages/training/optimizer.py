@@ -1,7 +1,7 @@
 """Learning rate, and the state of models and optimizers as flat tensors for checkpoints.
 
-The state is the same for every world size and strategy: torch.distributed.checkpoint gathers and scatters sharded
-tensors. All ranks must call these functions. Only the main process gets the tensors of a sharded model.
+The state is the same for every world size and strategy. torch.distributed.checkpoint gathers and scatters the tensors
+of a sharded model. All ranks must call these functions. Only the main process gets the tensors of a sharded model.
 """
 
 from __future__ import annotations
