@@ -121,13 +121,13 @@ def test_an_error_on_ray_arrives_as_it_was_raised(ray_session: None, step: str) 
 )
 def test_errors_for_a_person_travel_with_the_unit(error: Exception, told: str) -> None:
     """Through all steps that follow, as Ray calls them."""
-    failed = ray_runner._Guarded(raising_with(error))(ray_runner._pack(Record(1, np.zeros(3))))
+    failed = ray_runner._Guarded(raising_with(error))({ray_runner.RECORD: Record(1, np.zeros(3))})
     passed_on = ray_runner._Guarded(raising_with(AssertionError("not called")))(failed)
-    found = ray_runner._unpack(passed_on)
+    found = passed_on[ray_runner.RECORD]
     assert isinstance(found, ray_runner._Failure) and isinstance(found.error, SvgpipeError)
     assert re.search(told, str(found.error))
     with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
-        ray_runner._Guarded(lambda record: 1 / 0)(ray_runner._pack(1))
+        ray_runner._Guarded(lambda record: 1 / 0)({ray_runner.RECORD: 1})
 
 
 @pytest.mark.slow

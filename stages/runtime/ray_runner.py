@@ -6,14 +6,11 @@ node died.
 
 from __future__ import annotations
 
-import pickle
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from svgpipe.manifests.errors import SvgpipeError, first_line, memory_error
 
@@ -28,6 +25,7 @@ RETRIES = 10
 CALLS_PER_ACTOR_ON_GPU, CALLS_PER_ACTOR_ON_CPU = 2, 1
 
 Row = dict[str, Any]
+RECORD = "record"  # the column of Ray Data that holds the record of a unit; Ray serialises it
 
 
 class RayRunner:
@@ -57,7 +55,7 @@ class RayRunner:
             return
         try:
             for row in self._dataset(units, steps).iter_rows():
-                result = _unpack(row)
+                result = row[RECORD]
                 if isinstance(result, _Failure):
                     raise result.error
                 yield result
@@ -78,7 +76,7 @@ class RayRunner:
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.issue_detectors_config.detectors = []  # advice on memory hints, in the middle of the progress bar
-        rows = [_pack(unit) for unit in units]
+        rows = [{RECORD: unit} for unit in units]
         calls = CALLS_PER_ACTOR_ON_CPU if self.computes_on_cpu else CALLS_PER_ACTOR_ON_GPU
         workers = ray.data.ActorPoolStrategy(size=self.reserved.num_workers, max_concurrent_calls_per_actor=calls)
         with warnings.catch_warnings():
@@ -107,40 +105,27 @@ class _Failure:
     error: SvgpipeError | OSError
 
 
-def _pack(record: object) -> Row:
-    """A record as a row of Ray Data: its arrays as columns, which Ray shares between processes without a copy."""
-    buffers: list[pickle.PickleBuffer] = []
-    head = pickle.dumps(record, protocol=5, buffer_callback=buffers.append)
-    arrays = {f"buffer_{i}": np.frombuffer(buffer.raw(), np.uint8) for i, buffer in enumerate(buffers)}
-    return {"head": head, **arrays}
-
-
-def _unpack(row: Row) -> Any:
-    """Inverse of `_pack`; arrays are read-only. Rows come from processes of this run, never from a file."""
-    return pickle.loads(row["head"], buffers=[row[f"buffer_{i}"] for i in range(len(row) - 1)])
-
-
 def _user_error(error: Exception) -> SvgpipeError | OSError | None:
     """The error, if its message is one; None for a bug."""
     return error if isinstance(error, SvgpipeError | OSError) else memory_error(error)
 
 
 class _Guarded:
-    """A step on packed records whose user errors travel with the unit."""
+    """A step on rows of records whose user errors travel with the unit."""
 
     def __init__(self, step: Callable[[Any], Any]) -> None:
         self.step = step
 
     def __call__(self, row: Row) -> Row:
-        record = _unpack(row)
+        record = row[RECORD]
         if isinstance(record, _Failure):
             return row
         try:
-            return _pack(self.step(record))
+            return {RECORD: self.step(record)}
         except Exception as error:
             if (user_error := _user_error(error)) is None:
                 raise
-            return _pack(_Failure(user_error))
+            return {RECORD: _Failure(user_error)}
 
 
 class _GuardedWorker:
@@ -158,7 +143,7 @@ class _GuardedWorker:
         except Exception as error:
             if (user_error := _user_error(error)) is None:
                 raise
-            failure = _pack(_Failure(user_error))
+            failure = {RECORD: _Failure(user_error)}
             self.step = lambda row: failure
 
     def _set_threads(self) -> None:
