@@ -144,14 +144,14 @@ def sync_directory(path: Path) -> None:
 
 
 def remove_partials(path: Location, idle_s: float = 0) -> None:
-    """Delete what killed writers left in this folder.
+    """Delete what killed writers left in this folder and below it.
 
     Args:
         idle_s: seconds since it was last written to. Only whoever holds the folder's lock may leave it at 0; where
             others may be writing, ABANDONED_S.
     """
     if isinstance(path, Path):
-        for partial in path.glob(".*.partial"):
+        for partial in path.rglob(".*.partial"):
             with suppress(OSError):
                 if not idle_s or time.time() - partial.stat().st_mtime > idle_s:
                     partial.unlink()

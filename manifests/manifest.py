@@ -353,6 +353,7 @@ class WorkDir(Generic[M]):
     def publish(self, manifest: M) -> M:
         """Write manifest.json, after everything that it describes is on disk. Raises BusyError for a lost lock."""
         self.check_lock()
+        remove_partials(self.path)  # of workers that were killed in this run
         return self.completed(manifest).publish(self.path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,10 +206,22 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """One Ray for all tests that run on it in this process; a failed run must not keep the next one from its CPUs."""
+def one_ray() -> Iterator[None]:
+    """One Ray for all tests that run on it in this process."""
     with connected():
         yield
+
+
+@pytest.fixture
+def ray_session(one_ray: None) -> None:
+    """That Ray, once the tests before have given its CPUs back: Ray ends the workers of a failed run a little later."""
+    import ray
+
+    deadline = time.monotonic() + 120
+    while ray.available_resources().get("CPU", 0) < (expected := ray.cluster_resources()["CPU"]):
+        found = ray.available_resources()
+        assert time.monotonic() < deadline, f"an earlier test keeps CPUs: expected {expected} free, found {found}"
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")

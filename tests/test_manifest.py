@@ -120,6 +120,25 @@ def test_what_only_says_how_to_work_may_change_between_runs(tmp_path: Path, monk
     assert WorkDir(tmp_path, ShardSetManifest, {"seed": 0, "batch_size": 1}, {}).finished == done
 
 
+def test_what_killed_writers_left_goes_when_work_begins_and_when_it_is_published(tmp_path: Path) -> None:
+    """In every folder below: metadata of a store, units, journal records."""
+    out = tmp_path / "out"
+    left = [out / ".plan.json.0.partial", out / "features" / ".zarr.json.0.partial"]
+    WorkDir(out, ShardSetManifest, {}, {}).close()
+
+    def leave() -> None:
+        for path in left:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("{")
+
+    leave()
+    with WorkDir(out, ShardSetManifest, {}, {}) as work:
+        assert not any(path.exists() for path in left)
+        leave()
+        work.publish(example(config={}, inputs={}))
+    assert not any(path.exists() for path in left)
+
+
 def test_a_work_directory_resumes_its_own_work_only(tmp_path: Path) -> None:
     out = tmp_path / "out"
     ref = InputRef(kind="image-folder", fingerprint="one", path="p", config={})

@@ -15,7 +15,7 @@ from svgpipe.manifests.cache import CacheManifest, FeatureCache
 from svgpipe.manifests.calibration import CALIBRATION, Calibration
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.feature_store import FeatureStore
-from svgpipe.manifests.filesystem import Location, absolute, remove_partials
+from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import WorkDir
 from svgpipe.manifests.store_spec import StoreDtype
@@ -63,7 +63,6 @@ def requantize(
         progress = Recorded(progress, out)
         keep_alignment(source, out)
         journal = Journal(out)
-        remove_partials(journal.directory)
         calibration = _calibration(cache, dtype, journal, progress)
         spec = before.model_copy(update={"store_dtype": dtype}).spec
         store = FeatureStore.create(out, spec, calibration.mean, calibration.std, calibration.scale)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.filesystem import Location, absolute, children, make_directory, remove_partials
+from svgpipe.manifests.filesystem import Location, absolute, children, make_directory
 from svgpipe.manifests.index import ImageRef, read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.report_file import evaluate_again
@@ -86,9 +86,7 @@ def decode(
     for job in jobs:
         units += job.units(options.unit_rows)
         make_directory(out / "images" / job.name)
-        remove_partials(out / "images" / job.name)
     journal = Journal(out, DECODE_JOURNAL)
-    remove_partials(journal.directory)
     # By hash: an altered image would be measured as if it were the model's.
     wanted = {unit.name: unit for unit in units}
     missing = [wanted[name] for name in journal.missing(list(wanted), deep=True)]

@@ -19,7 +19,7 @@ from svgpipe.manifests.calibration import CALIBRATION, Calibration
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import FeatureStore
-from svgpipe.manifests.filesystem import Location, absolute, remove_partials
+from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import WorkDir
 from svgpipe.manifests.recipe import ExtractSection
@@ -114,7 +114,6 @@ class _Job:
             measure_alignment(self.shards, self.autoencoder, self.encoder, self.options, self.runner, self.progress)
         keep_alignment(self.autoencoder, work.path)
         journal = Journal(work.path)
-        remove_partials(journal.directory)
         calibration = self._calibration(work, journal)
         store = FeatureStore.create(work.path, self.spec, calibration.mean, calibration.std, calibration.scale)
         timings = self._extract(work, store, journal, calibration)

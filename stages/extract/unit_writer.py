@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from svgpipe.manifests.cache import CacheManifest
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import Features, FeatureStore
-from svgpipe.manifests.filesystem import remove_partials, write_atomic
+from svgpipe.manifests.filesystem import write_atomic
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import Json, WorkDir
 from svgpipe.manifests.store_spec import StoreSpec, unit_name
@@ -82,7 +82,6 @@ def complete_store(store: FeatureStore, journal: Journal, labels: NDArray[Any], 
         store.put(name, values, "sample")
     _put_statistics(store, entries, valid)
     write_atomic(store.path / REJECTS_NAME, reject_lines(rejects))
-    remove_partials(journal.directory)  # of workers that were killed in this run
     content = CacheManifest.content_of(store, [file.sha256 for file in files])
     return StoredUnits(rejects, valid, content, sum(file.num_bytes for file in files))
 
