@@ -20,21 +20,18 @@ import json
 import time
 from collections.abc import Mapping
 from importlib import metadata
-from typing import Any, ClassVar, Generic, Self, TypeVar, cast
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ArtifactError, MismatchError
-from .filesystem import Location, children, make_directory, remove_partials, write_atomic
-from .lock import LOCK_NAME, Lock
-from .progress_file import PROGRESS_NAME
+from .filesystem import Location, write_atomic
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 PLAN_NAME = "plan.json"
 
 Json = dict[str, Any]
-M = TypeVar("M", bound="Manifest")
 
 
 def svgpipe_version() -> str:
@@ -232,129 +229,6 @@ def _why_no_manifest(directory: Location, noun: str) -> str:
             f"(no {MANIFEST_NAME}). Run the command that makes it again; it resumes."
         )
     return f"{directory}: expected {noun}, found no {MANIFEST_NAME} in it."
-
-
-def _holds_nothing(path: Location) -> bool:
-    """No work that could be lost: absent, empty, or at most a plan and what a killed write left of it.
-
-    Such a plan is replaced without asking, so that a command refused for its options can be run with better ones.
-    """
-    if not path.exists():
-        return True
-    names = {entry.name for entry in children(path)} - {PLAN_NAME, LOCK_NAME, PROGRESS_NAME}
-    return all(name.startswith(".") and name.endswith((".partial", ".claim")) for name in names)
-
-
-class WorkDir(Generic[M]):
-    """An output directory of one stage: refuses what does not belong, resumes what does.
-
-    `finished` is the manifest if the directory already holds exactly what is asked for. Otherwise its lock is
-    held until the end of the `with` block.
-    """
-
-    def __init__(self, path: Location, kind: type[M], config: Json, inputs: Mapping[str, InputRef]) -> None:
-        """Begin or resume.
-
-        Args:
-            path: directory to create or resume.
-            kind: manifest class of the artifact.
-            config: exact config, JSON values only.
-            inputs: the artifacts it is made from.
-        Raises:
-            MismatchError: `path` was begun or finished with another config or other inputs.
-            ArtifactError: `path` holds something that is not svgpipe's.
-            BusyError: another process works in it.
-        """
-        self._lock: Lock | None = None
-        self.path = path
-        self.config = cast(Json, json.loads(canonical_json(config)))
-        self.inputs = dict(inputs)
-        self.finished: M | None = None
-        self._started = time.monotonic()
-        plan = {
-            "kind": kind.KIND,
-            "config": self.config,
-            "inputs": {name: ref.fingerprint for name, ref in self.inputs.items()},
-        }
-        self._may_change = {key: value for key, value in self.config.items() if key in kind.MAY_CHANGE}
-        if path.exists() and not path.is_dir():
-            raise ArtifactError(f"{path}: expected a directory for {kind.NOUN}, found a file.")
-        if self._is_finished(kind, plan):
-            return
-        if not _holds_nothing(path) and not (path / PLAN_NAME).exists():
-            raise ArtifactError(
-                f"{path}: expected an empty or new directory for {kind.NOUN}, found files that are not "
-                "svgpipe's. Give another --out."
-            )
-        make_directory(path)
-        self._lock = Lock(path)
-        try:
-            # Whoever held the lock until now may have begun or even finished it.
-            if self._is_finished(kind, plan):
-                self.close()
-            elif _holds_nothing(path):
-                write_json(path / PLAN_NAME, plan)
-            else:
-                what = "Use the recipe and options that it was begun with, or give another --out."
-                self._require_equal(read_plan(path), plan, f"{kind.NOUN}, half made, that was begun", what)
-            remove_partials(path)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None and self._lock is not None:
-                (self.path / PROGRESS_NAME).unlink(missing_ok=True)
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Release the lock."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
-
-    def check_lock(self) -> None:
-        """Raise BusyError if the lock was lost to another process."""
-        if self._lock is not None:
-            self._lock.check()
-
-    def _is_finished(self, kind: type[M], plan: Json) -> bool:
-        if not (self.path / MANIFEST_NAME).exists():
-            return False
-        done = kind.read(self.path)
-        made = {"kind": done.kind, "config": done.config}
-        made["inputs"] = {name: ref.fingerprint for name, ref in done.inputs.items()}
-        what = "Use the recipe and options that it was made with (did you forget --recipe?), or give another --out."
-        noun = f"a finished {kind.NOUN.split(' ', 1)[1]} (fingerprint {done.fingerprint[:12]}) that was made"
-        self._require_equal(made, plan, noun, what)
-        self.finished = done
-        return True
-
-    def _require_equal(self, found: Json, plan: Json, noun: str, what_to_do: str) -> None:
-        lines = differing_fields({**found, "config": {**found["config"], **self._may_change}}, plan)
-        if lines:
-            raise MismatchError(
-                f"{self.path}: holds {noun} otherwise (there {digest(found)[:12]}, here {digest(plan)[:12]}).\n  "
-                + "\n  ".join(lines)
-                + f"\n{what_to_do}"
-            )
-
-    def completed(self, manifest: M) -> M:
-        """The manifest of what was made here, with config, inputs, wall time and fingerprint."""
-        seconds = round(time.monotonic() - self._started, 3)
-        update = {"config": self.config, "inputs": self.inputs, "seconds": seconds}
-        return manifest.model_copy(update=update).sealed()
-
-    def publish(self, manifest: M) -> M:
-        """Write manifest.json, after everything that it describes is on disk. Raises BusyError for a lost lock."""
-        self.check_lock()
-        remove_partials(self.path)  # of workers that were killed in this run
-        return self.completed(manifest).publish(self.path)
 
 
 def require_same(where: str, expected: InputRef, found: InputRef, *, what_to_do: str) -> None:

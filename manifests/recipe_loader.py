@@ -52,6 +52,11 @@ def load_recipe(name_or_file: str | None, overrides: Sequence[str] = ()) -> Reci
         raise UsageError(f"{where}: the recipe cannot work:\n  " + "\n  ".join(lines)) from error
 
 
+def recipe_yaml(recipe: Recipe) -> str:
+    """All values of a recipe as YAML, which `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
 def _brief(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"

@@ -1,4 +1,4 @@
-"""Commands that look into features and models: what they tell apart, how straight their paths are, what they lose."""
+"""Commands that analyse features and models."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from svgpipe.manifests.shards import ShardSet
 
 from .console import ConsoleProgress
 from .options import (
+    ANALYSE,
     AddressOption,
     AutoencoderOption,
     CpusOption,
+    EmaOption,
     GpusOption,
     HtmlOption,
     JsonOption,
     OutOption,
+    PoolOption,
     RecipeOption,
     SetOption,
     ShardsOption,
@@ -33,19 +36,21 @@ from .tables import print_result
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=ANALYSE)
 def probe(
-    cache: Annotated[str, typer.Argument(help="Finished feature cache; nothing else is read.")],
+    cache: Annotated[str, typer.Argument(help="Finished feature cache. Nothing else is read.")],
     validation: Annotated[
-        str | None, typer.Option("--validation", help="Cache of other images to test on, not the held-out rows.")
+        str | None,
+        typer.Option("--validation", metavar="DIR", help="Cache of test images. Default: the held-out rows."),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option("--rows", min=2, help="At most so many training and test rows, evenly spread.")
+        int | None,
+        typer.Option("--rows", metavar="N", min=2, help="Maximum number of training and of test rows, evenly spread."),
     ] = None,
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
-    """How well the features tell classes apart: linear probe and k-NN of backbone, residual and both."""
+    """Classify the cached features: linear probe and k-NN on backbone, residual and both."""
     from svgpipe.stages.analyze.probe import probe as run_stage
 
     from .probe_page import render_probe, show_probe
@@ -61,21 +66,30 @@ def probe(
         typer.echo(f"page: {html}", err=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=ANALYSE)
 def analyze(
-    caches: Annotated[list[str], typer.Argument(help="Finished feature caches, to stand side by side.")],
+    caches: Annotated[list[str], typer.Argument(help="Finished feature caches to compare.")],
     diffusion: Annotated[
         list[str] | None,
-        typer.Option("--diffusion", help="Model of one of the caches: how straight its paths are; may be repeated."),
+        typer.Option(
+            "--diffusion", metavar="DIR", help="Model trained on one of the caches, for path straightness. Repeatable."
+        ),
     ] = None,
-    weights: Annotated[str, typer.Option("--ema", help="Of the models: ema-DECAY, ema or raw.")] = "ema",
-    classes: Annotated[int, typer.Option("--classes", min=2, help="At most so many, evenly spread.")] = 10,
-    per_class: Annotated[int, typer.Option("--per-class", min=2, help="At most so many images of each.")] = 64,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of halves, noise, t-SNE, bootstrap.")] = 0,
+    ema: EmaOption = None,
+    classes: Annotated[
+        int, typer.Option("--classes", metavar="N", min=2, help="Maximum number of classes, evenly spread.")
+    ] = 10,
+    per_class: Annotated[
+        int, typer.Option("--per-class", metavar="N", min=2, help="Maximum number of images per class.")
+    ] = 64,
+    seed: Annotated[
+        int,
+        typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Seed of splits, noise, t-SNE and bootstrap."),
+    ] = 0,
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
-    """Whether classes lie apart and pull noise apart, and how straight a model's sampling paths are."""
+    """Measure class distances, agreement of velocity fields, and straightness of sampling paths."""
     from svgpipe.stages.analyze.analyze import analyze as run_stage
 
     from .analysis_page import render_analysis, show_analysis
@@ -88,7 +102,7 @@ def analyze(
             [location(model) for model in diffusion or []],
             classes=classes,
             per_class=per_class,
-            weights=weights,
+            weights=ema or "ema",
             seed=seed,
             progress=progress,
         )
@@ -98,22 +112,20 @@ def analyze(
         typer.echo(f"page: {html}", err=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=ANALYSE)
 def eval_reconstruction(
     autoencoder: AutoencoderOption,
     shards: ShardsOption,
     out: OutOption,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
-    pool: Annotated[
-        str | None, typer.Option("--pool", help="Where features are kept and found; default: beside --out.")
-    ] = None,
-    num_workers: WorkersOption = None,
+    pool: PoolOption = None,
+    workers: WorkersOption = None,
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
 ) -> None:
-    """What the autoencoder loses of held-out images, with its residual branch and without. Run again to resume."""
+    """Measure the reconstruction of held-out images, with and without the residual branch."""
     from svgpipe.stages.evaluate.reconstruction import eval_reconstruction as run_stage
 
     from .cluster import runner_for
@@ -121,7 +133,7 @@ def eval_reconstruction(
 
     config = load_recipe(recipe, overrides or []).reconstruction
     opened, encoder, directory = ShardSet.open(shards), location(autoencoder), location(out)
-    resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
+    resources = resources_of(workers, cpus_per_worker, gpus_per_worker)
     with runner_for(resources, address) as runner, ConsoleProgress() as progress:
         run_stage(
             encoder,

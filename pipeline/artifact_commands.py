@@ -1,4 +1,4 @@
-"""Commands that look at artifacts, check them and mend them."""
+"""Commands that show, check, repair and convert artifacts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from svgpipe.manifests.store_spec import StoreDtype
 
 from .console import ConsoleProgress
 from .options import (
+    LOOK,
+    MEND,
     AddressOption,
     AutoencoderOption,
     CpusOption,
+    EmaOption,
     GpusOption,
     HtmlOption,
     JsonOption,
+    OutOption,
     RecipeOption,
     SetOption,
     ShardsOption,
@@ -37,13 +41,13 @@ from .tables import print_result, show_cost, show_diff, show_plan
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def inspect(
-    path: Annotated[str, typer.Argument(help="Any artifact, finished or not, or a working directory.")],
+    path: Annotated[str, typer.Argument(help="Artifact, finished or not, or a working directory.")],
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
-    """What an artifact holds, what it was made from, and whether it is finished."""
+    """Show what an artifact holds, its inputs, and whether it is finished."""
     from .inspect import describe, show
 
     page = page_at(html)
@@ -56,25 +60,25 @@ def inspect(
     print_result(describe(location(path)), as_json, show)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def status(
-    path: Annotated[str, typer.Argument(help="A working directory, or any one artifact in it.")],
+    path: Annotated[str, typer.Argument(help="Working directory, or one artifact in it.")],
     as_json: JsonOption = False,
 ) -> None:
-    """How far a running, stopped or finished pipeline has come: stages, time left, last metrics, warnings."""
+    """Show the progress of a running, stopped or finished pipeline."""
     from .status import show_status
     from .status import status as find_status
 
     print_result(find_status(location(path)), as_json, show_status)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def verify(
-    path: Annotated[str, typer.Argument(help="Any artifact, or a working directory.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Read every byte: hashes, checksums, NaN.")] = False,
+    path: Annotated[str, typer.Argument(help="Artifact, or a working directory.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte: check hashes, checksums and NaN.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Whether an artifact is whole and is what its manifest says. Exit code 1 if it is not."""
+    """Check that an artifact is complete and matches its manifest. Exit code 1 if not."""
     from svgpipe.manifests.kinds import artifacts_below  # it loads torch
     from svgpipe.stages.artifacts.verify import verify as run_stage
 
@@ -94,22 +98,26 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=MEND)
 def repair(
-    cache: Annotated[str, typer.Argument(help="Finished feature cache that `verify` has found damaged.")],
-    shards: Annotated[str | None, typer.Option("--shards", help="Its shards, if they have moved.")] = None,
-    autoencoder: Annotated[str | None, typer.Option("--autoencoder", help="Its autoencoder, if it has moved.")] = None,
-    num_workers: WorkersOption = None,
+    cache: Annotated[str, typer.Argument(help="Finished feature cache with damaged units.")],
+    shards: Annotated[
+        str | None, typer.Option("--shards", metavar="DIR", help="Shard set of the cache, if it was moved.")
+    ] = None,
+    autoencoder: Annotated[
+        str | None, typer.Option("--autoencoder", metavar="DIR", help="Autoencoder of the cache, if it was moved.")
+    ] = None,
+    workers: WorkersOption = None,
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
 ) -> None:
-    """Extract again exactly what `verify --deep` names, back to the content that was published."""
+    """Extract again the units of a cache that `verify --deep` reports as damaged."""
     from svgpipe.stages.artifacts.repair import repair as run_stage
 
     from .cluster import runner_for
 
-    resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
+    resources = resources_of(workers, cpus_per_worker, gpus_per_worker)
     with runner_for(resources, address) as runner, ConsoleProgress() as progress:
         findings = run_stage(
             location(cache),
@@ -123,19 +131,23 @@ def repair(
     typer.echo(f"{cache}: whole, with the content that was published")
 
 
-@app.command()
+@app.command(rich_help_panel=MEND)
 def requantize(
     cache: Annotated[str, typer.Argument(help="Finished feature cache.")],
-    out: Annotated[str, typer.Argument(help="Cache to create or resume.")],
-    store_dtype: Annotated[StoreDtype, typer.Option("--store-dtype", help="Of the new cache.")] = "int8",
+    out: OutOption,
+    store_dtype: Annotated[StoreDtype, typer.Option("--store-dtype", help="Dtype of the new cache.")] = "int8",
     autoencoder: Annotated[
-        str | None, typer.Option("--autoencoder", help="To decode with; default: where the cache says it lay.")
+        str | None,
+        typer.Option(
+            "--autoencoder", metavar="DIR", help="Decodes both caches. Default: the one recorded in the cache."
+        ),
     ] = None,
     diffusion: Annotated[
-        str | None, typer.Option("--diffusion", help="Model trained on the cache: what happens to its held-out loss.")
+        str | None,
+        typer.Option("--diffusion", metavar="DIR", help="Model trained on the cache; compares its held-out loss."),
     ] = None,
 ) -> None:
-    """The same cache in another dtype, and what that costs. Run again to resume."""
+    """Convert a cache to another dtype and measure the loss."""
     from svgpipe.stages.artifacts.requantize import requantize as run_stage
     from svgpipe.stages.artifacts.requantize_cost import COST_NAME, measure_cost
 
@@ -154,32 +166,41 @@ def requantize(
     show_cost(cost)
 
 
-@app.command()
+@app.command(rich_help_panel=MEND)
 def export(
-    source: Annotated[str, typer.Argument(help="Diffusion model, run in progress, or RUN/checkpoints/step-….")],
-    out: Annotated[str, typer.Argument(help="New folder: model.safetensors, statistics, config.json.")],
-    weights: Annotated[str, typer.Option("--ema", help="ema-DECAY, ema (the recipe's first) or raw.")] = "ema",
+    source: Annotated[str, typer.Argument(help="Finished diffusion model, unfinished run, or RUN/checkpoints/step-….")],
+    out: Annotated[
+        str, typer.Option("--out", metavar="DIR", help="New folder for model.safetensors, statistics and config.json.")
+    ],
+    ema: EmaOption = None,
 ) -> None:
-    """The weights of a diffusion model as plain safetensors, to use without the pipeline."""
+    """Export the weights of a diffusion model as plain safetensors."""
     from svgpipe.stages.artifacts.export import export as run_stage
 
-    exported = run_stage(location(source), location(out), weights)
+    exported = run_stage(location(source), location(out), ema or "ema")
     typer.echo(f"{exported.directory}: {exported.weights} of step {exported.step}")
 
 
-@app.command()
+@app.command(rich_help_panel=MEND)
 def import_official(
-    autoencoder: Annotated[Path, typer.Option("--autoencoder", help="Lightning checkpoint of the SVG autoencoder.")],
-    out: Annotated[str, typer.Option("--out", help="Folder that will hold `autoencoder` and `diffusion`.")],
+    autoencoder: Annotated[
+        Path, typer.Option("--autoencoder", metavar="FILE", help="Lightning checkpoint of the SVG autoencoder.")
+    ],
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Directory for `autoencoder` and `diffusion`.")],
     diffusion: Annotated[
-        Path | None, typer.Option("--diffusion", help="Checkpoint of the transformer: ema, model or bare.")
+        Path | None, typer.Option("--diffusion", metavar="FILE", help="Checkpoint of the transformer.")
     ] = None,
-    stats: Annotated[Path | None, typer.Option("--stats", help="dinov3_sp_stats.pt, which --diffusion needs.")] = None,
+    stats: Annotated[
+        Path | None, typer.Option("--stats", metavar="FILE", help="dinov3_sp_stats.pt; required with --diffusion.")
+    ] = None,
     class_names: Annotated[
-        Path | None, typer.Option("--class-names", help="Of the transformer's labels, one per line, in their order.")
+        Path | None,
+        typer.Option(
+            "--class-names", metavar="FILE", help="Class names of the transformer, one per line, in label order."
+        ),
     ] = None,
 ) -> None:
-    """Released SVG checkpoints → an autoencoder and a diffusion model that all other commands take."""
+    """Import the released SVG checkpoints as an autoencoder and a diffusion model."""
     from svgpipe.stages.artifacts.import_official import import_official as run_stage
 
     names = read_class_names(class_names)
@@ -190,20 +211,23 @@ def import_official(
     typer.echo("The alignment of the residual is in no official file: the first extraction or evaluation measures it.")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def plan(
     shards: ShardsOption,
     autoencoder: AutoencoderOption,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
-    sample: Annotated[int, typer.Option("--sample", min=1, help="Images to encode for the estimate.")] = 64,
-    num_workers: Annotated[int, typer.Option("--num-workers", min=1, help="Workers to plan for.")] = 1,
+    sample: Annotated[
+        int, typer.Option("--sample", metavar="N", min=1, help="Images to encode for the estimate.")
+    ] = 64,
+    workers: Annotated[int, typer.Option("--workers", metavar="N", min=1, help="Workers to plan for.")] = 1,
     deadline: Annotated[
-        float | None, typer.Option("--deadline", min=0.001, help="Hours until the cache must be there.")
+        float | None,
+        typer.Option("--deadline", metavar="HOURS", min=0.001, help="Hours available; prints the workers needed."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What `extract` will take: hours, gigabytes per view and dtype, workers for a deadline. Writes nothing."""
+    """Estimate time, disk space and number of workers of `extract`."""
     from svgpipe.stages.extract.cost import estimate_cost
 
     config = load_recipe(recipe, overrides or []).extract
@@ -213,21 +237,23 @@ def plan(
             location(autoencoder),
             config,
             sample=sample,
-            num_workers=num_workers,
+            num_workers=workers,
             deadline_hours=deadline,
             progress=progress,
         )
     print_result(cost, as_json, show_plan)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def diff(
-    one: Annotated[str, typer.Argument(help="Feature cache that differences are measured against.")],
-    two: Annotated[str, typer.Argument(help="Another cache of the same images.")],
-    rows: Annotated[int, typer.Option("--rows", min=0, help="Evenly spread rows to compare; 0 is all.")] = 4096,
+    one: Annotated[str, typer.Argument(help="First feature cache: the baseline.")],
+    two: Annotated[str, typer.Argument(help="Second cache of the same images.")],
+    rows: Annotated[
+        int, typer.Option("--rows", metavar="N", min=0, help="Number of rows to compare, evenly spread; 0: all.")
+    ] = 4096,
     as_json: JsonOption = False,
 ) -> None:
-    """How much the features of the same images differ: bfloat16 and float32, say, or old and new weights."""
+    """Compare the features of the same images in two caches."""
     from svgpipe.stages.artifacts.diff import diff as run_stage
 
     with ConsoleProgress() as progress:

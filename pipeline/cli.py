@@ -13,15 +13,17 @@ from svgpipe.manifests.errors import SvgpipeError, memory_error
 from svgpipe.manifests.filesystem import client_error
 from svgpipe.manifests.manifest import svgpipe_version
 
-from . import analysis_commands, artifact_commands, stage_commands
+from . import analysis_commands, artifact_commands, run_commands, stage_commands
 from .cluster import stop_on_sigterm
 
 app = typer.Typer(
-    help="Shard images, cache their features, train diffusion from the cache, sample and evaluate.",
+    help="Train latent diffusion from cached vision features: shard, extract, train, sample, evaluate.\n\n"
+    "Every command resumes: run it again after an interruption.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(run_commands.app)
 app.add_typer(stage_commands.app)
 app.add_typer(artifact_commands.app)
 app.add_typer(analysis_commands.app)
@@ -35,7 +37,9 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     del version
 

@@ -1,54 +1,138 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what they are turned into."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location, location, make_directory
+from svgpipe.manifests.store_spec import StoreDtype
 
 if TYPE_CHECKING:
     from svgpipe.stages.runtime.resources import Resources
 
+# Panels of `svgpipe --help`.
+RUN, STAGES, LOOK, MEND, ANALYSE = "All stages", "Stages", "Look at artifacts", "Mend and convert", "Analyse"
 
 RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", help="Built-in recipe or a .yaml file; without it, defaults.")
+    str | None,
+    typer.Option("--recipe", metavar="NAME|FILE", help="Built-in recipe or .yaml file. Default: default values."),
 ]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
-OutOption = Annotated[str, typer.Option("--out", help="Directory to create or resume.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value. Repeatable.")
+]
+OutOption = Annotated[str, typer.Option("--out", metavar="DIR", help="Directory to create or resume.")]
+WorkdirOption = Annotated[
+    str, typer.Option("--workdir", metavar="DIR", help="Directory that holds one directory per stage.")
+]
+ProcessesOption = Annotated[
+    int | None, typer.Option("--workers", metavar="N", min=1, help="Processes. Default: one per core.")
+]
+HoldoutOption = Annotated[
+    float | None,
+    typer.Option(
+        "--holdout", metavar="FRACTION", min=0, max=0.99, help="Fraction of every class kept out of training."
+    ),
+]
 ShardsOption = Annotated[
-    str, typer.Option("--shards", help="Shard set, or tars of one: 'path/shard-{000000..000009}.tar'.")
+    str,
+    typer.Option("--shards", metavar="DIR", help="Shard set, or tars of it: 'DIR/shard-{000000..000009}.tar'."),
 ]
-AutoencoderOption = Annotated[str, typer.Option("--autoencoder", help="Finished autoencoder.")]
+AutoencoderOption = Annotated[str, typer.Option("--autoencoder", metavar="DIR", help="Finished autoencoder.")]
 WorkersOption = Annotated[
     int | None,
-    typer.Option("--num-workers", min=1, help="Workers that compute; default: one for each GPU, or one. More use Ray."),
+    typer.Option(
+        "--workers", metavar="N", min=1, help="Workers. Default: one per GPU, or one. More than one runs on Ray."
+    ),
 ]
-TrainersOption = Annotated[
-    int | None,
-    typer.Option("--num-workers", min=1, help="Training workers on Ray; without it, this process, without Ray."),
-]
-WandbOption = Annotated[
-    str | None, typer.Option("--wandb", help="Project of Weights & Biases to log to as well; needs the extra wandb.")
-]
+TRAIN_WORKERS_HELP = "Training workers on Ray. Default: train in this process, without Ray."
+TrainersOption = Annotated[int | None, typer.Option("--workers", metavar="N", min=1, help=TRAIN_WORKERS_HELP)]
+TrainWorkersOption = Annotated[int | None, typer.Option("--train-workers", metavar="N", min=1, help=TRAIN_WORKERS_HELP)]
 CpusOption = Annotated[
     float | None,
-    typer.Option("--cpus-per-worker", min=0.1, help="CPUs for each worker; default 1 or its share."),
+    typer.Option(
+        "--cpus-per-worker", metavar="N", min=0.1, help="CPUs per worker. Default: 1, or an even share of the cores."
+    ),
 ]
 GpusOption = Annotated[
-    float | None, typer.Option("--gpus-per-worker", min=0, help="GPUs for each worker; default 1 if there is any.")
+    float | None,
+    typer.Option("--gpus-per-worker", metavar="N", min=0, help="GPUs per worker. Default: 1 if there are GPUs."),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--address", metavar="ADDRESS", help="Ray cluster to run on, for example `auto`. Default: this machine."
+    ),
+]
+StrategyOption = Annotated[
+    Literal["ddp", "fsdp2"] | None,
+    typer.Option("--strategy", help="ddp (default): every worker holds the model. fsdp2: the model is sharded."),
+]
+WandbOption = Annotated[
+    str | None, typer.Option("--wandb", metavar="PROJECT", help="Also log to Weights & Biases (extra: wandb).")
+]
+StoreDtypeOption = Annotated[
+    StoreDtype | None, typer.Option("--store-dtype", help="int8 takes less than half the space of float16.")
 ]
 MaxRejectsOption = Annotated[
-    float, typer.Option("--max-rejects", min=0, max=1, help="Share of images that may be unusable before it stops.")
+    float,
+    typer.Option(
+        "--max-rejects",
+        metavar="FRACTION",
+        min=0,
+        max=1,
+        help="Stop when more than this fraction of images is unusable.",
+    ),
 ]
+StepsOption = Annotated[
+    str | None, typer.Option("--steps", metavar="N,N,…", help="Sampling steps, for example 5,10,25.")
+]
+GuidanceOption = Annotated[
+    str | None, typer.Option("--guidance", metavar="W,W,…", help="Guidance scales, for example 1.0,1.5.")
+]
+EmaOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ema", metavar="DECAY|ema|raw", help="Weights: an EMA decay (0.9999), ema (the recipe's first) or raw."
+    ),
+]
+GuideOption = Annotated[
+    str | None,
+    typer.Option("--guide", metavar="DIR", help="Autoguidance by a worse model, or checkpoint, of the same cache."),
+]
+PoolOption = Annotated[
+    str | None,
+    typer.Option(
+        "--pool", metavar="DIR", help="Directory of latents and features that runs share. Default: next to the output."
+    ),
+]
+NpzOption = Annotated[bool, typer.Option("--npz", help="Also write the samples as .npz for the ADM evaluator.")]
+PngOption = Annotated[bool, typer.Option("--png", help="Also write the samples as .png files.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-HtmlOption = Annotated[str | None, typer.Option("--html", help="Also write a page to look at.")]
-AddressOption = Annotated[
-    str | None, typer.Option("--address", help="Ray cluster to run on, as `auto`; without it, this machine.")
-]
+HtmlOption = Annotated[str | None, typer.Option("--html", metavar="FILE", help="Also write an HTML page.")]
+
+
+def overrides_with(
+    overrides: list[str] | None,
+    *,
+    holdout: float | None = None,
+    store_dtype: str | None = None,
+    steps: str | None = None,
+    guidance: str | None = None,
+    ema: str | None = None,
+) -> list[str]:
+    """The values of --set, then those of options that are short for a key of the recipe."""
+    values = {
+        "shard.holdout": holdout,
+        "extract.store_dtype": store_dtype,
+        "evaluation.steps": None if steps is None else f"[{steps}]",
+        "evaluation.guidance": None if guidance is None else f"[{guidance}]",
+        "evaluation.weights": None if ema is None else f'"{ema}"',
+    }
+    return [*(overrides or []), *(f"{key}={value}" for key, value in values.items() if value is not None)]
 
 
 def read_class_names(path: Path | None) -> list[str] | None:
@@ -88,7 +172,7 @@ def trainers_of(num_workers: int | None, **others: object) -> Resources | None:
         for name, value in others.items():
             if value is not None:
                 option = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{option}: training runs in this process unless --num-workers says how many workers.")
+                raise UsageError(f"{option}: needs --workers N. Without it, training runs in this process.")
         return None
     cpus, gpus = others.get("cpus_per_worker"), others.get("gpus_per_worker")
     assert isinstance(cpus, float | None) and isinstance(gpus, float | None)

@@ -1,10 +1,13 @@
-"""All stages in order, in one working directory; what is finished and unchanged is skipped."""
+"""All stages in order, in one working directory. Finished, unchanged stages are skipped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+
+import typer
 
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.errors import UsageError
@@ -12,14 +15,16 @@ from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import MANIFEST_NAME, Manifest
 from svgpipe.manifests.recipe import Recipe
 from svgpipe.manifests.shards import ShardSet
+from svgpipe.stages.evaluate.export_images import export_npz, export_png
 from svgpipe.stages.evaluate.reference import shard_reference
 from svgpipe.stages.evaluate.stage import sample_and_eval
-from svgpipe.stages.extract.stage import extract
+from svgpipe.stages.extract.stage import MAX_REJECTS, extract
 from svgpipe.stages.runtime.progress import Progress
 from svgpipe.stages.runtime.resources import Resources
 from svgpipe.stages.shard.from_folder import shard
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
 from svgpipe.stages.train_diffusion.stage import train_diffusion
+from svgpipe.stages.training.distributed import Strategy
 
 from .cluster import runner_for, training_cluster
 from .demo import write_photographs
@@ -29,56 +34,85 @@ DEMO_SOURCE = "demo-photographs"
 STAGES = ("shards", "autoencoder", "cache", "diffusion", "evaluation")  # directories in a working directory
 
 
-def run_recipe(
-    recipe: Recipe,
-    workdir: Location,
-    *,
-    source: str | None = None,
-    resources: Resources | None = None,
-    trainers: Resources | None = None,
-    address: str | None = None,
-    progress: Progress,
-) -> Location:
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of `svgpipe run` that are not part of the recipe.
+
+    Attributes:
+        source: image folder; None: the recipe's.
+        resources: of the workers that extract and sample.
+        trainers: of the training workers; None trains in this process.
+        address: of a Ray cluster; None is this machine, with Ray only where it is needed.
+        guide, pool, strategy, wandb_project, max_rejects: as in the stages.
+        npz, png: also write the samples in these formats.
+    """
+
+    source: str | None = None
+    resources: Resources = field(default_factory=Resources)
+    trainers: Resources | None = None
+    address: str | None = None
+    strategy: Strategy = "ddp"
+    wandb_project: str | None = None
+    max_rejects: float = MAX_REJECTS
+    guide: Location | None = None
+    pool: Location | None = None
+    npz: bool = False
+    png: bool = False
+
+
+def run_recipe(recipe: Recipe, workdir: Location, options: RunOptions, progress: Progress) -> Location:
     """Run every stage of `recipe` in `workdir`; returns the report's path. Run again to resume.
 
-    Args:
-        source: image folder, instead of the recipe's.
-        resources: of the workers that extract and sample.
-        trainers: of those that train; None trains in this process.
-        address: of a Ray cluster; None is this machine, with Ray only where it is needed.
     Raises:
-        UsageError: no source is named anywhere. Whatever the stages raise.
+        UsageError: no image folder is given. All errors of the stages.
     """
-    resources = resources or Resources()
-    images = _find_source(source or recipe.source, workdir)
+    images = _write_demo_source(options.source or recipe.source, workdir)
     tars, encoder, cache, model, evaluation = (workdir / name for name in STAGES)
     _stage(tars, progress, lambda: shard(images, tars, recipe.shard, progress=progress))
     shards = ShardSet.open(tars)
-    with training_cluster(trainers, address):
-        train = partial(train_autoencoder, resources=trainers, progress=progress)
+    trainers, wandb = options.trainers, options.wandb_project
+    with training_cluster(trainers, options.address):
+        train = partial(train_autoencoder, resources=trainers, wandb_project=wandb, progress=progress)
         _stage(encoder, progress, lambda: train(shards, encoder, recipe.autoencoder))
-    with runner_for(resources, address) as runner:
-        encode = partial(extract, runner=runner, progress=progress)
+    with runner_for(options.resources, options.address) as runner:
+        encode = partial(extract, max_rejects=options.max_rejects, runner=runner, progress=progress)
         _stage(cache, progress, lambda: encode(shards, encoder, cache, recipe.extract))
-    with training_cluster(trainers, address):
-        learn = partial(train_diffusion, autoencoder=encoder, resources=trainers, progress=progress)
+    with training_cluster(trainers, options.address):
+        learn = partial(train_diffusion, resources=trainers, wandb_project=wandb, progress=progress)
+        learn = partial(learn, autoencoder=encoder, strategy=options.strategy)
         _stage(model, progress, lambda: learn(FeatureCache(cache), model, recipe.diffusion))
     reference = shard_reference(shards)
-    with runner_for(resources, address) as runner:
-        evaluate = partial(sample_and_eval, runner=runner, progress=progress)
+    with runner_for(options.resources, options.address) as runner:
+        evaluate = partial(sample_and_eval, guide=options.guide, pool=options.pool, runner=runner, progress=progress)
         _stage(evaluation, progress, lambda: evaluate(model, encoder, reference, evaluation, recipe.evaluation))
+        export_samples(evaluation, npz=options.npz, png=options.png, progress=progress)
     return render_report(evaluation, encoder, model, reference)
 
 
-def _find_source(source: str | None, workdir: Location) -> Path:
+def export_samples(evaluation: Location, *, npz: bool, png: bool, progress: Progress) -> None:
+    """Write the samples of a finished evaluation in the formats that are asked for, and say where."""
+    written = [*(export_npz(evaluation, progress) if npz else []), *(export_png(evaluation, progress) if png else [])]
+    for path in written:
+        typer.echo(f"images: {path}")
+
+
+def source_folder(source: str | None, workdir: Location) -> Path:
+    """Where the images lie, or will lie. Raises UsageError if no folder is given."""
     if source is None:
-        raise UsageError("no images: name a folder with --source DIR, or as `source:` in the recipe.")
+        raise UsageError("no images: give a folder with --source DIR, or as `source:` in the recipe.")
+    if source != DEMO_SOURCE:
+        return Path(source)
+    if not isinstance(workdir, Path):
+        raise UsageError(f"{workdir}: the demo writes its photographs to the working directory; give a folder.")
+    return workdir / "photographs"
+
+
+def _write_demo_source(source: str | None, workdir: Location) -> Path:
+    folder = source_folder(source, workdir)
     if source == DEMO_SOURCE:
-        if not isinstance(workdir, Path):
-            raise UsageError(f"{workdir}: the demo draws its photographs into the working directory; give a folder.")
-        workdir.mkdir(parents=True, exist_ok=True)
-        return write_photographs(workdir / "photographs")
-    return Path(source)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_photographs(folder)
+    return folder
 
 
 def _stage(out: Location, progress: Progress, job: Callable[[], Manifest]) -> None:

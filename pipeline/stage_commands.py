@@ -1,4 +1,4 @@
-"""One command per stage, and those that run all of them. Thin: parse, open inputs, call one stage, say the result.
+"""One command per stage. Thin: parse, open inputs, call one stage, print the result.
 
 Stages are imported inside the commands: `svgpipe --help` must not load torch, and training from a cache must not
 load timm or webdataset.
@@ -6,9 +6,8 @@ load timm or webdataset.
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,149 +15,151 @@ from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.filesystem import location
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet, expand
-from svgpipe.manifests.store_spec import StoreDtype
 
 from .console import ConsoleProgress
 from .options import (
+    STAGES,
     AddressOption,
     AutoencoderOption,
     CpusOption,
+    EmaOption,
     GpusOption,
+    GuidanceOption,
+    GuideOption,
+    HoldoutOption,
     MaxRejectsOption,
+    NpzOption,
     OutOption,
+    PngOption,
+    PoolOption,
+    ProcessesOption,
     RecipeOption,
     SetOption,
     ShardsOption,
+    StepsOption,
+    StoreDtypeOption,
+    StrategyOption,
     TrainersOption,
     WandbOption,
     WorkersOption,
+    overrides_with,
     read_class_names,
     resources_of,
     trainers_of,
 )
 from .tables import show_timings
 
+if TYPE_CHECKING:
+    from svgpipe.manifests.shards import ShardSetManifest
+
 app = typer.Typer()
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def shard(
     source: Annotated[Path, typer.Argument(help="Folder of class folders with JPEG, PNG or WebP images.")],
-    out: Annotated[str, typer.Argument(help="Shard set to create or resume.")],
+    out: OutOption,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
-    holdout: Annotated[
-        float | None, typer.Option(min=0, max=0.99, help="Fraction of every class kept out of training.")
-    ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one per core.")] = 0,
+    holdout: HoldoutOption = None,
+    workers: ProcessesOption = None,
 ) -> None:
-    """Image folder → WebDataset tars with an index. Run again to resume."""
+    """Pack an image folder into WebDataset tars with an index."""
     from svgpipe.stages.shard.from_folder import shard as run_stage
 
-    extra = [] if holdout is None else [f"shard.holdout={holdout}"]
-    config = load_recipe(recipe, [*(overrides or []), *extra]).shard
+    config = load_recipe(recipe, overrides_with(overrides, holdout=holdout)).shard
     with ConsoleProgress() as progress:
-        manifest = run_stage(source, location(out), config, workers=workers, progress=progress)
-    typer.echo(
-        f"{out}: {manifest.num_images} images of {len(manifest.class_names)} classes in {len(manifest.shards)} tars; "
-        f"{manifest.num_inputs} inputs = {manifest.num_images} stored + {manifest.num_rejected} rejected"
-        + (f" (see {out}/rejected.jsonl)" if manifest.num_rejected else "")
-    )
+        manifest = run_stage(source, location(out), config, processes=workers, progress=progress)
+    typer.echo(_shard_set_line(out, manifest))
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def index(
-    tars: Annotated[str, typer.Argument(help="Tars that others made: 'path/train-{0000..1023}.tar'.")],
-    out: Annotated[str, typer.Argument(help="Shard set to create or resume; the tars stay where they are.")],
-    heldout: Annotated[str | None, typer.Option("--heldout", help="Tars of images kept out of training.")] = None,
-    label_field: Annotated[str, typer.Option("--label-field", help="Label in KEY.json; a.b is nested.")] = "label",
-    class_names: Annotated[Path | None, typer.Option("--class-names", help="One class name per line.")] = None,
+    tars: Annotated[str, typer.Argument(help="Existing tars: 'path/train-{0000..1023}.tar'.")],
+    out: OutOption,
+    heldout: Annotated[
+        str | None, typer.Option("--heldout", metavar="TARS", help="Tars of images kept out of training.")
+    ] = None,
+    label_field: Annotated[
+        str, typer.Option("--label-field", metavar="NAME", help="Label in KEY.json; a.b is nested.")
+    ] = "label",
+    class_names: Annotated[
+        Path | None, typer.Option("--class-names", metavar="FILE", help="Class names, one per line.")
+    ] = None,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every image now, not only its header.")] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one per core.")] = 0,
+    workers: ProcessesOption = None,
 ) -> None:
-    """Tars made by others → a shard set that refers to them. Run again to resume."""
+    """Index existing WebDataset tars in place."""
     from svgpipe.stages.shard.from_tars import IndexConfig, index_tars
 
     names = read_class_names(class_names)
     config = IndexConfig(label_field, None if names is None else tuple(names), decode)
+    train, held_out = expand(tars), [] if heldout is None else expand(heldout)
     with ConsoleProgress() as progress:
-        manifest = index_tars(
-            expand(tars),
-            [] if heldout is None else expand(heldout),
-            location(out),
-            config,
-            processes=workers or None,
-            progress=progress,
-        )
-    typer.echo(
+        manifest = index_tars(train, held_out, location(out), config, processes=workers, progress=progress)
+    typer.echo(_shard_set_line(out, manifest))
+
+
+def _shard_set_line(out: str, manifest: ShardSetManifest) -> str:
+    """What became of the inputs."""
+    rejected = f" (see {out}/rejected.jsonl)" if manifest.num_rejected else ""
+    return (
         f"{out}: {manifest.num_images} images of {len(manifest.class_names)} classes in {len(manifest.shards)} tars; "
-        f"{manifest.num_inputs} inputs = {manifest.num_images} usable + {manifest.num_rejected} rejected"
-        + (f" (see {out}/rejected.jsonl)" if manifest.num_rejected else "")
+        f"{manifest.num_inputs} inputs = {manifest.num_images} usable + {manifest.num_rejected} rejected{rejected}"
     )
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def train_autoencoder(
     shards: ShardsOption,
     out: OutOption,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
-    num_workers: TrainersOption = None,
+    workers: TrainersOption = None,
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
     wandb: WandbOption = None,
 ) -> None:
-    """Residual encoder and decoder beside the frozen backbone. Run again to resume."""
+    """Train the residual encoder and the decoder; the backbone stays frozen."""
     from svgpipe.stages.train_autoencoder.stage import train_autoencoder as run_stage
 
     from .cluster import training_cluster
 
     config = load_recipe(recipe, overrides or []).autoencoder
     opened = ShardSet.open(shards)
-    resources = trainers_of(
-        num_workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, address=address
-    )
+    resources = trainers_of(workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, address=address)
     with training_cluster(resources, address), ConsoleProgress() as progress:
         manifest = run_stage(opened, location(out), config, resources=resources, wandb_project=wandb, progress=progress)
     psnr = "not measured" if manifest.heldout_psnr is None else f"{manifest.heldout_psnr:.2f} dB"
     typer.echo(f"{out}: autoencoder {manifest.fingerprint[:12]}, held-out PSNR {psnr}")
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def extract(
     shards: ShardsOption,
     autoencoder: AutoencoderOption,
     out: OutOption,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
-    num_workers: WorkersOption = None,
+    workers: WorkersOption = None,
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
-    store_dtype: Annotated[
-        StoreDtype | None, typer.Option("--store-dtype", help="int8 takes less than half the bytes of float16.")
-    ] = None,
+    store_dtype: StoreDtypeOption = None,
     max_rejects: MaxRejectsOption = 0.001,
 ) -> None:
-    """Shard set → normalised feature cache, on Ray workers. Run again to resume."""
+    """Encode a shard set into a normalised feature cache."""
     from svgpipe.stages.extract.stage import extract as run_stage
 
     from .cluster import runner_for
 
-    extra = [] if store_dtype is None else [f"extract.store_dtype={store_dtype}"]
-    config = load_recipe(recipe, [*(overrides or []), *extra]).extract
-    opened = ShardSet.open(shards)
-    resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
+    config = load_recipe(recipe, overrides_with(overrides, store_dtype=store_dtype)).extract
+    opened, encoder, directory = ShardSet.open(shards), location(autoencoder), location(out)
+    resources = resources_of(workers, cpus_per_worker, gpus_per_worker)
     with runner_for(resources, address) as runner, ConsoleProgress() as progress:
         manifest = run_stage(
-            opened,
-            location(autoencoder),
-            location(out),
-            config,
-            max_rejects=max_rejects,
-            runner=runner,
-            progress=progress,
+            opened, encoder, directory, config, max_rejects=max_rejects, runner=runner, progress=progress
         )
     show_timings(manifest.timings)
     rows, columns, channels = manifest.feature_shape
@@ -168,40 +169,32 @@ def extract(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def train_diffusion(
-    cache: Annotated[str, typer.Option("--cache", help="Finished feature cache; nothing else is needed.")],
+    cache: Annotated[str, typer.Option("--cache", metavar="DIR", help="Finished feature cache. Nothing else is read.")],
     out: OutOption,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     autoencoder: Annotated[
-        str | None, typer.Option("--autoencoder", help="Only for sample grids while training.")
+        str | None,
+        typer.Option("--autoencoder", metavar="DIR", help="Decodes sample grids during training. Default: no grids."),
     ] = None,
-    num_workers: TrainersOption = None,
+    workers: TrainersOption = None,
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
-    strategy: Annotated[
-        Literal["ddp", "fsdp2"] | None,
-        typer.Option("--strategy", help="Several workers: each holds the model (default), or a part of it."),
-    ] = None,
+    strategy: StrategyOption = None,
     address: AddressOption = None,
     wandb: WandbOption = None,
 ) -> None:
-    """Diffusion transformer, purely from the cache. Run again to resume."""
+    """Train the diffusion transformer from the cache alone."""
     from svgpipe.stages.train_diffusion.stage import train_diffusion as run_stage
 
     from .cluster import training_cluster
 
     config = load_recipe(recipe, overrides or []).diffusion
-    opened = FeatureCache(cache)
-    decoder = None if autoencoder is None else location(autoencoder)
-    resources = trainers_of(
-        num_workers,
-        cpus_per_worker=cpus_per_worker,
-        gpus_per_worker=gpus_per_worker,
-        strategy=strategy,
-        address=address,
-    )
+    opened, decoder = FeatureCache(cache), None if autoencoder is None else location(autoencoder)
+    asked = {"cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
+    resources = trainers_of(workers, **asked, strategy=strategy, address=address)
     with training_cluster(resources, address), ConsoleProgress() as progress:
         manifest = run_stage(
             opened,
@@ -217,52 +210,42 @@ def train_diffusion(
     typer.echo(f"{out}: diffusion model {manifest.fingerprint[:12]}, held-out loss {loss}")
 
 
-def _numbers(text: str | None, name: str) -> list[str]:
-    return [] if text is None else [f"evaluation.{name}=[{text}]"]
-
-
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def sample_and_eval(
-    diffusion: Annotated[str, typer.Option("--diffusion", help="Finished diffusion model.")],
+    diffusion: Annotated[str, typer.Option("--diffusion", metavar="DIR", help="Finished diffusion model.")],
     autoencoder: AutoencoderOption,
     reference: Annotated[
         str,
         typer.Option(
-            "--reference", help="What to measure against: shard set, image folder, or .npz with mu and sigma."
+            "--reference", metavar="PATH", help="Real images: a shard set, an image folder, or .npz with mu and sigma."
         ),
     ],
     out: OutOption,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
-    steps: Annotated[str | None, typer.Option("--steps", help="For example 5,10,25.")] = None,
-    guidance: Annotated[str | None, typer.Option("--guidance", help="For example 1.0,1.5.")] = None,
-    weights: Annotated[str | None, typer.Option("--ema", help="ema-DECAY, ema (the recipe's first) or raw.")] = None,
-    guide: Annotated[
-        str | None, typer.Option("--guide", help="Autoguidance by a worse model, or checkpoint, of the same cache.")
-    ] = None,
-    npz: Annotated[bool, typer.Option("--npz", help="Also the samples as .npz files for the ADM evaluator.")] = False,
-    png: Annotated[bool, typer.Option("--png", help="Also the samples as folders of .png files.")] = False,
-    pool: Annotated[
-        str | None, typer.Option("--pool", help="Where latents and features are kept and found; default: beside --out.")
-    ] = None,
-    num_workers: WorkersOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    ema: EmaOption = None,
+    guide: GuideOption = None,
+    npz: NpzOption = False,
+    png: PngOption = False,
+    pool: PoolOption = None,
+    workers: WorkersOption = None,
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
 ) -> None:
-    """A sweep of steps and guidance: latents, images, distances, report. Run again to resume."""
-    from svgpipe.stages.evaluate.export_images import export_npz, export_png
+    """Sample, decode and measure a sweep of steps and guidance; write a report."""
     from svgpipe.stages.evaluate.reference import open_reference
     from svgpipe.stages.evaluate.stage import sample_and_eval as run_stage
 
     from .cluster import runner_for
     from .report import render_report
+    from .run import export_samples
 
-    extra = _numbers(steps, "steps") + _numbers(guidance, "guidance")
-    extra += [] if weights is None else [f'evaluation.weights="{weights}"']
-    config = load_recipe(recipe, [*(overrides or []), *extra]).evaluation
+    config = load_recipe(recipe, overrides_with(overrides, steps=steps, guidance=guidance, ema=ema)).evaluation
     opened = open_reference(reference)
-    resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
+    resources = resources_of(workers, cpus_per_worker, gpus_per_worker)
     model, decoder, directory = location(diffusion), location(autoencoder), location(out)
     with runner_for(resources, address) as runner, ConsoleProgress() as progress:
         run_stage(
@@ -276,58 +259,5 @@ def sample_and_eval(
             runner=runner,
             progress=progress,
         )
-        written = [*(export_npz(directory, progress) if npz else []), *(export_png(directory, progress) if png else [])]
-    for path in written:
-        typer.echo(f"images: {path}")
+        export_samples(directory, npz=npz, png=png, progress=progress)
     typer.echo(f"report: {render_report(directory, decoder, model, opened)}")
-
-
-@app.command()
-def run(
-    recipe: Annotated[str, typer.Argument(help="Built-in recipe or a .yaml file.")],
-    workdir: Annotated[str, typer.Option("--workdir", help="Holds one directory per stage.")],
-    source: Annotated[str | None, typer.Option("--source", help="Image folder, instead of the recipe's.")] = None,
-    overrides: SetOption = None,
-    num_workers: WorkersOption = None,
-    train_workers: Annotated[
-        int | None, typer.Option("--train-workers", min=1, help="Training workers on Ray; without it, this process.")
-    ] = None,
-    cpus_per_worker: CpusOption = None,
-    gpus_per_worker: GpusOption = None,
-    address: AddressOption = None,
-) -> None:
-    """All stages in order, skipping what is finished and unchanged. Run again to resume."""
-
-    from .run import run_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
-    resources = resources_of(num_workers, cpus_per_worker, gpus_per_worker)
-    trainers = None if train_workers is None else resources_of(train_workers, cpus_per_worker, gpus_per_worker)
-    with ConsoleProgress() as progress:
-        report = run_recipe(
-            loaded,
-            location(workdir),
-            source=source,
-            resources=resources,
-            trainers=trainers,
-            address=address,
-            progress=progress,
-        )
-    typer.echo(f"report: {report}")
-
-
-@app.command()
-def demo(
-    workdir: Annotated[str, typer.Option("--workdir", help="Holds one directory per stage.")] = "runs/demo",
-    overrides: SetOption = None,
-) -> None:
-    """The whole pipeline on eight photographs, on a CPU, with no account and no download."""
-    run(recipe="demo", workdir=workdir, overrides=overrides)
-    work = shlex.quote(workdir)
-    rebuilt = f"--autoencoder {work}/autoencoder --shards {work}/shards --out {work}/reconstruction"
-    typer.echo(
-        "to look further (the last one fetches the weights of LPIPS, where there is a network):\n"
-        f"  svgpipe probe {work}/cache --html {work}/probe.html\n"
-        f"  svgpipe analyze {work}/cache --diffusion {work}/diffusion --html {work}/analysis.html\n"
-        f"  svgpipe eval-reconstruction {rebuilt} --recipe demo"
-    )

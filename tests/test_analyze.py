@@ -165,7 +165,7 @@ def test_the_deviation_has_an_interval_over_the_samples() -> None:
 
 def test_analyze_real_caches_side_by_side(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
     cache, small = finished.root / "cache", tmp_path / "int8"
-    assert svgpipe("requantize", cache, small).code == 0
+    assert svgpipe("requantize", cache, "--out", small).code == 0
     page = tmp_path / "analysis.html"
     model = finished.root / "diffusion"
     done = svgpipe("analyze", cache, small, "--diffusion", model, "--html", page, "--json")
@@ -192,7 +192,7 @@ def test_a_model_of_another_cache_is_refused(
     finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = tmp_path / "int8"
-    assert svgpipe("requantize", finished.root / "cache", small).code == 0
+    assert svgpipe("requantize", finished.root / "cache", "--out", small).code == 0
     done = svgpipe("analyze", small, "--diffusion", finished.root / "diffusion")
     assert done.code == 1 and "none of those given" in done.err
     monkeypatch.setattr(analyze_stage, "MAX_IMAGES", 20)

@@ -27,7 +27,7 @@ def small(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from svgpipe.pipeline.cli import main
 
     out = tmp_path_factory.mktemp("small") / "cache"
-    arguments = ["requantize", finished.root / "cache", out, "--diffusion", finished.root / "diffusion"]
+    arguments = ["requantize", finished.root / "cache", "--out", out, "--diffusion", finished.root / "diffusion"]
     assert main([str(a) for a in arguments]) == 0
     return out
 
@@ -66,18 +66,18 @@ def test_a_small_cache_is_as_good_as_any_other(
     file.write_bytes(file.read_bytes()[:-7])
     assert svgpipe("repair", copy).code == 0
     assert tree_bytes(copy, "features/**/*", "journal/*", "*/c/*") == before
-    back = svgpipe("requantize", small, tmp_path / "back", "--store-dtype", "float16")
+    back = svgpipe("requantize", small, "--out", tmp_path / "back", "--store-dtype", "float16")
     assert back.code == 0, back.err
     np.testing.assert_allclose(
         FeatureCache(tmp_path / "back").read([3]), FeatureCache(small).read([3]), rtol=2e-3, atol=1e-4
     )
-    itself = svgpipe("requantize", small, small, "--store-dtype", "float16")
+    itself = svgpipe("requantize", small, "--out", small, "--store-dtype", "float16")
     assert itself.code == 2
     assert "is the cache itself" in itself.err
-    same = svgpipe("requantize", small, tmp_path / "none", "--store-dtype", "int8")
+    same = svgpipe("requantize", small, "--out", tmp_path / "none", "--store-dtype", "int8")
     assert same.code == 2
     assert "is stored as int8 already" in same.err
-    wrong = svgpipe("requantize", small, tmp_path / "none", "--store-dtype", "float8")
+    wrong = svgpipe("requantize", small, "--out", tmp_path / "none", "--store-dtype", "float8")
     assert wrong.code == 2
     assert "not one of" in wrong.err
 

@@ -22,7 +22,7 @@ from .conftest import SMALL_UNITS, STORE, Finished, Outcome, begin_calibrated, e
 
 KILLS = int(os.environ.get("SVGPIPE_KILLS", "5"))
 SEED = 20261122
-ON_RAY = ("--num-workers", 2, "--cpus-per-worker", 0.7)
+ON_RAY = ("--workers", 2, "--cpus-per-worker", 0.7)
 
 
 def require_undisturbed(out: Path, undisturbed: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from pathlib import Path
 import pytest
 
 from svgpipe.manifests.checkpoint import CheckpointStore
+from svgpipe.manifests.recipe_loader import builtin_names, load_recipe
 from svgpipe.pipeline.cli import main
 
 from .conftest import Finished, Outcome
 
 STAGES = ("shards", "autoencoder", "cache", "diffusion", "evaluation")
+STAGE_COMMANDS = ("shard", "train-autoencoder", "extract", "train-diffusion", "sample-and-eval")
 
 
 def test_run_again_skips_everything(finished: Finished, photographs: Path, svgpipe: Callable[..., Outcome]) -> None:
@@ -106,7 +109,7 @@ def test_a_manifest_of_a_newer_schema(finished: Finished, tmp_path: Path, svgpip
         (["extract", "--shards", "x/{a.tar", "--autoencoder", "a", "--out", "o"], ["braces"]),
         (["run", "no-such-recipe", "--workdir", "w"], ["no-such-recipe", "expected one of demo"]),
         (["run", "demo", "--workdir", "w", "--set", "diffusion.stepz=1"], ["did you mean diffusion.steps"]),
-        (["shard", "a", "b", "--holdout", "2"], ["holdout"]),
+        (["shard", "a", "--out", "b", "--holdout", "2"], ["holdout"]),
     ],
 )
 def test_usage_errors_exit_with_2(svgpipe: Callable[..., Outcome], arguments: list[str], words: list[str]) -> None:
@@ -152,3 +155,74 @@ def test_the_console_script_and_its_version() -> None:
     found = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert found.stdout.startswith("svgpipe ")
     assert main(["--help"]) == 0
+
+
+def dry_run(svgpipe: Callable[..., Outcome], *arguments: object) -> Outcome:
+    return svgpipe("run", *arguments, "--dry-run")
+
+
+def actions(found: Outcome) -> dict[str, str]:
+    """Action of every stage in the table of a dry run."""
+    rows = [line.split() for line in found.out.splitlines()]
+    return {row[0]: row[1] for row in rows if row and row[0] in STAGES}
+
+
+def test_a_dry_run_of_a_finished_pipeline_skips_everything(
+    finished: Finished, photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    work = ["--workdir", finished.root, "--source", photographs]
+    assert actions(dry_run(svgpipe, finished.recipe_file, *work)) == dict.fromkeys(STAGES, "skip")
+    changed = dry_run(svgpipe, finished.recipe_file, *work, "--steps", "1,3", "--guidance", "1.0")
+    assert changed.code == 1
+    assert actions(changed) == dict.fromkeys(STAGES[:4], "skip") | {"evaluation": "refuse"}
+    assert "config.steps: [1, 2] there, [1, 3] here" in changed.err
+    early = dry_run(svgpipe, finished.recipe_file, *work, "--holdout", "0.4")
+    assert actions(early) == {"shards": "refuse"} | dict.fromkeys(STAGES[1:], "–")
+    new = dry_run(svgpipe, finished.recipe_file, "--workdir", tmp_path / "new", "--source", photographs)
+    assert new.code == 0
+    assert actions(new) == dict.fromkeys(STAGES, "run")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_dry_run_of_a_stopped_pipeline_names_the_stage_that_resumes(
+    finished: Finished, photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    shutil.copytree(finished.root, tmp_path / "work")
+    (tmp_path / "work" / "cache" / "manifest.json").unlink()
+    shutil.rmtree(tmp_path / "work" / "evaluation")
+    before = sorted((tmp_path / "work").rglob("*"))
+    found = dry_run(svgpipe, finished.recipe_file, "--workdir", tmp_path / "work", "--source", photographs)
+    expected = {"shards": "skip", "autoencoder": "skip", "cache": "resume", "diffusion": "–", "evaluation": "run"}
+    assert actions(found) == expected
+    assert sorted((tmp_path / "work").rglob("*")) == before
+
+
+def test_a_dry_run_of_the_demo_writes_no_photographs(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    found = svgpipe("demo", "--workdir", tmp_path / "demo", "--dry-run")
+    assert found.code == 0 and actions(found) == dict.fromkeys(STAGES, "run")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_printed_recipe_is_a_recipe(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    assert svgpipe("recipe").out.split() == builtin_names()
+    for name in builtin_names():
+        mine = tmp_path / f"{name}.yaml"
+        mine.write_text(svgpipe("recipe", name, "--set", "diffusion.steps=77").out)
+        assert load_recipe(str(mine)) == load_recipe(name, ["diffusion.steps=77"])
+    assert svgpipe("recipe", "no-such").code == 2
+
+
+def test_run_takes_the_options_of_every_stage(svgpipe: Callable[..., Outcome]) -> None:
+    """But those that name a stage's own inputs and output."""
+    own = {"--out", "--shards", "--autoencoder", "--cache", "--diffusion", "--reference", "--recipe"}
+    options = {name: set(re.findall(r"--[a-z-]+", svgpipe(name, "-h").out)) for name in ("run", *STAGE_COMMANDS)}
+    for name in STAGE_COMMANDS:
+        assert options[name] - own <= options["run"], name
+
+
+def test_help_groups_the_commands(svgpipe: Callable[..., Outcome]) -> None:
+    text = svgpipe("-h").out
+    titles = ["All stages", "Stages", "Look at artifacts", "Mend and convert", "Analyse"]
+    places = [text.index(f" {title} ─") for title in titles]
+    assert places == sorted(places)
+    assert "--install-completion" in text

@@ -22,7 +22,7 @@ NOTICES_DEATH_SOON = {
     "health_check_period_ms": 500,
     "health_check_failure_threshold": 3,
 }
-WORKERS = ["--num-workers", 2, "--cpus-per-worker", 0.7]
+WORKERS = ["--workers", 2, "--cpus-per-worker", 0.7]
 
 
 @pytest.fixture

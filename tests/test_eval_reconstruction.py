@@ -222,7 +222,7 @@ def test_what_cannot_be_evaluated_is_refused(
     finished: Finished, photographs: Path, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     recipe = ("--recipe", finished.recipe_file)
-    assert svgpipe("shard", photographs, tmp_path / "shards", *recipe, "--holdout", "0").code == 0
+    assert svgpipe("shard", photographs, "--out", tmp_path / "shards", *recipe, "--holdout", "0").code == 0
     assert not ShardSet.open(tmp_path / "shards").usable("heldout")
     given = arguments(finished, tmp_path / "out")
     given[given.index("--shards") + 1] = tmp_path / "shards"

@@ -174,7 +174,7 @@ def test_a_tar_cut_short_is_named(finished: Finished, tmp_path: Path, svgpipe: C
 def test_more_workers_than_the_machine_has_is_refused_and_does_not_hang(
     finished: Finished, ray_session: None, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    found = svgpipe(*extract_args(finished, tmp_path / "out", "--num-workers", 99, "--cpus-per-worker", 1))
+    found = svgpipe(*extract_args(finished, tmp_path / "out", "--workers", 99, "--cpus-per-worker", 1))
     assert found.code == 2
     assert "99 workers of 1 CPUs" in found.err
     found = svgpipe(*extract_args(finished, tmp_path / "out", "--gpus-per-worker", 64))
@@ -198,7 +198,7 @@ def test_dinov3_at_256_pixels_with_random_weights_asked_for(
         "extract": {"unit_rows": 2, "batch_size": 2, "calibration_images": 2, "views": ["original"]},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert svgpipe("shard", photographs, tmp_path / "all", "--set", "shard.images_per_shard=4").code == 0
+    assert svgpipe("shard", photographs, "--out", tmp_path / "all", "--set", "shard.images_per_shard=4").code == 0
     options = ["--recipe", tmp_path / "recipe.yaml", "--shards", tmp_path / "all" / "shard-000000.tar"]
     encoder = tmp_path / "autoencoder"
     assert svgpipe("train-autoencoder", *options, "--out", encoder).code == 0

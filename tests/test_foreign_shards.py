@@ -109,7 +109,7 @@ REASONS = {
 
 def test_every_image_member_is_accounted_for(foreign: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     out = tmp_path / "set"
-    found = svgpipe("index", f"{foreign}/train-{{0..1}}.tar", out, "--class-names", foreign / "names")
+    found = svgpipe("index", f"{foreign}/train-{{0..1}}.tar", "--out", out, "--class-names", foreign / "names")
     assert found.code == 0, found.err
     assert "16 inputs = 7 usable + 9 rejected" in found.out
     assert "train-1.tar: cut short or damaged after" in found.err
@@ -140,7 +140,7 @@ def test_every_image_member_is_accounted_for(foreign: Path, tmp_path: Path, svgp
     assert all({"tar", "offset", "reason"} <= set(reject) for reject in rejected)
     assert svgpipe("verify", out, "--deep").code == 0
     assert "2 to 3" in svgpipe("inspect", out).out  # images per class: rejects have no label, or do not count
-    deep = svgpipe("index", f"{foreign}/train-{{0..1}}.tar", tmp_path / "deep", "--decode")
+    deep = svgpipe("index", f"{foreign}/train-{{0..1}}.tar", "--out", tmp_path / "deep", "--decode")
     assert "16 inputs = 7 usable + 9 rejected" in deep.out  # 9.jpg is out, label 7 is a class where none are named
 
 
@@ -152,7 +152,7 @@ def test_they_are_extracted_like_our_own(
     refused = svgpipe("extract", "--shards", pattern, *options, "--out", tmp_path / "cache")
     assert refused.code == 1
     assert "svgpipe index" in refused.err
-    assert svgpipe("index", pattern, tmp_path / "set", "--class-names", foreign / "names").code == 0
+    assert svgpipe("index", pattern, "--out", tmp_path / "set", "--class-names", foreign / "names").code == 0
     options += ["--shards", tmp_path / "set", "--out", tmp_path / "cache"]
     refused = svgpipe("extract", *options)
     assert refused.code == 1
@@ -186,7 +186,7 @@ def test_what_is_no_plain_tar_is_refused_with_the_reason(
     tmp_path: Path, svgpipe: Callable[..., Outcome], content: bytes, words: str
 ) -> None:
     (tmp_path / "a.tar").write_bytes(content)
-    found = svgpipe("index", tmp_path / "a.tar", tmp_path / "out")
+    found = svgpipe("index", tmp_path / "a.tar", "--out", tmp_path / "out")
     assert found.code == 2
     assert words in found.err
     assert not (tmp_path / "out").exists()
@@ -215,7 +215,7 @@ def test_what_cannot_be_read_of_a_tar_is_accounted_for(tmp_path: Path, svgpipe: 
         "cut": (1, [(second.offset, "no readable header")]),
     }
     for name, (usable, lost) in expected.items():
-        found = svgpipe("index", tmp_path / f"{name}.tar", tmp_path / name)
+        found = svgpipe("index", tmp_path / f"{name}.tar", "--out", tmp_path / name)
         assert found.code == 0, found.err
         assert f"{usable + len(lost)} inputs = {usable} usable + {len(lost)} rejected" in found.out
         rejects = [json.loads(line) for line in (tmp_path / name / "rejected.jsonl").read_text().splitlines()]
@@ -226,7 +226,7 @@ def test_what_cannot_be_read_of_a_tar_is_accounted_for(tmp_path: Path, svgpipe: 
         assert svgpipe("verify", tmp_path / name, "--deep").code == 0
     damaged[148] ^= 1
     (tmp_path / "first.tar").write_bytes(damaged)
-    first = svgpipe("index", tmp_path / "first.tar", tmp_path / "first")
+    first = svgpipe("index", tmp_path / "first.tar", "--out", tmp_path / "first")
     assert first.code == 1
     assert "expected at least one usable image" in first.err
 
@@ -237,7 +237,7 @@ def test_an_absurd_label_is_a_reject(tmp_path: Path, svgpipe: Callable[..., Outc
     kind = "json" if label.startswith("[") else "cls"
     write(tmp_path / "a.tar", [*members, (f"1.{kind}", label.encode())])
     (tmp_path / "names").write_text("zero\none\n")
-    found = svgpipe("index", tmp_path / "a.tar", tmp_path / "out", "--class-names", tmp_path / "names")
+    found = svgpipe("index", tmp_path / "a.tar", "--out", tmp_path / "out", "--class-names", tmp_path / "names")
     assert found.code == 0, found.err
     assert "2 inputs = 1 usable + 1 rejected" in found.out
 
@@ -246,7 +246,7 @@ def test_an_absurd_label_is_a_reject(tmp_path: Path, svgpipe: Callable[..., Outc
     ("name", "words"), [("", "found a folder. Name its tars"), ("*.tar", "'*' is not expanded here")]
 )
 def test_what_names_no_tar_is_told_how(tmp_path: Path, svgpipe: Callable[..., Outcome], name: str, words: str) -> None:
-    found = svgpipe("index", tmp_path / name, tmp_path / "out")
+    found = svgpipe("index", tmp_path / name, "--out", tmp_path / "out")
     assert found.code == 2
     assert words in found.err
 
@@ -254,7 +254,7 @@ def test_what_names_no_tar_is_told_how(tmp_path: Path, svgpipe: Callable[..., Ou
 def test_numbers_among_names_are_refused(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     members = [("0.png", image("PNG", 0)), ("0.cls", b"3"), ("1.png", image("PNG", 1)), ("1.cls", b"cat")]
     write(tmp_path / "a.tar", members)
-    found = svgpipe("index", tmp_path / "a.tar", tmp_path / "out")
+    found = svgpipe("index", tmp_path / "a.tar", "--out", tmp_path / "out")
     assert found.code == 2
     assert "labels are numbers here and names there (as 3 and 'cat')" in found.err
 
@@ -267,12 +267,12 @@ def test_labels_by_name_and_nested_fields(tmp_path: Path, svgpipe: Callable[...,
             (f"{i}.json", json.dumps({"meta": {"class": name}}).encode()),
         ]
     write(tmp_path / "a.tar", members)
-    found = svgpipe("index", tmp_path / "a.tar", tmp_path / "out", "--label-field", "meta.class")
+    found = svgpipe("index", tmp_path / "a.tar", "--out", tmp_path / "out", "--label-field", "meta.class")
     assert found.code == 0, found.err
     shards = ShardSet.open(tmp_path / "out")
     assert shards.manifest.class_names == ["goldfish", "tench"]
     assert shards.rows.label.tolist() == [1, 0, 1]
-    none = svgpipe("index", tmp_path / "a.tar", tmp_path / "none")
+    none = svgpipe("index", tmp_path / "a.tar", "--out", tmp_path / "none")
     assert none.code == 1
     assert "expected at least one usable image" in none.err
     assert "no label" in none.err
@@ -284,7 +284,9 @@ def test_a_tar_of_the_held_out_split(finished: Finished, tmp_path: Path, svgpipe
     pattern = str(tars[0]).replace("000000", "{000000..000003}")
     names = tmp_path / "names"
     names.write_text("\n".join(finished.shards.manifest.class_names))
-    found = svgpipe("index", pattern, tmp_path / "out", "--heldout", tars[-1], "--class-names", names, "--workers", 2)
+    found = svgpipe(
+        "index", pattern, "--out", tmp_path / "out", "--heldout", tars[-1], "--class-names", names, "--workers", 2
+    )
     assert found.code == 0, found.err
     shards = ShardSet.open(tmp_path / "out")
     assert shards.manifest.num_heldout == finished.shards.manifest.num_heldout
@@ -321,5 +323,5 @@ def test_class_names_that_cannot_be_meant(
     """Names that stand there twice would give two classes one number."""
     if content is not None:
         (tmp_path / "names").write_bytes(content)
-    found = svgpipe("index", tmp_path / "a.tar", tmp_path / "out", "--class-names", tmp_path / "names")
+    found = svgpipe("index", tmp_path / "a.tar", "--out", tmp_path / "out", "--class-names", tmp_path / "names")
     assert found.code == 2 and words in found.err

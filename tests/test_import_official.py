@@ -307,7 +307,7 @@ def test_an_alignment_that_was_measured_anew_is_not_mixed_with_the_first(
     measured = json.loads((kept / "alignment.json").read_text())
     assert json.loads((cache / "alignment.json").read_text()) == measured
     assert str(round(measured["scalars"][0], 4)) in svgpipe("inspect", kept, "--json").out
-    assert svgpipe("requantize", cache, tmp_path / "small").code == 0
+    assert svgpipe("requantize", cache, "--out", tmp_path / "small").code == 0
     assert json.loads((tmp_path / "small" / "alignment.json").read_text()) == measured
     (other / "alignment.json").write_text(json.dumps({**measured, "scalars": [9.0, 9.0, 9.0, 9.0]}))
     shards = finished.root / "shards"
@@ -365,7 +365,7 @@ def test_importing_again_finds_it_and_other_files_are_refused(
     assert {entry["directory"] for entry in listed} == {"autoencoder", "diffusion"}
     useless = svgpipe("import-official", *autoencoder, "--out", tmp_path / "fresh", "--class-names", names)
     assert useless.code == 2 and "--diffusion" in useless.err
-    missing = svgpipe("export", tmp_path / "fresh" / "diffusion", tmp_path / "exported")
+    missing = svgpipe("export", tmp_path / "fresh" / "diffusion", "--out", tmp_path / "exported")
     assert missing.code == 2 and "it holds raw" in missing.err
 
 

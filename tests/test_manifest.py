@@ -14,13 +14,13 @@ from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.filesystem import write_atomic
 from svgpipe.manifests.manifest import (
     InputRef,
-    WorkDir,
     canonical_json,
     differing_fields,
     read_json,
     require_same,
     write_json,
 )
+from svgpipe.manifests.workdir import StageSpec, WorkDir
 from svgpipe.manifests.shards import ShardFile, ShardSetManifest
 
 JSON = st.recursive(
@@ -98,7 +98,7 @@ def test_damaged_or_foreign_manifests_are_refused(tmp_path: Path, change: dict[s
 def test_missing_unfinished_and_unparsable(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such directory"):
         ShardSetManifest.read(tmp_path / "none")
-    WorkDir(tmp_path / "begun", ShardSetManifest, {}, {}).close()
+    WorkDir(StageSpec(tmp_path / "begun", ShardSetManifest, {}, {})).close()
     with pytest.raises(ArtifactError, match=r"begun and not finished.*resumes"):
         ShardSetManifest.read(tmp_path / "begun")
     (tmp_path / "begun" / "manifest.json").write_text("{")
@@ -108,23 +108,23 @@ def test_missing_unfinished_and_unparsable(tmp_path: Path) -> None:
 
 def test_what_only_says_how_to_work_may_change_between_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ShardSetManifest, "MAY_CHANGE", frozenset({"batch_size"}))
-    WorkDir(tmp_path, ShardSetManifest, {"seed": 0, "batch_size": 8}, {}).close()
+    WorkDir(StageSpec(tmp_path, ShardSetManifest, {"seed": 0, "batch_size": 8}, {})).close()
     (tmp_path / "shard-000000.tar").write_text("hours of work")
-    with WorkDir(tmp_path, ShardSetManifest, {"seed": 0, "batch_size": 2}, {}) as work:
-        assert work.finished is None and work.config["batch_size"] == 2
+    with WorkDir(StageSpec(tmp_path, ShardSetManifest, {"seed": 0, "batch_size": 2}, {})) as work:
+        assert work.finished is None and work.spec.config["batch_size"] == 2
     for config in ({"seed": 1, "batch_size": 8}, {"seed": 0, "batch_size": 8, "more": 1}):
         with pytest.raises(MismatchError) as refused:
-            WorkDir(tmp_path, ShardSetManifest, config, {})
+            WorkDir(StageSpec(tmp_path, ShardSetManifest, config, {}))
         assert "batch_size" not in str(refused.value)
     done = example(config={"seed": 0, "batch_size": 2}).publish(tmp_path)
-    assert WorkDir(tmp_path, ShardSetManifest, {"seed": 0, "batch_size": 1}, {}).finished == done
+    assert WorkDir(StageSpec(tmp_path, ShardSetManifest, {"seed": 0, "batch_size": 1}, {})).finished == done
 
 
 def test_what_killed_writers_left_goes_when_work_begins_and_when_it_is_published(tmp_path: Path) -> None:
     """In every folder below: metadata of a store, units, journal records."""
     out = tmp_path / "out"
     left = [out / ".plan.json.0.partial", out / "features" / ".zarr.json.0.partial"]
-    WorkDir(out, ShardSetManifest, {}, {}).close()
+    WorkDir(StageSpec(out, ShardSetManifest, {}, {})).close()
 
     def leave() -> None:
         for path in left:
@@ -132,7 +132,7 @@ def test_what_killed_writers_left_goes_when_work_begins_and_when_it_is_published
             path.write_text("{")
 
     leave()
-    with WorkDir(out, ShardSetManifest, {}, {}) as work:
+    with WorkDir(StageSpec(out, ShardSetManifest, {}, {})) as work:
         assert not any(path.exists() for path in left)
         leave()
         work.publish(example(config={}, inputs={}))
@@ -142,32 +142,32 @@ def test_what_killed_writers_left_goes_when_work_begins_and_when_it_is_published
 def test_a_work_directory_resumes_its_own_work_only(tmp_path: Path) -> None:
     out = tmp_path / "out"
     ref = InputRef(kind="image-folder", fingerprint="one", path="p", config={})
-    with WorkDir(out, ShardSetManifest, {"seed": 3}, {"source": ref}) as work:
+    with WorkDir(StageSpec(out, ShardSetManifest, {"seed": 3}, {"source": ref})) as work:
         assert work.finished is None
     # Nothing was done under that plan yet, so another one may take its place.
     (out / ".plan.json.123.partial").write_text("{")
-    with WorkDir(out, ShardSetManifest, {"seed": 0}, {"source": ref}) as work:
+    with WorkDir(StageSpec(out, ShardSetManifest, {"seed": 0}, {"source": ref})) as work:
         assert work.finished is None
     (out / "shard-000000.tar").write_text("hours of work")
-    with WorkDir(out, ShardSetManifest, {"seed": 0}, {"source": ref}) as work:
+    with WorkDir(StageSpec(out, ShardSetManifest, {"seed": 0}, {"source": ref})) as work:
         assert work.finished is None
     with pytest.raises(MismatchError, match=r"config\.seed: 0 there, 1 here"):
-        WorkDir(out, ShardSetManifest, {"seed": 1}, {"source": ref})
+        WorkDir(StageSpec(out, ShardSetManifest, {"seed": 1}, {"source": ref}))
     other = ref.model_copy(update={"fingerprint": "two"})
     with pytest.raises(MismatchError, match=r'inputs\.source: "one" there, "two" here'):
-        WorkDir(out, ShardSetManifest, {"seed": 0}, {"source": other})
+        WorkDir(StageSpec(out, ShardSetManifest, {"seed": 0}, {"source": other}))
     done = example(config={"seed": 0}, inputs={"source": ref}).publish(out)
-    assert WorkDir(out, ShardSetManifest, {"seed": 0}, {"source": ref}).finished == done
+    assert WorkDir(StageSpec(out, ShardSetManifest, {"seed": 0}, {"source": ref})).finished == done
     with pytest.raises(MismatchError, match=done.fingerprint[:12]):
-        WorkDir(out, ShardSetManifest, {"seed": 1}, {"source": ref})
+        WorkDir(StageSpec(out, ShardSetManifest, {"seed": 1}, {"source": ref}))
 
 
 def test_a_work_directory_refuses_foreign_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ArtifactError, match="not svgpipe's"):
-        WorkDir(tmp_path, ShardSetManifest, {}, {})
+        WorkDir(StageSpec(tmp_path, ShardSetManifest, {}, {}))
     with pytest.raises(ArtifactError, match="found a file"):
-        WorkDir(tmp_path / "thesis.tex", ShardSetManifest, {}, {})
+        WorkDir(StageSpec(tmp_path / "thesis.tex", ShardSetManifest, {}, {}))
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 

@@ -156,7 +156,7 @@ def test_shards_are_written_and_read_there(
 ) -> None:
     out = bucket / "sharded"
     options = ["--recipe", finished.recipe_file, "--workers", 1]
-    made = svgpipe("shard", photographs, out, *options)
+    made = svgpipe("shard", photographs, "--out", out, *options)
     assert made.code == 0, made.err
     shards = ShardSet.open(f"{out}/shard-{{000000..000001}}.tar")
     assert shards.read_image(3) == finished.shards.read_image(3)

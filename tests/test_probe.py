@@ -124,7 +124,7 @@ def test_the_cache_alone_is_probed(finished: Finished, svgpipe: Callable[..., Ou
 def test_probe_with_a_validation_cache(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
     others = tmp_path / "shards"
     write_crops(tmp_path / "more", per_class=5)
-    assert svgpipe("shard", tmp_path / "more", others, "--recipe", finished.recipe_file).code == 0
+    assert svgpipe("shard", tmp_path / "more", "--out", others, "--recipe", finished.recipe_file).code == 0
     arguments = [str(a) for a in extract_args(finished, tmp_path / "validation")]
     arguments[arguments.index("--shards") + 1] = str(others)
     assert svgpipe(*arguments).code == 0

@@ -11,7 +11,7 @@ from .conftest import STORE, Finished, Outcome, extract_args, tree_bytes
 from .test_sample_and_eval import eval_args
 
 pytestmark = pytest.mark.slow
-TWO = ("--num-workers", 2, "--cpus-per-worker", 0.7)
+TWO = ("--workers", 2, "--cpus-per-worker", 0.7)
 
 
 def test_an_extraction(finished: Finished, ray_session: None, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:

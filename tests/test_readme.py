@@ -29,7 +29,7 @@ def blocks(language: str) -> list[str]:
 def test_python_blocks_run_against_a_cache(finished: Finished, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "demo").symlink_to(finished.root)
-    assert main(["export", str(finished.root / "diffusion"), str(tmp_path / "exported")]) == 0
+    assert main(["export", str(finished.root / "diffusion"), "--out", str(tmp_path / "exported")]) == 0
     found = blocks("python")
     assert len(found) == 3
     for code in found:

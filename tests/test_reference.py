@@ -124,7 +124,9 @@ def test_images_that_nobody_decoded_are_looked_at_before_anything_is_drawn(
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    indexed = [svgpipe("index", tmp_path / "set.tar", tmp_path / name, *more) for name, more in DECODED.items()]
+    indexed = [
+        svgpipe("index", tmp_path / "set.tar", "--out", tmp_path / name, *more) for name, more in DECODED.items()
+    ]
     assert all(found.code == 0 for found in indexed) and "4 usable" in indexed[0].out and "3 usable" in indexed[1].out
     out, pool = tmp_path / "out", ["--pool", tmp_path / "pool"]
     refused = svgpipe(*eval_args(finished, tmp_path / "headers", out, *pool))

@@ -85,7 +85,7 @@ def _huge_png(width: int, height: int) -> bytes:
 def test_every_input_is_stored_or_rejected_with_a_reason(
     zoo: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    found = svgpipe("shard", zoo, tmp_path / "out", "--workers", 1)
+    found = svgpipe("shard", zoo, "--out", tmp_path / "out", "--workers", 1)
     assert found.code == 0, found.err
     assert "21 inputs = 12 stored + 9 rejected" in found.out
     shards = ShardSet.open(tmp_path / "out")
@@ -162,7 +162,7 @@ def test_transparency_is_composed_over_white(tmp_path: Path) -> None:
 def test_bytes_do_not_depend_on_workers(photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     options = ["--set", "shard.images_per_shard=7", "--holdout", 0.2]
     for workers in (1, 2):
-        assert svgpipe("shard", photographs, tmp_path / str(workers), "--workers", workers, *options).code == 0
+        assert svgpipe("shard", photographs, "--out", tmp_path / str(workers), "--workers", workers, *options).code == 0
     one, two = (tree_bytes(tmp_path / n, "*.tar", "*.parquet", "rejected.jsonl") for n in "12")
     assert one == two
     assert len([name for name in one if name.endswith(".tar")]) == 6
@@ -190,7 +190,7 @@ def test_the_split_is_per_class_and_by_whole_tars(finished: Finished) -> None:
 
 
 def test_crop_stores_square_pngs(photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
-    assert svgpipe("shard", photographs, tmp_path / "out", "--workers", 1, "--set", "shard.crop=24").code == 0
+    assert svgpipe("shard", photographs, "--out", tmp_path / "out", "--workers", 1, "--set", "shard.crop=24").code == 0
     shards = ShardSet.open(tmp_path / "out")
     with Image.open(io.BytesIO(shards.read_image(0))) as image:
         assert (image.size, image.format) == ((24, 24), "PNG")
@@ -200,17 +200,17 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, svgpipe: Callabl
     source = write_crops(tmp_path / "source", per_class=80)
     options = ["--set", "shard.images_per_shard=10", "--workers", "1"]
     out, records = tmp_path / "killed", tmp_path / "killed" / "journal"
-    run_and_kill(["shard", source, out, *options], lambda: len(list(records.glob("*.json"))) >= 3)
+    run_and_kill(["shard", source, "--out", out, *options], lambda: len(list(records.glob("*.json"))) >= 3)
     done = len(list(records.glob("*.json")))
     assert 3 <= done < 24
     assert not (out / "manifest.json").exists()
     kept = {p.name: p.stat().st_mtime_ns for p in sorted(out.glob("*.tar"))[1 : done - 1]}
     (out / "shard-000000.tar").unlink()  # its record says that it is there
-    resumed = svgpipe("shard", source, out, *options)
+    resumed = svgpipe("shard", source, "--out", out, *options)
     assert resumed.code == 0, resumed.err
     assert f"({done - 1} done before)" in resumed.err
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
-    assert svgpipe("shard", source, tmp_path / "whole", *options).code == 0
+    assert svgpipe("shard", source, "--out", tmp_path / "whole", *options).code == 0
     patterns = ("*.tar", "*.parquet", "rejected.jsonl", "plan.json")
     assert tree_bytes(out, *patterns) == tree_bytes(tmp_path / "whole", *patterns)
     assert not list(out.glob("*.partial"))
@@ -221,7 +221,7 @@ def test_a_killed_worker_is_one_message_and_the_same_command_resumes(
     tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     source, out = write_crops(tmp_path / "source", per_class=120), tmp_path / "out"
-    command = ["shard", source, out, "--set", "shard.images_per_shard=10", "--workers", "2"]
+    command = ["shard", source, "--out", out, "--set", "shard.images_per_shard=10", "--workers", "2"]
     process = subprocess.Popen(
         [sys.executable, "-c", "from svgpipe.pipeline.cli import entry; entry()", *map(str, command)],
         stderr=subprocess.PIPE,
@@ -240,7 +240,7 @@ def test_a_killed_worker_is_one_message_and_the_same_command_resumes(
     assert "a worker process was killed" in err
     assert "Traceback" not in err
     assert svgpipe(*command).code == 0
-    assert svgpipe("shard", source, tmp_path / "whole", *command[3:]).code == 0
+    assert svgpipe("shard", source, "--out", tmp_path / "whole", *command[4:]).code == 0
     assert tree_bytes(out, "*.tar", "*.parquet") == tree_bytes(tmp_path / "whole", "*.tar", "*.parquet")
 
 
@@ -253,7 +253,7 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, svgpipe: Callable[..
         pytest.skip("may not mount a small file system here")
     try:
         source = write_crops(tmp_path / "source", per_class=60)
-        command = ["shard", source, disk / "out", "--workers", 1, "--set", "shard.images_per_shard=6"]
+        command = ["shard", source, "--out", disk / "out", "--workers", 1, "--set", "shard.images_per_shard=6"]
         found = svgpipe(*command)
         assert found.code == 1
         assert "no space left on the device" in found.err
@@ -268,7 +268,7 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, svgpipe: Callable[..
 
 
 def test_the_output_may_not_lie_in_the_source(photographs: Path, svgpipe: Callable[..., Outcome]) -> None:
-    found = svgpipe("shard", photographs, photographs / "shards")
+    found = svgpipe("shard", photographs, "--out", photographs / "shards")
     assert found.code == 2
     assert "outside the source" in found.err
 
@@ -277,15 +277,15 @@ def test_a_finished_set_is_left_alone_and_another_source_is_refused(
     photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     out = tmp_path / "out"
-    assert svgpipe("shard", photographs, out, "--workers", 1).code == 0
+    assert svgpipe("shard", photographs, "--out", out, "--workers", 1).code == 0
     before = (out / "shard-000000.tar").stat().st_mtime_ns
-    assert svgpipe("shard", photographs, out, "--workers", 1).code == 0
+    assert svgpipe("shard", photographs, "--out", out, "--workers", 1).code == 0
     assert (out / "shard-000000.tar").stat().st_mtime_ns == before
     other = write_crops(tmp_path / "other", per_class=3)
-    refused = svgpipe("shard", other, out)
+    refused = svgpipe("shard", other, "--out", out)
     assert refused.code == 1
     assert "inputs.source" in refused.err
-    refused = svgpipe("shard", photographs, out, "--set", "shard.seed=5")
+    refused = svgpipe("shard", photographs, "--out", out, "--set", "shard.seed=5")
     assert refused.code == 1
     assert "config.seed: 0 there, 5 here" in refused.err
 
@@ -312,7 +312,7 @@ def test_sources_that_cannot_be_sharded(
             path.write_text("broken")
         else:
             save(path, Image.fromarray(PIXELS))
-    found = svgpipe("shard", source, tmp_path / "out", "--workers", 1)
+    found = svgpipe("shard", source, "--out", tmp_path / "out", "--workers", 1)
     assert found.code == code
     for word in words:
         assert word in found.err
@@ -320,7 +320,7 @@ def test_sources_that_cannot_be_sharded(
 
 def test_opening_damaged_sets(photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     out = tmp_path / "out"
-    assert svgpipe("shard", photographs, out, "--workers", 1, "--set", "shard.images_per_shard=9").code == 0
+    assert svgpipe("shard", photographs, "--out", out, "--workers", 1, "--set", "shard.images_per_shard=9").code == 0
     assert len(ShardSet.open(f"{out}/shard-{{000000..000002}}.tar").rows) == 27
     with pytest.raises(ArtifactError, match="not a shard of"):
         ShardSet.open(f"{out}/shard-{{000000..000009}}.tar")

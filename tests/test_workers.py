@@ -30,7 +30,7 @@ from .commands import Command, run_and_kill
 from .conftest import Finished, Outcome
 
 CPU = torch.device("cpu")
-TWO = ("--num-workers", 2)
+TWO = ("--workers", 2)
 # Seven samples on two workers in two parts: shares and parts of uneven size. Both views, dropped labels, clipping.
 DIFFUSION = ("diffusion.steps=120", "diffusion.batch_size=7", "diffusion.accumulate=2", "diffusion.learning_rate=1e-4")
 # Adam turns rounding into steps of the learning rate's size, the discriminator most of all: hence the small rate.
@@ -223,9 +223,9 @@ def test_checkpoints_of_different_steps_are_never_mixed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "code", "words"),
     [
-        (["--num-workers", 500], 2, ["500 workers", "but Ray has"]),
-        (["--address", "auto"], 2, ["--address", "--num-workers"]),
-        (["--strategy", "fsdp2"], 2, ["--strategy", "--num-workers"]),
+        (["--workers", 500], 2, ["500 workers", "but Ray has"]),
+        (["--address", "auto"], 2, ["--address", "--workers"]),
+        (["--strategy", "fsdp2"], 2, ["--strategy", "--workers"]),
         ([*TWO, "--gpus-per-worker", 0.5], 2, ["cannot share a GPU"]),
         ([*TWO, "--set", "diffusion.batch_size=1", "--set", "diffusion.accumulate=1"], 2, ["one sample for each of 2"]),
         (

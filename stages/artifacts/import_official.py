@@ -30,7 +30,7 @@ from svgpipe.manifests.checkpoint import (
 )
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.filesystem import Location, file_sha256
-from svgpipe.manifests.manifest import InputRef, WorkDir, digest, read_json, write_json
+from svgpipe.manifests.manifest import InputRef, digest, read_json, write_json
 from svgpipe.manifests.recipe import (
     AutoencoderSection,
     BackboneSection,
@@ -39,6 +39,7 @@ from svgpipe.manifests.recipe import (
     DiTSection,
     ResidualSection,
 )
+from svgpipe.manifests.workdir import StageSpec, WorkDir
 from svgpipe.models.convert import decoder_from_official, require_fit, residual_from_official
 from svgpipe.models.dit import DiT
 from svgpipe.models.official import (
@@ -136,7 +137,7 @@ def _import_autoencoder(path: Path, out: Location) -> Imported:
     except (ValueError, RuntimeError, UsageError) as error:
         raise ArtifactError(f"{path}: {error}") from error
     source = _as_input(path, "official-autoencoder")
-    with WorkDir(out, AutoencoderManifest, config.model_dump(mode="json"), {"official": source}) as work:
+    with WorkDir(StageSpec(out, AutoencoderManifest, config.model_dump(mode="json"), {"official": source})) as work:
         manifest = work.finished
         if manifest is None:
             save_tensors(out / BACKBONE_FILE, parts.encoder)
@@ -178,7 +179,7 @@ def _import_diffusion(
     files = _weight_files(path, states, model)
     files[STATISTICS_FILE] = _statistics(stats, sizes.in_channels)
     inputs = _diffusion_inputs(path, stats, encoder.as_input(autoencoder), classes)
-    with WorkDir(out, DiffusionManifest, config.model_dump(mode="json"), inputs) as work:
+    with WorkDir(StageSpec(out, DiffusionManifest, config.model_dump(mode="json"), inputs)) as work:
         manifest = work.finished
         if manifest is None:
             imported = DiffusionManifest(

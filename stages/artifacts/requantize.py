@@ -17,8 +17,8 @@ from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import WorkDir
 from svgpipe.manifests.store_spec import StoreDtype
+from svgpipe.manifests.workdir import StageSpec, WorkDir
 
 from ..extract.quantization import SAMPLED_VECTORS, int8_scales
 from ..extract.rejects import Reject
@@ -57,7 +57,7 @@ def requantize(
         raise UsageError(f"{source}: is stored as {dtype} already.")
     kept = {name: before.inputs[name] for name in ("shards", "autoencoder")}
     inputs = {**kept, "cache": before.as_input(source)}
-    with WorkDir(out, CacheManifest, {**before.config, "store_dtype": dtype}, inputs) as work:
+    with WorkDir(StageSpec(out, CacheManifest, {**before.config, "store_dtype": dtype}, inputs)) as work:
         if work.finished is not None:
             return work.finished
         progress = Recorded(progress, out)

@@ -9,9 +9,11 @@ import numpy as np
 
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.errors import MismatchError, UsageError
+from svgpipe.manifests.evaluation import EvaluationManifest
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import InputRef, require_same
 from svgpipe.manifests.recipe import AutoencoderSection, EvaluationSection
+from svgpipe.manifests.workdir import StageSpec
 from svgpipe.models.sampler import Guidance
 
 from ..networks.autoencoder import build_backbone
@@ -164,6 +166,11 @@ class EvaluationPlan:
     def sets(self) -> RealSets:
         """The real images that are measured."""
         return RealSets.of(self.reference, self.config, self.encoder.image_size)
+
+    @property
+    def spec(self) -> StageSpec[EvaluationManifest]:
+        """What `sample_and_eval` is asked to make."""
+        return StageSpec(self.out, EvaluationManifest, self.config.model_dump(mode="json"), self.inputs)
 
     @property
     def class_names(self) -> list[str]:

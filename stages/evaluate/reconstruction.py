@@ -25,11 +25,12 @@ from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.filesystem import Location, file_sha256
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import InputRef, WorkDir, digest
+from svgpipe.manifests.manifest import InputRef, digest
 from svgpipe.manifests.recipe import AutoencoderSection, PerceptualSection, ReconstructionSection
 from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.shards import ShardSet, refs_of
+from svgpipe.manifests.workdir import StageSpec, WorkDir
 
 from ..extract.align import align_for_evaluation, needs_alignment
 from ..images.decode import CROP, RGBArray, psnr
@@ -165,7 +166,7 @@ def eval_reconstruction(
         ArtifactError: missing weights or images. MismatchError: `out` holds another evaluation.
     """
     plan = ReconstructionPlan.resolve(autoencoder, shards, out, config, pool)
-    with WorkDir(out, ReconstructionManifest, config.model_dump(mode="json"), plan.inputs) as work:
+    with WorkDir(StageSpec(out, ReconstructionManifest, config.model_dump(mode="json"), plan.inputs)) as work:
         require_same_alignment(autoencoder, out)
         if work.finished is not None:
             ReconstructionReport.require_published(out, work.finished.report)

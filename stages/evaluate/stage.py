@@ -20,10 +20,11 @@ from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
 from svgpipe.manifests.evaluation import EvaluationManifest, LatentsRef, ModelInfo, Report
 from svgpipe.manifests.filesystem import Location, file_sha256
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import WorkDir, digest
+from svgpipe.manifests.manifest import digest
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.shards import ShardFile
+from svgpipe.manifests.workdir import WorkDir
 
 from ..extract.align import align_for_evaluation, needs_alignment
 from ..networks.sampling import labels_of
@@ -66,7 +67,7 @@ def sample_and_eval(
         BusyError: another process works in `out`, or draws the same latents.
     """
     plan = EvaluationPlan.resolve(diffusion, autoencoder, reference, out, config, guide=guide, pool=pool)
-    with WorkDir(out, EvaluationManifest, config.model_dump(mode="json"), plan.inputs) as work:
+    with WorkDir(plan.spec) as work:
         require_same_alignment(autoencoder, out)
         if work.finished is not None:
             Report.require_published(out, work.finished.report)

@@ -21,10 +21,10 @@ from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import WorkDir
 from svgpipe.manifests.recipe import ExtractSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.store_spec import StoreSpec
+from svgpipe.manifests.workdir import StageSpec, WorkDir
 
 from ..runtime.device import warn_if_imitated
 from ..runtime.progress import Progress, Recorded
@@ -66,8 +66,7 @@ def extract(
         ArtifactError: a damaged input, or a feature that is not finite.
     """
     encoder = AutoencoderManifest.read(autoencoder)
-    inputs = {"shards": shards.as_input(), "autoencoder": encoder.as_input(autoencoder)}
-    with WorkDir(out, CacheManifest, config.model_dump(mode="json"), inputs) as work:
+    with WorkDir(cache_spec(shards, autoencoder, out, config)) as work:
         require_same_alignment(autoencoder, out)
         if work.finished is not None:
             return work.finished
@@ -75,6 +74,15 @@ def extract(
             raise ArtifactError(f"{shards.directory}: expected images to extract, found none.")
         job = _Job(shards, autoencoder, encoder, config, runner or LocalRunner(), Recorded(progress, out), max_rejects)
         return job.run(work)
+
+
+def cache_spec(
+    shards: ShardSet, autoencoder: Location, out: Location, config: ExtractSection
+) -> StageSpec[CacheManifest]:
+    """What `extract` is asked to make. Raises ArtifactError if the autoencoder is not finished."""
+    encoder = AutoencoderManifest.read(autoencoder)
+    inputs = {"shards": shards.as_input(), "autoencoder": encoder.as_input(autoencoder)}
+    return StageSpec(out, CacheManifest, config.model_dump(mode="json"), inputs)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import Features, FeatureStore
 from svgpipe.manifests.filesystem import write_atomic
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import Json, WorkDir
+from svgpipe.manifests.manifest import Json
 from svgpipe.manifests.store_spec import StoreSpec, unit_name
+from svgpipe.manifests.workdir import WorkDir
 
 from ..runtime.selection import choose_evenly
 from .moments import Moments

@@ -66,7 +66,7 @@ class RayRunner:
             traceback.clear_frames(error.__traceback__)
             raise SvgpipeError(
                 f"a Ray worker died ({first_line(error)}). Finished work is kept; "
-                "run the command again. If it was killed for memory, use fewer --num-workers or smaller units."
+                "run the command again. If it was killed for memory, use fewer --workers or smaller units."
             ) from error
 
     def _dataset(self, units: Sequence[Unit], steps: Steps[Unit, Loaded, Computed, Written]) -> Any:

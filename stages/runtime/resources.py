@@ -57,13 +57,13 @@ class Reserved:
             others = " with reading and writing" if beside else ""
             raise UsageError(
                 f"{count} workers of {cpus:g} CPUs need {cpus * count + beside:g} CPUs{others}, but Ray has {total:g}. "
-                "Use fewer --num-workers or less --cpus-per-worker."
+                "Use fewer --workers or less --cpus-per-worker."
             )
         gpus = cluster.get("GPU", 0.0)
         if self.gpus_per_worker * count > gpus:
             raise UsageError(
                 f"{count} workers of {self.gpus_per_worker:g} GPUs need {self.gpus_per_worker * count:g}, "
-                f"but Ray has {gpus:g}. Use fewer --num-workers or less --gpus-per-worker."
+                f"but Ray has {gpus:g}. Use fewer --workers or less --gpus-per-worker."
             )
         return cpus
 

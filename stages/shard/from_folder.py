@@ -19,9 +19,10 @@ from PIL import Image
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.filesystem import Location, location
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import InputRef, Json, WorkDir, digest
+from svgpipe.manifests.manifest import InputRef, Json, digest
 from svgpipe.manifests.recipe import ShardSection
 from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split, TarImage, shard_name, write_tar
+from svgpipe.manifests.workdir import StageSpec, WorkDir
 
 from ..images.decode import EXTENSIONS, RejectedImageError, centre_crop, decode_image, encode_png, to_array
 from ..runtime.processes import map_in_processes
@@ -54,25 +55,26 @@ class ShardJob:
 
 
 def shard(
-    source: Path, out: Location, config: ShardSection, *, workers: int = 0, progress: Progress | None = None
+    source: Path,
+    out: Location,
+    config: ShardSection,
+    *,
+    processes: int | None = None,
+    progress: Progress | None = None,
 ) -> ShardSetManifest:
     """Write the shard set of `source` to `out`; run again to resume.
 
     Args:
         source: folder of class folders; class index = position in their sorted names.
         out: directory to create or resume.
-        workers: processes; 0 means one per core.
+        processes: that write tars in parallel; None: one per core.
     Raises:
         UsageError: no such folder, no class folder, or a class without a file.
         MismatchError: `out` holds the shards of another source or config.
         ArtifactError: every image of a class was rejected.
     """
-    if isinstance(out, Path) and out.resolve().is_relative_to(source.resolve()):
-        raise UsageError(f"{out}: expected a directory outside the source {source}, which would become a class of it.")
     class_names, files = scan(source)
-    listing = digest([[f.path, f.size] for f in files])
-    origin = InputRef(kind="image-folder", fingerprint=listing, path=str(source), config={"files": len(files)})
-    with WorkDir(out, ShardSetManifest, config.model_dump(mode="json"), {"source": origin}) as work:
+    with WorkDir(shard_spec(source, files, out, config)) as work:
         if work.finished is not None:
             return work.finished
         jobs = list(assign_shards(files, source, out, config))
@@ -80,9 +82,20 @@ def shard(
         missing = [jobs[number] for number in journal.missing(range(len(jobs)))]
         progress = Recorded(progress, out)
         progress.begin("shard", len(jobs), len(jobs) - len(missing))
-        for _ in map_in_processes(write_shard, missing, workers or cpu_count()):
+        for _ in map_in_processes(write_shard, missing, processes or cpu_count()):
             progress.advance()
         return _publish(work, class_names, files, [journal.read(job.number) for job in jobs])
+
+
+def shard_spec(
+    source: Path, files: Sequence[SourceFile], out: Location, config: ShardSection
+) -> StageSpec[ShardSetManifest]:
+    """What `shard` is asked to make. Raises UsageError if `out` lies inside `source`."""
+    if isinstance(out, Path) and out.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{out}: expected a directory outside the source {source}, which would become a class of it.")
+    listing = digest([[f.path, f.size] for f in files])
+    origin = InputRef(kind="image-folder", fingerprint=listing, path=str(source), config={"files": len(files)})
+    return StageSpec(out, ShardSetManifest, config.model_dump(mode="json"), {"source": origin})
 
 
 def scan(source: Path) -> tuple[list[str], list[SourceFile]]:

@@ -28,8 +28,9 @@ from svgpipe.manifests.filesystem import (
 )
 from svgpipe.manifests.index import ImageRef, write_index
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import InputRef, Json, WorkDir, digest
+from svgpipe.manifests.manifest import InputRef, Json, digest
 from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split
+from svgpipe.manifests.workdir import StageSpec, WorkDir
 
 from ..images.decode import EXTENSIONS, RejectedImageError, check_header, decode_image
 from ..runtime.processes import map_in_processes
@@ -89,7 +90,7 @@ def index_tars(
         "decode": config.decode,
         "class_names": None if config.class_names is None else list(config.class_names),
     }
-    with WorkDir(out, ShardSetManifest, recorded, {"source": origin}) as work:
+    with WorkDir(StageSpec(out, ShardSetManifest, recorded, {"source": origin})) as work:
         if work.finished is not None:
             return work.finished
         journal = Journal(out)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from svgpipe.manifests.filesystem import remove_tree, write_atomic
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import WorkDir
 from svgpipe.manifests.shards import ShardFile, ShardSetManifest
+from svgpipe.manifests.workdir import WorkDir
 
 
 def publish_shards(

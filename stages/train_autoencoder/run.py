@@ -32,7 +32,7 @@ from .trainer import AutoencoderTrainer, Step
 
 GRID_FOLDER = "reconstructions"
 GRID_IMAGES = 16
-MEMORY_ADVICE = "Use a smaller autoencoder.batch_size, autoencoder.decoder.ch or image, or several --num-workers."
+MEMORY_ADVICE = "Use a smaller autoencoder.batch_size, autoencoder.decoder.ch or image, or several --workers."
 
 
 class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):

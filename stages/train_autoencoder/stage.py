@@ -6,9 +6,9 @@ from functools import partial
 
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.filesystem import Location, absolute
-from svgpipe.manifests.manifest import WorkDir
 from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.workdir import StageSpec, WorkDir
 
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import Resources
@@ -46,7 +46,7 @@ def train_autoencoder(
     """
     if wandb_project is not None:
         require_wandb()
-    with WorkDir(out, AutoencoderManifest, config.model_dump(mode="json"), {"shards": shards.as_input()}) as work:
+    with WorkDir(autoencoder_spec(shards, out, config)) as work:
         if work.finished is not None:
             return work.finished
         if config.backbone.is_file:
@@ -58,3 +58,8 @@ def train_autoencoder(
         )
         job = partial(run_training, start=start, memory_advice=MEMORY_ADVICE)
         return work.publish(run_job(job, resources, Recorded(progress, out), work.check_lock))
+
+
+def autoencoder_spec(shards: ShardSet, out: Location, config: AutoencoderSection) -> StageSpec[AutoencoderManifest]:
+    """What `train_autoencoder` is asked to make."""
+    return StageSpec(out, AutoencoderManifest, config.model_dump(mode="json"), {"shards": shards.as_input()})

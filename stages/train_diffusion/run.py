@@ -36,7 +36,7 @@ from .trainer import FlowTrainer, Step
 GRID_SAMPLES = 32
 MEMORY_ADVICE = (
     "Use --set diffusion.activation_checkpointing=true, a larger diffusion.accumulate, a smaller diffusion.batch_size "
-    "or model, several --num-workers, or --strategy fsdp2."
+    "or model, several --workers, or --strategy fsdp2."
 )
 Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
 """Denormalised latents (B,row,column,channel) → (B,H,W,3) uint8."""

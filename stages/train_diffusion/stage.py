@@ -10,8 +10,9 @@ from functools import partial
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.filesystem import Location, absolute
-from svgpipe.manifests.manifest import WorkDir, require_same
+from svgpipe.manifests.manifest import require_same
 from svgpipe.manifests.recipe import DiffusionSection
+from svgpipe.manifests.workdir import StageSpec, WorkDir
 
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import Resources
@@ -49,7 +50,6 @@ def train_diffusion(
         MismatchError: `out` was begun with another cache or config, or `autoencoder` did not make the cache.
         DivergedError: a NaN or infinity. InterruptedRunError: stopped by a signal, state saved.
     """
-    inputs = {"cache": cache.manifest.as_input(cache.path)}
     if autoencoder is not None:
         require_same(
             str(cache.path),
@@ -59,7 +59,7 @@ def train_diffusion(
         )
     if wandb_project is not None:
         require_wandb()
-    with WorkDir(out, DiffusionManifest, config.model_dump(mode="json"), inputs) as work:
+    with WorkDir(diffusion_spec(cache, out, config)) as work:
         if work.finished is not None:
             return work.finished
         start = partial(
@@ -73,3 +73,9 @@ def train_diffusion(
         )
         job = partial(run_training, start=start, memory_advice=MEMORY_ADVICE)
         return work.publish(run_job(job, resources, Recorded(progress, out), work.check_lock))
+
+
+def diffusion_spec(cache: FeatureCache, out: Location, config: DiffusionSection) -> StageSpec[DiffusionManifest]:
+    """What `train_diffusion` is asked to make."""
+    inputs = {"cache": cache.manifest.as_input(cache.path)}
+    return StageSpec(out, DiffusionManifest, config.model_dump(mode="json"), inputs)

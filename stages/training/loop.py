@@ -60,7 +60,7 @@ class TrainingRun(ABC, Generic[B, S, R]):
         if self.config.batch_size < group.size:
             raise UsageError(
                 f"{self.section}.batch_size: expected at least one {self.item} for each of {group.size} workers, "
-                f"found {self.config.batch_size}. Use fewer --num-workers."
+                f"found {self.config.batch_size}. Use fewer --workers."
             )
         self.saver = BackgroundSaver(store, supervisor.say)
         self.step = 0

@@ -129,7 +129,7 @@ class _Launch(Generic[R]):
         why = first_line(causes[0]) if causes else "no reason was given"
         return SvgpipeError(
             f"workers died {MAX_FAILURES + 1} times, the last time: {why}. Saved checkpoints are kept. "
-            "If they were killed for memory, use a smaller batch, a larger accumulate, or fewer --num-workers on one "
+            "If they were killed for memory, use a smaller batch, a larger accumulate, or fewer --workers on one "
             "machine."
         )
 

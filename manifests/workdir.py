@@ -1,0 +1,193 @@
+"""The output directory of one stage: work is begun, resumed, refused or found finished here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, Literal, Self, TypeVar
+
+from .errors import ArtifactError, MismatchError
+from .filesystem import Location, children, make_directory, remove_partials
+from .lock import LOCK_NAME, Lock
+from .manifest import (
+    MANIFEST_NAME,
+    PLAN_NAME,
+    InputRef,
+    Json,
+    Manifest,
+    canonical_json,
+    differing_fields,
+    digest,
+    read_plan,
+    write_json,
+)
+from .progress_file import PROGRESS_NAME
+
+M = TypeVar("M", bound=Manifest)
+WorkState = Literal["new", "begun", "finished"]
+
+
+@dataclass(frozen=True)
+class StageSpec(Generic[M]):
+    """What a stage is asked to make.
+
+    Attributes:
+        path: directory to create or resume.
+        kind: manifest class of the artifact.
+        config: exact config, JSON values only.
+        inputs: the artifacts it is made from, by name.
+    """
+
+    path: Location
+    kind: type[M]
+    config: Json
+    inputs: Mapping[str, InputRef]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", json.loads(canonical_json(self.config)))  # tuples become lists
+
+    @property
+    def plan(self) -> Json:
+        """Content of plan.json."""
+        fingerprints = {name: ref.fingerprint for name, ref in self.inputs.items()}
+        return {"kind": self.kind.KIND, "config": self.config, "inputs": fingerprints}
+
+    def finished(self) -> M | None:
+        """The manifest, if the directory holds exactly what is asked for; None if it has no manifest.
+
+        Raises:
+            MismatchError: it was made with another config or other inputs. ArtifactError: the manifest is damaged.
+        """
+        if not (self.path / MANIFEST_NAME).exists():
+            return None
+        done = self.kind.read(self.path)
+        made = {"kind": done.kind, "config": done.config}
+        made["inputs"] = {name: ref.fingerprint for name, ref in done.inputs.items()}
+        noun = self.kind.NOUN.split(" ", 1)[1]
+        self._require_equal(
+            made,
+            f"a finished {noun} (fingerprint {done.fingerprint[:12]}) that was made",
+            "Use the recipe and options that it was made with (did you forget --recipe?), or give another --out.",
+        )
+        return done
+
+    def state(self) -> WorkState:
+        """How far the work is.
+
+        Raises:
+            MismatchError: the directory was begun or finished with another config or other inputs.
+            ArtifactError: the directory holds something that is not svgpipe's, or is a file.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ArtifactError(f"{self.path}: expected a directory for {self.kind.NOUN}, found a file.")
+        if self.finished() is not None:
+            return "finished"
+        if _holds_nothing(self.path):
+            return "new"
+        if not (self.path / PLAN_NAME).exists():
+            raise ArtifactError(
+                f"{self.path}: expected an empty or new directory for {self.kind.NOUN}, found files that are not "
+                "svgpipe's. Give another --out."
+            )
+        self._require_equal(
+            read_plan(self.path),
+            f"{self.kind.NOUN}, half made, that was begun",
+            "Use the recipe and options that it was begun with, or give another --out.",
+        )
+        return "begun"
+
+    def _require_equal(self, found: Json, noun: str, what_to_do: str) -> None:
+        may_change = {key: value for key, value in self.config.items() if key in self.kind.MAY_CHANGE}
+        lines = differing_fields({**found, "config": {**found["config"], **may_change}}, self.plan)
+        if lines:
+            raise MismatchError(
+                f"{self.path}: holds {noun} otherwise (there {digest(found)[:12]}, here {digest(self.plan)[:12]}).\n  "
+                + "\n  ".join(lines)
+                + f"\n{what_to_do}"
+            )
+
+
+def _holds_nothing(path: Location) -> bool:
+    """Whether no work could be lost: absent, empty, or at most a plan and what a killed write left of it.
+
+    Such a plan is replaced without asking, so that a command refused for its options can be run with better ones.
+    """
+    if not path.exists():
+        return True
+    names = {entry.name for entry in children(path)} - {PLAN_NAME, LOCK_NAME, PROGRESS_NAME}
+    return all(name.startswith(".") and name.endswith((".partial", ".claim")) for name in names)
+
+
+class WorkDir(Generic[M]):
+    """An output directory, locked while a stage works in it.
+
+    `finished` is the manifest if the directory already holds exactly what is asked for. Otherwise the lock is
+    held until the end of the `with` block.
+    """
+
+    def __init__(self, spec: StageSpec[M]) -> None:
+        """Begin or resume.
+
+        Raises:
+            MismatchError: the directory was begun or finished with another config or other inputs.
+            ArtifactError: the directory holds something that is not svgpipe's.
+            BusyError: another process works in it.
+        """
+        self._lock: Lock | None = None
+        self.spec, self.path = spec, spec.path
+        self._started = time.monotonic()
+        spec.state()
+        self.finished: M | None = spec.finished()
+        if self.finished is None:
+            make_directory(self.path)
+            self._lock = Lock(self.path)
+            try:
+                self._begin()
+            except BaseException:
+                self.close()
+                raise
+
+    def _begin(self) -> None:
+        # Whoever held the lock until now may have begun or even finished it.
+        state = self.spec.state()
+        if state == "finished":
+            self.finished = self.spec.finished()
+            self.close()
+        elif state == "new":
+            write_json(self.path / PLAN_NAME, self.spec.plan)
+        remove_partials(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None and self._lock is not None:
+                (self.path / PROGRESS_NAME).unlink(missing_ok=True)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def check_lock(self) -> None:
+        """Raise BusyError if the lock was lost to another process."""
+        if self._lock is not None:
+            self._lock.check()
+
+    def completed(self, manifest: M) -> M:
+        """The manifest of what was made here, with config, inputs, wall time and fingerprint."""
+        seconds = round(time.monotonic() - self._started, 3)
+        update = {"config": self.spec.config, "inputs": dict(self.spec.inputs), "seconds": seconds}
+        return manifest.model_copy(update=update).sealed()
+
+    def publish(self, manifest: M) -> M:
+        """Write manifest.json, after everything that it describes is on disk. Raises BusyError for a lost lock."""
+        self.check_lock()
+        remove_partials(self.path)  # of workers that were killed in this run
+        return self.completed(manifest).publish(self.path)

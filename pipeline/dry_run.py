@@ -1,0 +1,102 @@
+"""`svgpipe run --dry-run`: what each stage would do, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.errors import MismatchError
+from svgpipe.manifests.filesystem import Location
+from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME
+from svgpipe.manifests.progress_file import read_progress
+from svgpipe.manifests.recipe import Recipe
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.workdir import StageSpec
+from svgpipe.stages.evaluate.plan import EvaluationPlan
+from svgpipe.stages.evaluate.reference import shard_reference
+from svgpipe.stages.extract.stage import cache_spec
+from svgpipe.stages.shard.from_folder import scan, shard_spec
+from svgpipe.stages.train_autoencoder.stage import autoencoder_spec
+from svgpipe.stages.train_diffusion.stage import diffusion_spec
+
+from .run import DEMO_SOURCE, STAGES, RunOptions, source_folder
+from .tables import new_table, print_table
+
+
+@dataclass(frozen=True)
+class DryRunRow:
+    """What `run` would do with one stage."""
+
+    stage: str
+    action: str  # skip, resume, run, refuse
+    why: str
+
+
+def dry_run(recipe: Recipe, workdir: Location, options: RunOptions) -> list[DryRunRow]:
+    """What `run_recipe` would do, in the order of the stages. Writes nothing.
+
+    Raises:
+        UsageError: no image folder is given, or it holds no images. ArtifactError: a damaged manifest.
+    """
+    source = options.source or recipe.source
+    if source == DEMO_SOURCE and not source_folder(source, workdir).exists():
+        rows = [DryRunRow(STAGES[0], "run", "not started; the demo's photographs are written first")]
+    else:
+        rows = []
+        for spec in _specs(recipe, workdir, options):
+            rows.append(_row(spec))
+            if rows[-1].action != "skip":
+                break
+    return [*rows, *(_later_row(workdir / name, rows[-1]) for name in STAGES[len(rows) :])]
+
+
+def _specs(recipe: Recipe, workdir: Location, options: RunOptions) -> Iterator[StageSpec[Any]]:
+    """What each stage is asked to make. A stage's inputs must be finished before its spec is taken."""
+    tars, encoder, cache, model, evaluation = (workdir / name for name in STAGES)
+    images = source_folder(options.source or recipe.source, workdir)
+    yield shard_spec(images, scan(images)[1], tars, recipe.shard)
+    shards = ShardSet.open(tars)
+    yield autoencoder_spec(shards, encoder, recipe.autoencoder)
+    yield cache_spec(shards, encoder, cache, recipe.extract)
+    yield diffusion_spec(FeatureCache(cache), model, recipe.diffusion)
+    reference = shard_reference(shards)
+    yield EvaluationPlan.resolve(model, encoder, reference, evaluation, recipe.evaluation, guide=options.guide).spec
+
+
+def _row(spec: StageSpec[Any]) -> DryRunRow:
+    name = spec.path.name
+    try:
+        state = spec.state()
+    except MismatchError as error:
+        return DryRunRow(name, "refuse", str(error))
+    if state == "finished":
+        return DryRunRow(name, "skip", "finished, unchanged")
+    if state == "new":
+        return DryRunRow(name, "run", "not started")
+    progress = read_progress(spec.path)
+    done = "" if progress is None else f": {progress.task} {progress.done} of {progress.total}"
+    return DryRunRow(name, "resume", f"begun with the same config and inputs{done}")
+
+
+def _later_row(out: Location, first: DryRunRow) -> DryRunRow:
+    """A stage behind one that would run: its inputs do not exist yet."""
+    if first.action == "refuse":
+        return DryRunRow(out.name, "–", f"not reached: {first.stage} is refused")
+    holds = next((name for name in (MANIFEST_NAME, PLAN_NAME) if (out / name).exists()), None)
+    if holds is None:
+        return DryRunRow(out.name, "run", f"not started; needs {first.stage}")
+    state = "finished" if holds == MANIFEST_NAME else "begun"
+    return DryRunRow(out.name, "–", f"{state}; accepted only if the new {first.stage} is the one that it was made from")
+
+
+def show_dry_run(rows: list[DryRunRow]) -> None:
+    """Print the rows. Raises MismatchError for a stage that `run` would refuse, after printing."""
+    table = new_table("", "stage", "action", "why")
+    for row in rows:
+        table.add_row(row.stage, row.action, row.why.splitlines()[0] if row.action != "refuse" else "see below")
+    print_table(table)
+    for row in rows:
+        if row.action == "refuse":
+            raise MismatchError(row.why)

@@ -1,0 +1,127 @@
+"""Commands for the whole pipeline: run it, try the demo, print a recipe."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from svgpipe.manifests.filesystem import location
+from svgpipe.manifests.recipe_loader import builtin_names, load_recipe, recipe_yaml
+
+from .console import ConsoleProgress
+from .options import (
+    RUN,
+    AddressOption,
+    CpusOption,
+    EmaOption,
+    GpusOption,
+    GuidanceOption,
+    GuideOption,
+    HoldoutOption,
+    MaxRejectsOption,
+    NpzOption,
+    PngOption,
+    PoolOption,
+    SetOption,
+    StepsOption,
+    StoreDtypeOption,
+    StrategyOption,
+    TrainWorkersOption,
+    WandbOption,
+    WorkdirOption,
+    WorkersOption,
+    overrides_with,
+    resources_of,
+)
+
+app = typer.Typer()
+RecipeArgument = Annotated[str, typer.Argument(help="Built-in recipe or .yaml file.")]
+SourceOption = Annotated[
+    str | None, typer.Option("--source", metavar="DIR", help="Image folder. Default: the recipe's.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print which stages would run, and why. Write nothing.")]
+
+
+@app.command(rich_help_panel=RUN)
+def run(
+    recipe: RecipeArgument,
+    workdir: WorkdirOption,
+    source: SourceOption = None,
+    overrides: SetOption = None,
+    dry_run: DryRunOption = False,
+    holdout: HoldoutOption = None,
+    store_dtype: StoreDtypeOption = None,
+    max_rejects: MaxRejectsOption = 0.001,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    ema: EmaOption = None,
+    guide: GuideOption = None,
+    npz: NpzOption = False,
+    png: PngOption = False,
+    pool: PoolOption = None,
+    workers: WorkersOption = None,
+    train_workers: TrainWorkersOption = None,
+    strategy: StrategyOption = None,
+    cpus_per_worker: CpusOption = None,
+    gpus_per_worker: GpusOption = None,
+    address: AddressOption = None,
+    wandb: WandbOption = None,
+) -> None:
+    """Run all stages in order. Finished, unchanged stages are skipped."""
+    from .dry_run import dry_run as find_actions
+    from .dry_run import show_dry_run
+    from .run import RunOptions, run_recipe
+
+    changed = overrides_with(
+        overrides, holdout=holdout, store_dtype=store_dtype, steps=steps, guidance=guidance, ema=ema
+    )
+    loaded = load_recipe(recipe, changed)
+    options = RunOptions(
+        source=source,
+        resources=resources_of(workers, cpus_per_worker, gpus_per_worker),
+        trainers=None if train_workers is None else resources_of(train_workers, cpus_per_worker, gpus_per_worker),
+        address=address,
+        strategy=strategy or "ddp",
+        wandb_project=wandb,
+        max_rejects=max_rejects,
+        guide=None if guide is None else location(guide),
+        pool=None if pool is None else location(pool),
+        npz=npz,
+        png=png,
+    )
+    if dry_run:
+        show_dry_run(find_actions(loaded, location(workdir), options))
+        return
+    with ConsoleProgress() as progress:
+        report = run_recipe(loaded, location(workdir), options, progress)
+    typer.echo(f"report: {report}")
+
+
+@app.command(rich_help_panel=RUN)
+def demo(workdir: WorkdirOption = "runs/demo", overrides: SetOption = None, dry_run: DryRunOption = False) -> None:
+    """Run the whole pipeline on eight photographs, on a CPU, without downloads."""
+    run(recipe="demo", workdir=workdir, overrides=overrides, dry_run=dry_run)
+    if dry_run:
+        return
+    work = shlex.quote(workdir)
+    rebuilt = f"--autoencoder {work}/autoencoder --shards {work}/shards --out {work}/reconstruction"
+    typer.echo(
+        "next (the last command downloads the weights of LPIPS):\n"
+        f"  svgpipe probe {work}/cache --html {work}/probe.html\n"
+        f"  svgpipe analyze {work}/cache --diffusion {work}/diffusion --html {work}/analysis.html\n"
+        f"  svgpipe eval-reconstruction {rebuilt} --recipe demo"
+    )
+
+
+@app.command(rich_help_panel=RUN)
+def recipe(
+    name: Annotated[str | None, typer.Argument(help="Built-in recipe or .yaml file.")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Print a resolved recipe as YAML. Without a name: list the built-in recipes."""
+    if name is None and not overrides:
+        typer.echo("\n".join(builtin_names()))
+        return
+    typer.echo(recipe_yaml(load_recipe(name, overrides or [])), nl=False)
