@@ -1,4 +1,4 @@
-"""Charts, drawn by matplotlib: as SVG inside a page, with text that can be selected, and as PDF for a paper."""
+"""Charts by matplotlib: as SVG with selectable text for pages, and as PDF for papers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Dark enough for text on white (WCAG AA, 4.5): class names are written in them.
-COLOURS = (
-    *("#b3460e", "#1f5fa8", "#2e7d4f", "#7b3fa0", "#8a6d00"),
-    *("#a8326b", "#00798c", "#5d5048", "#c0392b", "#47568f"),
-)
-LEVEL_COLOUR = "#7a828e"
+# Any two differ by a CIEDE2000 of 8 or more, also for people with protanopia, deuteranopia or tritanopia; contrast on
+# white is 3 or more. page_style.html has the counterparts for dark pages.
+COLOURS = ("#2a7fd4", "#b84400", "#2d1a5e", "#0a8f6a", "#a8882a", "#7a1030")
+INK, LEVEL_COLOUR, GRID_COLOUR = "#000000", "#7a828e", "#e3e6ea"
+# CSS names of the colours. A page defines them for light and dark mode.
+CSS_COLOURS = {colour: f"var(--series-{number})" for number, colour in enumerate(COLOURS, 1)} | {
+    INK: "var(--ink)",
+    LEVEL_COLOUR: "var(--level)",
+    GRID_COLOUR: "var(--line)",
+}
 DASHES = ("-", "--", ":", "-.", (0, (4, 1)), (0, (1, 3)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
@@ -33,11 +38,14 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.grid.axis": "y",
-    "grid.color": "#e3e6ea",
+    "grid.color": GRID_COLOUR,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
     "axes.axisbelow": True,
 }
-WIDE, SMALL, SQUARE = (6.4, 2.7), (3.2, 1.7), (4.4, 4.4)  # inches
-LABEL_GAP = 0.07  # of the height: names of levels nearer to each other are pushed apart
+WIDE, SMALL, SQUARE = (4.8, 2.9), (3.2, 1.7), (4.4, 4.4)  # inches; readable on a phone
+LABEL_GAP = 0.07  # minimum distance of the names of levels, relative to the height
 
 
 @dataclass(frozen=True)
@@ -49,17 +57,18 @@ class Drawing:
     pdf: bytes
 
     def save_beside(self, page: Location) -> None:
-        """Write the PDF beside a page: `report.html` → `report-distance-against-steps.pdf`."""
+        """Write the PDF next to a page: `report.html` → `report-distance-against-steps.pdf`."""
         write_atomic(page.with_name(f"{page.stem}-{_slug(self.title)}.pdf"), self.pdf)
 
 
 @dataclass(frozen=True)
 class LineChart:
-    """One line per series over the same xs, which are placed at equal distances.
+    """One line per series over the same xs, placed at equal distances.
 
-    levels: horizontal lines by name, that the series are seen against.
-    joined: draw lines between the points; else the series stand beside each other at every x.
-    logarithmic: y by its logarithm; all values and levels must be positive.
+    Attributes:
+        levels: horizontal reference lines by name.
+        joined: connect the points of a series; otherwise series are drawn side by side at each x.
+        logarithmic: logarithmic y axis; all values and levels must be positive.
     """
 
     title: str
@@ -72,7 +81,11 @@ class LineChart:
     logarithmic: bool = False
 
     def render(self) -> Drawing:
-        """The chart with intervals as vertical bars."""
+        """Draw the chart, with intervals as vertical bars.
+
+        Returns:
+            The finished chart.
+        """
         from matplotlib.ticker import LogLocator, NullLocator
 
         figure, axes = _new(WIDE)
@@ -107,17 +120,17 @@ class LineChart:
             label=name,
             color=COLOURS[number % len(COLOURS)],
             linestyle=DASHES[number % len(DASHES)] if self.joined else "none",
-            marker="o",
+            marker=MARKERS[number % len(MARKERS)],
             markersize=4.5,
         )
 
     def _logarithmic_limits(self) -> tuple[float, float]:
-        """From the least to the largest value; intervals that reach further are cut off there."""
+        """Return limits from the smallest to the largest value. Longer intervals are cut off."""
         values = [v.value for values in self.series.values() for v in values] + list(self.levels.values())
         return min(values) / 1.15, max(values) * 1.15
 
     def _name_levels(self, axes: Axes) -> None:
-        """Names on the right of the lines, from the lowest up. Needs the final limits of the axes."""
+        """Write the names of the levels on the right, without overlap. Needs the final limits of the axes."""
         before = -LABEL_GAP
         for name, value in sorted(self.levels.items(), key=lambda item: item[1]):
             height = float(axes.transAxes.inverted().transform(axes.transData.transform((0, value)))[1])
@@ -126,7 +139,7 @@ class LineChart:
 
 
 def curve(title: str, xs: Sequence[float], values: Sequence[float], x_name: str) -> Drawing:
-    """Many points as one small line, as of a training."""
+    """Return a small chart of one curve with many points, such as a training loss."""
     figure, axes = _new(SMALL)
     axes.plot(xs, values, color=COLOURS[0], linewidth=1.2)
     axes.set_xlabel(x_name)
@@ -135,15 +148,15 @@ def curve(title: str, xs: Sequence[float], values: Sequence[float], x_name: str)
 
 
 def scatter(title: str, points: Sequence[tuple[float, float]], names: Sequence[str]) -> Drawing:
-    """Points with the name of a class each; the name stands where the points of the class lie."""
+    """Return a scatter chart of points with class names. The name of a class is above its points."""
     figure, axes = _new(SQUARE)
     places = np.asarray(points)
     for number, name in enumerate(sorted(set(names))):
         own, colour = places[[other == name for other in names]], COLOURS[number % len(COLOURS)]
-        axes.scatter(own[:, 0], own[:, 1], s=9, color=colour, alpha=0.75, linewidths=0)
-        x, y = np.median(own, axis=0)
-        paper = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1}
-        axes.text(x, y, name, color=colour, ha="center", va="center", fontweight="bold", bbox=paper)
+        marker = MARKERS[number % len(MARKERS)]
+        axes.scatter(own[:, 0], own[:, 1], s=12, color=colour, marker=marker, alpha=0.75, linewidths=0)
+        top = (float(np.median(own[:, 0])), float(own[:, 1].max()))
+        axes.annotate(name, top, (0, 4), textcoords="offset points", color=INK, ha="center", fontweight="bold")
     axes.set_aspect("equal")
     axes.set_axis_off()
     return _finish(figure, title)
@@ -159,7 +172,7 @@ def _new(size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def _finish(figure: Figure, title: str) -> Drawing:
-    """The same bytes for the same chart: neither dates nor random identifiers."""
+    """Return a chart whose bytes are the same every time: no dates, no random identifiers."""
     from matplotlib import rc_context
 
     svg, pdf = io.StringIO(), io.BytesIO()
@@ -167,9 +180,11 @@ def _finish(figure: Figure, title: str) -> Drawing:
         figure.savefig(svg, format="svg", metadata={"Date": None})
         figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
     text = svg.getvalue()
-    # Of a file of its own: what comes before the element, its size in points, and metadata.
+    # Remove what belongs to a separate file: everything before the element, its size in points, metadata.
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    # Identifiers are unique in a page that holds several charts.
+    for colour, name in CSS_COLOURS.items():
+        text = text.replace(colour, name)
+    # Make identifiers unique in a page with several charts.
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{_slug(title)}-", text)
     head = f'<svg class="chart" role="img" aria-label="{Markup.escape(title)}" '
     text = re.sub(r'^<svg (.*?)width="[^"]*pt" height="[^"]*pt" ', rf"{head}\1", text, count=1, flags=re.DOTALL)
@@ -177,5 +192,5 @@ def _finish(figure: Figure, title: str) -> Drawing:
 
 
 def _slug(title: str) -> str:
-    """`Distance against steps` → `distance-against-steps`."""
+    """Return `distance-against-steps` for `Distance against steps`."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")

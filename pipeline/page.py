@@ -1,4 +1,4 @@
-"""What all self-contained HTML pages share: templates, pictures inside the page, lineage."""
+"""Shared parts of the HTML pages: templates, embedded pictures, lineage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from svgpipe.stages.images.decode import RGBArray
 
 @dataclass(frozen=True)
 class Picture:
-    """One image with its caption; `data` is a URL that holds the image itself."""
+    """One image with its caption. `data` is a data URL."""
 
     data: str
     caption: str
@@ -34,29 +34,38 @@ class Grid:
 
 
 def render(template: str, **values: Any) -> bytes:
-    """A page from one of the templates beside this file; a value that is missing is an error."""
+    """Return a page made from a template in this folder. A missing value is an error."""
     folder = resources.files("svgpipe.pipeline")
     loader = jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text())
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader)
     return environment.get_template(template).render(**values).encode()
 
 
-# Pages are to be mailed and opened anywhere: a photograph of this size and quality takes about 15 kB of its page.
+# Pages are sent by mail. A photograph of this size and quality takes about 15 kB.
 MAX_PICTURE, QUALITY = 256, 85
 
 
 def picture(pixels: RGBArray, caption: str, *, lossless: bool = False) -> Picture:
-    """(H,W,3) uint8 → WebP inside the page, at most MAX_PICTURE a side; feature maps are kept exactly."""
+    """Convert (H,W,3) uint8 to an embedded WebP of at most MAX_PICTURE pixels per side. Feature maps are lossless.
+
+    Returns:
+        The picture with its caption.
+    """
     buffer = io.BytesIO()
     image = Image.fromarray(pixels)
     if not lossless:
         image.thumbnail((MAX_PICTURE, MAX_PICTURE), Image.Resampling.LANCZOS)
     image.save(buffer, "WEBP", quality=QUALITY, lossless=lossless)
-    return Picture("data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), caption)
+    return Picture(webp_url(buffer.getvalue()), caption)
+
+
+def webp_url(webp: bytes) -> str:
+    """Return a data URL of an image."""
+    return "data:image/webp;base64," + base64.b64encode(webp).decode()
 
 
 def lineage(ref: InputRef, name: str, depth: int = 0) -> list[tuple[int, str, InputRef]]:
-    """This artifact and everything it was made from, depth first."""
+    """Return an artifact and all its inputs, depth first."""
     lines = [(depth, name, ref)]
     for child_name, child in ref.inputs.items():
         lines += lineage(child, child_name, depth + 1)

@@ -1,4 +1,4 @@
-"""report.json and the pictures of an evaluation → one self-contained HTML page."""
+"""The page of an evaluation: report.json and its pictures as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.estimate import Estimate
-from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report, SamplerInfo
+from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report
 from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.recipe import EvaluationSection
@@ -20,17 +20,22 @@ from svgpipe.stages.images.image_set import ImageSet
 from svgpipe.stages.runtime.selection import choose_evenly, evenly_spread
 
 from .charts import Drawing, LineChart, curve
-from .page import Grid, lineage, picture, render
+from .overview import overview_rows, overview_webp, sampler_of
+from .page import Grid, lineage, picture, render, webp_url
 
-REPORT_PAGE = "report.html"
+REPORT_PAGE, OVERVIEW = "report.html", "report-overview.webp"
 MAX_COLUMNS = 10
 ROWS = 4
-LINEAR_UP_TO = 8  # times the least distance of samples: beyond, the chart is logarithmic
-SIDE_BY_SIDE = 160  # pictures of all settings together, where they leave a row at least
+LINEAR_UP_TO = 8  # decoded noise / best samples; above this ratio the chart is logarithmic
+SIDE_BY_SIDE = 160  # maximum number of pictures in the grids of all settings
 
 
 def render_report(evaluation: Location, autoencoder: Location, diffusion: Location, reference: Reference) -> Location:
-    """Write `report.html`, and its charts as PDF beside it, into a finished evaluation; returns the page's path."""
+    """Write `report.html` into a finished evaluation, its overview as WebP and its charts as PDF beside it.
+
+    Returns:
+        The page's path.
+    """
     manifest = EvaluationManifest.read(evaluation)
     report = Report.read(evaluation)
     samples = [r for r in report.results if r.role == "samples"]
@@ -41,8 +46,10 @@ def render_report(evaluation: Location, autoencoder: Location, diffusion: Locati
     chart = None if distances is None else distances.render()
     curves = _curves(autoencoder / "metrics.jsonl", ("heldout_psnr", "l1", "perceptual"), "autoencoder")
     curves += _curves(diffusion / "metrics.jsonl", ("loss", "heldout_loss"), "diffusion")
+    overview = overview_webp(overview_rows(evaluation, report, best, sets))
     page = render(
         "report_template.html",
+        overview=webp_url(overview),
         report=report,
         samples=samples,
         best=best,
@@ -58,6 +65,7 @@ def render_report(evaluation: Location, autoencoder: Location, diffusion: Locati
         manifest=manifest,
     )
     write_atomic(path, page)
+    write_atomic(path.with_name(OVERVIEW), overview)
     for drawing in [*([] if chart is None else [chart]), *curves]:
         drawing.save_beside(path)
     return path
@@ -76,7 +84,7 @@ def _grids(
     def by_class(images: ImageSet, rows: int) -> list[int]:
         labels = images.labels
         classes = np.unique(labels)
-        if len(classes) == 1:  # as of a folder without class folders
+        if len(classes) == 1:  # for example a folder without class folders
             return list(evenly_spread(len(labels), rows * MAX_COLUMNS))
         shown = choose_evenly(classes.tolist(), MAX_COLUMNS)
         members = [np.flatnonzero(labels == label)[:rows].tolist() for label in shown]
@@ -101,27 +109,27 @@ def _grids(
         pairs = [picture(originals.pixels(i), what) for i, what in zip(chosen, captions, strict=True)]
         pairs += [picture(rebuilt.pixels(i), "rebuilt") for i in chosen]
         kind = "held-out" if len(sets.heldout) >= MIN_IMAGES else "reference"
-        note = f"{kind} images above, encoded and decoded below"
+        note = f"first row: {kind} images; second row: encoded and decoded"
         grids.append(Grid("Reconstructions", note, len(chosen) or 1, pairs))
     rows = max(1, min(MAX_COLUMNS, SIDE_BY_SIDE // len(samples)))
-    if len({_sampler(r).steps for r in samples}) > 1:
-        for guidance in dict.fromkeys(_sampler(r).guidance for r in samples):
-            of_one = [r for r in samples if _sampler(r).guidance == guidance]
+    if len({sampler_of(r).steps for r in samples}) > 1:
+        for guidance in dict.fromkeys(sampler_of(r).guidance for r in samples):
+            of_one = [r for r in samples if sampler_of(r).guidance == guidance]
             title = f"Steps side by side, guidance {guidance:g}"
             grids.append(_side_by_side(evaluation, names, title, "steps", of_one, rows))
     elif len(samples) > 1:
-        steps = _sampler(best).steps
+        steps = sampler_of(best).steps
         title = f"Guidance side by side, {steps} step{'s' if steps > 1 else ''}"
         grids.append(_side_by_side(evaluation, names, title, "guidance", samples, rows))
-    settings = _sampler(best)
+    settings = sampler_of(best)
     title = f"Samples, {settings.steps} step{'s' if settings.steps > 1 else ''}"
-    note = f"guidance {settings.guidance:g}, {settings.solver}; the setting of least distance"
+    note = f"guidance {settings.guidance:g}, {settings.solver}; the setting with the smallest distance"
     grids.append(grid(title, note, decoded_images(evaluation, best.name), ROWS, names))
     return grids
 
 
 def _caption(images: ImageSet, i: int, names: Sequence[str] | None) -> str:
-    """The class, where there are names."""
+    """Return the class name, if there are names."""
     return "image" if names is None else names[int(images.labels[i])]
 
 
@@ -133,42 +141,37 @@ def _side_by_side(
     samples: Sequence[Measured],
     count: int,
 ) -> Grid:
-    """The first sample of up to `count` classes in a row each, a column for each of the settings."""
+    """Return the first sample of up to `count` classes, one row each, with one column per setting."""
     sets = [decoded_images(evaluation, r.name) for r in samples]
     labels = sets[0].labels
     drawn, first = np.unique(labels, return_index=True)
     rows = [int(first[c]) for c in evenly_spread(len(drawn), count)]
-    values = [f"{getattr(_sampler(r), varied):g}" for r in samples]
+    values = [f"{getattr(sampler_of(r), varied):g}" for r in samples]
     pictures = [
         picture(images.pixels(row), f"{names[int(labels[row])]}, {value}")
         for row in rows
         for value, images in zip(values, sets, strict=True)
     ]
-    note = f"the same noise in every row; {varied} {', '.join(values)} from left to right"
+    note = f"each row starts from the same noise; columns: {varied} {', '.join(values)}"
     return Grid(title, note, len(values), pictures)
 
 
-def _sampler(result: Measured) -> SamplerInfo:
-    assert result.sampler is not None, "samples carry their settings"
-    return result.sampler
-
-
 def _distance_chart(samples: Sequence[Measured], lines: dict[str, Measured]) -> LineChart | None:
-    """Distance against steps, a line for each guidance; against guidance, where there is one number of steps.
+    """Return the chart of distance against steps, one line per guidance scale; None for a single setting.
 
-    None for a single setting.
+    With one number of steps: distance against guidance.
     """
     if len(samples) < 2:
         return None
-    over_steps = len({_sampler(r).steps for r in samples}) > 1
+    over_steps = len({sampler_of(r).steps for r in samples}) > 1
 
     def place(r: Measured) -> float:
-        return _sampler(r).steps if over_steps else _sampler(r).guidance
+        return sampler_of(r).steps if over_steps else sampler_of(r).guidance
 
     xs = sorted({place(r) for r in samples})
     series: dict[str, list[Estimate]] = {}
     for r in sorted(samples, key=place):
-        distance, at = r.frechet_distance, _sampler(r)
+        distance, at = r.frechet_distance, sampler_of(r)
         several = "s" if at.steps > 1 else ""
         name = f"guidance {at.guidance:g}" if over_steps else f"{at.steps} step{several}"
         series.setdefault(name, []).append(distance)
@@ -181,7 +184,7 @@ def _distance_chart(samples: Sequence[Measured], lines: dict[str, Measured]) -> 
 
 
 def _far_apart(series: dict[str, list[Estimate]], levels: dict[str, float]) -> bool:
-    """Whether the ceiling would press the samples into the bottom of a linear axis."""
+    """Return whether decoded noise is so far away that a linear axis would compress the samples."""
     samples = [v.value for estimates in series.values() for v in estimates]
     return min(*samples, *levels.values()) > 0 and max(*samples, *levels.values()) > LINEAR_UP_TO * min(samples)
 

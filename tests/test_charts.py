@@ -6,8 +6,12 @@ import itertools
 import re
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from skimage.color import deltaE_ciede2000, rgb2lab
 
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.pipeline.charts import COLOURS, LEVEL_COLOUR, Drawing, LineChart, curve, scatter
@@ -30,7 +34,8 @@ def test_a_chart_names_everything_it_shows() -> None:
     assert drawn.svg.startswith('<svg class="chart" role="img" aria-label="Distance &lt;b&gt;" ')
     assert "width=" not in drawn.svg[: drawn.svg.index(">")]
     assert drawn.pdf.startswith(b"%PDF")
-    assert len({colour for colour in COLOURS if f"stroke: {colour}" in drawn.svg}) == 2
+    assert len(set(re.findall(r"stroke: var\(--series-\d\)", drawn.svg))) == 2
+    assert not re.search('#[0-9a-f]{6}[ ;"]', drawn.svg)  # every colour follows the page, light or dark
 
 
 def test_the_same_chart_is_drawn_in_the_same_bytes() -> None:
@@ -59,10 +64,10 @@ def test_any_numbers_can_be_drawn(values: tuple[float, float]) -> None:
     assert LineChart("t", "x", "y", [1], {"a": plain[:1]}, {}).render().pdf
 
 
-def test_a_map_names_its_classes_in_their_colours() -> None:
+def test_a_map_names_its_classes() -> None:
     drawn = scatter("map", [(0, 0), (1, 1), (5, 5), (6, 6)], ["cat", "cat", "dog & co", "dog & co"])
     assert "cat" in texts(drawn) and "dog &amp; co" in texts(drawn)
-    assert all(f"fill: {colour}" in drawn.svg for colour in COLOURS[:2])
+    assert all(f"fill: var(--series-{number})" in drawn.svg for number in (1, 2))
 
 
 def test_the_pdf_lies_beside_the_page(tmp_path: Path) -> None:
@@ -71,19 +76,57 @@ def test_the_pdf_lies_beside_the_page(tmp_path: Path) -> None:
     assert (tmp_path / "report-diffusion-held-out-loss.pdf").read_bytes() == drawn.pdf
 
 
-def contrast_to_white(colour: str) -> float:
-    """By WCAG 2.2: 1 for white itself, 21 for black."""
-    linear = [
-        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
-        for c in (b / 255 for b in bytes.fromhex(colour.removeprefix("#")))
-    ]
-    return 1.05 / (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
+def linear_rgb(colour: str) -> NDArray[np.float64]:
+    """sRGB hex → linear RGB in [0, 1]."""
+    values = np.frombuffer(bytes.fromhex(colour.removeprefix("#")), np.uint8) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
 
 
-def test_pages_can_be_read_by_all() -> None:
-    """Text has the contrast that WCAG AA asks for (4.5), what is drawn and means something that of graphics (3)."""
+def contrast(one: str, two: str) -> float:
+    """By WCAG 2.2: 1 for equal colours, 21 for black and white."""
+    low, high = sorted(float(linear_rgb(colour) @ (0.2126, 0.7152, 0.0722)) for colour in (one, two))
+    return (high + 0.05) / (low + 0.05)
+
+
+# What people see of linear RGB, from Machado, Oliveira and Fernandes 2009, severity 1.
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+def distance(one: str, two: str, seen: Any) -> float:
+    """CIEDE2000 of two colours as they are seen."""
+    linear = np.clip([np.asarray(seen) @ linear_rgb(colour) for colour in (one, two)], 0, 1)
+    encoded = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return float(deltaE_ciede2000(*rgb2lab(encoded)))
+
+
+def themes() -> list[dict[str, str]]:
+    """Colours by name of the light page, then of the dark one."""
     style = resources.files("svgpipe.pipeline").joinpath("page_style.html").read_text()
-    named = dict(re.findall(r"--(\w+): #([0-9a-f]{6})", style))
-    assert min(contrast_to_white(named[name]) for name in ("ink", "soft", "mark")) >= 4.5
-    assert min(map(contrast_to_white, COLOURS)) >= 4.5
-    assert min(map(contrast_to_white, (named["graph"], LEVEL_COLOUR))) >= 3
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", part)) for part in style.split("prefers-color-scheme")
+    )
+    assert light.keys() == dark.keys()
+    return [light, dark]
+
+
+def test_charts_have_the_colours_of_the_light_page() -> None:
+    """In the PDF, which has no CSS."""
+    light = themes()[0]
+    assert tuple(light[f"series-{number}"] for number in range(1, len(COLOURS) + 1)) == COLOURS
+    assert light["level"] == LEVEL_COLOUR
+
+
+@pytest.mark.parametrize("theme", themes(), ids=["light", "dark"])
+def test_pages_can_be_read_by_all(theme: dict[str, str]) -> None:
+    """Text has the contrast that WCAG AA asks for (4.5), graphics have 3; the colours of lines differ for everybody."""
+    paper, series = theme["paper"], [colour for name, colour in theme.items() if name.startswith("series")]
+    assert min(contrast(theme[name], paper) for name in ("ink", "soft", "mark")) >= 4.5
+    assert min(contrast(colour, paper) for colour in (*series, theme["graph"], theme["level"])) >= 3
+    for one, two in itertools.combinations(series, 2):
+        for name, seen in VISION.items():
+            assert distance(one, two, seen) > 8, (one, two, name)
