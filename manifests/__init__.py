@@ -1,4 +1,4 @@
-"""What lies on disk between the stages: typed, fingerprinted, atomically written."""
+"""Files between the stages: typed, fingerprinted, written atomically."""
 
 from .cache import CachedRow, FeatureCache
 

@@ -1,9 +1,8 @@
-"""alignment.json: the four scalars of an imported autoencoder, which came without them.
+"""alignment.json: the four alignment scalars of an imported autoencoder.
 
-Official checkpoints hold none, as the official code aligns every batch by itself. The first extraction or evaluation
-measures them and puts them beside the weights; whatever encodes with that autoencoder from then on uses the same ones.
-Once there, they never change. What is encoded with them keeps a copy, be it a cache or the reconstructions of an
-evaluation: imported anew, the same weights may be given others.
+Official checkpoints hold no alignment, because the official code aligns every batch by itself. The first extraction or
+evaluation measures the scalars and stores them next to the weights. They never change afterwards. Caches and
+evaluations keep a copy, because a second import of the same weights may get other scalars.
 """
 
 from __future__ import annotations
@@ -18,19 +17,20 @@ ALIGNMENT_NAME = "alignment.json"
 
 
 class MeasuredAlignment(FrozenModel):
-    """What was measured, and on what."""
+    """The measured scalars, and the images they were measured on."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     scalars: tuple[float, float, float, float] = Field(description="Frozen mean, std, residual mean, std.")
     images: int
-    shards: str = Field(description="Fingerprint of the shard set that the images are from.")
+    shards: str = Field(description="Fingerprint of the shard set of these images.")
 
     @classmethod
     def read(cls, directory: Location) -> MeasuredAlignment | None:
-        """Of an autoencoder, or of what was encoded with it; None where nothing was measured.
+        """Return the alignment of an autoencoder, a cache or an evaluation; None if there is no file.
 
-        Raises ArtifactError for a damaged file.
+        Raises:
+            ArtifactError: the file is damaged.
         """
         path = directory / ALIGNMENT_NAME
         if not path.exists():
@@ -46,21 +46,25 @@ class MeasuredAlignment(FrozenModel):
 
 
 def require_same_alignment(directory: Location, expected: Location) -> None:
-    """Raise MismatchError where both hold an alignment, and `directory` another than `expected`."""
+    """Check that two artifacts have the same alignment, if both have one.
+
+    Raises:
+        MismatchError: the alignment of `directory` differs from that of `expected`.
+    """
     ours, theirs = MeasuredAlignment.read(expected), MeasuredAlignment.read(directory)
     if ours is not None and theirs is not None and ours.scalars != theirs.scalars:
         raise MismatchError(
-            f"{directory}: expected the alignment {ours.scalars} of {expected}, found {theirs.scalars}: the "
-            "autoencoder was imported more than once, and measured anew. "
-            f"Put the first {ALIGNMENT_NAME} back, or make both anew."
+            f"{directory}: expected the alignment {ours.scalars} of {expected}, found {theirs.scalars}. The "
+            "autoencoder was imported more than once and measured again. "
+            f"Restore the first {ALIGNMENT_NAME}, or make both artifacts again."
         )
 
 
 def keep_alignment(source: Location, directory: Location) -> None:
-    """Put a copy of an autoencoder's (or a cache's) measured alignment beside what was encoded with it, if it has one.
+    """Copy the measured alignment of an autoencoder or a cache to `directory`, if there is one.
 
     Raises:
-        MismatchError: `directory` was begun with another one.
+        MismatchError: `directory` has another alignment.
     """
     require_same_alignment(source, directory)
     measured = MeasuredAlignment.read(source)

@@ -1,11 +1,11 @@
-"""The feature cache: normalised features of every image, in a Zarr v3 group that opens without svgpipe.
+"""The feature cache: normalised features of every image in a Zarr v3 group that opens without svgpipe.
 
-zarr.json, features/, …   the store, see feature_store.py; of a finished cache its attributes hold the manifest
-stored_mean/ _std/ _min/ _max/   (channel) float32: of what was written, over all valid rows
+zarr.json, features/, …   the store, see feature_store.py; in a finished cache its attributes hold the manifest
+stored_mean/ _std/ _min/ _max/   (channel) float32: statistics of the stored values of all valid rows
 stored_covariance/        (channel, channel) float64: of the original view of 512 valid rows
-journal/                  one record per outer shard, with its hash and moments: the proof that it was written;
-                          and the calibration: channel_mean, channel_std and the int8 steps, fixed before anything else
-rejected.jsonl            row, tar, offset, key, reason — samples = valid + rejected
+journal/                  one record per outer shard, with its hash and moments; and the calibration:
+                          channel_mean, channel_std and the int8 steps, fixed before any unit is written
+rejected.jsonl            row, tar, offset, key, reason; samples = valid + rejected
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STATISTICS = ("stored_mean", "stored_std", "stored_min", "stored_max", "stored_c
 
 
 class CacheManifest(Manifest):
-    """What a feature cache holds and what made it; training reads this before any row."""
+    """What a feature cache holds and what it was made from."""
 
     KIND: ClassVar[str] = "feature-cache"
     NOUN: ClassVar[str] = "a feature cache"
@@ -48,14 +48,14 @@ class CacheManifest(Manifest):
     unit_rows: int
     class_names: list[str]
     backbone: str
-    backbone_weights: str = Field(description="As the recipe named them: hub, random, a file or a package.")
+    backbone_weights: str = Field(description="Weights as named in the recipe: hub, random, a file or a package.")
     content: str = Field(description="sha256 over the hashes of all outer shards, labels and statistics.")
     num_bytes: int
-    timings: Json = Field(default_factory=dict, description="Seconds per worker, of the run that finished it.")
+    timings: Json = Field(default_factory=dict, description="Seconds per worker of the run that finished the cache.")
 
     @property
     def spec(self) -> StoreSpec:
-        """Shape of the store that belongs to this manifest."""
+        """Shape of the store."""
         rows, columns, channels = self.feature_shape
         return StoreSpec(
             num_samples=self.num_samples,
@@ -75,7 +75,7 @@ class CacheManifest(Manifest):
 
     @staticmethod
     def content_of(store: FeatureStore, unit_hashes: Sequence[str]) -> str:
-        """Digest that `content` must equal: hashes of all outer shards in order, and the small arrays."""
+        """Return the expected value of `content`: a digest over all outer shards and the small arrays."""
         names = ["label", "valid", "heldout", "channel_mean", "channel_std"]
         if store.spec.dtype == "int8":
             names.append("feature_scale")
@@ -98,14 +98,14 @@ class FeatureCache(Sequence[CachedRow]):
 
     >>> cache = FeatureCache("runs/demo/cache")       # doctest: +SKIP
     >>> batch = cache.read([5, 3, 3], view="flip")    # (3, rows, columns, channels), normalised
-    >>> features = cache.denormalize(batch)           # float32, as the autoencoder's decoder wants them
+    >>> features = cache.denormalize(batch)           # float32, the input of the autoencoder's decoder
     """
 
     def __init__(self, path: str | Location) -> None:
         """Open the cache at `path`.
 
         Raises:
-            ArtifactError: no finished cache there, or its arrays are not what its manifest says.
+                ArtifactError: there is no finished cache, or its arrays do not match its manifest.
         """
         self.path = location(path)
         self.manifest = CacheManifest.read(self.path)
@@ -115,7 +115,7 @@ class FeatureCache(Sequence[CachedRow]):
             raise ArtifactError(
                 f"{self.path}: expected {expected.num_samples} samples of {(*expected.grid, expected.channels)} "
                 f"{expected.dtype}, found {spec.num_samples} of {(*spec.grid, spec.channels)} {spec.dtype}, or other "
-                "views or classes. The store was altered after its manifest was written."
+                "views or classes. The store was changed after its manifest was written."
             )
 
     def __len__(self) -> int:
@@ -123,7 +123,7 @@ class FeatureCache(Sequence[CachedRow]):
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        """(samples, views, rows, columns, channels)"""
+        """(samples, views, rows, columns, channels)."""
         return (len(self), len(self.views), *self.manifest.feature_shape)
 
     @property
@@ -138,37 +138,37 @@ class FeatureCache(Sequence[CachedRow]):
 
     @cached_property
     def labels(self) -> NDArray[np.int32]:
-        """(samples,) class of every sample."""
+        """(samples,) class index of every sample."""
         return self.store.array("label").astype(np.int32)
 
     @cached_property
     def valid(self) -> NDArray[np.bool_]:
-        """(samples,) False where the image could not be decoded: its features are zeros."""
+        """(samples,) False where the image could not be decoded; its features are zeros."""
         return self.store.array("valid").astype(np.bool_)
 
     @cached_property
     def heldout(self) -> NDArray[np.bool_]:
-        """(samples,) True for images that no training may use."""
+        """(samples,) True for images that are kept out of training."""
         return self.store.array("heldout").astype(np.bool_)
 
     @property
     def training_rows(self) -> NDArray[np.int64]:
-        """(n,) rows that training may use: valid, and not held out."""
+        """(n,) rows for training: valid and not held out."""
         return np.flatnonzero(self.valid & ~self.heldout)
 
     @property
     def heldout_rows(self) -> NDArray[np.int64]:
-        """(n,) rows that no training may use: valid and held out."""
+        """(n,) held-out rows that are valid."""
         return np.flatnonzero(self.valid & self.heldout)
 
     @cached_property
     def channel_mean(self) -> NDArray[np.float32]:
-        """(channels,) subtracted before storing."""
+        """(channels,) mean that was subtracted before storing."""
         return self.store.array("channel_mean").astype(np.float32)
 
     @cached_property
     def channel_std(self) -> NDArray[np.float32]:
-        """(channels,) divided by before storing."""
+        """(channels,) standard deviation that features were divided by before storing."""
         return self.store.array("channel_std").astype(np.float32)
 
     @property
@@ -177,23 +177,28 @@ class FeatureCache(Sequence[CachedRow]):
         return self.store.group
 
     def __getitem__(self, index: Any) -> Any:
-        """One sample as a `CachedRow`. Raises IndexError out of range; slices are not supported, use `read`."""
+        """Return one sample as a `CachedRow`. Slices are not supported; use `read`.
+
+        Raises:
+            IndexError: out of range.
+            TypeError: `index` is a slice.
+        """
         if isinstance(index, slice):
-            raise TypeError("a cache gives single rows by index; use read(range(...)) for several")
+            raise TypeError("a cache gives single rows by index; use read(range(...)) for several rows")
         features = self.read([index])[0]
         i = int(index)
         label = int(self.labels[i])
-        name = self.classes[label] if label >= 0 else ""  # of a reject that has none
+        name = self.classes[label] if label >= 0 else ""  # a rejected image may have no label
         return CachedRow(features, label, name, bool(self.valid[i]), bool(self.heldout[i]))
 
     def read(self, indices: ArrayLike, view: str | ArrayLike = "original") -> Values:
-        """Rows in any order with duplicates; see `FeatureStore.read`."""
+        """Return rows in any order, duplicates allowed; see `FeatureStore.read`."""
         return self.store.read(indices, view)
 
     def read_stored(self, indices: ArrayLike, view: str | ArrayLike = "original") -> NDArray[Any]:
-        """As `read`, but int8 as it lies on disk; see `FeatureStore.read_stored`."""
+        """Return rows as stored, int8 or float16; see `FeatureStore.read_stored`."""
         return self.store.read_stored(indices, view)
 
     def denormalize(self, features: NDArray[Any]) -> NDArray[np.float32]:
-        """Stored (…, channel) values → features as encoded, float32."""
+        """Return stored values (…, channel) as the float32 features that were encoded."""
         return np.asarray(features, np.float32) * self.channel_std + self.channel_mean

@@ -1,7 +1,7 @@
-"""What a cache is normalised and quantised with, fixed before anything is written.
+"""Normalisation and quantisation of a cache, fixed before the first unit is written.
 
-It lies in the cache's journal beside the store's own arrays: a resume uses the same numbers, and `repair` restores
-either of them from the other.
+The journal of the cache keeps a copy of the store's own arrays. A resume uses the same numbers, and `repair` restores
+one copy from the other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CALIBRATION = "calibration"
 
 @dataclass(frozen=True)
 class Calibration:
-    """Per channel: (C,) float32 mean, standard deviation, and for int8 the step."""
+    """Per channel, (C,) float32: mean, standard deviation and, for int8, the quantisation step."""
 
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
@@ -26,7 +26,11 @@ class Calibration:
 
     @classmethod
     def read(cls, journal: Journal) -> Calibration:
-        """The recorded one. Raises ArtifactError if it is missing or damaged."""
+        """Return the recorded calibration.
+
+        Raises:
+            ArtifactError: the record is missing or damaged.
+        """
         entry = journal.read(CALIBRATION)
         mean, std, scale = (
             None if entry[name] is None else np.asarray(entry[name], np.float32) for name in ("mean", "std", "scale")
@@ -35,6 +39,6 @@ class Calibration:
         return cls(mean, std, scale)
 
     def record(self, journal: Journal) -> None:
-        """Put it into the journal. float32 survives JSON exactly."""
+        """Write the calibration to the journal. float32 values survive JSON exactly."""
         scale = None if self.scale is None else self.scale.tolist()
         journal.record(CALIBRATION, {"mean": self.mean.tolist(), "std": self.std.tolist(), "scale": scale})

@@ -1,14 +1,14 @@
-"""Checkpoints: training state that a killed run resumes from, and the finished weights of both models.
+"""Checkpoints: the training state of a run, and the finished weights of both models.
 
-    checkpoints/latest.json             the checkpoints that exist, oldest first, with the hash of every file
+    checkpoints/latest.json             list of the checkpoints, oldest first, with the hash of every file
     checkpoints/step-00001000/*.safetensors
     autoencoder.safetensors             trained part of the autoencoder (residual, alignment, mask token, decoder)
-    backbone.safetensors                the frozen part, where it was imported or read from a file
-    ema-0.9999.safetensors, …           diffusion transformer, one file per average of its weights
-    raw.safetensors                     the same as trained
+    backbone.safetensors                frozen part, if it was imported or read from a file
+    ema-0.9999.safetensors, …           diffusion transformer, one file per EMA decay
+    raw.safetensors                     diffusion transformer without EMA
     statistics.safetensors              channel_mean, channel_std of the cache it was trained on
 
-Nothing is ever unpickled. A checkpoint becomes visible by one rename of latest.json.
+Nothing is unpickled. A checkpoint is published by one rename of latest.json.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from .manifest import Json, Manifest, read_json, write_json
 AUTOENCODER_FILE = "autoencoder.safetensors"
 BACKBONE_FILE = "backbone.safetensors"
 STATISTICS_FILE = "statistics.safetensors"
-# Weights as trained, and what stands for the recipe's first average.
+# Weights without EMA, and the name for the recipe's first EMA decay.
 RAW, EMA = "raw", "ema"
-OFFICIAL_LATENTS = "official-latents"  # kind of what stands among an imported model's inputs where a cache would
+OFFICIAL_LATENTS = "official-latents"  # kind of the input of an imported model that replaces the cache
 
 
 def average_name(decay: float) -> str:
-    """Name of the average with that decay: `ema-0.9999`."""
+    """Return the name of the EMA weights with this decay: `ema-0.9999`."""
     return f"{EMA}-{decay!r}"
 
 
 def choose_weights(decays: Sequence[float], choice: str) -> str:
-    """Name of the weights that a person means by `ema` (the first average), `ema-DECAY`, `DECAY` or `raw`.
+    """Return the name of the weights that `ema` (first decay), `ema-DECAY`, `DECAY` or `raw` stands for.
 
     Raises:
-        UsageError: a model with averages of these decays holds no such weights.
+        UsageError: the model has no EMA weights of this decay.
     """
     names = [*map(average_name, decays), RAW]
     name = names[0] if choice == EMA else choice
@@ -57,12 +57,12 @@ def choose_weights(decays: Sequence[float], choice: str) -> str:
 
 
 def weights_file(name: str) -> str:
-    """File of the weights called `raw` or `ema-DECAY`."""
+    """Return the file name of the weights `raw` or `ema-DECAY`."""
     return f"{name}.safetensors"
 
 
 class AutoencoderManifest(Manifest):
-    """A trained autoencoder: which backbone, which latents it gives, and the hash of what was trained."""
+    """A trained autoencoder: backbone, shape of its latents, hash of the trained part."""
 
     KIND: ClassVar[str] = "autoencoder"
     NOUN: ClassVar[str] = "an autoencoder"
@@ -76,34 +76,38 @@ class AutoencoderManifest(Manifest):
     residual_channels: int
     backbone_weights: str = Field(description="sha256 over the backbone's tensors, as loaded.")
     alignment: list[float] | None = Field(
-        description="Frozen scalars: frozen mean, std, residual mean, std. Of imported ones they are in alignment.json."
+        description="Alignment scalars: frozen mean, std, residual mean, std. Imported ones: see alignment.json."
     )
     content: str = Field(description=f"sha256 of {AUTOENCODER_FILE}.")
     heldout_psnr: float | None = Field(None, description="dB, mean over held-out images; null without any.")
     reconstruction_grid: str | None = None
-    origin: str | None = Field(None, description="File that it was imported from, and its sha256.")
+    origin: str | None = Field(None, description="Imported: source file and its sha256.")
 
 
 class DiffusionManifest(Manifest):
-    """A trained diffusion transformer, with the statistics that its latents are normalised by."""
+    """A trained diffusion transformer, with the normalisation statistics of its latents."""
 
     KIND: ClassVar[str] = "diffusion"
     NOUN: ClassVar[str] = "a diffusion model"
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"heldout_loss", "num_parameters", "origin"})
 
     kind: Literal["diffusion"] = "diffusion"
-    steps: int = Field(description="Of an imported model 0: its file does not say.")
+    steps: int = Field(description="Training steps; 0 for an imported model, whose file does not say.")
     grid: tuple[int, int]
     channels: int
     class_names: list[str]
     content: dict[str, str] = Field(description="sha256 of each safetensors file.")
     num_parameters: int
     heldout_loss: float | None = None
-    origin: str | None = Field(None, description="File that it was imported from, and its sha256.")
+    origin: str | None = Field(None, description="Imported: source file and its sha256.")
 
 
 def save_tensors(path: Location, tensors: Mapping[str, Tensor]) -> str:
-    """Write safetensors atomically; returns the file's sha256."""
+    """Write safetensors atomically.
+
+    Returns:
+        sha256 of the file.
+    """  # noqa: DOC501 - storage_error is a function
     try:
         with staged(path) as partial:
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial)
@@ -114,10 +118,10 @@ def save_tensors(path: Location, tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_tensors(path: Location, sha256: str | None = None) -> dict[str, Tensor]:
-    """Read safetensors to the CPU.
+    """Return the tensors of a safetensors file, on the CPU.
 
     Raises:
-        ArtifactError: missing, unreadable, or not the file whose hash was recorded.
+        ArtifactError: the file is missing, unreadable, or does not have this sha256.
     """
     if not path.exists():
         raise ArtifactError(f"{path}: expected weights, found no such file.")
@@ -134,7 +138,7 @@ def load_tensors(path: Location, sha256: str | None = None) -> dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One training state: step number, named tensor groups, and JSON values."""
+    """One training state: step, named groups of tensors, JSON values."""
 
     step: int
     groups: dict[str, dict[str, Tensor]]
@@ -142,10 +146,10 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. `latest` is what latest.json says, never a guess from file names."""
+    """The checkpoints of one run, as listed in latest.json. File names are never used to guess the newest one."""
 
     def __init__(self, directory: Location, keep: int = 2, keep_every: int | None = None) -> None:
-        """Keep the newest `keep` checkpoints in `directory`, and for ever those at multiples of `keep_every` steps."""
+        """Keep the newest `keep` checkpoints, and permanently those at multiples of `keep_every` steps."""
         self.directory, self.keep, self.keep_every = directory, keep, keep_every
 
     def _listed(self) -> list[Json]:
@@ -153,21 +157,25 @@ class CheckpointStore:
         return list(read_json(path)["checkpoints"]) if path.exists() else []
 
     def entry(self, folder: str | None) -> Json | None:
-        """What latest.json says of the checkpoint in that folder, or of the newest; None where there is none."""
+        """Return the entry of a checkpoint folder (default: the newest) in latest.json; None if there is none."""
         entries = [e for e in self._listed() if folder is None or e["folder"] == folder]
         return entries[-1] if entries else None
 
     @property
     def newest(self) -> Location | None:
-        """Folder of the newest published checkpoint."""
+        """Folder of the newest checkpoint."""
         entry = self.entry(None)
         return None if entry is None else self.directory / entry["folder"]
 
     def save(self, checkpoint: Checkpoint) -> Location:
-        """Write and publish a checkpoint, then remove those that need not be kept."""
+        """Write and publish a checkpoint, then delete the ones that are no longer kept.
+
+        Returns:
+            Folder of the checkpoint.
+        """
         name = f"step-{checkpoint.step:08d}"
         folder = self.directory / name
-        remove_tree(folder)  # left by a run that was killed while writing it
+        remove_tree(folder)  # a partial checkpoint of a killed run
         make_directory(folder)
         hashes = {
             group: save_tensors(folder / f"{group}.safetensors", tensors)
@@ -188,10 +196,12 @@ class CheckpointStore:
         return self.keep_every is not None and entry["step"] % self.keep_every == 0
 
     def latest(self, say: Callable[[str], None]) -> Checkpoint | None:
-        """The newest intact checkpoint; a damaged one is named through `say` and the one before is used.
+        """Return the newest intact checkpoint; None if there is none yet.
+
+        A corrupt checkpoint is reported through `say`, and the previous one is loaded.
 
         Raises:
-            ArtifactError: checkpoints are listed, but none is intact.
+            ArtifactError: all listed checkpoints are corrupt.
         """
         entries = self._listed()
         problems = []

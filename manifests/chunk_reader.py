@@ -1,9 +1,9 @@
-"""Rows straight from local shard files: what tensorstore reads too, in less than half the time, and after a fork.
+"""Reads rows directly from local shard files: twice as fast as tensorstore, and safe after a fork.
 
-A Zarr shard ends with its index: offset and length of every inner chunk (little-endian uint64), then the index's
-crc32c. A float16 chunk is its values followed by their crc32c, an int8 chunk the zstd frame of its values followed
-by the frame's crc32c. float16 rows are read straight into the result, where tensorstore copies three times; and
-tensorstore aborts a forked process whose parent has used it. A test compares the two.
+A Zarr shard ends with its index: offset and length of every inner chunk (little-endian uint64), then the crc32c of the
+index. A float16 chunk is its values and their crc32c. An int8 chunk is a zstd frame of its values and the crc32c of the
+frame. float16 rows are read directly into the result; tensorstore copies them three times. tensorstore also aborts a
+forked process if the parent has used it. A test compares both readers.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .errors import ArtifactError
 from .store_spec import StoreSpec, unit_file
 
 CRC_BYTES = 4
-ABSENT = 2**64 - 1  # as offset and length of a chunk that was not written
+ABSENT = 2**64 - 1  # offset and length of a chunk that was not written
 _ZSTD = Zstd()
-# Open files that a reader keeps; a random batch touches about as many shards as it has rows.
+# Open files per reader; a random batch touches about one shard per row.
 FILES_KEPT = 256
 
 
 class ChunkReader:
-    """Reads rows of a local store, for one thread at a time. A forked process needs a reader of its own."""
+    """Reads rows of a local store. Not thread-safe; a forked process needs its own reader."""
 
     def __init__(self, path: Path, spec: StoreSpec) -> None:
         self.path, self.spec = path, spec
@@ -39,7 +39,11 @@ class ChunkReader:
         self.pid = os.getpid()
 
     def read(self, rows: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[Any]:
-        """(n, row, column, channel) as stored. Raises ArtifactError for a missing shard or a wrong checksum."""
+        """Return rows as stored, (n, row, column, channel).
+
+        Raises:
+            ArtifactError: a shard is missing, or a checksum is wrong.
+        """
         spec = self.spec
         result = np.empty((len(rows), *spec.grid, spec.channels), spec.dtype)
         targets = result.view(np.uint8).reshape(len(rows), -1) if len(rows) else result
@@ -88,20 +92,20 @@ class _ShardFile:
         raw = os.pread(self._handle, length, start) if start >= 0 else b""
         if len(raw) < length or _crc(raw[:-CRC_BYTES]) != raw[-CRC_BYTES:]:
             self.close()
-            raise self._wrong("its index is damaged or cut short")
+            raise self._wrong("its index is damaged or truncated")
         self._index = np.frombuffer(raw[:-CRC_BYTES], "<u8").reshape(chunks, 2)
 
     def read_into(self, chunk: int, target: NDArray[np.uint8], row: int) -> None:
-        """Fill `target` with one chunk, checked."""
+        """Read one chunk into `target` and check its checksum."""
         offset, length = (int(value) for value in self._index[chunk])
         if length != len(target) + CRC_BYTES:
-            raise self._wrong(f"row {row} was never written, or is of another size")
+            raise self._wrong(f"row {row} was never written, or has another size")
         crc = bytearray(CRC_BYTES)
         if os.preadv(self._handle, [target.data, crc], offset) != length or _crc(target) != crc:
             raise self._wrong(f"row {row}: its checksum is wrong")
 
     def unpack_into(self, chunk: int, target: NDArray[np.uint8], row: int) -> None:
-        """Fill `target` with one compressed chunk, checked."""
+        """Decompress one chunk into `target` and check its checksum."""
         offset, length = (int(value) for value in self._index[chunk])
         if length == ABSENT:
             raise self._wrong(f"row {row} was never written")

@@ -1,4 +1,4 @@
-"""The numbers of all reports: each with how many images it was found on, and its interval."""
+"""A measured number with its interval and its number of images."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from .manifest import FrozenModel
 
 
 class Estimate(FrozenModel):
-    """A number, how many images it was found on, and the 95 % interval over them.
+    """A measured number, its 95 % interval, and the number of images that it was measured on.
 
-    By bootstrap; of shares Wilson's, which has a width where all or none hit.
+    Intervals come from the bootstrap; those of fractions are Wilson intervals.
     """
 
-    value: float = Field(description="The number itself.")
-    low: float | None = Field(None, description="Without it, nothing was resampled.")
-    high: float | None = Field(None, description="The upper end; low is the lower one.")
-    num_images: int = Field(description="That it was found on.")
+    value: float = Field(description="The measured number.")
+    low: float | None = Field(None, description="Lower end of the 95 % interval; null without resampling.")
+    high: float | None = Field(None, description="Upper end of the 95 % interval.")
+    num_images: int = Field(description="Number of images that it was measured on.")

@@ -1,12 +1,12 @@
-"""What an evaluation leaves: latents, decoded images, features, and one report whose every number can be traced.
+"""Files of an evaluation: latents, decoded images, features, and a report.
 
-images/SET/shard-*.tar      decoded images (PNG) as WebDataset tars with the usual index
+images/SET/shard-*.tar      decoded images (PNG) as WebDataset tars with an index
 report.json, report.schema.json, report.html
 
-Beside it, shared by all evaluations there:
+Next to the evaluation, shared by all evaluations there:
 
-latents/SETTING_DIGEST/     generated latents, a Zarr group in the feature cache's own format
-features/DIGEST.safetensors, .json    what distances are computed from, by the images and the extractor; its hash
+latents/SETTING_DIGEST/     sampled latents, a Zarr group in the format of the feature cache
+features/DIGEST.safetensors, .json    features for the metrics, by content of images and extractor; their hash
 """
 
 from __future__ import annotations
@@ -22,64 +22,64 @@ from .report_file import ExtractorInfo, WrittenReport
 
 
 class SamplerInfo(FrozenModel):
-    """Everything that decides a sample, besides the model."""
+    """All settings that determine a sample, besides the model."""
 
-    steps: int = Field(description="Of the time grid.")
-    guidance: float = Field(description="Scale; 1 is none.")
-    solver: str = Field(description="euler, heun (two evaluations a step) or multistep.")
+    steps: int = Field(description="Number of steps.")
+    guidance: float = Field(description="Guidance scale; 1: no guidance.")
+    solver: str = Field(description="euler, heun (two evaluations per step) or multistep.")
     guidance_mode: str = Field(description="Where on the path guidance acts.")
-    time_shift: float = Field(description="Of the time grid; 1 is none, less dwells near the noise.")
-    seed: int = Field(description="Of the noise, and of labels that are drawn.")
-    precision: str = Field(description="dtype of products.")
-    weights: str = Field(description="Which average of the model's weights, or raw.")
-    labels: str = Field(description="equal (per class), or drawn.")
-    guide: str | None = Field(description="Weights, step and hash of the worse model of autoguidance, or null.")
+    time_shift: float = Field(description="Shift of the time grid; 1: none, below 1: more steps near the noise.")
+    seed: int = Field(description="Seed of the noise, and of drawn labels.")
+    precision: str = Field(description="dtype of matrix products.")
+    weights: str = Field(description="ema-DECAY or raw.")
+    labels: str = Field(description="equal (same number per class) or drawn.")
+    guide: str | None = Field(description="Autoguidance: weights, step and hash of the worse model; null: none.")
 
 
 class ReferenceInfo(FrozenModel):
-    """Real images, or statistics of such."""
+    """The reference: real images, or statistics of real images."""
 
     kind: str = Field(description="shards, folder or statistics.")
     description: str = Field(description="In words.")
-    num_images: int | None = Field(description="Null of statistics, which do not say.")
-    content: str = Field(description="sha256 over the images and how they are cropped; of statistics, over the file.")
+    num_images: int | None = Field(description="Number of images; null for statistics.")
+    content: str = Field(description="sha256 over the images and their crop; for statistics, of the file.")
 
 
 class ModelInfo(FrozenModel):
-    """The diffusion model that was sampled from."""
+    """The diffusion model."""
 
-    steps: int = Field(description="Of its training; 0 of an imported one, whose file does not say.")
-    num_parameters: int = Field(description="All of them.")
-    weights_sha256: str = Field(description="Of the file of the weights that were used.")
+    steps: int = Field(description="Training steps; 0 for an imported model.")
+    num_parameters: int = Field(description="Number of parameters.")
+    weights_sha256: str = Field(description="sha256 of the file of the weights.")
 
 
 class Measured(FrozenModel):
-    """One set of images, measured against the reference."""
+    """Metrics of one set of images against the reference."""
 
-    name: str = Field(description="Folder of the images; of real ones, heldout.")
+    name: str = Field(description="Folder of the images; heldout for real images.")
     role: Literal["samples", "heldout", "reconstructions", "decoded-noise"] = Field(
-        description="samples; or a line to read them by: held-out real images (the floor), reconstructions, or decoded "
-        "noise (the ceiling)."
+        description="samples; or a reference line: heldout (real images, the floor), reconstructions, or decoded-noise "
+        "(the ceiling)."
     )
-    num_images: int = Field(description="In the set.")
-    frechet_distance: Estimate = Field(description="Against the reference; FID only where the metric is named so.")
+    num_images: int = Field(description="Number of images.")
+    frechet_distance: Estimate = Field(description="Fréchet distance to the reference; called FID only for Inception.")
     kernel_distance: Estimate | None = Field(
-        description="Polynomial MMD², mean over 50 subsets of at most 1000 (KID for Inception); the interval is over "
-        "the images, to first order."
+        description="Polynomial MMD², mean over 50 subsets of at most 1000 images (KID for Inception). The interval "
+        "is over the images, to first order."
     )
     inception_score: Estimate | None = Field(description="Inception only.")
     precision: Estimate | None = Field(
-        description="Share of the images that lie within the reference, of which 50,000 count, evenly spread."
+        description="Fraction of the images inside the manifold of the reference (at most 50,000 images of it)."
     )
     recall: Estimate | None = Field(
-        description="Share of the reference that lies within the images, over at most 50,000 of either; the interval "
-        "is over the reference's, of these images."
+        description="Fraction of the reference inside the manifold of the images (at most 50,000 of each). The "
+        "interval is over the images of the reference."
     )
     class_accuracy: Estimate | None = Field(
-        description="Share whose nearest class mean of the reference, in this feature space, is their own class."
+        description="Fraction of images whose nearest class mean of the reference, in feature space, is their class."
     )
-    psnr: Estimate | None = Field(None, description="dB against the originals; reconstructions only.")
-    sampler: SamplerInfo | None = Field(None, description="Everything that decides a sample; samples only.")
+    psnr: Estimate | None = Field(None, description="dB to the originals; reconstructions only.")
+    sampler: SamplerInfo | None = Field(None, description="Sampler settings; samples only.")
 
 
 class Report(WrittenReport):
@@ -87,26 +87,28 @@ class Report(WrittenReport):
 
     NOUN: ClassVar[str] = "a report of samples"
 
-    schema_version: int = Field(4, description="Of this layout; raised when a field changes its meaning.")
-    metric: str = Field(description="What frechet_distance is: FID, or a Fréchet distance in a named space.")
-    extractor: ExtractorInfo = Field(description="What made the features.")
-    reference: ReferenceInfo = Field(description="What distances are measured against.")
-    diffusion: ModelInfo = Field(description="What was sampled from.")
-    num_samples: int = Field(description="Of every setting.")
-    image_size: int = Field(description="Pixels a side of all images.")
-    class_names: list[str] = Field(description="Of the diffusion model, in the order of its labels.")
-    results: list[Measured] = Field(description="The sweep's settings in order, then the lines to read them by.")
-    not_measured: list[str] = Field(default_factory=list, description="What is missing, and why.")
+    schema_version: int = Field(4, description="Version of this layout; raised when the meaning of a field changes.")
+    metric: str = Field(description="FID, or a Fréchet distance in a named feature space.")
+    extractor: ExtractorInfo = Field(description="Feature extractor of the metrics.")
+    reference: ReferenceInfo = Field(description="Images or statistics that distances are measured to.")
+    diffusion: ModelInfo = Field(description="The model that was sampled.")
+    num_samples: int = Field(description="Number of samples per setting.")
+    image_size: int = Field(description="Pixels per side of all images.")
+    class_names: list[str] = Field(description="Class names of the diffusion model, in label order.")
+    results: list[Measured] = Field(description="The settings of the sweep in order, then the reference lines.")
+    not_measured: list[str] = Field(
+        default_factory=list, description="Metrics that were not measured, with the reason."
+    )
     paper: list[PaperRow] = Field(
         default_factory=PAPER_ROWS.copy,
-        description="The paper's numbers, not ours: other data, extractors and numbers of images do not compare.",
+        description="FID of the paper. Not comparable with other data, extractors or numbers of images.",
     )
 
 
 class LatentsRef(FrozenModel):
-    """Where the latents of one setting were drawn to, for other sweeps to find."""
+    """Location of the latents of one setting."""
 
-    path: str = Field(description="From the evaluation's directory; for people, as latents may be deleted or moved.")
+    path: str = Field(description="Relative to the evaluation; not part of its identity, as latents may be moved.")
     content: str = Field(description="sha256 over the outer shards that were used.")
 
 
@@ -120,7 +122,7 @@ class EvaluationManifest(Manifest):
 
     kind: Literal["evaluation"] = "evaluation"
     num_samples: int
-    settings: list[str] = Field(description="Folder names of the points of the sweep.")
-    latents: dict[str, LatentsRef] = Field(description="Of every setting.")
+    settings: list[str] = Field(description="Folder names of the settings.")
+    latents: dict[str, LatentsRef] = Field(description="Latents of each setting.")
     content: str = Field(description="sha256 over latents and decoded images.")
     report: str = Field(description="sha256 of report.json.")

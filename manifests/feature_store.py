@@ -1,15 +1,15 @@
-"""The Zarr v3 group that holds features: shared by feature caches and generated latents. It needs no manifest.
+"""The Zarr v3 group that holds features, used by feature caches and for sampled latents. It needs no manifest.
 
     zarr.json               group attributes: class_names, views
-    features/               (sample, view, row, column, channel); inner chunk = one sample and one view, crc32c on
-                            it; outer shard = `unit_rows` samples, written whole by one writer
+    features/               (sample, view, row, column, channel); inner chunk: one sample and view, with crc32c;
+                            outer shard: `unit_rows` samples, written completely by one writer
     label/ valid/ heldout/  (sample) int32, bool, bool
     channel_mean/ _std/     (channel) float32: normalised = (feature - channel_mean) / channel_std
     feature_scale/          (channel) float32, int8 stores only: normalised = stored * feature_scale
 
-float16 chunks are plain; int8 chunks are compressed with zstd. Shards are written by tensorstore, and rows are read by
-our own reader (chunk_reader.py), from object stores by tensorstore; zarr describes and inspects. A shard that was
-never written is an error to read here, not zeros.
+float16 chunks are uncompressed; int8 chunks are compressed with zstd. tensorstore writes the shards. Local rows are
+read by chunk_reader.py, rows in object stores by tensorstore. Reading a shard that was never written raises an error;
+it does not give zeros.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from .store_spec import StoreSpec, unit_file
 DIMENSIONS = ("sample", "view", "row", "column", "channel")
 INT8_LIMIT = 127
 ZSTD_LEVEL = 3
-# Values shard indexes that a reader keeps: without them every read fetches the index of its shard again.
+# Shard indexes that a reader caches: without the cache, every read fetches the index of its shard again.
 INDEX_CACHE_BYTES = 64 << 20
 
-Features = NDArray[np.float16]  # as they are handed in
-Values = NDArray[np.floating[Any]]  # as they are read: float16 or float32, see `FeatureStore.dequantize`
+Features = NDArray[np.float16]  # to be written
+Values = NDArray[np.floating[Any]]  # as read: float16 or float32, see `FeatureStore.dequantize`
 
 
-# The process that has used tensorstore; a fork of it must not, or tensorstore aborts it.
+# The process that has used tensorstore. tensorstore aborts forks of it.
 _tensorstore_pid: int | None = None
 
 
@@ -55,7 +55,7 @@ class FeatureStore:
     """One Zarr group."""
 
     def __init__(self, path: Location, spec: StoreSpec) -> None:
-        """Wrap the existing group at `path`; use `create` or `open`."""
+        """Wrap the existing group at `path`. Use `create` or `open`."""
         self.path, self.spec = path, spec
         self._handles: dict[int, Any] = {}
         self._scale: NDArray[np.float32] | None = None
@@ -73,7 +73,10 @@ class FeatureStore:
         channel_std: NDArray[np.float32],
         feature_scale: NDArray[np.float32] | None = None,
     ) -> FeatureStore:
-        """Describe an empty store at `path`; shards that lie there already are left alone.
+        """Create the metadata of a store at `path`; existing shards are kept.
+
+        Returns:
+            The store.
 
         Raises:
             ValueError: int8 without a scale per channel.
@@ -105,7 +108,14 @@ class FeatureStore:
 
     @classmethod
     def open(cls, path: Location) -> FeatureStore:
-        """Open an existing store. Raises ArtifactError if there is none."""
+        """Open an existing store.
+
+        Returns:
+            The store.
+
+        Raises:
+            ArtifactError: there is none.
+        """
         try:
             group = zarr.open_group(zarr_store(path), mode="r", zarr_format=3)
             features = group["features"]
@@ -116,7 +126,7 @@ class FeatureStore:
         dtype = str(features.dtype)
         if features.shards is None or len(features.shape) != len(DIMENSIONS) or dtype not in ("float16", "int8"):
             raise ArtifactError(
-                f"{path}/features: expected a sharded float16 or int8 array over {DIMENSIONS}, found another."
+                f"{path}/features: expected a sharded float16 or int8 array over {DIMENSIONS}, found another array."
             )
         samples, _, rows, columns, channels = features.shape
         class_names, views = (tuple(str(v) for v in part) for part in names)  # type: ignore[union-attr]
@@ -129,10 +139,10 @@ class FeatureStore:
         return zarr.open_group(zarr_store(self.path), mode="r", zarr_format=3)
 
     def array(self, name: str) -> NDArray[Any]:
-        """A small array (label, valid, channel_mean, …) read whole.
+        """Return a small array (label, valid, channel_mean, …).
 
         Raises:
-            ArtifactError: there is none of that name, or its checksum is wrong.
+            ArtifactError: there is no such array, or its checksum is wrong.
         """
         try:
             array = self.group[name]
@@ -142,7 +152,7 @@ class FeatureStore:
             raise ArtifactError(f"{self.path}/{name}: expected an array, cannot read it: {error}") from error
 
     def put(self, name: str, values: NDArray[Any], *dimensions: str) -> None:
-        """Write a small array whole, replacing it; `dimensions` names its axes."""
+        """Write or replace a small array; `dimensions` names its axes."""
         files: dict[str, Any] = {}
         array = zarr.create_group(MemoryStore(files), zarr_format=3).create_array(
             name,
@@ -165,29 +175,36 @@ class FeatureStore:
 
     @property
     def feature_scale(self) -> NDArray[np.float32] | None:
-        """(channel,) what stored int8 values are multiplied by; None for float16."""
+        """(channel,) factors of stored int8 values; None for float16."""
         if self.spec.dtype == "int8" and self._scale is None:
             self._scale = self.array("feature_scale").astype(np.float32)
         return self._scale
 
     def quantize(self, features: Features) -> NDArray[Any]:
-        """Normalised float16 (…, channel) → as they are stored: rounded to the nearest step and clipped for int8."""
+        """Convert normalised float16 values (…, channel) to stored values; for int8 they are rounded and clipped.
+
+        Returns:
+            The stored values.
+        """
         if (scale := self.feature_scale) is None:
             return features
         steps = np.rint(features.astype(np.float32) / scale)
         return np.clip(steps, -INT8_LIMIT, INT8_LIMIT, out=steps).astype(np.int8)
 
     def dequantize(self, stored: NDArray[Any]) -> Values:
-        """Inverse of `quantize`, up to its rounding: float16 from a float16 store, float32 from int8.
+        """Convert stored values back: float16 from a float16 store, float32 from int8.
 
-        numpy rounds float32 to float16 five times slower than it multiplies, so int8 is left in float32.
+        int8 gives float32, because numpy's rounding to float16 takes five times as long as the multiplication.
+
+        Returns:
+            The values.
         """
         if (scale := self.feature_scale) is None:
             return stored
         return np.multiply(stored, scale, dtype=np.float32)
 
     def forget(self) -> None:
-        """Let the next read look anew: what was missing is remembered as missing, also when it has come back."""
+        """Forget cached shard indexes, so that the next read sees restored files."""
         self._handles.clear()
         self._reader = None
 
@@ -195,7 +212,7 @@ class FeatureStore:
         global _tensorstore_pid
         if _forked_after_use():
             raise SvgpipeError(
-                f"{self.path}: this process was forked from one that had already used tensorstore, which cannot go on "
+                f"{self.path}: this process was forked from a process that had used tensorstore, which does not work "
                 'after a fork. Start the workers with multiprocessing_context="spawn".'
             )
         _tensorstore_pid = os.getpid()
@@ -216,49 +233,66 @@ class FeatureStore:
         return self._handles[key]
 
     def write_unit(self, unit: int, features: Features) -> NDArray[Any]:
-        """Write outer shard `unit` whole; returns the values as stored.
+        """Write outer shard `unit`.
 
         Args:
+            unit: number of the outer shard.
             features: (rows, views, row, column, channel) float16, normalised.
+
+        Returns:
+            The values as stored.
+
         Raises:
-            ValueError: another shape or dtype than the store's.
-            OSError: a full disk. ArtifactError: any other refusal.
-        """
+            ValueError: wrong shape or dtype.
+            OSError: the disk is full.
+            ArtifactError: any other failure.
+        """  # noqa: DOC501 - storage_error is a function
         rows, expected = self.spec.rows_of(unit), self.spec.shape_of(unit)
         if features.shape != expected or features.dtype != np.float16:
             raise ValueError(f"unit {unit}: expected float16 {expected}, found {features.dtype} {features.shape}")
         stored = self.quantize(features)
-        # Of the last shard, which is seldom full, tensorstore would read what is there first, and stop at damage.
+        # tensorstore would first read an existing last shard, which is seldom full, and would stop if it is damaged.
         self.unit_file(unit).unlink(missing_ok=True)
         try:
             self._tensorstore(write=True)[rows.start : rows.stop].write(stored).result()
-        except ValueError as error:  # tensorstore's word for whatever the file system refused
+        except ValueError as error:  # tensorstore raises it for all errors of the file system
             raise storage_error(self.unit_file(unit), error) from error
         return stored
 
     def unit_file(self, unit: int) -> Location:
-        """The file of outer shard `unit`."""
+        """Return the file of outer shard `unit`."""
         return unit_file(self.path, unit)
 
     def read_unit(self, unit: int) -> NDArray[Any]:
-        """Outer shard `unit` as stored, every checksum verified. Raises ArtifactError if it cannot be read."""
+        """Return outer shard `unit` as stored, with every checksum verified.
+
+        Raises:
+            ArtifactError: it cannot be read.
+        """
         rows = self.spec.rows_of(unit)
         return self._by_tensorstore(lambda features: features[rows.start : rows.stop])
 
     def read(self, indices: ArrayLike, view: str | ArrayLike = "original") -> Values:
-        """Rows in any order, duplicates and negative indices allowed: (n, row, column, channel), see `dequantize`.
+        """Return rows (n, row, column, channel), normalised; see `dequantize` for the dtype.
 
         Args:
-            indices: (n,) integers.
-            view: a view's name for all, or (n,) view numbers.
+            indices: (n,) integers in any order; duplicates and negative indices are allowed.
+            view: name of a view for all rows, or (n,) view numbers.
+
         Raises:
-            IndexError: an index or view number out of range. ValueError: an unknown view name.
-            ArtifactError: a shard that is missing or whose checksum is wrong.
+            IndexError: an index or a view number is out of range.
+            ValueError: an unknown view name.
+            ArtifactError: a shard is missing or has a wrong checksum.
         """
         return self.dequantize(self.read_stored(indices, view))
 
     def read_stored(self, indices: ArrayLike, view: str | ArrayLike = "original") -> NDArray[Any]:
-        """As `read`, but as the rows lie on disk. Folders are read by `ChunkReader`, object stores by tensorstore."""
+        """Return rows like `read`, but as stored. Folders are read by `ChunkReader`, object stores by tensorstore.
+
+        Raises:
+            ArtifactError: a shard is missing or has a wrong checksum.
+            OSError: storage fails.
+        """
         rows = self._check_indices(indices)
         views = self._check_views(view, rows)
         if not isinstance(self.path, Path):
@@ -272,7 +306,7 @@ class FeatureStore:
     def _by_tensorstore(self, choose: Callable[[Any], Any]) -> NDArray[Any]:
         try:
             return np.asarray(choose(self._tensorstore()).read().result())
-        except ValueError as error:  # tensorstore's word for missing and corrupt chunks
+        except ValueError as error:  # tensorstore raises it for missing and corrupt chunks
             self.forget()
             raise ArtifactError(f"{self.path}: cannot read features: {error}") from error
 
@@ -307,7 +341,7 @@ class FeatureStore:
 
 
 def _write_files(path: Location, files: Mapping[str, Any]) -> None:
-    """Put what zarr made in memory on disk, each file atomically, chunks before the metadata that names them."""
+    """Write what zarr made in memory, each file atomically, chunks before the metadata that names them."""
     for key in sorted(files, key=lambda key: key.endswith("zarr.json")):
         target = path.joinpath(*key.split("/"))
         make_directory(target.parent)
@@ -315,5 +349,5 @@ def _write_files(path: Location, files: Mapping[str, Any]) -> None:
 
 
 def _without_blanks(content: bytes, key: str) -> bytes:
-    """Metadata in one stable form, whatever the zarr version prints."""
+    """Return metadata in one stable form for all zarr versions."""
     return json.dumps(json.loads(content), indent=2).encode() if key.endswith("zarr.json") else content

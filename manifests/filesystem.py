@@ -1,8 +1,8 @@
-"""Where artifacts lie: a folder, or a prefix of an object store at s3:// or gs://.
+"""Locations of artifacts: folders, or prefixes of an object store at s3:// or gs://.
 
-A Location is a plain `Path` or, for an object store, a `UPath`: small files go through fsspec, bulk data
-through tensorstore's own drivers. Everything below that differs between the two is in this file.
-An object store has no renames and no directories: there a write is one PUT, which is atomic by itself.
+A Location is a `Path` or, for an object store, a `UPath`. Small files go through fsspec, bulk data through the drivers
+of tensorstore. This file contains all differences between the two. An object store has no renames and no directories:
+a write is one PUT, which is atomic.
 """
 
 from __future__ import annotations
@@ -26,27 +26,30 @@ from .errors import UsageError, first_line
 
 Location: TypeAlias = Path | UPath
 
-# Python package and pip extra that each scheme needs.
+# Python package and pip extra of each scheme.
 SCHEMES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
-# Bytes between two ranges that are read rather than asked around, and bytes of one request.
+# Gap between two ranges up to which they are read in one request, and maximum size of a request.
 RANGE_GAP_BYTES, RANGE_BLOCK_BYTES = 1 << 20, 64 << 20
-ABANDONED_S = 3600.0  # a partial that nobody has written to for so long is of a writer that was killed
-# What object stores' client libraries raise beside OSError (no credentials, no connection).
+ABANDONED_S = 3600.0  # a temporary file without writes for this long belongs to a killed writer
+# Packages whose errors mean a problem with the object store (no credentials, no connection).
 _CLIENT_LIBRARIES = {"botocore", "aiobotocore", "s3fs", "gcsfs", "google", "aiohttp"}
 
 
 def location(where: str | Location) -> Location:
-    """A path as typed by a person → Location.
+    """Convert a path or URL from the command line.
+
+    Returns:
+        A Path, or a UPath for an object store.
 
     Raises:
-        UsageError: no text, a scheme other than s3:// and gs://, or one whose client library is not installed.
+        UsageError: empty text, a scheme other than s3:// and gs://, or a missing client library.
     """
     if isinstance(where, Path) and "://" not in str(where):
         return Path(where)
     text = str(where)
     scheme, separator, rest = text.partition("://")
     if not text.strip():
-        raise UsageError("expected a path, found an empty text: is a variable of the shell not set?")
+        raise UsageError("expected a path, found an empty text. Is a shell variable not set?")
     if not separator:
         return Path(text)
     if scheme == "file":
@@ -61,25 +64,25 @@ def location(where: str | Location) -> Location:
 
 
 def absolute(path: Location) -> Location:
-    """The same place for a process with another current directory."""
+    """Return the same place as an absolute path, for processes with another current directory."""
     return path.resolve() if isinstance(path, Path) else path
 
 
 def make_directory(path: Location) -> None:
-    """Create a folder and its parents; an object store needs none."""
+    """Create a folder and its parents. Does nothing in an object store."""
     if isinstance(path, Path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def children(path: Location) -> list[Location]:
-    """What lies directly below `path`, by name; nothing where there is no such folder."""
+    """Return the entries directly below `path`, sorted by name; empty if there is no such folder."""
     if not path.is_dir():
         return []
     return sorted(path.iterdir(), key=lambda child: child.name)
 
 
 def remove_tree(path: Location) -> None:
-    """Delete a folder and all below it, if it exists."""
+    """Delete a folder and everything below it, if it exists."""
     if isinstance(path, Path):
         shutil.rmtree(path, ignore_errors=True)
     elif path.exists():
@@ -88,9 +91,9 @@ def remove_tree(path: Location) -> None:
 
 @contextmanager
 def staged(path: Location) -> Iterator[Path]:
-    """A local file to write; it appears at `path` whole when the block ends, and not at all if it fails.
+    """Yield a temporary local file. It is moved to `path` when the block ends, and deleted if the block fails.
 
-    After a crash `path` holds either its old or its whole new content.
+    After a crash, `path` holds either its complete old or its complete new content.
     """
     if not isinstance(path, Path):
         with tempfile.TemporaryDirectory(prefix="svgpipe-") as folder:
@@ -111,7 +114,7 @@ def staged(path: Location) -> Iterator[Path]:
 
 
 def write_atomic(path: Location, content: bytes) -> None:
-    """Write `content` so that `path` holds either its old or its whole new content, even after a crash."""
+    """Write `content` atomically: after a crash, `path` holds either the complete old or the complete new content."""
     if isinstance(path, Path):
         with staged(path) as partial:
             partial.write_bytes(content)
@@ -120,7 +123,11 @@ def write_atomic(path: Location, content: bytes) -> None:
 
 
 def create_exclusively(path: Location, content: bytes) -> bool:
-    """Write `content` unless `path` exists; False if it does. Of several that try at once, one succeeds."""
+    """Write `content` unless `path` exists. Of several concurrent callers, one succeeds.
+
+    Returns:
+        False if `path` existed.
+    """
     try:
         if isinstance(path, Path):
             with path.open("xb") as file:
@@ -135,7 +142,7 @@ def create_exclusively(path: Location, content: bytes) -> bool:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames inside `path` durable."""
+    """Make renames in the folder `path` durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -144,11 +151,12 @@ def sync_directory(path: Path) -> None:
 
 
 def remove_partials(path: Location, idle_s: float = 0) -> None:
-    """Delete what killed writers left in this folder and below it.
+    """Delete temporary files of killed writers in this folder and below it.
 
     Args:
-        idle_s: seconds since it was last written to. Only whoever holds the folder's lock may leave it at 0; where
-            others may be writing, ABANDONED_S.
+        path: folder; object stores have no temporary files.
+        idle_s: minimum seconds since the last write. 0 only for the owner of the folder's lock; where other processes
+            may be writing, use ABANDONED_S.
     """
     if isinstance(path, Path):
         for partial in path.rglob(".*.partial"):
@@ -158,7 +166,7 @@ def remove_partials(path: Location, idle_s: float = 0) -> None:
 
 
 def file_sha256(path: Location) -> str:
-    """sha256 (hex) of a file's bytes, read in pieces."""
+    """Return the sha256 (hex) of a file."""
     hasher = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -167,12 +175,12 @@ def file_sha256(path: Location) -> str:
 
 
 def has_sha256(path: Location, sha256: str) -> bool:
-    """Whether the file is there and its bytes are those."""
+    """Return whether the file exists and has this sha256."""
     return file_size(path) is not None and file_sha256(path) == sha256
 
 
 def file_size(path: Location) -> int | None:
-    """Bytes; None where there is no such file."""
+    """Return the size in bytes; None if there is no such file."""
     try:
         return int(path.stat().st_size)
     except FileNotFoundError:
@@ -180,7 +188,11 @@ def file_size(path: Location) -> int | None:
 
 
 def read_range(path: Location, offset: int, size: int) -> bytes:
-    """`size` bytes from `offset` on, fewer where the file ends: one seek and read, or one range request."""
+    """Return `size` bytes from `offset` on, fewer at the end of the file: one seek and read, or one range request.
+
+    Raises:
+        OSError: there is no such file, or storage fails.
+    """
     if isinstance(path, Path):
         with path.open("rb") as file:
             file.seek(offset)
@@ -194,9 +206,9 @@ def read_range(path: Location, offset: int, size: int) -> bytes:
 
 
 def read_ranges(path: Location, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Several `read_range`s, (offset, size) each, in their order.
+    """Return several ranges, given as (offset, size), in their order.
 
-    From an object store neighbouring ranges come in one request, and the requests run side by side.
+    In an object store, neighbouring ranges are merged into one request, and requests run concurrently.
     """
     if isinstance(path, Path) or len(ranges) < 2:
         return [read_range(path, offset, size) for offset, size in ranges]
@@ -208,7 +220,7 @@ def read_ranges(path: Location, ranges: Sequence[tuple[int, int]]) -> list[bytes
     )
     try:
         blocks = path.fs.cat_ranges(names, firsts, lasts, on_error="raise")
-    except OSError:  # a range beyond the end of an object that was cut short: the others can still be had
+    except OSError:  # one range is beyond the end of a truncated object; read the others one by one
         return [read_range(path, offset, size) for offset, size in ranges]
     parts = []
     for start, end in zip(starts, ends, strict=True):
@@ -218,14 +230,14 @@ def read_ranges(path: Location, ranges: Sequence[tuple[int, int]]) -> list[bytes
 
 
 def kvstore(path: Location) -> dict[str, Any]:
-    """tensorstore's specification of the folder at `path`."""
+    """Return tensorstore's specification of the folder at `path`."""
     if isinstance(path, Path):
         return {"driver": "file", "path": f"{path.resolve()}/"}
     bucket, _, prefix = path.path.partition("/")
     if path.protocol == "gs":
         return {"driver": "gcs", "bucket": bucket, "path": f"{prefix}/"}
     spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": f"{prefix}/"}
-    # The same variables that botocore reads, so that both halves of a cache lie in one store.
+    # The same variables as botocore, so that both clients use one store.
     if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
         spec["endpoint"] = endpoint
     if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
@@ -236,7 +248,7 @@ def kvstore(path: Location) -> dict[str, Any]:
 
 
 def zarr_store(path: Location) -> Any:
-    """What zarr opens for the group at `path`."""
+    """Return the store that zarr opens for the group at `path`."""
     if isinstance(path, Path):
         return path
     from zarr.storage import FsspecStore
@@ -245,7 +257,7 @@ def zarr_store(path: Location) -> Any:
 
 
 def client_error(error: BaseException) -> str | None:
-    """One line for an object store client's own error; None for anything else."""
+    """Return one line for an error of an object store client; None for any other error."""
     if type(error).__module__.partition(".")[0] not in _CLIENT_LIBRARIES:
         return None
     return f"the object store refused: {first_line(error)}. Check credentials, region, endpoint and bucket."

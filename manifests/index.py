@@ -1,9 +1,9 @@
-"""The index of a tar: one parquet row per image, which makes every image one range read.
+"""The index of a tar: one parquet row per image, so that any image is one range read.
 
     key, label, offset, size, sha256, path    of the image member, in tar order
-    reject                                    why the row can never be used, or null; absent where no row is
+    reject                                    reason why the row is unusable, or null; absent if no row is rejected
 
-A label of −1 stands beside a reject whose label is unknown.
+The label is −1 if a rejected row has no known label.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REJECT = pa.field("reject", pa.string())
 
 @dataclass(frozen=True)
 class ImageRef:
-    """Where the bytes of one image lie, and what is known of it."""
+    """Location of one image in a tar, with its size and hash."""
 
     tar: Location
     offset: int
@@ -47,12 +47,20 @@ class ImageRef:
     reject: str | None = None
 
     def read(self) -> bytes:
-        """The image's bytes, checked. Raises ArtifactError where they are not the recorded ones."""
+        """Return the bytes of the image.
+
+        Raises:
+            ArtifactError: the bytes do not match the recorded size and sha256.
+        """
         return _checked(read_range(self.tar, self.offset, self.size), self)
 
 
 def write_index(path: Location, refs: Iterable[ImageRef]) -> str:
-    """Write the index of one tar, atomically; `reject` only where some row has one. Returns its sha256."""
+    """Write the index of one tar atomically, with a column `reject` only if some row has a reason.
+
+    Returns:
+        sha256 of the file.
+    """
     rows = list(refs)
     columns = {name: [getattr(ref, name) for ref in rows] for name in INDEX_COLUMNS}
     table = pa.table(columns, schema=_SCHEMA)
@@ -65,10 +73,10 @@ def write_index(path: Location, refs: Iterable[ImageRef]) -> str:
 
 
 def read_index(path: Location, num_images: int | None, columns: Sequence[str] = INDEX_COLUMNS) -> pa.Table:
-    """Some columns of one tar's index, and `reject` where there is one.
+    """Return columns of the index of one tar, and `reject` if it exists.
 
     Raises:
-        ArtifactError: it is missing, unreadable or, where `num_images` is given, of another length.
+        ArtifactError: the index is missing, unreadable, or has another number of rows than `num_images`.
     """
     try:
         with path.open("rb") as file:
@@ -89,7 +97,7 @@ def read_index(path: Location, num_images: int | None, columns: Sequence[str] = 
 
 
 def refs_of_table(table: pa.Table, tar: Location) -> list[ImageRef]:
-    """Rows of `read_index` with all columns → references."""
+    """Return the rows of a table with all columns as references."""
     names = table.column_names
     return [
         ImageRef(tar, **dict(zip(names, values, strict=True)))
@@ -98,10 +106,12 @@ def refs_of_table(table: pa.Table, tar: Location) -> list[ImageRef]:
 
 
 def read_images(refs: Sequence[ImageRef]) -> list[bytes | ArtifactError]:
-    """Checked bytes of many images, or the error of those that are not what was recorded; tar by tar in few reads.
+    """Return the bytes of many images, or an error for each image that does not match its record.
+
+    Neighbouring images of a tar are read together.
 
     Raises:
-        OSError: storage that fails.
+        OSError: storage fails.
     """
     by_tar: dict[Location, list[int]] = {}
     for number, ref in enumerate(refs):
@@ -122,6 +132,6 @@ def _checked(data: bytes, ref: ImageRef) -> bytes:
     if found != ref.sha256:
         raise ArtifactError(
             f"{ref.tar}: offset {ref.offset}: expected {ref.size} bytes with sha256 {ref.sha256[:12]}, "
-            f"found {len(data)} bytes with {found[:12]}. The tar was altered or cut short."
+            f"found {len(data)} bytes with {found[:12]}. The tar was altered or truncated."
         )
     return data

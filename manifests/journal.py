@@ -1,9 +1,9 @@
-"""The record of finished units of work: what proves that they are whole, and what a resume skips.
+"""The journal of finished units of work. A resume skips the units that have an intact record.
 
-    journal/unit-000003.json    {"entry": what is known of the unit, "files": [name, num_bytes, sha256], "sha256": …}
+    journal/unit-000003.json    {"entry": facts about the unit, "files": [name, num_bytes, sha256], "sha256": …}
 
-A stage writes a record atomically after the unit's files are on disk. All stages that work unit by unit use this class.
-Checkpoints of a training have a list of their own.
+A stage writes a record atomically after the files of the unit are on disk. All stages with units of work use this
+class. Training checkpoints have their own list (checkpoint.py).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .filesystem import Location, children, file_sha256, file_size, make_directo
 from .manifest import Json, digest, read_json, write_json
 
 Unit = TypeVar("Unit", int, str)
-# Units that are checked at the same time: an object store answers slowly.
+# Units that are checked concurrently; object stores are slow.
 CHECKS = 16
 
 
 @dataclass(frozen=True)
 class UnitFile:
-    """One file of a finished unit. `name` is its path below the artifact's directory."""
+    """One file of a finished unit. `name` is its path below the directory of the artifact."""
 
     name: str
     num_bytes: int
@@ -36,30 +36,32 @@ class UnitFile:
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """What the journal says of a finished unit."""
+    """Content of the record of a finished unit."""
 
     entry: Json
     files: list[UnitFile]
 
 
 class Journal:
-    """One JSON file for each finished unit of an artifact. A unit is a number, or a name that ends in `-NUMBER`.
+    """One JSON file per finished unit of an artifact. A unit is a number or a name that ends in `-NUMBER`.
 
-    Records that are no units, such as the calibration, have other names; `missing` and `names` leave them out.
+    Other records, such as the calibration, have other names. `missing` and `names` skip them.
     """
 
     def __init__(self, root: Location, name: str = "journal") -> None:
-        """The journal `root`/`name`. The first record creates it."""
+        """Open the journal `root`/`name`. The first record creates the folder."""
         self.root, self.directory = root, root.joinpath(*name.split("/"))
 
     def _path(self, unit: int | str) -> Location:
         return self.directory / (f"{unit}.json" if isinstance(unit, str) else f"unit-{unit:06d}.json")
 
     def record(self, unit: int | str, entry: Json, files: Mapping[str, str | None] | None = None) -> None:
-        """Say that `unit` is finished.
+        """Mark `unit` as finished.
 
         Args:
-            files: the files of the unit, by their paths below `root`, with their sha256; None computes it.
+            unit: number or name.
+            entry: facts about the unit, JSON values.
+            files: sha256 of the unit's files by path below `root`; None: compute it.
         """
         content = {"entry": entry, "files": [asdict(self._listed(*file)) for file in (files or {}).items()]}
         make_directory(self.directory)
@@ -74,24 +76,34 @@ class Journal:
     def _load(self, unit: int | str) -> UnitRecord:
         content = read_json(self._path(unit))
         if content.pop("sha256", None) != digest(content) or set(content) != {"entry", "files"}:
-            raise ArtifactError(f"{self._path(unit)}: a damaged record: its content is not what was written.")
+            raise ArtifactError(f"{self._path(unit)}: damaged record: its content does not match its hash.")
         return UnitRecord(content["entry"], [UnitFile(**file) for file in content["files"]])
 
     def read(self, unit: int | str) -> Json:
-        """The entry of a finished unit. Raises ArtifactError if its record is missing or damaged."""
+        """Return the entry of a finished unit.
+
+        Raises:
+            ArtifactError: the record is missing or damaged.
+        """
         return self._load(unit).entry
 
     def files(self, unit: int | str) -> list[UnitFile]:
-        """The files of a finished unit. Raises ArtifactError if its record is missing or damaged."""
+        """Return the files of a finished unit.
+
+        Raises:
+            ArtifactError: the record is missing or damaged.
+        """
         return self._load(unit).files
 
     def check(self, unit: int | str, *, deep: bool = False) -> UnitRecord:
-        """The record of a unit that is whole: the record is intact, and every file has its recorded size.
+        """Return the record of a unit after checking it: the record is intact, and every file has its recorded size.
 
         Args:
+            unit: number or name.
             deep: also compare the sha256 of every file.
+
         Raises:
-            ArtifactError: it is not.
+            ArtifactError: a check fails.
         """
         record = self._load(unit)
         for file in record.files:
@@ -104,13 +116,13 @@ class Journal:
         return record
 
     def find(self, unit: int | str, *, deep: bool = False) -> UnitRecord | None:
-        """`check`, or None where it raises."""
+        """Return `check(unit)`, or None if it fails."""
         with suppress(ArtifactError):
             return self.check(unit, deep=deep)
         return None
 
     def whole(self, units: Sequence[Unit], *, deep: bool = False) -> dict[Unit, UnitRecord]:
-        """Records of those of `units` that are finished and whole, see `check`. Every record is read once."""
+        """Return the records of those `units` that pass `check`. Every record is read once."""
         names = set(self.names())
         recorded = [unit for unit in units if self._path(unit).stem in names]
         with ThreadPoolExecutor(CHECKS) as threads:
@@ -118,24 +130,24 @@ class Journal:
         return {unit: record for unit, record in zip(recorded, records, strict=True) if record is not None}
 
     def missing(self, units: Sequence[Unit], *, deep: bool = False) -> list[Unit]:
-        """Those of `units` that `whole` does not give."""
+        """Return those `units` that do not pass `check`."""
         whole = self.whole(units, deep=deep)
         return [unit for unit in units if unit not in whole]
 
     def has(self, unit: int | str) -> bool:
-        """Whether there is a record, intact or not."""
+        """Return whether there is a record, intact or not."""
         return self._path(unit).exists()
 
     def names(self) -> list[str]:
-        """Names of the numbered units that have a record, sorted; `unit-000003` for unit 3."""
+        """Return the sorted names of the numbered units with a record; `unit-000003` for unit 3."""
         return [path.stem for path in children(self.directory) if re.fullmatch(r".+-\d+\.json", path.name)]
 
     def numbers(self) -> list[int]:
-        """Numbers of the units that have a record, in order."""
+        """Return the sorted numbers of the units with a record."""
         return [int(match[1]) for name in self.names() if (match := re.fullmatch(r"unit-(\d+)", name))]
 
     def kept(self, unit: int | str, key: str, make: Callable[[], Json]) -> Json:
-        """What `make` returns, or returned in an earlier run with the same `key`."""
+        """Return the result of `make`, or the recorded result of an earlier call with the same `key`."""
         record = self.find(unit)
         entry = {} if record is None else record.entry
         if entry.get("key") != key:
@@ -145,5 +157,5 @@ class Journal:
         return kept
 
     def forget(self, unit: int | str) -> None:
-        """Say that `unit` must be done again."""
+        """Delete the record of a unit, so that it is computed again."""
         self._path(unit).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""All kinds of artifact, and opening one without knowing which."""
+"""All kinds of artifacts, and how to open one of unknown kind."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ KINDS: dict[str, type[Manifest]] = {
 
 
 def read_any(path: Location) -> Manifest:
-    """The manifest of the finished artifact at `path`, of any kind.
+    """Return the manifest of a finished artifact of any kind.
 
     Raises:
-        ArtifactError: no manifest, one of an unknown kind, or a damaged one.
+        ArtifactError: no manifest, an unknown kind, or a damaged manifest.
     """
     kind = str(read_json(path / MANIFEST_NAME).get("kind"))
     if kind not in KINDS:
@@ -37,7 +37,7 @@ def read_any(path: Location) -> Manifest:
 
 
 def artifacts_below(path: Location) -> list[Location]:
-    """`path` itself if an artifact lies there, finished or not; else the artifacts in it.
+    """Return `path` if it is an artifact, finished or not; otherwise the artifacts in it.
 
     Raises:
         ArtifactError: there is none.

@@ -1,10 +1,10 @@
-"""One writer per directory: a lock with owner and age, taken over from an owner that is dead.
+"""One writer per directory: a lock file with owner and heartbeat. The lock of a dead owner is taken over.
 
-    lock.json    owner's token, host, process, start, and the time of its last sign of life
+    lock.json    token, host, process and start time of the owner, and the time of its last heartbeat
 
-A process of this machine is known to be dead when there is no process of its number and start time. One elsewhere
-(another host, another container) is taken for dead when it gave no sign of life for `STALE_S`; the clocks of
-hosts that share a store must therefore agree to within a minute. It works on shared folders and object stores alike.
+On the same machine, an owner is dead if no process has its number and start time. On another host or in another
+container, an owner is dead if it sent no heartbeat for `STALE_S` seconds. Clocks of hosts that share a store must
+therefore agree to within a minute. The lock works on shared folders and in object stores.
 """
 
 from __future__ import annotations
@@ -36,10 +36,14 @@ class BusyError(SvgpipeError):
 
 
 class Lock:
-    """A held lock. `check` tells whether it still is."""
+    """A lock that is held. `check` raises if it was lost."""
 
     def __init__(self, directory: Location) -> None:
-        """Take the lock of an existing `directory`. Raises BusyError if somebody alive holds it."""
+        """Take the lock of an existing `directory`.
+
+        Raises:
+            BusyError: a live process holds it.
+        """
         self.path = directory / LOCK_NAME
         self.token = uuid.uuid4().hex
         self._since = time.time()
@@ -70,19 +74,23 @@ class Lock:
                 return
             owner = _read(self.path)
             if owner is None:
-                continue  # released in between
+                continue  # released in the meantime
             if not is_dead(owner):
                 raise BusyError(f"{self.path.parent}: {describe(owner)} Wait for it, or stop it and run this again.")
             if self._take_over(owner):
                 return
-        raise BusyError(f"{self.path}: several processes are fighting for this lock; try again.")
+        raise BusyError(f"{self.path}: several processes compete for this lock. Try again.")
 
     def _take_over(self, owner: dict[str, Any]) -> bool:
-        """Replace the lock of a dead owner by ours; False if somebody else may just be doing so, or has done so.
+        """Replace the lock of a dead owner by ours, unless another process does so.
 
-        A process first creates a claim file that is named after the dead owner's token. A process that read the old
-        lock too late finds another token when it reads the lock again, and gives up. If the process that made claim N
-        died, the next one creates claim N + 1. It does not delete claim N: that could hit a live process's claim.
+        A process first creates a claim file that is named after the token of the dead owner. A process that read the
+        old lock too late finds another token when it reads the lock again, and gives up. If the process that made claim
+        N died, the next one creates claim N + 1. It does not delete claim N, because that could be a live process's
+        claim.
+
+        Returns:
+            Whether the lock is ours.
         """
         claims: list[Location] = []
         while True:
@@ -108,8 +116,8 @@ class Lock:
             self._sign_of_life()
 
     def _sign_of_life(self) -> None:
-        """One heartbeat, or the discovery that the lock is lost."""
-        # A full disk or a store out of reach for a moment must not end the run, whatever its client library raises.
+        """Send one heartbeat, or notice that the lock was lost."""
+        # A full disk or an unreachable store must not end the run at once, whatever the client library raises.
         with self._looking, suppress(Exception):
             owner = _read(self.path)
             if owner is None or owner.get("token") != self.token:
@@ -119,22 +127,27 @@ class Lock:
             self._beat_at = time.time()
 
     def check(self) -> None:
-        """Raise BusyError if the lock is not ours any more, or could not be renewed for so long that it may not be.
+        """Check that the lock is still ours.
 
-        A process that was frozen, or a host that slept, finds out here before it writes again.
+        A process that was frozen notices a lost lock here, before it writes again.
+
+        Raises:
+            BusyError: the lock was lost, or could not be renewed for so long that it may be lost.
         """
         if self._lost is None and time.time() - self._beat_at > STALE_S / 2:
             self._sign_of_life()
             if (silent := time.time() - self._beat_at) > STALE_S:
                 self._lost = self._lost or f"it could not be renewed for {silent:.0f} s."
         if self._lost is not None:
-            raise BusyError(f"{self.path}: this run has lost its lock: {self._lost} Stopped, so that two do not write.")
+            raise BusyError(
+                f"{self.path}: this run has lost its lock: {self._lost} It stops, so that two do not write."
+            )
 
     def release(self) -> None:
-        """Give the lock back; nothing happens if it is not ours any more."""
+        """Release the lock. Does nothing if it is no longer ours."""
         self._released.set()
         self._thread.join()
-        with suppress(Exception):  # whatever a client library raises must not hide why the run ended
+        with suppress(Exception):  # an error of a client library must not hide the reason why the run ended
             owner = _read(self.path)
             if owner is not None and owner.get("token") == self.token:
                 self.path.unlink()
@@ -142,7 +155,14 @@ class Lock:
 
 @contextmanager
 def locked(directory: Location) -> Iterator[Lock]:
-    """Hold the lock of an existing `directory` for the length of the block. Raises BusyError."""
+    """Hold the lock of an existing `directory` during the block.
+
+    Yields:
+        The lock.
+
+    Raises:
+        BusyError: a live process holds it.
+    """
     lock = Lock(directory)
     try:
         yield lock
@@ -151,7 +171,7 @@ def locked(directory: Location) -> Iterator[Lock]:
 
 
 def is_dead(owner: dict[str, Any]) -> bool:
-    """Whether the process that a lock names has ended, as far as can be known from here."""
+    """Return whether the owner of a lock is dead, as far as this machine can know."""
     here = _process(os.getpid())
     theirs = owner.get("process") or {}
     if here["namespace"] == theirs.get("namespace"):
@@ -162,13 +182,13 @@ def is_dead(owner: dict[str, Any]) -> bool:
 
 
 def owner_of(directory: Location) -> dict[str, Any] | None:
-    """Who holds the lock of `directory`; None if nobody does who is alive."""
+    """Return the live owner of the lock of `directory`, or None."""
     owner = _read(directory / LOCK_NAME)
     return None if owner is None or is_dead(owner) else owner
 
 
 def describe(owner: dict[str, Any]) -> str:
-    """Who holds a lock, since when, as a sentence."""
+    """Return a sentence that says who holds a lock, and since when."""
     now = time.time()
     return (
         f"in use by process {owner.get('pid')} of {owner.get('user')} on {owner.get('host')} "
@@ -185,12 +205,12 @@ def _read(path: Location) -> dict[str, Any] | None:
         except FileNotFoundError:
             return None
         except json.JSONDecodeError:
-            time.sleep(0.05)  # created and not yet written: not two system calls at once
-    return {}  # cut short by a crash or a full disk: nobody's
+            time.sleep(0.05)  # the file exists, but its content is not written yet
+    return {}  # truncated by a crash or a full disk: no owner
 
 
 def _process(pid: int) -> dict[str, Any]:
-    """Identity of a process: its start time, as numbers are reused, and its namespace of process numbers."""
+    """Return the identity of a process: start time, because numbers are reused, and namespace of process numbers."""
     try:
         namespace = f"{socket.gethostname()} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()} "
         namespace += str(Path("/proc/self/ns/pid").readlink())
@@ -199,13 +219,13 @@ def _process(pid: int) -> dict[str, Any]:
     except OSError:
         if not Path("/proc/self/stat").exists():
             return {"namespace": socket.gethostname(), "started": _alive(pid)}
-        # Gone; or another user's, which /proc may hide: then nobody knows when it started.
+        # The process is gone, or belongs to another user and /proc hides it: the start time is unknown.
         return {"namespace": namespace, "started": None if _alive(pid) is None else HIDDEN}
     return {"namespace": namespace, "started": None if state in "ZX" else started}
 
 
 def _alive(pid: int) -> str | None:
-    """Without /proc: only whether there is such a process."""
+    """Return whether the process exists, on systems without /proc."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,16 +1,14 @@
-"""What every stage leaves behind: one directory, described by a `manifest.json` that is written last.
+"""The manifest of an artifact: `manifest.json`, the last file that a stage writes.
 
-A directory passes through three states, told apart by two files:
+A directory has one of three states:
 
     (absent)                      nothing there
-    plan.json                     work begun: the config and inputs it was begun with
-    plan.json + manifest.json     finished; the manifest is the last file written
+    plan.json                     begun: the config and the inputs
+    plan.json + manifest.json     finished
 
-While somebody works in it, lock.json names the owner.
-
-A directory without a manifest is unfinished and is resumed or refused, never read. The fingerprint of
-a manifest is the sha256 over its canonical identity: kind, schema, config, input fingerprints and what
-was produced. Times and versions are recorded but are not part of the identity.
+lock.json names the process that works in the directory. A directory without a manifest is unfinished: it is resumed or
+refused, never read. The fingerprint of a manifest is the sha256 over its identity: kind, schema, config, fingerprints
+of the inputs, and content. Times and versions are recorded outside the identity.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ Json = dict[str, Any]
 
 
 def svgpipe_version() -> str:
-    """Version of the installed svgpipe, or 'unknown' when run from a bare checkout."""
+    """Return the version of the installed svgpipe, or 'unknown' in a bare checkout."""
     try:
         return metadata.version("svgpipe")
     except metadata.PackageNotFoundError:
@@ -43,12 +41,12 @@ def svgpipe_version() -> str:
 
 
 def canonical_json(value: object) -> bytes:
-    """Bytes that are equal exactly when two JSON values are: sorted keys, no spaces, no NaN."""
+    """Return bytes that are equal exactly if two JSON values are equal: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def digest(value: object) -> str:
-    """sha256 (hex) over the canonical JSON of `value`."""
+    """Return the sha256 (hex) over the canonical JSON of `value`."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
@@ -58,7 +56,7 @@ def write_json(path: Location, value: object) -> None:
 
 
 def read_json(path: Location) -> Json:
-    """Parse a JSON object.
+    """Return the JSON object in a file.
 
     Raises:
         ArtifactError: the file is missing, is not JSON, or is not an object.
@@ -75,7 +73,7 @@ def read_json(path: Location) -> Json:
 
 
 def differing_fields(expected: object, found: object, prefix: str = "") -> list[str]:
-    """Dotted names of the leaves where two JSON values differ, with both values, in sorted order."""
+    """Return one line per leaf where two JSON values differ: dotted name and both values, sorted."""
     if isinstance(expected, Mapping) and isinstance(found, Mapping):
         lines: list[str] = []
         for key in sorted(set(expected) | set(found)):
@@ -97,38 +95,37 @@ def _shorten(value: object) -> str:
 
 
 class FrozenModel(BaseModel):
-    """Base of what is written as JSON: immutable, unknown keys refused."""
+    """Base of everything that is written as JSON: immutable, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class InputRef(FrozenModel):
-    """An artifact that another one was made from: enough to check it and to say how it differs."""
+    """Reference to an input artifact, with enough content to compare it and to show differences."""
 
     kind: str
     fingerprint: str
-    path: str = Field(description="Where it lay; for people, not part of any identity.")
+    path: str = Field(description="Location at that time; not part of any identity.")
     config: Json
-    inputs: dict[str, InputRef] = Field(default_factory=dict, description="Its own inputs: the lineage.")
+    inputs: dict[str, InputRef] = Field(default_factory=dict, description="Inputs of the input: the lineage.")
 
     def identity(self) -> Json:
-        """What two references are compared by, and shown where they differ."""
+        """Return what two references are compared by."""
         inputs = {name: {"fingerprint": ref.fingerprint, **ref.identity()} for name, ref in self.inputs.items()}
         return {"config": self.config, "inputs": inputs}
 
 
 class Manifest(FrozenModel):
-    """Fields that all manifests share; subclasses add what they produced.
+    """Fields that all manifests share.
 
-    Subclasses set `kind` and list in `OUTSIDE_IDENTITY` the fields that two equal artifacts may
-    differ in (times, long per-file lists that a content digest already covers); in `MAY_CHANGE` keys of the
-    config that another run of the same work may set otherwise.
+    Subclasses set `KIND` and `NOUN`. `OUTSIDE_IDENTITY` lists fields in which two equal artifacts may differ, such as
+    times and per-file lists that a content digest covers. `MAY_CHANGE` lists config keys that a resumed run may change.
     """
 
     KIND: ClassVar[str]
     NOUN: ClassVar[str]  # with its article, for messages: "a shard set"
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset()
-    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()  # of the config, when work goes on: how, not what
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()  # config keys that do not change the result
     _SHARED_OUTSIDE: ClassVar[frozenset[str]] = frozenset(
         {"svgpipe_version", "finished_at", "seconds", "inputs", "fingerprint"}
     )
@@ -143,34 +140,37 @@ class Manifest(FrozenModel):
     fingerprint: str = ""
 
     def identity(self) -> Json:
-        """What the fingerprint covers."""
+        """Return the content of the fingerprint."""
         fields = self.model_dump(mode="json", exclude=set(self._SHARED_OUTSIDE | self.OUTSIDE_IDENTITY))
         fields["inputs"] = {name: ref.fingerprint for name, ref in self.inputs.items()}
         return fields
 
     def sealed(self) -> Self:
-        """The same manifest with its fingerprint."""
+        """Return the same manifest with its fingerprint."""
         return self.model_copy(update={"fingerprint": digest(self.identity())})
 
     def as_input(self, path: Location) -> InputRef:
-        """How a later stage's manifest refers to this one."""
+        """Return the reference to this artifact for the manifest of a later stage."""
         return InputRef(
             kind=self.kind, fingerprint=self.fingerprint, path=str(path), config=self.config, inputs=self.inputs
         )
 
     def publish(self, directory: Location) -> Self:
-        """Seal and write `manifest.json`, after everything it describes is on disk."""
+        """Write `manifest.json` with the fingerprint. All files that it describes must be on disk.
+
+        Returns:
+            The manifest as written.
+        """
         manifest = self.sealed()
         write_json(directory / MANIFEST_NAME, manifest.model_dump(mode="json"))
         return manifest
 
     @classmethod
     def read(cls, directory: Location) -> Self:
-        """Parse and check the manifest of a finished `directory`.
+        """Return the manifest of a finished directory.
 
         Raises:
-            ArtifactError: no manifest, another kind, a newer schema, or a content that does not
-                match its own fingerprint.
+            ArtifactError: no manifest, another kind, a newer schema, or a fingerprint that does not match the content.
         """
         path = directory / MANIFEST_NAME
         if not path.exists():
@@ -179,7 +179,11 @@ class Manifest(FrozenModel):
 
     @classmethod
     def parse(cls, path: Location) -> Self:
-        """Parse and check one manifest file. Raises as `read`."""
+        """Return the manifest in a file. Raises the errors of `read`.
+
+        Raises:
+            ArtifactError: see `read`.
+        """
         raw = read_json(path)
         schema = raw.get("schema_version")
         if isinstance(schema, int) and schema > SCHEMA_VERSION:
@@ -197,18 +201,18 @@ class Manifest(FrozenModel):
         if manifest.fingerprint != expected:
             raise ArtifactError(
                 f"{path}: was altered after it was written: expected fingerprint {expected[:12]}, "
-                f"found {manifest.fingerprint[:12]}. Restore it or make the artifact anew."
+                f"found {manifest.fingerprint[:12]}. Restore it or make the artifact again."
             )
         return manifest
 
 
 def summarise(error: ValidationError) -> str:
-    """One line per problem of a pydantic error, without its web links."""
+    """Return the problems of a pydantic error in one line."""
     return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
 def read_plan(directory: Location) -> Json:
-    """What was begun in `directory`: kind, config and inputs (fingerprints by name).
+    """Return the content of `plan.json`: kind, config and inputs (fingerprints by name).
 
     Raises:
         ArtifactError: the plan is missing or damaged.
@@ -232,15 +236,15 @@ def _why_no_manifest(directory: Location, noun: str) -> str:
 
 
 def require_same(where: str, expected: InputRef, found: InputRef, *, what_to_do: str) -> None:
-    """Raise unless both refer to the same artifact.
+    """Check that two references are to the same artifact.
 
     Raises:
-        MismatchError: naming both fingerprints and the config fields and inputs that differ.
+        MismatchError: they differ. The message has both fingerprints and the differing fields.
     """
     if expected.fingerprint == found.fingerprint:
         return
     lines = differing_fields(expected.identity(), found.identity())
-    detail = "\n  ".join(lines) if lines else "same config and inputs, other content (another run of it)"
+    detail = "\n  ".join(lines) if lines else "same config and inputs, other content (another run)"
     raise MismatchError(
         f"{where}: was made with {expected.kind} {expected.fingerprint[:12]} ({expected.path}), but got "
         f"{found.fingerprint[:12]} ({found.path}). They differ in:\n  {detail}\n{what_to_do}"

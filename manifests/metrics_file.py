@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a training run has logged, one JSON object a line, in the order of steps."""
+"""metrics.jsonl: the log of a training run, one JSON object per line, in order of steps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ METRICS_NAME = "metrics.jsonl"
 
 
 def read_metrics(path: Location) -> list[dict[str, float]]:
-    """Lines of a metrics.jsonl; a last line cut short by a kill is left out.
+    """Return the lines of a metrics.jsonl. A last line that was truncated by a kill is skipped.
 
     Raises:
-        ArtifactError: a line other than the last is not JSON.
+        ArtifactError: any other line is not JSON.
     """
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""What the paper reports, to stand beside one's own numbers (arXiv 2510.15301)."""
+"""Results of the paper (arXiv 2510.15301), shown next to measured ones."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from .manifest import FrozenModel
 
 
 class PaperRow(FrozenModel):
-    """The paper's FID of three models under one setting, on ImageNet at 256 pixels with 50,000 samples."""
+    """FID of three models in one setting, on ImageNet at 256 pixels with 50,000 samples."""
 
-    setting: str = Field(description="Steps, or epochs of training, as the paper names them.")
+    setting: str = Field(description="Steps, or training epochs, as named in the paper.")
     guided: bool = Field(description="With classifier-free guidance.")
     svg: float = Field(description="SVG-XL.")
-    sd_vae: float | None = Field(None, description="SiT-XL on SD-VAE latents; null where the paper gives none.")
-    va_vae: float | None = Field(None, description="SiT-XL on VA-VAE latents; null where the paper gives none.")
+    sd_vae: float | None = Field(None, description="SiT-XL on SD-VAE latents; null: not in the paper.")
+    va_vae: float | None = Field(None, description="SiT-XL on VA-VAE latents; null: not in the paper.")
 
 
 PAPER_ROWS = [
@@ -35,12 +35,12 @@ PAPER_ROWS = [
 
 
 class PaperProbe(FrozenModel):
-    """The paper's top-1 accuracy of a linear probe on ImageNet at 256 pixels, by a protocol of its own.
+    """Top-1 accuracy of a linear probe on ImageNet at 256 pixels, by the paper's protocol.
 
     Source: Table 4 of arXiv 2510.15301v4.
     """
 
-    features: str = Field(description="What was probed.")
+    features: str = Field(description="Features that were probed.")
     top1: float = Field(description="In %.")
 
 

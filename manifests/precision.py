@@ -1,6 +1,6 @@
-"""What `precision: auto` in a recipe means: it becomes a definite dtype where the recipe is read.
+"""`precision: auto` in a recipe is replaced by a dtype when the recipe is read.
 
-So what is kept of a recipe, and what artifacts are compared by, names what was computed with, on whatever machine.
+Configs, fingerprints and artifacts therefore always name the dtype that was used.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-# Of x86 (Zen 4, Cooper Lake, Sapphire Rapids and newer) and of ARM, as torch names them.
+# Names in torch, for x86 (Zen 4, Cooper Lake, Sapphire Rapids and newer) and ARM.
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 @functools.cache
 def computes_bfloat16() -> bool:
-    """Whether this machine has a GPU, or a CPU with bfloat16 instructions.
+    """Return whether this machine has a GPU, or a CPU with bfloat16 instructions.
 
-    Without them a CPU computes bfloat16 in software, several times slower than float32.
+    Other CPUs emulate bfloat16 and are several times slower than in float32.
     """
     import torch
 
     if torch.cuda.is_available():
         return True
-    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
     return any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS)
 
 
@@ -36,4 +36,4 @@ def _definite(value: object) -> object:
 
 
 Precision = Annotated[Literal["float32", "bfloat16"], BeforeValidator(_definite)]
-"""dtype of matrix products and convolutions; a recipe may also say auto: what this machine is faster in."""
+"""dtype of matrix products and convolutions. auto: the faster one on this machine."""

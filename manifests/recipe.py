@@ -1,4 +1,4 @@
-"""Recipes: what to build, one section per stage, as frozen models. Defaults live here and nowhere else."""
+"""Recipes: settings of all stages, one section per stage, as frozen models. All defaults are defined here."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .precision import Precision
 
 Labels = Literal["equal", "drawn"]
 WEIGHTS = r"^(raw|ema|(ema-)?0(\.\d+)?)$"
-MIN_RESAMPLINGS = 20  # below, a 95 % interval has no quantiles to lie between
+MIN_RESAMPLINGS = 20  # fewer have no quantiles for a 95 % interval
 
 
 def _enough(resamplings: int) -> int:
     if resamplings != 0 and resamplings < MIN_RESAMPLINGS:
-        raise ValueError(f"expected 0, for no intervals, or at least {MIN_RESAMPLINGS}")
+        raise ValueError(f"expected 0 (no intervals) or at least {MIN_RESAMPLINGS}")
     return resamplings
 
 
@@ -26,7 +26,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys refused."""
+    """Base of all sections: frozen, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -35,14 +35,14 @@ class ShardSection(Section):
     """`svgpipe shard`: image folder → WebDataset tars."""
 
     images_per_shard: Positive = 1000
-    holdout: Fraction = Field(0.0, description="Fraction of every class kept out of all training.")
+    holdout: Fraction = Field(0.0, description="Fraction of every class kept out of training.")
     crop: Positive | None = Field(
-        None, description="Store ADM centre crops of this side as PNG; null keeps the original bytes."
+        None, description="Pixels per side of ADM centre crops stored as PNG; null: store the original bytes."
     )
     max_pixels: int = Field(
-        178_956_970, gt=0, le=178_956_970, description="Larger images are rejected as bombs; at most Pillow's limit."
+        178_956_970, gt=0, le=178_956_970, description="Images with more pixels are rejected; at most Pillow's limit."
     )
-    seed: Natural = Field(0, description="Of the order in which images are spread over shards.")
+    seed: Natural = Field(0, description="Seed of the order of images in the tars.")
 
 
 class BackboneSection(Section):
@@ -51,17 +51,17 @@ class BackboneSection(Section):
     name: str = "vit_small_plus_patch16_dinov3.lvd1689m"
     weights: str = Field(
         "hub",
-        description="hub | random | a .safetensors/.pth file in timm or Meta keys | package:NAME | beside: in the "
-        "autoencoder's own directory, as import-official leaves them",
+        description="hub, random, package:NAME, a .safetensors/.pth file in timm's or Meta's keys, or beside (the file "
+        "that import-official stored next to the autoencoder).",
     )
     input_size: Positive | None = Field(
-        None, description="Pixels per side it sees; null means the image size. Patch-14 models want 224."
+        None, description="Pixels per side of the backbone's input; null: image_size. Patch-14 models need 224."
     )
     feature_level: int | None = Field(
         None,
-        description="CNNs: index into timm's feature_info (negative counts from the end); null for ViTs.",
+        description="CNNs: index into timm's feature_info, negative from the end. ViTs: null.",
     )
-    seed: Natural = Field(0, description="Of random weights; ignored otherwise.")
+    seed: Natural = Field(0, description="Seed of random weights.")
 
     @property
     def is_file(self) -> bool:
@@ -70,7 +70,7 @@ class BackboneSection(Section):
 
 
 class ResidualSection(Section):
-    """The residual encoder, a timm VisionTransformer (FACTS: official values are the defaults)."""
+    """The residual encoder, a timm VisionTransformer. The defaults are the official values."""
 
     enabled: bool = True
     channels: Positive = 8
@@ -79,8 +79,8 @@ class ResidualSection(Section):
     heads: Positive = 8
     mlp_ratio: float = Field(4.0, gt=0)
     dropout: Fraction = 0.1
-    mask_ratio: Fraction = Field(0.1, description="Training: chance that a sample's residual is masked whole.")
-    align: bool = Field(True, description="Match the residual's distribution to the backbone's.")
+    mask_ratio: Fraction = Field(0.1, description="Training: probability that the residual of a sample is masked.")
+    align: bool = Field(True, description="Match mean and std of the residual to those of the backbone features.")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -90,12 +90,12 @@ class ResidualSection(Section):
 
 
 class DecoderSection(Section):
-    """The LDM/VA-VAE decoder; its number of levels must fit the stride (levels = len(ch_mult))."""
+    """The LDM / VA-VAE decoder. len(ch_mult) levels must match the stride of the backbone."""
 
     ch: Positive = 128
     ch_mult: tuple[Positive, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: Positive = 2
-    attention: bool = Field(True, description="At the lowest resolution, as the official decoder has it.")
+    attention: bool = Field(True, description="Attention at the lowest resolution, as in the official decoder.")
 
     @model_validator(mode="after")
     def _groups_divide(self) -> Self:
@@ -106,20 +106,20 @@ class DecoderSection(Section):
 
 
 class PerceptualSection(Section):
-    """The perceptual term. Which one is used is a choice made here, never a silent fallback."""
+    """The perceptual loss."""
 
     kind: Literal["lpips-vgg", "backbone"] = "lpips-vgg"
     weight: float = Field(1.0, ge=0)
-    vgg_weights: str = Field("hub", description="torchvision's VGG16 file (.pth), or hub to download it.")
-    lpips_weights: str = Field("hub", description="LPIPS v0.1 vgg.pth, or hub to download it.")
+    vgg_weights: str = Field("hub", description="lpips-vgg: torchvision's VGG16 file (.pth), or hub: download it.")
+    lpips_weights: str = Field("hub", description="lpips-vgg: LPIPS v0.1 vgg.pth, or hub: download it.")
     levels: tuple[int, ...] = Field((0, 1, 2, 3), description="backbone: feature levels that are compared.")
 
 
 class DiscriminatorSection(Section):
-    """PatchGAN with adaptive weight."""
+    """PatchGAN discriminator with adaptive weight."""
 
     enabled: bool = True
-    start_step: Natural = Field(2500, description="In optimiser steps of the generator.")
+    start_step: Natural = Field(2500, description="First step with the adversarial loss.")
     weight: float = Field(0.5, ge=0)
     loss: Literal["hinge", "vanilla"] = "hinge"
     width: Positive = 64
@@ -131,11 +131,11 @@ class ScheduleSection(Section):
 
     warmup_steps: Natural = 0
     kind: Literal["constant", "cosine"] = "constant"
-    final_factor: float = Field(0.0, ge=0, le=1, description="cosine: learning rate at the end, relative.")
+    final_factor: float = Field(0.0, ge=0, le=1, description="cosine: final learning rate / learning_rate.")
 
 
 class AutoencoderSection(Section):
-    """`svgpipe train-autoencoder`: residual encoder and decoder beside the frozen backbone."""
+    """`svgpipe train-autoencoder`: residual encoder and decoder of a frozen backbone."""
 
     image_size: Positive = 256
     backbone: BackboneSection = BackboneSection()
@@ -151,12 +151,12 @@ class AutoencoderSection(Section):
     flip: bool = False
     precision: Precision = "float32"
     shuffle_buffer: Positive = 2000
-    workers: Natural = Field(0, description="Decoding processes beside the training process.")
+    workers: Natural = Field(0, description="Image decoding processes per training process.")
     seed: Natural = 23
     log_every: Positive = 50
     eval_every: Positive = 2500
     checkpoint_every: Positive = 2500
-    calibration_images: Positive = Field(2048, description="Images over which the alignment is frozen.")
+    calibration_images: Positive = Field(2048, description="Images that the alignment is measured on.")
     eval_images: Positive = Field(256, description="Held-out images that PSNR is measured on.")
 
     @model_validator(mode="after")
@@ -169,13 +169,13 @@ class AutoencoderSection(Section):
 class ExtractSection(Section):
     """`svgpipe extract`: shard set → feature cache."""
 
-    unit_rows: Positive = Field(256, description="Samples per outer Zarr shard: the unit of work and resume.")
+    unit_rows: Positive = Field(256, description="Samples per outer Zarr shard, the unit of work and of resume.")
     batch_size: Positive = 64
     precision: Precision = "float32"
     views: tuple[Literal["original", "flip"], ...] = ("original", "flip")
-    calibration_images: Positive = Field(4096, description="Evenly spread rows that fix channel mean and std.")
+    calibration_images: Positive = Field(4096, description="Images that channel mean and std are measured on.")
     store_dtype: Literal["float16", "int8"] = "float16"
-    compile: bool = Field(False, description="torch.compile the encoder; its features differ in the last bits.")
+    compile: bool = Field(False, description="torch.compile the encoder. Changes the last bits of the features.")
 
     @model_validator(mode="after")
     def _views_once(self) -> Self:
@@ -192,14 +192,14 @@ class DiTSection(Section):
     heads: Positive = 6
     mlp_ratio: float = Field(4.0, gt=0)
     qk_norm: bool = True
-    learn_sigma: bool = Field(False, description="True only to match official files: half the head is unused.")
+    learn_sigma: bool = Field(False, description="Only to load official files: twice the output, half of it unused.")
 
     @model_validator(mode="after")
     def _shapes(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.width % 4:
-            raise ValueError(f"width {self.width} is not a multiple of 4, which the 2-D position table needs")
+            raise ValueError(f"width {self.width} is not a multiple of 4, as the 2-D position embedding needs")
         return self
 
 
@@ -213,57 +213,62 @@ class DiffusionSection(Section):
     learning_rate: float = Field(1e-4, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    accumulate: Positive = Field(1, description="Parts that a batch is computed in; gradients are averaged.")
+    accumulate: Positive = Field(1, description="Number of parts that a batch is computed in, to save memory.")
     ema_decays: tuple[Fraction, ...] = Field(
-        (0.9999,), description="Averages of the weights, side by side; the first is the one that is looked at."
+        (0.9999,), description="EMA decays of the weights, kept side by side. The first is the default for sampling."
     )
     label_dropout: Fraction = 0.1
-    time_shift: float = Field(0.4, gt=0, description="Below 1 pushes training times towards noise.")
+    time_shift: float = Field(0.4, gt=0, description="Below 1: training times move towards the noise.")
     clip_grad_norm: float | None = Field(None, gt=0)
     precision: Precision = "bfloat16"
-    compile: Literal["auto"] | bool = Field("auto", description="torch.compile the model; auto: on CUDA.")
-    activation_checkpointing: bool = Field(False, description="Compute blocks twice, to hold less in memory.")
-    use_flips: bool = Field(True, description="Draw each sample's view at random, where the cache has flips.")
-    read_ahead: Positive = Field(4, description="Batches whose reads are in flight.")
+    compile: Literal["auto"] | bool = Field("auto", description="torch.compile the model. auto: on CUDA.")
+    activation_checkpointing: bool = Field(False, description="Recompute blocks in the backward pass, to save memory.")
+    use_flips: bool = Field(True, description="Draw the view of each sample at random, if the cache has flips.")
+    read_ahead: Positive = Field(4, description="Batches that are read in advance.")
     seed: Natural = 1234
     log_every: Positive = 100
     eval_every: Positive = 5000
     eval_rows: Positive = 1024
     checkpoint_every: Positive = 5000
-    keep_checkpoints: Positive = Field(2, description="Newest ones, from which a run resumes.")
-    keep_every: Positive | None = Field(None, description="Keep those at multiples of so many steps for ever.")
-    sample_every: Positive = Field(10_000, description="Grids, only where an autoencoder is given.")
-    quality_every: Positive = Field(10_000, description="Distance and class accuracy of samples in latent space.")
-    quality_samples: int = Field(1024, ge=0, description="Samples that these are measured on; 0: never.")
-    quality_rows: int = Field(8192, ge=2, description="Cached rows that they are measured against.")
-    sample_steps: Positive = Field(25, description="Of grids and of what quality is measured on.")
+    keep_checkpoints: Positive = Field(2, description="Number of newest checkpoints to keep.")
+    keep_every: Positive | None = Field(
+        None, description="Also keep checkpoints at multiples of this step, permanently."
+    )
+    sample_every: Positive = Field(10_000, description="Steps between sample grids. Needs --autoencoder.")
+    quality_every: Positive = Field(10_000, description="Steps between measurements of samples in latent space.")
+    quality_samples: int = Field(1024, ge=0, description="Samples of each such measurement; 0: never measure.")
+    quality_rows: int = Field(8192, ge=2, description="Cached rows that these samples are compared with.")
+    sample_steps: Positive = Field(25, description="Sampling steps of grids and of measurements during training.")
     sample_shift: float = Field(0.15, gt=0)
 
     @model_validator(mode="after")
     def _averages_and_parts(self) -> Self:
         if not self.ema_decays or len(set(self.ema_decays)) != len(self.ema_decays):
-            raise ValueError(f"ema_decays must name at least one value and none twice, found {list(self.ema_decays)}")
+            raise ValueError(
+                f"ema_decays must name at least one value and no value twice, found {list(self.ema_decays)}"
+            )
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate {self.accumulate} is more than batch_size {self.batch_size}")
         return self
 
 
 class ExtractorSection(Section):
-    """What distances are measured with."""
+    """The feature extractor of the metrics."""
 
     kind: Literal["inception", "backbone", "timm"] = Field(
-        "inception", description="torch-fidelity's Inception, the autoencoder's own backbone, or any timm model."
+        "inception",
+        description="inception (torch-fidelity's), backbone (of the autoencoder), or timm (any timm model).",
     )
     weights: str = Field(
         "hub",
-        description="inception: torch-fidelity's file, or hub to download it; timm: as backbone.weights.",
+        description="inception: torch-fidelity's file, or hub: download it. timm: as backbone.weights.",
     )
     name: str | None = Field(None, description="timm: name of the model.")
 
     @model_validator(mode="after")
     def _named(self) -> Self:
         if (self.kind == "timm") != (self.name is not None):
-            raise ValueError("name is the timm model's, and belongs to kind timm alone")
+            raise ValueError("name is the name of a timm model: required for kind timm, not allowed for other kinds")
         return self
 
 
@@ -273,27 +278,27 @@ class EvaluationSection(Section):
     steps: tuple[Annotated[int, Field(gt=0, le=100_000)], ...] = (25,)
     guidance: tuple[float, ...] = (1.0,)
     solver: Literal["euler", "heun", "multistep"] = Field(
-        "euler", description="Evaluations a step: one, two, and one of second order."
+        "euler", description="euler; heun: two evaluations per step; multistep: second order, one evaluation per step."
     )
     guidance_mode: str = Field(
         "constant", description="constant, interval-LO-HI, linear, late, early-R or cfg_star-K-R."
     )
-    labels: Labels = Field("equal", description="Per class, or drawn with the seed.")
+    labels: Labels = Field("equal", description="equal: same number per class; drawn: at random, with the seed.")
     time_shift: float = Field(0.15, gt=0)
     num_samples: int = Field(50_000, ge=2)
     batch_size: Positive = 125
-    unit_rows: Positive = Field(500, description="Samples per latent shard and per tar: the unit of resume.")
+    unit_rows: Positive = Field(500, description="Samples per latent shard and per tar, the unit of resume.")
     precision: Precision = "bfloat16"
     weights: str = Field(
         "ema",
         pattern=WEIGHTS,
-        description="ema (the first average), ema-DECAY or raw.",
+        description="ema (the first decay), ema-DECAY or raw.",
     )
-    guide_weights: str = Field("ema", pattern=WEIGHTS, description="Of the model that --guide names.")
-    compile: Literal["auto"] | bool = Field("auto", description="torch.compile the model; auto: on CUDA.")
+    guide_weights: str = Field("ema", pattern=WEIGHTS, description="Weights of the --guide model.")
+    compile: Literal["auto"] | bool = Field("auto", description="torch.compile the model. auto: on CUDA.")
     extractor: ExtractorSection = ExtractorSection()
-    reference_images: int | None = Field(None, ge=2, description="At most this many, evenly spread; null: all.")
-    bootstrap: Resamplings = Field(100, description="Times that images are resampled for the intervals; 0: none.")
+    reference_images: int | None = Field(None, ge=2, description="Maximum number of reference images; null: all.")
+    bootstrap: Resamplings = Field(100, description="Bootstrap resamplings for the intervals; 0: no intervals.")
     seed: Natural = 0
 
     @model_validator(mode="after")
@@ -307,23 +312,23 @@ class EvaluationSection(Section):
 
 
 class ReconstructionSection(Section):
-    """`svgpipe eval-reconstruction`: what the autoencoder loses, on held-out images."""
+    """`svgpipe eval-reconstruction`: reconstruction of held-out images."""
 
-    num_images: int | None = Field(None, ge=2, description="At most this many, evenly spread; null: all held-out.")
+    num_images: int | None = Field(None, ge=2, description="Maximum number of held-out images; null: all.")
     batch_size: Positive = 32
-    unit_rows: Positive = Field(500, description="Images per tar: the unit of resume.")
+    unit_rows: Positive = Field(500, description="Images per tar, the unit of resume.")
     extractor: ExtractorSection = ExtractorSection()
-    vgg_weights: str = Field("hub", description="Of LPIPS: torchvision's VGG16 file (.pth), or hub to download it.")
-    lpips_weights: str = Field("hub", description="LPIPS v0.1 vgg.pth, or hub to download it.")
-    bootstrap: Resamplings = Field(100, description="Times that images are resampled for the intervals; 0: none.")
+    vgg_weights: str = Field("hub", description="LPIPS: torchvision's VGG16 file (.pth), or hub: download it.")
+    lpips_weights: str = Field("hub", description="LPIPS v0.1 vgg.pth, or hub: download it.")
+    bootstrap: Resamplings = Field(100, description="Bootstrap resamplings for the intervals; 0: no intervals.")
     seed: Natural = 0
 
 
 class Recipe(Section):
-    """One section per stage, plus where the images come from."""
+    """All settings of a pipeline: one section per stage, and the source of the images."""
 
     name: str = "custom"
-    source: str | None = Field(None, description="Image folder, or demo-photographs.")
+    source: str | None = Field(None, description="Image folder. demo-photographs: the photographs of the demo.")
     shard: ShardSection = ShardSection()
     autoencoder: AutoencoderSection = AutoencoderSection()
     extract: ExtractSection = ExtractSection()

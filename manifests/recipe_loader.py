@@ -1,7 +1,7 @@
-"""Recipes by name or file, with single values overridden.
+"""Loads recipes by name or from a file, and overrides single values.
 
-`--set section.key=value` overrides single values. A file may begin with `extends: NAME|FILE` and then only say what
-differs. Unknown keys are refused with the nearest valid name.
+`--set section.key=value` overrides a value. A file may begin with `extends: NAME|FILE` and then lists only its
+differences. An unknown key is an error that names the nearest valid key.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Union
@@ -25,17 +25,16 @@ YAML_SUFFIXES = {".yaml", ".yml"}
 
 
 def builtin_names() -> list[str]:
-    """Names of the recipes that come with svgpipe."""
+    """Return the names of the built-in recipes."""
     folder = resources.files("svgpipe.manifests").joinpath("recipes")
     return sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
 def load_recipe(name_or_file: str | None, overrides: Sequence[str] = ()) -> Recipe:
-    """Load a built-in recipe or a YAML file (None: all defaults) and apply `section.key=value` overrides.
+    """Return a built-in recipe or one from a YAML file (None: all defaults), with `section.key=value` overrides.
 
     Raises:
-        UsageError: no such recipe or file, not YAML, an unknown key (with the nearest valid one), or a
-            value that cannot work.
+        UsageError: no such recipe or file, not YAML, an unknown key, or an invalid value.
     """
     raw, where = _read_with_base(name_or_file) if name_or_file is not None else ({}, "--set")
     for override in overrides:
@@ -49,12 +48,25 @@ def load_recipe(name_or_file: str | None, overrides: Sequence[str] = ()) -> Reci
             f"found {_brief(e['input'])}"
             for e in error.errors()
         ]
-        raise UsageError(f"{where}: the recipe cannot work:\n  " + "\n  ".join(lines)) from error
+        raise UsageError(f"{where}: invalid recipe:\n  " + "\n  ".join(lines)) from error
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """All values of a recipe as YAML, which `load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Return a recipe as YAML with all values and the descriptions of its keys. `load_recipe` reads it back."""
+    return "".join(f"{line}\n" for line in _yaml_lines(recipe))
+
+
+def _yaml_lines(section: Section, indent: str = "") -> Iterator[str]:
+    values = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        inner = getattr(section, name)
+        if isinstance(inner, Section):
+            yield f"{indent}{name}:"
+            yield from _yaml_lines(inner, indent + "  ")
+        else:
+            dumped = yaml.safe_dump(values[name], default_flow_style=True, allow_unicode=True, width=10**6)
+            comment = "" if field.description is None else f"  # {field.description}"
+            yield f"{indent}{name}: {dumped.splitlines()[0]}{comment}"
 
 
 def _brief(value: object) -> str:
@@ -63,7 +75,11 @@ def _brief(value: object) -> str:
 
 
 def _read_with_base(name_or_file: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
-    """A recipe merged over those that it extends, and where it is from. A base file lies relative to its recipe."""
+    """Return a recipe merged over those that it extends, and its origin. Base files are relative to the recipe.
+
+    Raises:
+        UsageError: `extends` does not name another recipe.
+    """
     raw, where = _read_source(name_or_file)
     base_name = raw.pop("extends", None)
     if base_name is None:
@@ -122,12 +138,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     for section in sections:
         inner = target.get(section, {})
         if not isinstance(inner, dict):
-            raise UsageError(f"--set {override!r}: {section} holds a value, not a section.")
-        # A copy: a YAML alias (`a: &x {…}`, `b: *x`) makes two sections one object, and only one of them is meant.
+            raise UsageError(f"--set {override!r}: {section} is a value, not a section.")
+        # Copied, because a YAML alias (`a: &x {…}`, `b: *x`) makes two sections one object.
         copy = dict(inner)
         target[section] = copy
         target = copy
-    # YAML 1.1 reads 1e-4 as a string; numbers written so are meant as numbers, unless they stand in quotes.
+    # YAML 1.1 reads 1e-4 as a string. Unquoted numbers in this form are converted.
     if isinstance(value, str) and value == text.strip():
         with contextlib.suppress(ValueError):
             value = float(value)

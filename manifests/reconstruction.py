@@ -1,6 +1,6 @@
-"""What an evaluation of an autoencoder leaves: reconstructed images, and report.json.
+"""Files of an evaluation of an autoencoder: reconstructed images, and a report.
 
-images/reconstructions/, images/without-residual/    shard-*.tar of decoded images (PNG) with the usual index
+images/reconstructions/, images/without-residual/    shard-*.tar of decoded images (PNG) with an index
 report.json, report.schema.json, report.html
 """
 
@@ -16,16 +16,16 @@ from .report_file import ExtractorInfo, WrittenReport
 
 
 class Reconstructed(FrozenModel):
-    """The same images through the autoencoder, measured against themselves."""
+    """Metrics of reconstructed images against their originals."""
 
     name: str = Field(description="Folder of the images.")
-    residual: bool = Field(description="Whether the residual branch was on; off, the mask token stands in its place.")
-    psnr: Estimate | None = Field(description="dB, mean over images; None where all are reproduced exactly.")
+    residual: bool = Field(description="False: the mask token replaced the output of the residual encoder.")
+    psnr: Estimate | None = Field(description="dB, mean over images; null if all are reproduced exactly.")
     ssim: Estimate = Field(description="Mean over images; Gaussian window of 1.5 pixels (Wang 2004).")
-    lpips: Estimate | None = Field(description="VGG16, lower is better.")
+    lpips: Estimate | None = Field(description="VGG16; lower is better.")
     colour_difference: Estimate = Field(description="CIEDE2000, mean over pixels and images; 1 is just noticeable.")
-    frechet_distance: Estimate = Field(description="To the originals; FID only where the metric is named so.")
-    kernel_distance: Estimate | None = Field(description="To the originals, as in the report of samples.")
+    frechet_distance: Estimate = Field(description="Distance to the originals; called FID only for Inception.")
+    kernel_distance: Estimate | None = Field(description="Distance to the originals, as in the report of samples.")
 
 
 class ReconstructionReport(WrittenReport):
@@ -33,15 +33,17 @@ class ReconstructionReport(WrittenReport):
 
     NOUN: ClassVar[str] = "a report of reconstructions"
 
-    schema_version: int = Field(3, description="Of this layout; raised when a field changes its meaning.")
-    metric: str = Field(description="What frechet_distance is: FID, or a Fréchet distance in a named space.")
-    extractor: ExtractorInfo = Field(description="What made the features.")
-    lpips_weights: str | None = Field(description="sha256 over LPIPS's tensors, VGG16's among them; null without it.")
-    image_size: int = Field(description="Pixels a side of all images.")
+    schema_version: int = Field(3, description="Version of this layout; raised when the meaning of a field changes.")
+    metric: str = Field(description="FID, or a Fréchet distance in a named feature space.")
+    extractor: ExtractorInfo = Field(description="Feature extractor of the metrics.")
+    lpips_weights: str | None = Field(description="sha256 over the tensors of LPIPS and VGG16; null without LPIPS.")
+    image_size: int = Field(description="Pixels per side of all images.")
     num_images: int = Field(description="Held-out images, centre-cropped.")
-    images: str = Field(description="Digest of those images and how they are cropped.")
-    results: list[Reconstructed] = Field(description="With the residual branch, then without.")
-    not_measured: list[str] = Field(default_factory=list, description="What is missing, and why.")
+    images: str = Field(description="Digest of these images and of their crop.")
+    results: list[Reconstructed] = Field(description="With residual branch, then without.")
+    not_measured: list[str] = Field(
+        default_factory=list, description="Metrics that were not measured, with the reason."
+    )
 
 
 class ReconstructionManifest(Manifest):

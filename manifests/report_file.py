@@ -1,4 +1,4 @@
-"""report.json of an evaluation, and report.schema.json beside it, which says what every field means."""
+"""report.json of an evaluation, and report.schema.json, which describes every field."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ SCHEMA_NAME = "report.schema.json"
 
 
 def evaluate_again(directory: Location) -> str:
-    """What to do where something of a finished evaluation is gone or altered."""
-    return f"Delete {directory / MANIFEST_NAME} and run the same command: only what is missing is made anew."
+    """Return the advice for a finished evaluation with missing or altered files."""
+    return f"Delete {directory / MANIFEST_NAME} and run the same command: only missing parts are made again."
 
 
 class ExtractorInfo(FrozenModel):
-    """What made the features: all that decides those of an image, so that features are kept by it."""
+    """The feature extractor: everything that determines the features of an image."""
 
     kind: str = Field(description="inception, backbone (the autoencoder's own) or timm.")
-    name: str = Field(description="Of the network.")
-    weights: str = Field(description="sha256 over its tensors, whatever file they came from.")
-    input_size: int = Field(description="Pixels a side that images are resized to.")
-    library: str = Field(description="Whose network and resizing it is, with its version.")
+    name: str = Field(description="Name of the network.")
+    weights: str = Field(description="sha256 over its tensors.")
+    input_size: int = Field(description="Pixels per side that images are resized to.")
+    library: str = Field(description="Library of the network and of the resizing, with its version.")
 
 
 class WrittenReport(FrozenModel):
-    """Base of reports: read and written as JSON, with its own JSON schema beside it."""
+    """Base of reports: written as JSON, with a JSON schema."""
 
     NOUN: ClassVar[str]
 
     schema_version: int
     inputs: dict[str, str] = Field(
-        description="Fingerprints of what the numbers were made from, and sha256 of weight files that were given; "
-        "manifest.json says where they lay, and has their own inputs too."
+        description="Fingerprints of all inputs, and sha256 of weight files. manifest.json has their paths and "
+        "their own inputs."
     )
-    software: dict[str, str] = Field(description="Versions of what computed the numbers.")
+    software: dict[str, str] = Field(description="Versions of the libraries that computed the numbers.")
 
     def write(self, directory: Location) -> None:
         """Write report.json and its schema atomically."""
@@ -48,20 +48,28 @@ class WrittenReport(FrozenModel):
 
     @classmethod
     def require_published(cls, directory: Location, sha256: str) -> None:
-        """Raise ArtifactError unless report.json is the one of that hash."""
+        """Check that report.json has this hash.
+
+        Raises:
+            ArtifactError: it is missing or altered.
+        """
         path = directory / REPORT_NAME
         if not has_sha256(path, sha256):
-            raise ArtifactError(f"{path}: is gone, or not what was published. {evaluate_again(directory)}")
+            raise ArtifactError(f"{path}: is missing or was altered. {evaluate_again(directory)}")
 
     @classmethod
     def read(cls, directory: Location) -> Self:
-        """Parse report.json. Raises ArtifactError if it is missing, of another layout, or not such a report."""
+        """Return the parsed report.json.
+
+        Raises:
+            ArtifactError: it is missing, has another layout, or is not such a report.
+        """
         path = directory / REPORT_NAME
         report, expected = read_json(path), cls.model_fields["schema_version"].default
         if report.get("schema_version") != expected:
             raise ArtifactError(
                 f"{path}: expected {cls.NOUN} of layout {expected}, found {report.get('schema_version')}. Read it with "
-                "the svgpipe that wrote it, or move its directory away and run the command again: latents are found."
+                "the svgpipe that wrote it, or move its directory away and run the command again; latents are reused."
             )
         try:
             return cls.model_validate(report)

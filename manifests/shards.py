@@ -1,18 +1,18 @@
-"""Shard sets: WebDataset tars, and an index that makes every row one range read.
+"""Shard sets: WebDataset tars with an index, so that every row is one range read.
 
-On disk, a set that svgpipe wrote:
+A set that svgpipe wrote:
 
     shard-000000.tar        KEY.jpg|png|webp, KEY.cls (label as text), KEY.json (path of the source)
     shard-000000.parquet    its index, see index.py
-    rejected.jsonl          path, reason — inputs = stored + rejected
-    manifest.json           ShardSetManifest; splits are whole tars, training tars first
+    rejected.jsonl          path, reason; inputs = stored + rejected
+    manifest.json           ShardSetManifest; a split is a range of tars, training tars first
 
-and one that was made by others and indexed, where the tars lie elsewhere:
+A set of existing tars, made by `svgpipe index`; the tars lie elsewhere:
 
     index/000000.parquet    one per tar, in the order of the manifest
     manifest.json
 
-A row's number is its position over all tars of the set, in order.
+The number of a row is its position over all tars of the set, in order.
 """
 
 from __future__ import annotations
@@ -38,34 +38,34 @@ from .index import ImageRef, read_index, refs_of_table, write_index
 from .manifest import MANIFEST_NAME, FrozenModel, InputRef, Manifest, digest
 
 Split = Literal["train", "heldout"]
-# Opened indexes that one process keeps: neighbouring units lie in the same tars.
+# Open indexes per process: neighbouring units lie in the same tars.
 INDEXES_KEPT = 4
 
 
 class ShardFile(FrozenModel):
     """One tar of a shard set."""
 
-    name: str = Field(description="Beside the manifest, or the whole location of a tar made by others.")
+    name: str = Field(description="Name next to the manifest, or the full location of an existing tar.")
     split: Split
     num_images: int
     num_bytes: int
     sha256: str
     index_sha256: str
-    index: str | None = Field(None, description="Below the set's directory; null: the tar's name with .parquet.")
+    index: str | None = Field(None, description="Path below the set's directory; null: the tar's name with .parquet.")
 
     @property
     def files(self) -> dict[str, str]:
-        """The tar and its index, below the set's directory, with their sha256."""
+        """Return the sha256 of the tar and of its index, by path below the set's directory."""
         return {self.name: self.sha256, _index_name(self): self.index_sha256}
 
 
 def tar_of(directory: Location, shard: ShardFile) -> Location:
-    """Where a tar of the set in `directory` lies."""
+    """Return the location of a tar of the set in `directory`."""
     return location(shard.name) if "/" in shard.name else directory / shard.name
 
 
 def index_of(directory: Location, shard: ShardFile) -> Location:
-    """Where its index lies."""
+    """Return the location of the index of a tar."""
     return directory / _index_name(shard)
 
 
@@ -74,13 +74,17 @@ def _index_name(shard: ShardFile) -> str:
 
 
 def refs_of(directory: Location, shards: Sequence[ShardFile]) -> list[ImageRef]:
-    """All images of some tars, in order. Raises ArtifactError for a missing or altered index."""
+    """Return all images of some tars, in order.
+
+    Raises:
+        ArtifactError: an index is missing or altered.
+    """
     tables = ((shard, read_index(index_of(directory, shard), shard.num_images)) for shard in shards)
     return [ref for shard, table in tables for ref in refs_of_table(table, tar_of(directory, shard))]
 
 
 class ShardSetManifest(Manifest):
-    """What a shard set holds."""
+    """Content of a shard set."""
 
     KIND: ClassVar[str] = "shard-set"
     NOUN: ClassVar[str] = "a shard set"
@@ -92,30 +96,30 @@ class ShardSetManifest(Manifest):
     num_images: int
     num_rejected: int
     num_heldout: int
-    content: str = Field(description="sha256 over names, splits and hashes of all tars and their indexes.")
+    content: str = Field(description="sha256 over names, splits and hashes of all tars and indexes.")
     shards: list[ShardFile]
 
     @staticmethod
     def content_of(shards: Sequence[ShardFile]) -> str:
-        """Digest that `content` must equal."""
+        """Return the expected value of `content`."""
         return digest([[shard.name, shard.split, shard.sha256, shard.index_sha256] for shard in shards])
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of every image without opening it, as columns of equal length N."""
+    """Facts about every image, as columns of equal length N."""
 
     shard: NDArray[np.int32]  # position in ShardSet.shards
-    label: NDArray[np.int32]  # −1 where `rejected` and unknown
+    label: NDArray[np.int32]  # −1 if rejected and unknown
     heldout: NDArray[np.bool_]
-    rejected: NDArray[np.bool_]  # known to be unusable when it was indexed
+    rejected: NDArray[np.bool_]  # unusable, as found when it was indexed
 
     def __len__(self) -> int:
         return len(self.label)
 
 
 class ShardSet:
-    """A finished shard set, or some tars of one."""
+    """A finished shard set, or some of its tars."""
 
     def __init__(self, directory: Location, manifest: ShardSetManifest, shards: Sequence[ShardFile]) -> None:
         self.directory, self.manifest, self.shards = directory, manifest, tuple(shards)
@@ -135,9 +139,11 @@ class ShardSet:
     def open(cls, spec: str | Location) -> ShardSet:
         """Open a directory, one tar, or a brace pattern such as 'path/shard-{000000..000009}.tar'.
 
+        Returns:
+            The shard set.
+
         Raises:
-            ArtifactError: no shard set there, a tar that its manifest does not list or that is missing
-                or of another size than recorded.
+            ArtifactError: there is no shard set, or a tar is not in its manifest, missing or of another size.
             UsageError: the pattern names no tar, or tars of several directories.
         """
         text = str(spec)
@@ -152,14 +158,18 @@ class ShardSet:
         directory = paths[0].parent
         if paths[0].exists() and not (directory / MANIFEST_NAME).exists():
             raise ArtifactError(
-                f"{directory}: expected a shard set, found tars without {MANIFEST_NAME}. If others made them, index "
-                f"them once with `svgpipe index '{text}' OUT`, then give OUT."
+                f"{directory}: expected a shard set, found tars without {MANIFEST_NAME}. To use existing tars, index "
+                f"them once with `svgpipe index '{text}' --out DIR`, then give DIR."
             )
         return cls._some(directory, [p.name for p in paths])
 
     @classmethod
     def of_input(cls, ref: InputRef) -> ShardSet:
-        """Open what an artifact recorded as its shards. Raises as `open`, also where they have moved."""
+        """Open the shard set that an artifact recorded as its input. Raises the errors of `open`.
+
+        Returns:
+            The shard set.
+        """
         directory, only = location(ref.path), ref.config.get("only")
         return cls.open(directory) if only is None else cls._some(directory, only)
 
@@ -182,11 +192,15 @@ class ShardSet:
         return shard_set
 
     def absolute(self) -> ShardSet:
-        """The same set for a process with another current directory."""
+        """Return the same set with absolute paths, for processes with another current directory."""
         return ShardSet(absolute(self.directory), self.manifest, self.shards)
 
     def check_files(self) -> None:
-        """Raise ArtifactError for a tar that is missing or not of its recorded size."""
+        """Check the sizes of all tars.
+
+        Raises:
+            ArtifactError: a tar is missing or has another size.
+        """
         for shard in self.shards:
             size = file_size(tar_of(self.directory, shard))
             if size != shard.num_bytes:
@@ -197,7 +211,7 @@ class ShardSet:
                 )
 
     def as_input(self) -> InputRef:
-        """Identity for later stages; a part of a set is another input than the whole."""
+        """Return the reference for later stages. Some tars of a set are another input than all of them."""
         ref = self.manifest.as_input(self.directory)
         names = [shard.name for shard in self.shards]
         if names == [shard.name for shard in self.manifest.shards]:
@@ -210,24 +224,28 @@ class ShardSet:
         )
 
     def tars(self, split: Split | None = None) -> list[Location]:
-        """Paths of the tars, all or those of one split, in order."""
+        """Return the paths of the tars, all or those of one split, in order."""
         return [tar_of(self.directory, s) for s in self.shards if split in (None, s.split)]
 
     @cached_property
     def rows(self) -> Rows:
-        """Labels and splits of every row. Raises ArtifactError for a missing or altered index."""
+        """Labels and splits of all rows.
+
+        Raises:
+            ArtifactError: an index is missing or altered.
+        """
         labels: list[NDArray[Any]] = [np.zeros(0, np.int32)]
         rejected = [np.zeros(0, np.bool_)]
         for shard in self.shards:
             table = read_index(index_of(self.directory, shard), shard.num_images, ["label"])
-            # By DLPack: pyarrow's to_numpy imports pandas, too.
+            # By DLPack, because pyarrow's to_numpy imports pandas.
             labels.append(np.from_dlpack(table["label"].combine_chunks()))
             if "reject" in table.column_names:
                 flags = table["reject"].is_valid().combine_chunks().cast(pa.uint8())
                 rejected.append(np.from_dlpack(flags).astype(np.bool_))
             else:
                 rejected.append(np.zeros(len(table), np.bool_))
-        pa.default_memory_pool().release_unused()  # of a thousand opened indexes
+        pa.default_memory_pool().release_unused()  # memory of up to a thousand indexes
         counts = np.diff(self._starts)
         heldout = np.asarray([shard.split == "heldout" for shard in self.shards], np.bool_)
         return Rows(
@@ -238,10 +256,11 @@ class ShardSet:
         )
 
     def refs(self, rows: Iterable[int]) -> list[ImageRef]:
-        """Where the images of `rows` lie. Reads the indexes of their tars only, and keeps the last few.
+        """Return the locations of the images of `rows`. Reads only the indexes of their tars, and caches the last few.
 
         Raises:
-            IndexError: no such row. ArtifactError: a missing or altered index.
+            IndexError: no such row.
+            ArtifactError: an index is missing or altered.
         """
         wanted = np.fromiter(rows, np.int64)
         bad = wanted[(wanted < 0) | (wanted >= len(self))]
@@ -249,7 +268,7 @@ class ShardSet:
             raise IndexError(f"row {bad[0]}: expected 0..{len(self) - 1}")
         positions = np.searchsorted(self._starts, wanted, side="right") - 1
         refs = []
-        # One take per stretch of rows in the same tar; units are such stretches.
+        # One take per run of rows in the same tar; units are such runs.
         for stretch in np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(positions)) + 1):
             if len(stretch):
                 position = int(positions[stretch[0]])
@@ -258,7 +277,7 @@ class ShardSet:
         return refs
 
     def _table(self, position: int) -> pa.Table:
-        """The index of a tar. Several threads may ask: every single operation on the dict is atomic."""
+        """Return the index of a tar. Thread-safe: every single operation on the dict is atomic."""
         table = self._tables.get(position)
         if table is None:
             shard = self.shards[position]
@@ -270,25 +289,33 @@ class ShardSet:
         return table
 
     def usable(self, split: Split) -> list[ImageRef]:
-        """All images of one split but those rejected when they were indexed. Raises as `refs_of`."""
+        """Return all images of one split, without the rejected ones. Raises the errors of `refs_of`."""
         refs = refs_of(self.directory, [shard for shard in self.shards if shard.split == split])
         return [ref for ref in refs if ref.reject is None]
 
     def read_image(self, row: int) -> bytes:
-        """Bytes of the image at `row`. Raises ArtifactError where the tar does not hold the recorded ones."""
+        """Return the bytes of the image at `row`.
+
+        Raises:
+            ArtifactError: they do not match the recorded size and hash.
+        """
         return self.refs([row])[0].read()
 
 
 def _as_arrow(values: NDArray[np.int64]) -> pa.Array:
-    """Without pa.array, which imports pandas to ask whether it was given a series of it: 70 MB in every process."""
+    """Avoid pa.array: it imports pandas, 70 MB per process, to check for pandas types.
+
+    Returns:
+        The locations.
+    """
     return pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
 
 
 def expand(pattern: str) -> list[Location]:
-    """A tar, or a brace pattern of tars, as locations in order.
+    """Return the tars of a brace pattern, in order.
 
     Raises:
-        UsageError: braces that do not match, or a tar named twice.
+        UsageError: the braces do not match, or a tar is named twice.
     """
     try:
         names = list(braceexpand.braceexpand(pattern))
@@ -301,7 +328,7 @@ def expand(pattern: str) -> list[Location]:
 
 @dataclass(frozen=True)
 class TarImage:
-    """One image to store: its bytes, their extension (jpg, png, webp), label, and where it came from."""
+    """One image to store: bytes, extension (jpg, png, webp), label, and path of the source."""
 
     key: str
     data: bytes
@@ -311,7 +338,11 @@ class TarImage:
 
 
 def write_tar(tar_path: Location, images: Iterable[TarImage], split: Split) -> ShardFile:
-    """Write one tar and its index; the tar appears after its index. The bytes depend on `images` only."""
+    """Write one tar and its index; the tar appears after its index. The bytes depend on `images` only.
+
+    Returns:
+        The entry of the manifest.
+    """
     refs = []
     with staged(tar_path) as partial:
         with tarfile.open(partial, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -343,5 +374,5 @@ def _append(tar: tarfile.TarFile, image: TarImage) -> None:
 
 
 def shard_name(number: int) -> str:
-    """shard-000000.tar and so on."""
+    """Return shard-000000.tar and so on."""
     return f"shard-{number:06d}.tar"

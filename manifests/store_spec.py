@@ -1,4 +1,4 @@
-"""Shape of a feature store, and which file holds what."""
+"""Shape of a feature store, and names of its files."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ class StoreSpec:
 
     @property
     def num_units(self) -> int:
-        """Outer shards."""
+        """Number of outer shards."""
         return -(-self.num_samples // self.unit_rows)
 
     def rows_of(self, unit: int) -> range:
-        """Samples of outer shard `unit`."""
+        """Return the samples of outer shard `unit`."""
         return range(unit * self.unit_rows, min((unit + 1) * self.unit_rows, self.num_samples))
 
     def shape_of(self, unit: int) -> tuple[int, ...]:
-        """Shape of outer shard `unit`."""
+        """Return the shape of outer shard `unit`."""
         return (len(self.rows_of(unit)), len(self.views), *self.grid, self.channels)
 
 
 def unit_name(unit: int) -> str:
-    """Path of outer shard `unit` below its store."""
+    """Return the path of outer shard `unit` below its store."""
     return f"features/c/{unit}/0/0/0/0"
 
 
 def unit_file(path: Location, unit: int) -> Location:
-    """The file of outer shard `unit` of the store at `path`."""
+    """Return the file of outer shard `unit` of the store at `path`."""
     return path / unit_name(unit)

@@ -1,4 +1,4 @@
-"""The output directory of one stage: work is begun, resumed, refused or found finished here."""
+"""The output directory of a stage: begun, resumed, refused, or already finished."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class StageSpec(Generic[M]):
         path: directory to create or resume.
         kind: manifest class of the artifact.
         config: exact config, JSON values only.
-        inputs: the artifacts it is made from, by name.
+        inputs: input artifacts by name.
     """
 
     path: Location
@@ -55,10 +55,11 @@ class StageSpec(Generic[M]):
         return {"kind": self.kind.KIND, "config": self.config, "inputs": fingerprints}
 
     def finished(self) -> M | None:
-        """The manifest, if the directory holds exactly what is asked for; None if it has no manifest.
+        """Return the manifest if the directory is finished with this config and these inputs; None without a manifest.
 
         Raises:
-            MismatchError: it was made with another config or other inputs. ArtifactError: the manifest is damaged.
+            MismatchError: it was made with another config or other inputs.
+            ArtifactError: the manifest is damaged.
         """
         if not (self.path / MANIFEST_NAME).exists():
             return None
@@ -69,16 +70,16 @@ class StageSpec(Generic[M]):
         self._require_equal(
             made,
             f"a finished {noun} (fingerprint {done.fingerprint[:12]}) that was made",
-            "Use the recipe and options that it was made with (did you forget --recipe?), or give another --out.",
+            "Use the same recipe and options (did you forget --recipe?), or give another --out.",
         )
         return done
 
     def state(self) -> WorkState:
-        """How far the work is.
+        """Return the state of the directory.
 
         Raises:
-            MismatchError: the directory was begun or finished with another config or other inputs.
-            ArtifactError: the directory holds something that is not svgpipe's, or is a file.
+            MismatchError: it was begun or finished with another config or other inputs.
+            ArtifactError: it is a file, or holds files that are not svgpipe's.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ArtifactError(f"{self.path}: expected a directory for {self.kind.NOUN}, found a file.")
@@ -94,7 +95,7 @@ class StageSpec(Generic[M]):
         self._require_equal(
             read_plan(self.path),
             f"{self.kind.NOUN}, half made, that was begun",
-            "Use the recipe and options that it was begun with, or give another --out.",
+            "Use the same recipe and options, or give another --out.",
         )
         return "begun"
 
@@ -103,16 +104,17 @@ class StageSpec(Generic[M]):
         lines = differing_fields({**found, "config": {**found["config"], **may_change}}, self.plan)
         if lines:
             raise MismatchError(
-                f"{self.path}: holds {noun} otherwise (there {digest(found)[:12]}, here {digest(self.plan)[:12]}).\n  "
+                f"{self.path}: holds {noun} differently "
+                f"(there {digest(found)[:12]}, here {digest(self.plan)[:12]}).\n  "
                 + "\n  ".join(lines)
                 + f"\n{what_to_do}"
             )
 
 
 def _holds_nothing(path: Location) -> bool:
-    """Whether no work could be lost: absent, empty, or at most a plan and what a killed write left of it.
+    """Return whether no work could be lost: absent, empty, or only a plan and temporary files.
 
-    Such a plan is replaced without asking, so that a command refused for its options can be run with better ones.
+    Such a plan is replaced silently, so that a refused command can be run again with better options.
     """
     if not path.exists():
         return True
@@ -123,8 +125,8 @@ def _holds_nothing(path: Location) -> bool:
 class WorkDir(Generic[M]):
     """An output directory, locked while a stage works in it.
 
-    `finished` is the manifest if the directory already holds exactly what is asked for. Otherwise the lock is
-    held until the end of the `with` block.
+    `finished` is the manifest if the directory is already finished. Otherwise the lock is held until the end of the
+    `with` block.
     """
 
     def __init__(self, spec: StageSpec[M]) -> None:
@@ -132,7 +134,7 @@ class WorkDir(Generic[M]):
 
         Raises:
             MismatchError: the directory was begun or finished with another config or other inputs.
-            ArtifactError: the directory holds something that is not svgpipe's.
+            ArtifactError: the directory holds files that are not svgpipe's.
             BusyError: another process works in it.
         """
         self._lock: Lock | None = None
@@ -150,7 +152,7 @@ class WorkDir(Generic[M]):
                 raise
 
     def _begin(self) -> None:
-        # Whoever held the lock until now may have begun or even finished it.
+        # The previous owner of the lock may have begun or finished the work.
         state = self.spec.state()
         if state == "finished":
             self.finished = self.spec.finished()
@@ -176,18 +178,29 @@ class WorkDir(Generic[M]):
             self._lock = None
 
     def check_lock(self) -> None:
-        """Raise BusyError if the lock was lost to another process."""
+        """Check that the lock is still held.
+
+        Raises:
+            BusyError: it was lost to another process.
+        """
         if self._lock is not None:
             self._lock.check()
 
     def completed(self, manifest: M) -> M:
-        """The manifest of what was made here, with config, inputs, wall time and fingerprint."""
+        """Return the manifest with config, inputs, wall time and fingerprint."""
         seconds = round(time.monotonic() - self._started, 3)
         update = {"config": self.spec.config, "inputs": dict(self.spec.inputs), "seconds": seconds}
         return manifest.model_copy(update=update).sealed()
 
     def publish(self, manifest: M) -> M:
-        """Write manifest.json, after everything that it describes is on disk. Raises BusyError for a lost lock."""
+        """Write manifest.json. All files that it describes must be on disk.
+
+        Returns:
+            The manifest as written.
+
+        Raises:
+            BusyError: the lock was lost.
+        """
         self.check_lock()
         remove_partials(self.path)  # of workers that were killed in this run
         return self.completed(manifest).publish(self.path)

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention by the fastest kernel at hand, with the same numbers either way."""
+"""Scaled dot-product attention with the fastest available kernel; all kernels give the same numbers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Kernel = Callable[..., Tensor]
 
 @functools.cache
 def fastest_kernel() -> Kernel | None:
-    """xformers where there is CUDA and it is installed, else None, for PyTorch's own; one log line says which.
+    """Return xformers' kernel if there is CUDA and it is installed, else None: PyTorch's own. One log line says which.
 
-    Asked for when a module is built: inside a compiled forward the import would break the graph at every block.
+    Called when a module is built: inside a compiled forward the import would break the graph at every block.
     """
     if not torch.cuda.is_available():
         log.info("no CUDA device: attention by PyTorch's scaled_dot_product_attention")
@@ -36,7 +36,7 @@ def fastest_kernel() -> Kernel | None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> Tensor:
-    """softmax(q kᵀ / sqrt(D)) v: three (B,heads,T,D) → (B,heads,T,D); by `kernel` where there is one, on CUDA."""
+    """Return softmax(q kᵀ / sqrt(D)) v: three (B,heads,T,D) → (B,heads,T,D). `kernel` is used on CUDA."""
     if kernel is not None and q.is_cuda:
         return kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v)

@@ -1,7 +1,7 @@
 """The SVG autoencoder: frozen backbone + residual encoder → latent map → decoder.
 
 Legend: B batch, F frozen channels, R residual channels, C = F + R, h w grid.
-Source: official dino_decoder.py; FACTS §5.
+Source: official dino_decoder.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .residual import IMAGENET_MEAN, IMAGENET_STD, Alignment, ResidualEncoder
 class Autoencoder(nn.Module):
     """Encode images to un-normalised latents and back.
 
-    Only the residual encoder, the mask token and the decoder are ever trained; the backbone runs
-    without gradients and its weights are not part of `trained_state`.
+    Only the residual encoder, the mask token and the decoder are trained. The backbone runs without gradients, and its
+    weights are not part of `trained_state`.
     """
 
     imagenet_mean: Tensor
@@ -34,7 +34,11 @@ class Autoencoder(nn.Module):
         align: bool = True,
         mask_ratio: float = 0.1,
     ) -> None:
-        """Raises ValueError if backbone, residual encoder and decoder do not fit each other."""
+        """Build the module.
+
+        Raises:
+            ValueError: backbone, residual encoder and decoder do not fit each other.
+        """
         super().__init__()
         self.backbone, self.decoder, self.residual = backbone, decoder, residual
         self.alignment = Alignment() if align and residual is not None else None
@@ -67,8 +71,8 @@ class Autoencoder(nn.Module):
 
         Args:
             images: RGB in [0,1].
-            mask_draws: (B,) uniform draws; in train mode a sample whose draw is below `mask_ratio` has
-                its whole residual replaced by the mask token, before alignment. None masks nothing.
+            mask_draws: (B,) uniform draws. In train mode, if a draw is below `mask_ratio`, the mask token replaces the
+                whole residual of that sample, before alignment. None: no masking.
         """
         with torch.no_grad():
             frozen = self.backbone(images)
@@ -78,7 +82,7 @@ class Autoencoder(nn.Module):
         return self.join(frozen, residual, mask_draws)
 
     def encode_without_residual(self, images: Tensor) -> Tensor:
-        """As `encode`, but with the mask token in place of every residual token, as training drops the branch."""
+        """Encode like `encode`, with the mask token in place of every residual token, as training masks it."""
         frozen = self.backbone(images)
         token = self.mask_token.to(frozen.dtype).expand(len(frozen), -1, *frozen.shape[-2:])
         return self.join(frozen, token)
@@ -93,14 +97,14 @@ class Autoencoder(nn.Module):
         return torch.cat([frozen, residual.to(frozen.dtype)], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B,C,h,w) un-normalised → (B,3,H,W), meant to lie in [-1,1]; not clamped."""
+        """(B,C,h,w) un-normalised → (B,3,H,W), nominally in [-1,1]; not clamped."""
         return self.decoder(latents)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: everything but the backbone."""
+        """Return the state without the backbone."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
         """Strictly load `trained_state`. Raises ValueError naming keys or shapes that do not fit."""
         require_fit("autoencoder", self.trained_state(), state)
-        self.load_state_dict(state, strict=False)  # strict above; the backbone is not in `state`
+        self.load_state_dict(state, strict=False)  # strictness was checked above; the backbone is not in `state`

@@ -20,11 +20,11 @@ from .convert import require_fit
 
 
 class Backbone(nn.Module):
-    """A timm model, frozen and in eval mode whatever the caller does: (B,3,H,W) in [0,1] → (B,C,h,w).
+    """A frozen timm model, always in eval mode: (B,3,H,W) in [0,1] → (B,C,h,w).
 
-    A ViT gives its final normalised patch tokens, prefix tokens dropped; a CNN gives the feature level
-    asked for. Images are resized to `input_size` where that differs from their own size, and normalised
-    with the model's own mean and std. Source of the use in SVG: official dino_decoder.py, encode().
+    A ViT gives its final normalised patch tokens without prefix tokens. A CNN gives one feature level. Images are
+    resized to `input_size` if they differ, and normalised with the model's mean and std.
+    Source of the use in SVG: official dino_decoder.py, encode().
     """
 
     mean: Tensor
@@ -45,6 +45,7 @@ class Backbone(nn.Module):
             input_size: pixels per side the model sees.
             feature_level: index into timm's feature levels for CNNs; None for ViTs.
             model_kwargs: passed to timm, for sizes other than the named one's.
+
         Raises:
             ValueError: timm does not know the name, or the level does not exist or is missing.
         """
@@ -145,7 +146,10 @@ class Backbone(nn.Module):
     def levels(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """Intermediate feature maps at the images' own resolution: (B,3,H,W) in [0,1] → list of (B,C_i,h_i,w_i).
 
-        A ViT of fixed size sees them resized. Raises ValueError for a level that the model does not have.
+        A ViT of fixed size sees them resized.
+
+        Raises:
+            ValueError: a level that the model does not have.
         """
         count = len(self.model.blocks) if self.is_vit else len(self.model.feature_info)
         bad = [index for index in indices if not -count <= index < count]
@@ -159,7 +163,7 @@ class Backbone(nn.Module):
         """Load weights in timm's or Meta's DINOv3 keys, strictly.
 
         Meta keeps RoPE periods in bfloat16 and as part of the file; timm computes them in float32, so
-        they are copied where present and otherwise rounded through bfloat16 (FACTS §6).
+        they are copied where present and otherwise rounded through bfloat16.
 
         Raises:
             ValueError: keys are missing, left over or of another shape, or the file has qkv biases that

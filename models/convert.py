@@ -1,6 +1,6 @@
-"""Official key names → svgpipe's, and weights that come in other packages' order.
+"""Converts key names of official files, and weights of other packages that match by order.
 
-Transformers and discriminators have the official names. A key that a renaming converter has no rule for is an error.
+Transformers and discriminators keep the official names. A key without a rule is an error.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _RESIDUAL_RULES: list[tuple[str, str]] = [
 
 
 def residual_from_official(state: State) -> dict[str, Tensor]:
-    """torchvision VisionTransformer keys (prefix extra_vit. removed) → ResidualEncoder's."""
+    """Rename torchvision VisionTransformer keys (prefix extra_vit. removed) to those of ResidualEncoder."""
     return {_rename(key, _RESIDUAL_RULES): value for key, value in state.items()}
 
 
 def decoder_from_official(state: State) -> dict[str, Tensor]:
-    """Official Decoder keys (prefix decoder. removed) → Decoder's: the same, in float32."""
+    """Rename official Decoder keys (prefix decoder. removed) to those of Decoder: the same names, in float32."""
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
 def in_order(state: State, own: State) -> dict[str, Tensor]:
-    """Weights of the same model from another package, matched by order; shapes must agree one by one.
+    """Match weights of the same model from another package by order. Shapes must be equal.
 
     Raises:
         ValueError: another number of tensors, or a shape that differs.
@@ -61,9 +61,9 @@ def in_order(state: State, own: State) -> dict[str, Tensor]:
 
 
 def misfits(own: State, theirs: State) -> list[str]:
-    """What keeps `theirs` from being loaded as `own`, a line each.
+    """Return one line per problem that prevents `theirs` from being loaded as `own`.
 
-    Missing and left over keys, other shapes, other kinds of numbers, and numbers that are not finite.
+    Missing and additional keys, other shapes, other kinds of numbers, and numbers that are not finite.
     """
     problems = [f"missing {k}" for k in own if k not in theirs]
     problems += [f"left over {k}" for k in theirs if k not in own]
@@ -85,7 +85,11 @@ def _differences(own: Tensor, theirs: Tensor) -> Iterator[tuple[str, str]]:
 
 
 def require_fit(name: str, own: State, theirs: State) -> None:
-    """Raise ValueError, naming the first few `misfits`, unless there are none."""
+    """Check that `theirs` can be loaded as `own`.
+
+    Raises:
+        ValueError: there are `misfits`; the message has the first ones.
+    """
     if problems := misfits(own, theirs):
         shown = "; ".join(problems[:4]) + ("; …" if len(problems) > 4 else "")
         raise ValueError(f"{name}: {len(problems)} weights do not fit: {shown}")

@@ -1,7 +1,7 @@
 """The LDM/VA-VAE decoder: un-normalised latent map → image.
 
 Module names follow the official state dict, so that its files load without renaming.
-Source: official ldm/modules/diffusionmodules/model.py (class Decoder); FACTS §4.
+Source: official ldm/modules/diffusionmodules/model.py (class Decoder).
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ class _Level(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B,z_channels,h,w) un-normalised → (B,3,h*f,w*f), meant to lie in [-1,1], f = 2^(levels-1).
+    """(B,z_channels,h,w) un-normalised → (B,3,h*f,w*f), nominally in [-1,1], f = 2^(levels-1).
 
-    Where attention sits is decided at construction from the nominal `resolution`, as officially: in the
-    middle, and after every block of a level whose nominal side is in `attn_resolutions`.
+    The nominal `resolution` decides at construction where attention is, as in the official code: in the middle, and
+    after every block of a level whose nominal side is in `attn_resolutions`.
     """
 
     def __init__(
@@ -119,7 +119,11 @@ class Decoder(nn.Module):
         out_ch: int = 3,
         dropout: float = 0.0,
     ) -> None:
-        """Raises ValueError if a width is no multiple of GroupNorm's 32 groups."""
+        """Build the module.
+
+        Raises:
+            ValueError: a width is no multiple of GroupNorm's 32 groups.
+        """
         super().__init__()
         bad = [ch * m for m in ch_mult if ch * m % 32]
         if bad:
@@ -147,7 +151,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Raises ValueError for another number of channels."""
+        """(B,z_channels,h,w) → (B,3,h*f,w*f).
+
+        Raises:
+            ValueError: another number of channels.
+        """
         if z.shape[1] != self.conv_in.in_channels:
             raise ValueError(f"decoder: expected {self.conv_in.in_channels} latent channels, found {z.shape[1]}")
         h = self.mid(self.conv_in(z))

@@ -1,7 +1,7 @@
 """The diffusion transformer over feature tokens.
 
 Legend: B batch, T tokens (= grid rows × columns, row-major), C channels of a token, D width.
-Source: official models/models_SVG.py; FACTS §2. Module names follow its state dict.
+Source: official models/models_SVG.py. Module names follow its state dict.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:
     """(1, rows*columns, width) fixed table: first half of the channels is the column, second half the row.
 
     Within each half all sines, then all cosines; omega_k = 10000^(-k/(width/4)); computed in float64.
-    Raises ValueError if `width` is no multiple of 4.
+
+    Raises:
+        ValueError: `width` is no multiple of 4.
     """
     if width % 4:
         raise ValueError(f"position table: expected a width that is a multiple of 4, found {width}")
@@ -129,8 +131,8 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Velocity of the flow at tokens x, time t and label y: (B,T,C), (B,), (B,) → (B,T,C).
 
-    With `learn_sigma` the last layer is twice as wide and the second half is dropped, as the official
-    sampler and loss do; it exists only to hold official weights. A new model outputs exactly 0.
+    With `learn_sigma` the last layer is twice as wide and the second half is dropped, as in the official sampler and
+    loss. It exists only to load official weights. A new model outputs exactly 0.
     """
 
     pos_embed: Tensor
@@ -149,9 +151,10 @@ class DiT(nn.Module):
         learn_sigma: bool = False,
         null_row: bool = True,
     ) -> None:
-        """Raises ValueError if heads do not divide the width or the grid is empty.
+        """Build a new model. Without `null_row` it has no null label, like official models of class_dropout_prob 0.
 
-        Without `null_row` there is no null label, as in official models of class_dropout_prob 0.
+        Raises:
+            ValueError: heads do not divide the width, or the grid is empty.
         """
         super().__init__()
         if width % heads:
@@ -159,7 +162,7 @@ class DiT(nn.Module):
         if min(grid) < 1:
             raise ValueError(f"DiT: grid: expected positive rows and columns, found {grid}")
         self.grid, self.in_channels, self.num_classes = grid, in_channels, num_classes
-        self.recompute = False  # blocks run again in the backward pass: less memory, about a third more time
+        self.recompute = False  # recompute blocks in the backward pass: less memory, about a third more time
         self.learn_sigma = learn_sigma
         self.register_buffer("pos_embed", sincos_position_table(width, *grid))
         self.ln1 = nn.Linear(in_channels, width)
@@ -185,16 +188,24 @@ class DiT(nn.Module):
 
     @property
     def null_label(self) -> int:
-        """The label that stands for 'no class'."""
+        """The label for 'no class'."""
         return self.num_classes
 
     def forward(self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
-        """The velocity, (B,T,C). Raises ValueError if tokens or channels are not the model's."""
+        """The velocity, (B,T,C).
+
+        Raises:
+            ValueError: tokens or channels are not the model's.
+        """
         out = self.raw(x_BTC, t_B, y_B)
         return out[..., : self.in_channels] if self.learn_sigma else out
 
     def raw(self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
-        """The last layer's whole output, (B,T,C) or with `learn_sigma` (B,T,2C)."""
+        """The whole output of the last layer: (B,T,C), with `learn_sigma` (B,T,2C).
+
+        Raises:
+            ValueError: tokens or channels are not the model's.
+        """
         expected = (self.grid[0] * self.grid[1], self.in_channels)
         if tuple(x_BTC.shape[1:]) != expected:
             raise ValueError(f"DiT: expected tokens x channels {expected}, found {tuple(x_BTC.shape[1:])}")

@@ -15,20 +15,20 @@ Model = TypeVar("Model", bound=nn.Module)
 def warmed_decay(decay: float, updates: int) -> float:
     """Decay of the update after `updates` earlier ones: min(decay, (1 + n) / (10 + n)).
 
-    Without it a run of a few thousand steps at 0.9999 would mostly average its initial weights.
+    Without the warm-up, a run of a few thousand steps at 0.9999 would mostly average its initial weights.
     Source: TensorFlow's ExponentialMovingAverage with num_updates.
     """
     return min(decay, (1 + updates) / (10 + updates))
 
 
 def new_average(model: Model) -> Model:
-    """A copy of `model` to average into: in eval mode, without gradients."""
+    """Return a copy of `model` to average into: in eval mode, without gradients."""
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def update_averages(averages: Sequence[nn.Module], decays: Sequence[float], model: nn.Module, updates: int) -> None:
-    """average ← average + (1 − decay) (weights − average), each with its own warmed decay; one launch per average."""
+    """Update average ← average + (1 − decay) (weights − average) with warmed decays, in one launch per average."""
     current: list[Tensor] = list(model.parameters())
     for average, decay in zip(averages, decays, strict=True):
         averaged: list[Tensor] = list(average.parameters())

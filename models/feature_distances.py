@@ -1,4 +1,4 @@
-"""How far two sets of features are apart, how one covers the other, and whether features lie near their class.
+"""Distances between two sets of features, precision and recall, and distance to the class means.
 
 Legend: n m rows, D dimensions.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 4096
-CELLS = 2**27  # of a table of distances that is held at a time: half a gigabyte
+CELLS = 2**27  # maximum size of a table of distances in memory: half a gigabyte
 
 
 class FrechetTarget:
@@ -28,7 +28,11 @@ class FrechetTarget:
 
     @classmethod
     def of(cls, features: Tensor, device: torch.device | None = None) -> FrechetTarget:
-        """Of (m,D) rows, computed and kept on `device`. Raises ValueError for fewer than two."""
+        """Of (m,D) rows, computed and kept on `device`.
+
+        Raises:
+            ValueError: fewer than two.
+        """
         if len(features) < 2:
             raise ValueError(f"Fréchet distance: expected at least two rows, found {len(features)}")
         # In blocks: in float64 and centred, all of ImageNet would take 40 GB.
@@ -41,7 +45,11 @@ class FrechetTarget:
         return cls(mean, scatter / (len(features) - 1))
 
     def distance(self, features: Tensor) -> float:
-        """Of (n,D) rows, never below 0. Raises ValueError for fewer than two."""
+        """Of (n,D) rows, never below 0.
+
+        Raises:
+            ValueError: fewer than two.
+        """
         return self.distances(features, [torch.arange(len(features))])[0]
 
     def distances(self, features: Tensor, picks: list[Tensor]) -> list[float]:
@@ -50,7 +58,8 @@ class FrechetTarget:
         turned = values @ self.root  # the covariance of these is C1^½ C2 C1^½
         distances = []
         for pick in picks:
-            # A resampled set lacks a third of the rows: weighting rows by their counts costs less than repeating them.
+            # A resampled set contains two thirds of the rows: weighting rows by their counts costs less than repeating
+            # them.
             rows, counts = pick.unique(return_counts=True)
             weights = (counts.double() / len(pick)).to(values.device)[:, None]
             unbiased = len(pick) / (len(pick) - 1)
@@ -63,7 +72,11 @@ class FrechetTarget:
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Between (n,D) and (m,D), see `FrechetTarget`. Raises ValueError for a set of fewer than two rows."""
+    """Between (n,D) and (m,D), see `FrechetTarget`.
+
+    Raises:
+        ValueError: a set of fewer than two rows.
+    """
     return FrechetTarget.of(second).distance(first)
 
 
@@ -86,13 +99,15 @@ def _root_trace(factor: Tensor) -> Tensor:
 
 
 def kernel_influences(rows: Tensor, places: Tensor, reference: Tensor) -> Tensor:
-    """(n,) float64: what each of (n,D) rows adds to the kernel distance to a reference, but for a constant.
+    """(n,) float64: contribution of each row to the kernel distance to a reference, up to a constant.
 
-    To first order a set's distance moves by the mean of these over its rows: 2 (E k(x,x') − E k(x,y)), with
+    To first order, the distance of a set changes by the mean of these values over its rows:
+    2 (E k(x,x') − E k(x,y)), with
     k(a,b) = (a·b/D + 1)³ as of KID, arXiv 1801.01401.
 
     Args:
-        places: (m,) which rows stand for all as x', m > 1; no row counts for itself.
+        rows: (n,D) features.
+        places: (m,) rows that represent all as x', m > 1; no row is compared with itself.
         reference: (l,D) y.
     """
     others, reference = rows[places].double(), reference.double()
@@ -112,7 +127,8 @@ def _cubic_kernel(first: Tensor, second: Tensor) -> Tensor:
 def ball_radii(rows: Tensor, neighbours: int = 3) -> Tensor:
     """(m,) distance of each of (m,D) rows to its k-th neighbour among the others.
 
-    Raises ValueError unless m > neighbours.
+    Raises:
+        ValueError: unless m > neighbours.
     """
     if len(rows) <= neighbours:
         raise ValueError(f"precision and recall: expected more than {neighbours} rows, found {len(rows)}")
@@ -126,7 +142,10 @@ def covered(features: Tensor, by: Tensor, radii: Tensor) -> Tensor:
     Samples covered by real images give precision, real images covered by samples give recall.
 
     Args:
-        radii: (m,) of the balls, as `ball_radii` gives them.
+        features: (n,D) rows.
+        by: (m,D) centres of the balls.
+        radii: (m,) of the balls, from `ball_radii`.
+
     Source: arXiv 1904.06991, eq. 1 and 2.
     """
     return torch.cat([(torch.cdist(block, by) <= radii).any(1) for block in features.split(_block(by))])

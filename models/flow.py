@@ -1,7 +1,7 @@
 """Rectified flow: time runs from noise (0) to data (1).
 
 Legend: B batch, T tokens, C channels; z0 noise, x1 data, z_t = (1-t) z0 + t x1, target x1 - z0.
-Source: official rectified_flow/rectified_flow.py; FACTS §3.
+Source: official rectified_flow/rectified_flow.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def flow_loss(velocity: Velocity, x1_BTC: Tensor, z0_BTC: Tensor, t_B: Tensor, y
 
     Args:
         velocity: the model.
-        x1_BTC: data latents; z0_BTC: standard normal noise of that shape.
+        x1_BTC: data latents.
+        z0_BTC: standard normal noise of the same shape.
         t_B: times in [0,1], already shifted.
         y_B: labels after label dropout.
     """

@@ -1,7 +1,7 @@
-"""What the autoencoder is trained with: L1 + perceptual + PatchGAN with adaptive weight.
+"""Losses of the autoencoder: L1 + perceptual + PatchGAN with adaptive weight.
 
 Legend: B batch; x target and r reconstruction are (B,3,H,W) in [-1,1].
-Source: official contperceptual_decoder.py and taming-transformers (discriminator); FACTS §7.
+Source: official contperceptual_decoder.py and taming-transformers (discriminator).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from .backbone import Backbone
 from .residual import itself
 
 Total = Callable[[Tensor], Tensor]
-"""Adds up over the processes that a batch is spread over."""
+"""Sums over the processes that share a batch."""
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 """x, r (B,3,H,W) in [-1,1] → (B,1,1,1) distance."""
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over a batch that may be spread over processes; torch's SyncBatchNorm does not run on the CPU.
+    """Batch norm over a batch that is shared by several processes. torch's SyncBatchNorm does not run on the CPU.
 
-    `total` adds up over them and must carry gradients; None is one process, by torch's own kernel.
+    `total` sums over the processes and must carry gradients. None: one process, with torch's own kernel.
     """
 
     total: Callable[[Tensor], Tensor] | None = None
@@ -48,7 +48,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
-        assert self.momentum is not None, "a running mean over everything is not what this layer is made with"
+        assert self.momentum is not None, "this layer is always built with a momentum"
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(variance, self.momentum)
@@ -59,7 +59,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, *, width: int = 64, layers: int = 3) -> None:
         super().__init__()
-        self.smallest = 6 * 2 ** (layers - 1)  # below, the last convolution has nothing to see
+        self.smallest = 6 * 2 ** (layers - 1)  # smaller images leave no input for the last convolution
         parts: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
         before = width
         for i in range(1, layers + 1):
@@ -80,7 +80,11 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Raises ValueError for images that are too small for the layers."""
+        """(B,3,H,W) → (B,1,h,w) logits.
+
+        Raises:
+            ValueError: the images are too small for the layers.
+        """
         if min(images.shape[-2:]) < self.smallest:
             raise ValueError(
                 f"discriminator: expected images of at least {self.smallest} pixels, found {min(images.shape[-2:])}"
@@ -91,7 +95,7 @@ class PatchDiscriminator(nn.Module):
 class LPIPS(nn.Module):
     """LPIPS with VGG16: x, r in [-1,1] → (B,1,1,1). Frozen; weights are loaded, never fetched, here.
 
-    Source: arXiv 1801.03924, richzhang/PerceptualSimilarity v0.1; FACTS §7.
+    Source: arXiv 1801.03924, richzhang/PerceptualSimilarity v0.1.
     """
 
     shift: Tensor
@@ -113,7 +117,8 @@ class LPIPS(nn.Module):
     def load(self, vgg16: Mapping[str, Tensor], lins: Mapping[str, Tensor]) -> None:
         """Load torchvision's VGG16 state dict and LPIPS's `linN.model.1.weight` file, strictly.
 
-        Raises ValueError if either does not have the keys and shapes of the named files.
+        Raises:
+            ValueError: either does not have the keys and shapes of the named files.
         """
         features = {k.removeprefix("features."): v for k, v in vgg16.items() if k.startswith("features.")}
         try:
@@ -139,9 +144,9 @@ class LPIPS(nn.Module):
 class BackbonePerceptual(nn.Module):
     """Distance in the frozen backbone's own intermediate features: x, r in [-1,1] → (B,1,1,1).
 
-    As LPIPS without the learned weights: unit-length channels, squared difference, mean over the grid,
-    summed over levels. Images are compared at their own resolution, not at the backbone's `input_size`.
-    For where LPIPS's weights cannot be had.
+    Like LPIPS without learned weights: unit-length channels, squared difference, mean over the grid, summed over
+    levels. Images are compared at their own resolution, not at the backbone's `input_size`. An alternative where the
+    weights of LPIPS are not available.
     """
 
     def __init__(self, backbone: Backbone, levels: Sequence[int]) -> None:
@@ -170,10 +175,10 @@ def _unit(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GeneratorLoss:
-    """One generator pass: what to minimise, and its parts (detached scalars).
+    """Result of one generator pass: the loss, and its parts (detached scalars).
 
-    Where a batch is spread over processes, everything but the adaptive weight is what this one contributes: the sum
-    over processes is the mean over the batch.
+    With several processes, all values except the adaptive weight are the contribution of this process: their sum over
+    the processes is the mean over the batch.
     """
 
     total: Tensor
@@ -203,7 +208,16 @@ def generator_loss(
     computed where it is used; the official code computes it while f = 0 too, to no effect.
 
     Args:
-        count: images of the whole batch, where x and r are only a share of it; `total` then adds up over processes.
+        x: targets.
+        r: reconstructions.
+        perceptual: perceptual loss, or None.
+        perceptual_weight: its weight.
+        discriminator: discriminator, or None.
+        last_layer: weight that the adaptive weight is computed at.
+        discriminator_weight: weight of the adversarial loss.
+        discriminator_on: whether the adversarial loss counts at this step.
+        count: number of images of the whole batch, of which x and r are the local slice.
+        total: sums over the processes.
     """
     count = count or len(x)
     l1 = (x - r).abs()
@@ -226,7 +240,7 @@ def generator_loss(
 
 
 def _part_of_mean(values: Tensor, count: int) -> Tensor:
-    """() what (B,…) values add to the mean over `count` samples."""
+    """Return () the contribution of values (B,…) to the mean over `count` samples."""
     return values.float().sum() / (count * values[0].numel())
 
 

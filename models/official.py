@@ -1,7 +1,7 @@
-"""What the official files hold, recognised from the names and shapes of their tensors.
+"""Recognises official files by the names and shapes of their tensors.
 
 Legend: D width, R residual channels.
-Source: official train_svg.py, models_SVG.py, dino_decoder.py, main_svg_autoencoder.py; FACTS §1–§6, §9.
+Source: official train_svg.py, models_SVG.py, dino_decoder.py, main_svg_autoencoder.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .convert import State
 
-# Heads cannot be read off the weights: of the residual encoder they are fixed, of transformers without QK-norm they
-# follow from the published width.
+# The number of heads is not visible in the weights. It is fixed for the residual encoder. For transformers without
+# QK-norm it follows from the published width.
 RESIDUAL_HEADS = 8
 DIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 QKV_BIAS = "_qkvb"  # ends timm's name of a variant with these biases
@@ -33,20 +33,20 @@ DINOV3 = {
 }
 IGNORED = {
     r"norm_vit\..+": "a LayerNorm that the official forward pass never calls",
-    r"loss\..+": "LPIPS and discriminator, which only training needs",
-    r"encoder\.mask_token": "DINOv3's mask token, which only its pretraining needs",
-    r"encoder\.local_cls_norm\..+": "a LayerNorm of local crops, which only DINOv3's pretraining needs",
-    r"encoder\.blocks\.\d+\.attn\.qkv\.bias_mask": "it keeps biases of keys at zero, as timm's model does by itself",
+    r"loss\..+": "LPIPS and discriminator, only needed for training",
+    r"encoder\.mask_token": "DINOv3's mask token, only needed for its pretraining",
+    r"encoder\.local_cls_norm\..+": "a LayerNorm of local crops, only needed for DINOv3's pretraining",
+    r"encoder\.blocks\.\d+\.attn\.qkv\.bias_mask": "it keeps biases of keys at zero, which timm's model does itself",
 }
 NO_BIAS = "zero everywhere: distilled ViTs have no such bias"
-# What timm's converter would drop without a word.
+# timm's converter would drop this silently.
 NO_PLACE = re.compile(r"encoder\.(projectors\.|(?!rope_embed\.periods$).*rope)")
 PARTS = ("encoder.", "extra_vit.", "decoder.")
 
 
 @dataclass(frozen=True)
 class OfficialAutoencoder:
-    """The parts of an autoencoder's state dict, and what is left aside for which reason."""
+    """The parts of an autoencoder's state dict, and the unused keys with reasons."""
 
     encoder: dict[str, Tensor]
     extra_vit: dict[str, Tensor]
@@ -56,10 +56,10 @@ class OfficialAutoencoder:
 
 
 def split_autoencoder(state: State) -> OfficialAutoencoder:
-    """Sort the keys of an official autoencoder.
+    """Split the state dict of an official autoencoder into its parts.
 
     Raises:
-        ValueError: a key that has no place, a part that is missing, or an encoder of no known size.
+        ValueError: an unknown key, a missing part, or an encoder of unknown size.
     """
     parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in PARTS}
     ignored: dict[str, list[str]] = {}
@@ -88,10 +88,10 @@ def split_autoencoder(state: State) -> OfficialAutoencoder:
 
 
 def backbone_name(state: State) -> str:
-    """timm's name of the DINOv3 ViT whose weights these are, in Meta's keys.
+    """Return timm's name of a DINOv3 ViT with weights in Meta's keys.
 
     Raises:
-        ValueError: not such weights, or of a size that timm does not know.
+        ValueError: other weights, or a size that timm does not know.
     """
     if "storage_tokens" not in state or "cls_token" not in state:
         raise ValueError("encoder: expected a DINOv3 ViT in Meta's keys (cls_token, storage_tokens, …)")
@@ -103,14 +103,14 @@ def backbone_name(state: State) -> str:
         )
     biased = any(key.endswith("qkv.bias") and bool(value.any()) for key, value in state.items())
     name = DINOV3[width, depth, swiglu]
-    return f"{name}{QKV_BIAS}" if biased or width == 192 else name  # of the smallest there is only this variant
+    return f"{name}{QKV_BIAS}" if biased or width == 192 else name  # the smallest model exists only in this variant
 
 
 def residual_sizes(state: State) -> dict[str, int | float]:
-    """Sizes of the residual encoder: image_size, patch_size, channels, depth, width, heads, mlp_ratio.
+    """Return the sizes of the residual encoder: image_size, patch_size, channels, depth, width, heads, mlp_ratio.
 
     Raises:
-        ValueError: a tensor that they are read off is missing, or positions of no square grid.
+        ValueError: a tensor is missing, or the number of positions is not a square.
     """
     patches, positions = _need(state, "conv_proj.weight", 4), _need(state, "encoder.pos_embedding", 3)
     width, patch, side = patches.shape[0], patches.shape[-1], math.isqrt(positions.shape[1] - 1)
@@ -130,7 +130,7 @@ def residual_sizes(state: State) -> dict[str, int | float]:
 
 @dataclass(frozen=True)
 class DecoderSizes:
-    """Of the LDM decoder."""
+    """Sizes of the LDM decoder."""
 
     z_channels: int
     ch: int
@@ -140,7 +140,11 @@ class DecoderSizes:
 
 
 def decoder_sizes(state: State) -> DecoderSizes:
-    """Raises ValueError if a tensor is missing, or the widths are no multiples of the narrowest level's."""
+    """Return the sizes of a decoder.
+
+    Raises:
+        ValueError: a tensor is missing, or a width is not a multiple of the narrowest one.
+    """
     levels = _count(state, r"up\.(\d+)\.")
     widths = [_need(state, f"up.{level}.block.0.conv2.weight", 4).shape[0] for level in range(levels)]
     ch = widths[0]
@@ -157,7 +161,7 @@ def decoder_sizes(state: State) -> DecoderSizes:
 
 @dataclass(frozen=True)
 class DiTSizes:
-    """Of a diffusion transformer."""
+    """Sizes of a diffusion transformer."""
 
     grid: int
     in_channels: int
@@ -171,15 +175,15 @@ class DiTSizes:
 
     @property
     def name(self) -> str:
-        """S, B, L or XL where the sizes are published ones."""
+        """S, B, L or XL for published sizes."""
         return DIT_NAMES.get((self.width, self.depth), f"of width {self.width} and depth {self.depth}")
 
 
 def dit_sizes(state: State) -> DiTSizes:
-    """Sizes of an official DiT; its label table is taken to end with the row for no label.
+    """Return the sizes of an official DiT. The last row of its label table is assumed to be the null label.
 
     Raises:
-        ValueError: a tensor is missing, no square grid, or a width whose number of heads is not known.
+        ValueError: a tensor is missing, the grid is not square, or the number of heads is unknown for this width.
     """
     into, table = _need(state, "ln1.weight", 2), _need(state, "y_embedder.embedding_table.weight", 2)
     positions, out = _need(state, "pos_embed", 3), _need(state, "final_layer.linear.weight", 2).shape[0]
@@ -195,7 +199,7 @@ def dit_sizes(state: State) -> DiTSizes:
     elif width in DIT_HEADS:
         heads = DIT_HEADS[width]
     else:
-        raise ValueError(f"width {width} is none of the published ones, and without QK-norm heads cannot be told")
+        raise ValueError(f"width {width} is not a published one; without QK-norm the number of heads is unknown")
     return DiTSizes(
         grid=side,
         in_channels=channels,
@@ -218,5 +222,5 @@ def _need(state: Mapping[str, Tensor], key: str, dimensions: int) -> Tensor:
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the largest number in the keys that begin with the pattern; 0 where there are none."""
+    """Return one more than the largest number in the keys that begin with the pattern; 0 if there are none."""
     return 1 + max((int(match[1]) for key in state if (match := re.match(pattern, key))), default=-1)

@@ -1,4 +1,4 @@
-"""What a fixed feature tells about a class: a linear map of it, or its nearest neighbours.
+"""Classifiers on fixed features: a linear map, or nearest neighbours.
 
 Legend: n m rows, D dimensions, K classes.
 """
@@ -17,13 +17,15 @@ KNN_TEMPERATURE = 0.07
 
 
 def fit_linear(features_nD: Tensor, labels_n: Tensor, num_classes: int, decay: float) -> nn.Linear:
-    """The softmax regression of least mean cross-entropy + decay/2 |W|², by L-BFGS from zero.
+    """Fit a softmax regression with minimal mean cross-entropy + decay/2 |W|², by L-BFGS from zero.
 
-    A convex problem, so the answer depends on neither a seed nor a learning rate. Rows go through in blocks: the
-    logits of ImageNet would not fit.
+    The problem is convex, so the result depends on neither a seed nor a learning rate. Rows are processed in blocks,
+    because the logits of ImageNet would not fit into memory.
 
     Args:
-        features_nD: float32, best standardised, on the device that computes. labels_n: int64 below `num_classes`.
+        features_nD: float32, preferably standardised, on the device that computes.
+        labels_n: int64 below `num_classes`.
+        num_classes: number of classes.
         decay: weight decay; the bias has none.
     """
     linear = nn.Linear(features_nD.shape[1], num_classes, device=features_nD.device)
@@ -51,7 +53,7 @@ def fit_linear(features_nD: Tensor, labels_n: Tensor, num_classes: int, decay: f
 def knn_votes(
     reference_mD: Tensor, reference_labels_m: Tensor, features_nD: Tensor, num_classes: int, neighbours: int
 ) -> Tensor:
-    """(n,K) votes of the nearest rows of the reference by cosine, each of weight exp(cosine / 0.07).
+    """Return (n,K) votes of the nearest reference rows by cosine, each with weight exp(cosine / 0.07).
 
     Source: DINO's evaluation, arXiv 2104.14294, appendix; the weights are those of arXiv 1805.01978.
     """
@@ -59,7 +61,7 @@ def knn_votes(
     votes = []
     for block in F.normalize(features_nD, dim=1).split(max(1, min(1024, CELLS // len(normed)))):
         near = (block @ normed.T).topk(min(neighbours, len(normed)), dim=1)
-        weights = ((near.values - near.values[:, :1]) / KNN_TEMPERATURE).exp()  # the largest is 1, whatever the scale
+        weights = ((near.values - near.values[:, :1]) / KNN_TEMPERATURE).exp()  # scaled so that the largest is 1
         count = torch.zeros(len(block), num_classes, device=block.device)
         votes.append(count.scatter_add_(1, reference_labels_m[near.indices], weights))
     return torch.cat(votes)

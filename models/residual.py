@@ -20,7 +20,7 @@ class ResidualEncoder(nn.Module):
     """A small ViT whose patch tokens go through a head MLP: (B,3,S,S) ImageNet-normalised → (B,R,h,w).
 
     Source: official create_small_vit_s (torchvision VisionTransformer, LayerNorm eps 1e-6, erf GELU,
-    dropout in train mode only); FACTS §5.
+    dropout in train mode only).
     """
 
     def __init__(
@@ -35,7 +35,11 @@ class ResidualEncoder(nn.Module):
         mlp_ratio: float = 4.0,
         dropout: float = 0.1,
     ) -> None:
-        """Raises ValueError if the sizes do not divide."""
+        """Build the module.
+
+        Raises:
+            ValueError: the sizes do not divide.
+        """
         super().__init__()
         if image_size % patch_size:
             raise ValueError(
@@ -77,20 +81,20 @@ class ResidualEncoder(nn.Module):
 
 
 def itself(values: Tensor) -> Tensor:
-    """The total over one process."""
+    """Return the values: the total over one process."""
     return values
 
 
 class Alignment(nn.Module):
     """Match the residual's distribution to the frozen features': (B,C,h,w), (B,R,h,w) → (B,R,h,w).
 
-    In train mode the four scalars are the batch's, detached, as in the official match_distribution; they
-    are tracked. In eval mode they are frozen, so that a feature never depends on its batch. That departs
-    from the official code on purpose (there it does, by up to 0.8); it is one affine map of the residual.
-    Source: official dino_decoder.py; FACTS §5.
+    In train mode the four scalars are those of the batch, detached, as in the official match_distribution; they are
+    tracked. In eval mode they are frozen, so that a feature never depends on its batch. This is a deliberate difference
+    to the official code, where features differ by up to 0.8 between batches. It is one affine map of the residual.
+    Source: official dino_decoder.py.
     """
 
-    # Exponential tracking: a residual encoder in training moves, and old batches should be forgotten.
+    # Exponential tracking, because the residual encoder changes during training and old batches should be forgotten.
     MOMENTUM = 0.99
 
     scalars: Tensor
@@ -98,7 +102,7 @@ class Alignment(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # A batch may be spread over processes: then whoever trains sets what adds up over them.
+        # With several processes, the trainer sets the function that sums over them.
         self.total: Callable[[Tensor], Tensor] = itself
         self.register_buffer("scalars", torch.tensor([0.0, 1.0, 0.0, 1.0]))
         self.register_buffer("num_tracked", torch.tensor(0, dtype=torch.int64))
@@ -108,8 +112,10 @@ class Alignment(nn.Module):
         """The four scalars [frozen mean, frozen std, residual mean, residual std], each averaged over channels.
 
         Means and unbiased stds are per channel over batch and grid, where `total` adds up what each of several
-        processes has. Raises ValueError where there is only
-        one value per channel (the official code gives NaN).
+        processes has.
+
+        Raises:
+            ValueError: there is only one value per channel (the official code gives NaN).
         """
         if frozen.shape[0] * frozen[0, 0].numel() < 2:
             raise ValueError("alignment: expected at least two values per channel, found one")
@@ -123,15 +129,19 @@ class Alignment(nn.Module):
         return torch.stack(parts)
 
     def freeze(self, scalars: Tensor) -> None:
-        """Set the scalars that eval mode uses, as measured over many images."""
+        """Set the scalars for eval mode, measured over many images."""
         self.scalars.copy_(scalars)
         self.num_tracked.fill_(1)
 
     def forward(self, frozen: Tensor, residual: Tensor) -> Tensor:
-        """Raises ValueError in eval mode if no scalars were ever tracked or frozen."""
+        """(B,C,h,w), (B,R,h,w) → (B,R,h,w).
+
+        Raises:
+            ValueError: eval mode, and no scalars were tracked or frozen.
+        """
         if self.training:
             scalars = self.statistics(frozen, residual, self.total)
-            # Decided on the device: asking for the number would make every step wait for it.
+            # Decided on the device: reading the number would make every step wait for it.
             weight = torch.where(self.num_tracked > 0, 1 - self.MOMENTUM, 1.0).to(scalars.dtype)
             self.scalars.lerp_(scalars, weight)
             self.num_tracked += 1

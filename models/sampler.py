@@ -1,7 +1,7 @@
 """Sampling from a rectified flow: time grid, guidance, solvers.
 
 Legend: B batch, T tokens, C channels; z latents, t time from 0 (noise) to 1 (data), v velocity.
-Source: official rectified_flow/rectified_flow.py (RectifiedFlow.sample); FACTS §3.
+Source: official rectified_flow/rectified_flow.py (RectifiedFlow.sample).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from .flow import Velocity, shift_time
 
 Solver = Literal["euler", "heun", "multistep"]
-"""Euler · Heun, two evaluations a step · Adams-Bashforth of second order, one evaluation a step."""
+"""Euler; Heun: two evaluations per step; Adams-Bashforth of second order: one evaluation per step."""
 Weights = tuple[float, float]
-"""Of the conditional and of the unconditional velocity."""
+"""Weights of the conditional and of the unconditional velocity."""
 
-# The multistep solver extrapolates the velocity to the middle of a step, at most this many previous steps ahead: with
-# few steps and a strong shift the last steps are so long that it would overshoot.
+# The multistep solver extrapolates the velocity to the middle of a step, at most this many previous steps ahead. With
+# few steps and a strong shift, the last steps are so long that it would overshoot.
 MAX_AHEAD = 1.0
-ROUNDING = 1e-6  # of times, which are float32: an interval's ends belong to it
+ROUNDING = 1e-6  # of float32 times: the ends of an interval belong to it
 
 _NUMBER = r"\d+(?:\.\d+)?"
 _MODES = {
@@ -40,7 +40,9 @@ def time_grid(steps: int, shift: float) -> Tensor:
     """(steps+1,) float32 times from exactly 0 to exactly 1.
 
     float32 linspace, shifted in float64, stored as float32, as the official prepare_t_seq computes it.
-    Raises ValueError if `steps` is not positive.
+
+    Raises:
+        ValueError: `steps` is not positive.
     """
     if steps < 1:
         raise ValueError(f"sampling steps: expected at least 1, found {steps}")
@@ -62,7 +64,11 @@ class Guidance:
     mode: str = "constant"
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a mode that does not exist, or an interval that ends before it begins, or after 1."""
+        """Check the values.
+
+        Raises:
+            ValueError: a mode that does not exist, or an interval that ends before it begins, or after 1.
+        """
         kind, numbers = self._parsed
         if kind == "interval" and not numbers[0] <= numbers[1] <= 1:
             raise ValueError(f"guidance mode: expected interval-LO-HI with LO <= HI <= 1, found {self.mode!r}")
@@ -76,11 +82,11 @@ class Guidance:
 
     @property
     def kind(self) -> str:
-        """The mode's name without its numbers."""
+        """Name of the mode without its numbers."""
         return self._parsed[0]
 
     def weights(self, step: int, steps: int, t: float) -> Weights:
-        """(weight of v_c, weight of v_u) at step index `step` of `steps`, at time `t`."""
+        """Return (weight of v_c, weight of v_u) at step index `step` of `steps`, at time `t`."""
         w, (kind, numbers) = self.scale, self._parsed
         if kind == "linear":
             w = 1 + (w - 1) * (step + 1) / steps
@@ -97,12 +103,13 @@ class Guidance:
 
 @dataclass(frozen=True)
 class GuidedVelocity:
-    """Conditional and unconditional velocity mixed; a half without weight is not computed.
+    """Mixes conditional and unconditional velocity. A half with weight 0 is not computed.
 
-    velocity: the model. Both halves share one forward of 2B.
-    null_label: what stands for no class.
-    weak: autoguidance (arXiv 2406.02507): a worse model, whose velocity at the same label takes the unconditional
-        one's place.
+    Attributes:
+        velocity: the model. Both halves share one forward pass of 2B samples.
+        null_label: the label for 'no class'.
+        weak: autoguidance (arXiv 2406.02507): a worse model, whose velocity at the same label replaces the
+            unconditional one.
     """
 
     velocity: Velocity
@@ -147,14 +154,22 @@ def sample(
 ) -> Tensor:
     """Integrate from noise to data: (B,T,C) → (B,T,C).
 
-    Euler evaluates once a step; Heun twice, at the last step too (at t = 1), as the official sampler does. Multistep
-    evaluates once: Adams-Bashforth of second order for unequal steps, which takes an Euler step where it has no
-    velocity of before, or guidance was switched on or off since (linear, which grows smoothly, goes on), and
-    extrapolates by `MAX_AHEAD` of the last step at most.
+    Euler evaluates the model once per step. Heun evaluates it twice, also in the last step (at t = 1), like the
+    official sampler. Multistep evaluates it once: second-order Adams-Bashforth for unequal steps. It takes an Euler
+    step if there is no previous velocity, or if guidance was switched on or off since (not for linear, which changes
+    smoothly). It extrapolates by at most `MAX_AHEAD` of the last step.
 
     Args:
-        velocity: the model. weak: a worse one, for autoguidance; see `GuidedVelocity`.
-        steps, shift: of the time grid.
+        velocity: the model.
+        z0_BTC: standard normal noise.
+        y_B: labels.
+        null_label: the label for 'no class'.
+        steps: number of steps.
+        shift: shift of the time grid, see `time_grid`.
+        solver: euler, heun or multistep.
+        guidance: scale and mode; None: no guidance.
+        weak: a worse model, for autoguidance; see `GuidedVelocity`.
+
     Raises:
         ValueError: an unknown solver, or steps that are not positive.
     """

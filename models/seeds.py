@@ -1,4 +1,4 @@
-"""Seeds and random generators that depend on their arguments alone."""
+"""Seeds and random generators that depend only on their arguments."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed that only depends on `parts`: the same in every process and on every machine."""
+    """Return a 63-bit seed that depends only on `parts`, in every process and on every machine."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded with `seed_of(*parts)`."""
+    """Return a CPU generator seeded with `seed_of(*parts)`."""
     return torch.Generator().manual_seed(seed_of(*parts))

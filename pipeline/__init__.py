@@ -1,1 +1,1 @@
-"""What a person runs: the command line, the order of the stages, the Ray connection, pages and tables."""
+"""The user interface: command line, order of the stages, Ray connection, pages and tables."""

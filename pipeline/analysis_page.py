@@ -1,4 +1,4 @@
-"""What `svgpipe analyze` found, as a table and as a page with the caches side by side."""
+"""The result of `svgpipe analyze`, as a table and as a page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .tables import new_table, print_table, with_interval
 
 @dataclass(frozen=True)
 class AnalysisRow:
-    """One quantity, a text for each cache."""
+    """One quantity, with a text per cache."""
 
     name: str
     what: str
@@ -27,7 +27,7 @@ class AnalysisRow:
 
 @dataclass(frozen=True)
 class CachePlots:
-    """The pictures of one cache; rows: over how many images the fields reach, at each time."""
+    """The charts of one cache. rows: number of images that contribute to the velocity field, by time."""
 
     analysis: CacheAnalysis
     map: Drawing | None
@@ -36,7 +36,7 @@ class CachePlots:
 
 
 def show_analysis(analysis: Analysis) -> None:
-    """Print the numbers, a column for each cache, and what was not measured."""
+    """Print the numbers, one column per cache, and what was not measured."""
     names = [escape(one.cache) for one in analysis.caches]
     table = new_table("analysis, 95 % intervals", "", *names, right=names)
     for row in summary_rows(analysis.caches):
@@ -46,7 +46,7 @@ def show_analysis(analysis: Analysis) -> None:
 
 
 def summary_rows(caches: Sequence[CacheAnalysis]) -> list[AnalysisRow]:
-    """What is told of every cache in one line each; – where it was not measured."""
+    """Return the summary of every cache, one row per quantity; – if not measured."""
     rows = [
         AnalysisRow("images", "", [f"{c.num_images} of {len(c.classes)} classes" for c in caches]),
         AnalysisRow("latent", "rows, columns, channels", ["x".join(map(str, c.shape)) for c in caches]),
@@ -56,22 +56,26 @@ def summary_rows(caches: Sequence[CacheAnalysis]) -> list[AnalysisRow]:
         rows.append(
             AnalysisRow(
                 f"distance between / within classes, {group}",
-                "pooled features; 1 where classes do not matter",
+                "pooled features; 1: classes do not matter",
                 [_text(None if d is None else d.ratio) for d in of_group],
             )
         )
     rows.append(
         AnalysisRow(
             "velocity fields of two classes / of two halves of one",
-            "(1 - cosine between) / (1 - cosine within), mean over times; 1 where classes do not matter",
+            "(1 - cosine between) / (1 - cosine within), mean over times; 1: classes do not matter",
             ["–" if (p := c.mean_parted) is None else f"{_text(p)}, {p.num_images} points" for c in caches],
         )
     )
     straight = [c.straightness for c in caches]
     for name, what, attribute in (
-        ("largest deviation from a straight path", "over the distance from noise to sample", "largest_deviation"),
-        ("curvature of the paths", "0 is straight", "curvature"),
-        ("error of a single step", "over the distance from noise to sample", "one_step"),
+        (
+            "largest deviation from a straight path",
+            "relative to the distance from noise to sample",
+            "largest_deviation",
+        ),
+        ("curvature of the paths", "0: straight", "curvature"),
+        ("error of a single step", "relative to the distance from noise to sample", "one_step"),
     ):
         rows.append(AnalysisRow(name, what, [_text(None if s is None else getattr(s, attribute)) for s in straight]))
     return rows

@@ -78,8 +78,8 @@ def verify(
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte: check hashes, checksums and NaN.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check that an artifact is complete and matches its manifest. Exit code 1 if not."""
-    from svgpipe.manifests.kinds import artifacts_below  # it loads torch
+    """Check that an artifact is complete and matches its manifest. Exit code 1 if not."""  # noqa: DOC501
+    from svgpipe.manifests.kinds import artifacts_below  # imports torch
     from svgpipe.stages.artifacts.verify import verify as run_stage
 
     places = artifacts_below(location(path))
@@ -127,8 +127,8 @@ def repair(
             progress=progress,
         )
     for finding in findings:
-        typer.echo(f"mended: {finding.where}: {finding.problem}")
-    typer.echo(f"{cache}: whole, with the content that was published")
+        typer.echo(f"repaired: {finding.where}: {finding.problem}")
+    typer.echo(f"{cache}: complete, with the published content")
 
 
 @app.command(rich_help_panel=MEND)
@@ -207,8 +207,8 @@ def import_official(
     for imported in run_stage(autoencoder, location(out), diffusion=diffusion, stats=stats, class_names=names):
         typer.echo(f"{imported.directory}: {imported.what} ({imported.fingerprint[:12]}); {imported.used} tensors used")
         for reason, keys in imported.ignored.items():
-            typer.echo(f"  left aside: {len(keys)} {'entry' if len(keys) == 1 else 'entries'}, {keys[0]} …: {reason}")
-    typer.echo("The alignment of the residual is in no official file: the first extraction or evaluation measures it.")
+            typer.echo(f"  not used: {len(keys)} {'entry' if len(keys) == 1 else 'entries'}, {keys[0]} …: {reason}")
+    typer.echo("Official files hold no alignment. The first extraction or evaluation measures it.")
 
 
 @app.command(rich_help_panel=LOOK)

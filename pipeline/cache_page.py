@@ -1,4 +1,4 @@
-"""`svgpipe inspect CACHE --html`: one self-contained page to look at a feature cache."""
+"""`svgpipe inspect CACHE --html`: a page about a feature cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLES = 24
 
 
 def render_cache(cache: FeatureCache, out: Location, samples: int = SAMPLES) -> None:
-    """Write the page of `cache` to `out`. Source images and reconstructions are shown where their artifacts are."""
+    """Write the page of `cache` to `out`, with source images and reconstructions if their artifacts exist."""
     statistics = CacheStatistics.of(cache)
     sheet = contact_sheet(cache, samples)
     channels, frozen = cache.shape[-1], statistics.frozen_channels
@@ -67,7 +67,7 @@ def render_cache(cache: FeatureCache, out: Location, samples: int = SAMPLES) -> 
 
 
 def _heat(histogram: NDArray[np.float64]) -> RGBArray:
-    """(channel, bin) shares → a picture with a column per channel, large values at the top, darker where denser."""
+    """Return (channel, bin) fractions as a picture: one column per channel, large values at the top, darker: denser."""
     density = histogram.T[::-1] / max(float(histogram.max()), 1e-12)
     ink = np.asarray([179, 70, 14]) / 255
     shade = np.sqrt(density)[..., None]

@@ -1,4 +1,4 @@
-"""The command line's root: all commands, and what a person is told when one fails."""
+"""The root command, and messages for all errors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _explain(error: OSError) -> str:
 
 
 def _show_log() -> None:
-    """svgpipe's own log lines (which attention kernel was chosen, say) on stderr; no other library's."""
+    """Show svgpipe's own log lines on stderr, for example the attention kernel; no other library's."""
     log = logging.getLogger("svgpipe")
     if not log.handlers:
         handler = logging.StreamHandler()
@@ -68,7 +68,7 @@ def _stopped() -> int:
 
 
 def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: landing in another library's lock, it can surface as a RuntimeError."""
+    """Return whether Ctrl-C caused an error. Inside another library's lock it can surface as a RuntimeError."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
@@ -77,7 +77,11 @@ def _interrupted(error: BaseException | None) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code. A user's mistake prints one message, never a traceback."""
+    """Run one command. A user's mistake prints one message, without a traceback.
+
+    Returns:
+        The exit code.
+    """
     _show_log()
     try:
         result = app(arguments, standalone_mode=False, prog_name="svgpipe")
@@ -95,17 +99,17 @@ def main(arguments: list[str] | None = None) -> int:
         if (refused := memory_error(error) or client_error(error)) is not None:
             typer.echo(f"error: {refused}", err=True)
             return 1
-        # Usage errors: click's own class, which newer typer versions carry inside and do not export.
+        # Usage errors have click's class, which newer typer versions vendor and do not export.
         show = getattr(error, "show", None)
         if not callable(show):
             raise
         show()
         return 2
-    # typer turns Ctrl-C into a result of 130, without a word.
+    # typer silently converts Ctrl-C to the result 130.
     return _stopped() if result == 130 else result if isinstance(result, int) else 0
 
 
 def entry() -> None:
-    """Console script."""
+    """Run the console script."""
     stop_on_sigterm()
     sys.exit(main())

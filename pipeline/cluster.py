@@ -1,4 +1,4 @@
-"""Where work runs: in this process, or on Ray, on this machine or on a cluster."""
+"""Chooses where work runs: in this process, or on Ray."""
 
 from __future__ import annotations
 
@@ -16,13 +16,21 @@ if TYPE_CHECKING:
 
 
 def training_cluster(resources: Resources | None, address: str | None) -> AbstractContextManager[None]:
-    """Ray where training was asked to use workers, else nothing."""
+    """Connect Ray during the block if training uses workers; otherwise do nothing.
+
+    Returns:
+        A context manager.
+    """
     return nullcontext() if resources is None else connected(address)
 
 
 @contextmanager
 def runner_for(resources: Resources, address: str | None) -> Iterator[Runner]:
-    """Where units run: in this process, or on Ray for several workers, several GPUs, or a cluster that is named."""
+    """Choose the runner: this process, or Ray for several workers, several GPUs or a cluster.
+
+    Yields:
+        The runner.
+    """
     from svgpipe.stages.runtime.runner import LocalRunner
 
     if address is None and "RAY_ADDRESS" not in os.environ and _fits_this_process(resources):
@@ -37,7 +45,7 @@ def runner_for(resources: Resources, address: str | None) -> Iterator[Runner]:
 
 
 def _fits_this_process(resources: Resources) -> bool:
-    """One worker, on one GPU or none. What this machine does not have is left to Ray, which says what it has."""
+    """Return whether one worker on at most one GPU is enough. Ray reports resources that this machine lacks."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -47,26 +55,30 @@ def _fits_this_process(resources: Resources) -> bool:
 
 
 def stop_on_sigterm() -> None:
-    """Let SIGTERM, which schedulers send, do what Ctrl-C does."""
+    """Handle SIGTERM, which schedulers send, like Ctrl-C."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
-    """Ray, connected for the length of the block; one that is already connected is used and left as it is."""
+    """Connect Ray during the block. An existing connection is used and kept.
+
+    Yields:
+        Nothing.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray's own chatter would run through the progress bars; its errors still arrive as exceptions.
+    # Ray's log lines would interfere with the progress bars; its errors still arrive as exceptions.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     logging.getLogger("ray").setLevel(logging.ERROR)
     import ray
-    import ray.data
+    import ray.data  # noqa: F401
 
     if ray.is_initialized():
         yield
         return
     ray.init(
-        # Without a word Ray would join whatever cluster was last started on this machine, dead or alive.
+        # Without an address, Ray would silently join the last cluster that was started on this machine.
         address=address or os.environ.get("RAY_ADDRESS") or "local",
         include_dashboard=False,
         configure_logging=True,
@@ -75,7 +87,7 @@ def connected(address: str | None = None) -> Iterator[None]:
     )
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    stop_on_sigterm()  # again: Ray's handler, set just now, would end the process with dumps of native stacks
+    stop_on_sigterm()  # again, because Ray has installed a handler that ends the process with native stack dumps
     try:
         yield
     finally:

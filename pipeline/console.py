@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a running stage: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LINE_EVERY_S = 15.0
 
 
 class ConsoleProgress:
-    """Implements the stages' Progress on stderr. Use as a context manager."""
+    """Implements `stages.runtime.Progress` on stderr. Use it as a context manager."""
 
     def __init__(self) -> None:
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
@@ -46,12 +46,12 @@ class ConsoleProgress:
             self._bars.stop()
 
     def begin(self, task: str, total: int, done: int = 0) -> None:
-        """A new task; see stages.progress."""
+        """Start a task of `total` items, of which `done` were done before."""
         again = task == self._name
         self._name, self._total, self._done, self._last = task, total, done, time.monotonic()
         self._began_at, self._began_done, self._note = self._last, done, ""
         if self._bars is not None and self._task is not None and again:
-            self._bars.reset(self._task, total=total, completed=done)  # a worker died, and others went back
+            self._bars.reset(self._task, total=total, completed=done)  # training went back to a checkpoint
         elif self._bars is not None:
             self._task = self._bars.add_task(task, total=total, completed=done, note="")
         else:
@@ -59,7 +59,7 @@ class ConsoleProgress:
             self.console.print(f"{task}: {total}{resumed}")
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """More is done; see stages.progress."""
+        """Count finished items, and show a short note."""
         self._done += count
         self._note = note or self._note
         if self._bars is not None and self._task is not None:
@@ -71,12 +71,12 @@ class ConsoleProgress:
             self.console.print(f"{self._name}: {self._done}/{self._total}  {self._note}{self._left()}".rstrip())
 
     def _left(self) -> str:
-        """Time left at the pace so far."""
+        """Return the remaining time at the current pace."""
         seconds, items = self._last - self._began_at, self._done - self._began_done
         if items <= 0 or self._done >= self._total:
             return ""
         return f"  left {timedelta(seconds=round(seconds / items * (self._total - self._done)))}"
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print one line that stays."""
         self.console.print(text, markup=False)

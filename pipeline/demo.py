@@ -1,4 +1,4 @@
-"""The demo's data: crops of the colour photographs that scikit-image ships in its wheel."""
+"""The images of the demo: crops of colour photographs in the wheel of scikit-image."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ PHOTOGRAPHS = {
 }
 CROPS_PER_PHOTOGRAPH = 200
 CROP_SIZE = 128
-# Crops are about the photograph's centre square, a little shifted and scaled: eight photographs and some minutes
-# of training are enough to draw something that a person recognises, not to learn a world.
+# Crops are near the centre of the photograph, slightly shifted and scaled. Eight photographs and some minutes of
+# training give recognisable samples.
 MIN_CROP = 0.8  # of the short side
 MAX_SHIFT = 0.1  # of the short side, in each direction
 
 
 def write_photographs(folder: Path) -> Path:
-    """Write `folder`/CLASS/NUMBER.png, the same pixels every time; a finished folder is left alone."""
+    """Write `folder`/CLASS/NUMBER.png, the same pixels every time. An existing folder is kept.
+
+    Returns:
+        The folder.
+    """
     if folder.exists():
         return folder
     source = Path(skimage.__file__).parent / "data"
@@ -48,7 +52,7 @@ def write_photographs(folder: Path) -> Path:
 
 
 def _crop_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a square crop inside an image of `size`."""
+    """Return (left, top, right, bottom) of a square crop inside an image of `size`."""
     short = min(size)
     side = int(short * rng.uniform(MIN_CROP, 1.0))
     shifts = rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2) * short

@@ -35,10 +35,11 @@ class DryRunRow:
 
 
 def dry_run(recipe: Recipe, workdir: Location, options: RunOptions) -> list[DryRunRow]:
-    """What `run_recipe` would do, in the order of the stages. Writes nothing.
+    """Return what `run_recipe` would do, in the order of the stages. Nothing is written.
 
     Raises:
-        UsageError: no image folder is given, or it holds no images. ArtifactError: a damaged manifest.
+        UsageError: no image folder is given, or it holds no images.
+        ArtifactError: a damaged manifest.
     """
     source = options.source or recipe.source
     if source == DEMO_SOURCE and not source_folder(source, workdir).exists():
@@ -53,7 +54,7 @@ def dry_run(recipe: Recipe, workdir: Location, options: RunOptions) -> list[DryR
 
 
 def _specs(recipe: Recipe, workdir: Location, options: RunOptions) -> Iterator[StageSpec[Any]]:
-    """What each stage is asked to make. A stage's inputs must be finished before its spec is taken."""
+    """Yield the spec of each stage. Its inputs must be finished before it is taken."""
     tars, encoder, cache, model, evaluation = (workdir / name for name in STAGES)
     images = source_folder(options.source or recipe.source, workdir)
     yield shard_spec(images, scan(images)[1], tars, recipe.shard)
@@ -81,7 +82,7 @@ def _row(spec: StageSpec[Any]) -> DryRunRow:
 
 
 def _later_row(out: Location, first: DryRunRow) -> DryRunRow:
-    """A stage behind one that would run: its inputs do not exist yet."""
+    """Return the row of a stage whose inputs do not exist yet."""
     if first.action == "refuse":
         return DryRunRow(out.name, "–", f"not reached: {first.stage} is refused")
     holds = next((name for name in (MANIFEST_NAME, PLAN_NAME) if (out / name).exists()), None)
@@ -92,7 +93,11 @@ def _later_row(out: Location, first: DryRunRow) -> DryRunRow:
 
 
 def show_dry_run(rows: list[DryRunRow]) -> None:
-    """Print the rows. Raises MismatchError for a stage that `run` would refuse, after printing."""
+    """Print the rows.
+
+    Raises:
+        MismatchError: `run` would refuse a stage.
+    """
     table = new_table("", "stage", "action", "why")
     for row in rows:
         table.add_row(row.stage, row.action, row.why.splitlines()[0] if row.action != "refuse" else "see below")

@@ -1,4 +1,4 @@
-"""`svgpipe inspect`: any artifact's story in one screen."""
+"""`svgpipe inspect`: one screen about any artifact."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from svgpipe.stages.artifacts.cache_statistics import CacheStatistics
 
 
 def describe(path: Location) -> Json:
-    """What lies at `path`, as JSON values: an artifact, or {"workdir": …, "artifacts": […]} for a folder of them.
+    """Return facts about an artifact as JSON values, or {"workdir": …, "artifacts": […]} for a folder of artifacts.
 
     Raises:
-        ArtifactError: nothing of svgpipe's is there, or its manifest is damaged.
+        ArtifactError: there is no artifact, or its manifest is damaged.
     """
     if (path / MANIFEST_NAME).exists():
         return _describe_finished(path)
@@ -155,7 +155,7 @@ def _evaluation_facts(path: Location, manifest: Any) -> Json:
     assert isinstance(manifest, EvaluationManifest)
     try:
         report = Report.read(path)
-    except ArtifactError as error:  # of another layout, say: what the manifest knows is worth showing all the same
+    except ArtifactError as error:  # for example another layout: show at least the facts of the manifest
         return {"report": str(error), "samples per setting": manifest.num_samples}
     distances = {r.name: round(r.frechet_distance.value, 3) for r in report.results}
     return {"metric": report.metric, "distances": distances, "samples per setting": manifest.num_samples}
@@ -191,7 +191,7 @@ def _some(names: list[str]) -> str:
 
 
 def show(description: Json, console: Console | None = None) -> None:
-    """Print what `describe` found."""
+    """Print the result of `describe`."""
     console = console or Console(highlight=False)
     for artifact in description.get("artifacts", [description]):
         console.print(_panel(artifact))

@@ -124,7 +124,7 @@ def overrides_with(
     guidance: str | None = None,
     ema: str | None = None,
 ) -> list[str]:
-    """The values of --set, then those of options that are short for a key of the recipe."""
+    """Return the values of --set, followed by those of options that stand for a key of the recipe."""
     values = {
         "shard.holdout": holdout,
         "extract.store_dtype": store_dtype,
@@ -136,10 +136,10 @@ def overrides_with(
 
 
 def read_class_names(path: Path | None) -> list[str] | None:
-    """Lines of a file of class names, in the order of the labels; None without a file.
+    """Return the class names in a file, in label order; None without a file.
 
     Raises:
-        UsageError: no such file, no text, nothing in it, an empty line, or a name that stands there twice.
+        UsageError: no such file, not UTF-8, empty, an empty line, or a duplicate name.
     """
     if path is None:
         return None
@@ -155,18 +155,18 @@ def read_class_names(path: Path | None) -> list[str] | None:
             raise UsageError(f"{path}: expected a class name in every line, found none in line {number}.")
         if name in first:
             raise UsageError(
-                f"{path}: lines {first[name]} and {number} are both {name!r}; expected names that differ, "
-                "as a label may be given by its name. (Lists of ImageNet's classes have two cranes and two maillots.)"
+                f"{path}: lines {first[name]} and {number} are both {name!r}; expected unique names, because a label "
+                "may be given by its name. (Lists of ImageNet classes have two cranes and two maillots.)"
             )
         first[name] = number
     return names
 
 
 def trainers_of(num_workers: int | None, **others: object) -> Resources | None:
-    """Training workers; None trains in this process.
+    """Return the training workers; None: train in this process.
 
     Raises:
-        UsageError: one of the `others`, which only workers know, was given without them.
+        UsageError: an option for workers (`others`) was given without --workers.
     """
     if num_workers is None:
         for name, value in others.items():
@@ -180,17 +180,18 @@ def trainers_of(num_workers: int | None, **others: object) -> Resources | None:
 
 
 def resources_of(num_workers: int | None, cpus: float | None, gpus: float | None) -> Resources:
-    """What the options ask for; None is decided by what the cluster has."""
+    """Return the resources that the options ask for; None: decided by the cluster."""
     from svgpipe.stages.runtime.resources import Resources
 
     return Resources(num_workers, cpus, gpus)
 
 
 def page_at(html: str | None) -> Location | None:
-    """Where a page is to be written, its folder made: hours of measuring must not end in a folder that is missing.
+    """Return the location of a page, and create its folder, so that hours of measuring do not end with an error.
 
     Raises:
-        UsageError: a directory, or below something that is none. OSError: the folder cannot be made.
+        UsageError: the path is a directory, or its parent is a file.
+        OSError: the folder cannot be created.
     """
     if html is None:
         return None
@@ -200,5 +201,5 @@ def page_at(html: str | None) -> Location | None:
     try:
         make_directory(page.parent)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"--html {html}: {error.filename} is no folder.") from error
+        raise UsageError(f"--html {html}: {error.filename} is not a folder.") from error
     return page

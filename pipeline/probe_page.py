@@ -1,4 +1,4 @@
-"""What `svgpipe probe` found, as a table and as a page."""
+"""The result of `svgpipe probe`, as a table and as a page."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def show_probe(probe: Probe) -> None:
     """Print the accuracies with their intervals."""
     typer.echo(
         f"{probe.classes} classes, {probe.training_images} training images, {probe.test_images} test images "
-        f"({probe.tested_on}); always the most frequent class: {_percent(probe.most_frequent)}"
+        f"({probe.tested_on}); accuracy of the most frequent class: {_percent(probe.most_frequent)}"
     )
     numbers = ("number", "linear probe", f"{probe.neighbours}-NN")
-    title = "top-1 accuracy, 95 % Wilson intervals; the paper's are of ImageNet"
+    title = "top-1 accuracy, 95 % Wilson intervals; the paper's values are for ImageNet"
     table = new_table(title, "channels", *numbers, right=numbers)
     for group in probe.groups:
         table.add_row(group.group, str(group.channels), _percent(group.linear), _percent(group.knn))

@@ -1,4 +1,4 @@
-"""What `svgpipe eval-reconstruction` found, as a table and as a page with the images side by side."""
+"""The result of `svgpipe eval-reconstruction`, as a table and as a page."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MEASURES = (
 
 
 def show_reconstruction(report: ReconstructionReport) -> None:
-    """Print the metrics, a column for each set."""
+    """Print the metrics, one column per set."""
     titles = [_title(result) for result in report.results]
     title = f"{report.num_images} held-out images at {report.image_size} pixels; {report.metric}"
     table = new_table(title, "", *titles, right=titles)
@@ -41,7 +41,11 @@ def show_reconstruction(report: ReconstructionReport) -> None:
 
 
 def render_reconstruction(evaluation: Location, autoencoder: Location, shards: ShardSet) -> Location:
-    """Write `report.html` into a finished evaluation; returns its path. Nothing is measured here."""
+    """Write `report.html` into a finished evaluation.
+
+    Returns:
+        Its path.
+    """
     manifest, report = ReconstructionManifest.read(evaluation), ReconstructionReport.read(evaluation)
     page = render(
         "reconstruction_template.html",
@@ -62,7 +66,7 @@ def render_reconstruction(evaluation: Location, autoencoder: Location, shards: S
 
 
 def _grid(evaluation: Location, report: ReconstructionReport, shards: ShardSet) -> Grid:
-    """Originals above, then a row for every set: eight images, of as many classes as there are."""
+    """Return a grid with originals in the first row, and one row per set: eight images of different classes."""
     heldout = shards.usable("heldout")
     originals = ImageSet(choose_evenly(heldout, report.num_images), report.image_size)
     labels, names = originals.labels, shards.manifest.class_names
@@ -76,7 +80,7 @@ def _grid(evaluation: Location, report: ReconstructionReport, shards: ShardSet) 
 
 
 def _spread_over_classes(labels: NDArray[np.int64], count: int) -> list[int]:
-    """At most `count` places of (n,) labels, by class: of evenly spread classes, several of each if these are few."""
+    """Return at most `count` places of (n,) labels, from evenly spread classes; several per class if there are few."""
     classes = np.unique(labels)
     looked = [np.flatnonzero(labels == classes[c]).tolist() for c in evenly_spread(len(classes), count)]
     in_turn = [place for row in zip_longest(*looked) for place in row if place is not None]

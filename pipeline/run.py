@@ -40,11 +40,16 @@ class RunOptions:
 
     Attributes:
         source: image folder; None: the recipe's.
-        resources: of the workers that extract and sample.
-        trainers: of the training workers; None trains in this process.
-        address: of a Ray cluster; None is this machine, with Ray only where it is needed.
-        guide, pool, strategy, wandb_project, max_rejects: as in the stages.
-        npz, png: also write the samples in these formats.
+        resources: workers that extract and sample.
+        trainers: training workers; None: train in this process.
+        address: Ray cluster; None: this machine, with Ray only if needed.
+        strategy: see `train_diffusion`.
+        wandb_project: see `train_diffusion`.
+        max_rejects: see `extract`.
+        guide: see `sample_and_eval`.
+        pool: see `sample_and_eval`.
+        npz: also write the samples as .npz.
+        png: also write the samples as .png files.
     """
 
     source: str | None = None
@@ -61,10 +66,14 @@ class RunOptions:
 
 
 def run_recipe(recipe: Recipe, workdir: Location, options: RunOptions, progress: Progress) -> Location:
-    """Run every stage of `recipe` in `workdir`; returns the report's path. Run again to resume.
+    """Run every stage of `recipe` in `workdir`. Run again to resume.
+
+    Returns:
+        Path of the report.
 
     Raises:
-        UsageError: no image folder is given. All errors of the stages.
+        UsageError: no image folder is given.
+        SvgpipeError: a stage failed.
     """
     images = _write_demo_source(options.source or recipe.source, workdir)
     tars, encoder, cache, model, evaluation = (workdir / name for name in STAGES)
@@ -90,14 +99,18 @@ def run_recipe(recipe: Recipe, workdir: Location, options: RunOptions, progress:
 
 
 def export_samples(evaluation: Location, *, npz: bool, png: bool, progress: Progress) -> None:
-    """Write the samples of a finished evaluation in the formats that are asked for, and say where."""
+    """Write the samples of a finished evaluation in the requested formats, and print where."""
     written = [*(export_npz(evaluation, progress) if npz else []), *(export_png(evaluation, progress) if png else [])]
     for path in written:
         typer.echo(f"images: {path}")
 
 
 def source_folder(source: str | None, workdir: Location) -> Path:
-    """Where the images lie, or will lie. Raises UsageError if no folder is given."""
+    """Return the folder of the images. The one of the demo may not exist yet.
+
+    Raises:
+        UsageError: no folder is given, or the demo runs in an object store.
+    """
     if source is None:
         raise UsageError("no images: give a folder with --source DIR, or as `source:` in the recipe.")
     if source != DEMO_SOURCE:

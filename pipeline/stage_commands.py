@@ -1,4 +1,4 @@
-"""One command per stage. Thin: parse, open inputs, call one stage, print the result.
+"""One command per stage. Each parses its options, opens the inputs, calls the stage and prints the result.
 
 Stages are imported inside the commands: `svgpipe --help` must not load torch, and training from a cache must not
 load timm or webdataset.
@@ -101,7 +101,7 @@ def index(
 
 
 def _shard_set_line(out: str, manifest: ShardSetManifest) -> str:
-    """What became of the inputs."""
+    """Return the summary of a shard set."""
     rejected = f" (see {out}/rejected.jsonl)" if manifest.num_rejected else ""
     return (
         f"{out}: {manifest.num_images} images of {len(manifest.class_names)} classes in {len(manifest.shards)} tars; "

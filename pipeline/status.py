@@ -1,4 +1,4 @@
-"""`svgpipe status`: how far a pipeline has come, in one screen, while it runs or afterwards."""
+"""`svgpipe status`: progress of a pipeline, during the run or afterwards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from svgpipe.manifests.manifest import MANIFEST_NAME, Json, read_plan
 from svgpipe.manifests.metrics_file import METRICS_NAME, read_metrics
 from svgpipe.manifests.progress_file import ProgressEntry, read_progress
 
-# What of the last line of a log is shown, in this order, where it is there.
+# Metrics to show from the log, in this order.
 SHOWN = (
     *("loss", "heldout_loss", "l1", "perceptual", "heldout_psnr", "latent_fd", "latent_accuracy"),
     *("grad_norm", "learning_rate", "samples_per_s", "images_per_s", "data_wait_share", "memory_gb"),
@@ -32,10 +32,10 @@ SILENT_S, WAITING_SHARE, LOW_DISK = 300.0, 0.1, 2e9
 
 
 def status(path: Location) -> list[Json]:
-    """One entry for every artifact at or below `path`, in the order of the pipeline.
+    """Return one entry per artifact at or below `path`, in the order of the pipeline.
 
     Raises:
-        ArtifactError: there is none, or what is there is damaged.
+        ArtifactError: there is no artifact, or one is damaged.
     """
     entries = [_entry(place) for place in artifacts_below(path)]
     order = list(KINDS)
@@ -63,7 +63,7 @@ def _as_json(progress: ProgressEntry | None) -> Json | None:
 
 
 def _last_metrics(path: Location) -> Json:
-    """The newest value of everything that was logged."""
+    """Return the newest value of every logged metric."""
     newest: Json = {}
     for line in read_metrics(path / METRICS_NAME):
         newest |= line
@@ -74,7 +74,7 @@ def _warnings(
     path: Location, state: str, progress: ProgressEntry | None, owner: dict[str, Any] | None, metrics: Json
 ) -> Iterator[str]:
     if state == "stopped":
-        yield "not running and not finished: the command that made it resumes it"
+        yield "not running and not finished; run the same command to resume"
     if state == "running" and progress is not None and (silent := time.time() - progress.updated_at) > SILENT_S:
         yield f"no progress for {timedelta(seconds=round(silent))}, though it is {describe(owner or {})}"
     if state == "running" and metrics.get("data_wait_share", 0.0) > WAITING_SHARE:
@@ -88,7 +88,7 @@ def _warnings(
 
 
 def show_status(entries: list[Json], console: Console | None = None) -> None:
-    """Print what `status` found."""
+    """Print the result of `status`."""
     console = console or Console(highlight=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("stage", "state", "progress", "", "left"):

@@ -1,4 +1,4 @@
-"""What commands end with: a table on the terminal, or JSON."""
+"""Results of commands on the terminal: tables or JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def print_result(result: T, as_json: bool, show: Callable[[T], None]) -> None:
-    """Print a result as JSON, or by `show`."""
+    """Print a result as JSON, or with `show`."""
     if not as_json:
         show(result)
     elif isinstance(result, BaseModel):
@@ -33,7 +33,7 @@ def print_result(result: T, as_json: bool, show: Callable[[T], None]) -> None:
 
 
 def new_table(title: str, *columns: str, right: Iterable[str] = ()) -> Table:
-    """A table without lines; no header without `columns`. Columns in `right` hold numbers."""
+    """Return a table without lines; without `columns`, it has no header. Columns in `right` hold numbers."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=bool(columns))
     for name in columns:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")
@@ -41,7 +41,7 @@ def new_table(title: str, *columns: str, right: Iterable[str] = ()) -> Table:
 
 
 def print_table(table: Table, *lines: str) -> None:
-    """Print a table, and lines below it."""
+    """Print a table and the lines below it."""
     console = Console(highlight=False)
     console.print(table)
     for line in lines:
@@ -49,7 +49,7 @@ def print_table(table: Table, *lines: str) -> None:
 
 
 def with_interval(estimate: Estimate | None, form: str, unit: str = "") -> str:
-    """`23.50 dB (23.10 – 23.90)` by a printf format; – for what was not measured."""
+    """Return `23.50 dB (23.10 – 23.90)`; `form` is a printf format. – if not measured."""
     if estimate is None:
         return "–"
     ends = (estimate.low, estimate.high)
@@ -58,7 +58,7 @@ def with_interval(estimate: Estimate | None, form: str, unit: str = "") -> str:
 
 
 def show_timings(timings: Mapping[str, Any]) -> None:
-    """Print where an extraction's time went, a row per worker, and the advice that follows from it."""
+    """Print the seconds per worker of an extraction, and the advice that follows from them."""
     if not timings.get("workers"):
         return
     phases = list(dict.fromkeys(phase for worker in timings["workers"] for phase in worker["seconds"]))
@@ -72,18 +72,18 @@ def show_timings(timings: Mapping[str, Any]) -> None:
 
 
 def show_cost(cost: RequantizeCost) -> None:
-    """Print what `requantize` saved and lost."""
-    table = new_table("cost of the smaller cache")
+    """Print size and loss of a requantized cache."""
+    table = new_table("size and loss")
     sizes = f"{cost.small_bytes / 1e6:.1f} of {cost.reference_bytes / 1e6:.1f} MB: {cost.bytes_ratio:.3f}"
     table.add_row("bytes", sizes)
     for group, snr in (("backbone", cost.backbone_snr), ("residual", cost.residual_snr)):
         if snr is not None:
             table.add_row(f"signal to noise, {group} channels", f"{snr:.1f} dB")
     if cost.decoded_psnr is not None:
-        table.add_row("decoded images against those of the larger cache", f"{cost.decoded_psnr:.1f} dB PSNR")
+        table.add_row("decoded images against those of the source cache", f"{cost.decoded_psnr:.1f} dB PSNR")
     if cost.psnr_change is not None:
         pair = f"{cost.source_psnr_reference:.3f} → {cost.source_psnr_small:.3f} dB"
-        table.add_row("decoded images against their sources", f"{pair}: {-cost.psnr_change:+.3f} dB")
+        table.add_row("decoded images against the originals", f"{pair}: {-cost.psnr_change:+.3f} dB")
     if cost.loss_change is not None:
         pair = f"{cost.heldout_loss_reference:.5f} → {cost.heldout_loss_small:.5f}"
         table.add_row("held-out loss of the trained model", f"{pair}: {cost.loss_change:+.3%}")
@@ -91,25 +91,25 @@ def show_cost(cost: RequantizeCost) -> None:
 
 
 def show_plan(cost: ExtractCost) -> None:
-    """Print what an extraction will take."""
-    table = new_table("plan of an extraction")
+    """Print the estimate of an extraction."""
+    table = new_table("estimate of the extraction")
     several = "s" if cost.num_views > 1 else ""
     table.add_row("images", f"{cost.num_images:,} in {cost.shard_bytes / 1e9:.2f} GB of shards")
     table.add_row("features", f"{'x'.join(map(str, cost.row_shape))}, {cost.num_views} view{several}")
     for dtype, size in cost.gigabytes_per_view.items():
         table.add_row(f"cache, {dtype}", f"{size:.2f} GB per view, {size * cost.num_views:.2f} GB in all")
-    table.add_row("encoding", f"{cost.encode_s * 1e3:.1f} ms per image, all views, one worker like this machine")
+    table.add_row("encoding", f"{cost.encode_s * 1e3:.1f} ms per image, all views, one worker on this machine")
     table.add_row("reading and decoding", f"{(cost.read_s + cost.decode_s) * 1e3:.1f} ms per image and core")
     several = "s" if cost.num_workers > 1 else ""
     hours = f"{cost.hours:.2f} hours, with {cost.reader_cores} more CPU core(s) for reading"
     table.add_row(f"{cost.num_workers} worker{several}", hours)
     if cost.deadline_hours is not None:
         table.add_row(f"within {cost.deadline_hours:g} hours", f"{cost.workers_for_deadline} workers")
-    print_table(table, f"estimated from {cost.sampled_images} images encoded here; the cluster may be faster or slower")
+    print_table(table, f"estimated from {cost.sampled_images} images encoded here; a cluster may be faster or slower")
 
 
 def show_diff(diff: CacheDifference) -> None:
-    """Print the histograms of two caches' differences."""
+    """Print the histograms of the differences between two caches."""
     typer.echo(f"{diff.rows} rows in views {', '.join(diff.views)}")
     cosines = [f"{low:g} … {min(1.0, high):g}" for low, high in pairwise(diff.cosine_edges)]
     differences = [f"{low:g} … {high:g}" for low, high in pairwise(diff.difference_edges)]
@@ -125,7 +125,7 @@ def show_diff(diff: CacheDifference) -> None:
     for name, count in (("labels differ", diff.labels_differ), ("validity differs", diff.validity_differs)):
         if count:
             typer.echo(f"{name} in {count} rows")
-    typer.echo("\nwhat they were made from differs in:" if diff.fields else "\nthe same in config, inputs and content")
+    typer.echo("\ndifferent config, inputs or content:" if diff.fields else "\nthe same in config, inputs and content")
     for line in diff.fields:
         typer.echo(f"  {line}")
 

@@ -1,1 +1,1 @@
-"""One package per job, shared packages below; tests/test_floors.py says which may import which."""
+"""One package per stage, and shared packages below. tests/test_floors.py lists which package may import which."""

@@ -194,17 +194,17 @@ def test_a_model_of_another_cache_is_refused(
     small = tmp_path / "int8"
     assert svgpipe("requantize", finished.root / "cache", "--out", small).code == 0
     done = svgpipe("analyze", small, "--diffusion", finished.root / "diffusion")
-    assert done.code == 1 and "none of those given" in done.err
+    assert done.code == 1 and "not one of the given caches" in done.err
     monkeypatch.setattr(analyze_stage, "MAX_IMAGES", 20)
     many = svgpipe("analyze", small, "--classes", 1000, "--per-class", 50)
-    assert many.code == 2 and "at most 20 images of a cache, found 36" in many.err
+    assert many.code == 2 and "at most 20 images per cache, found 36" in many.err
     useless = svgpipe("analyze", small, "--ema", "raw")
     assert useless.code == 2 and "no --diffusion" in useless.err
 
 
 def test_images_that_do_not_differ_have_no_ratio_and_duplicates_do_no_harm() -> None:
     labels = torch.tensor([0, 0, 1, 1])
-    with pytest.raises(ValueError, match="do not differ"):
+    with pytest.raises(ValueError, match="are all equal"):
         class_distances("residual", torch.eye(2)[labels], labels, 20, 0)
     rows = torch.tensor([[0.0, 0.0], [0.0, 0.0], [5.0, 1.0], [5.0, 2.0], [9.0, 0.0], [9.0, 3.0]])
     found = class_distances("residual", rows, torch.tensor([0, 0, 1, 1, 2, 2]), 100, 0)  # many replicates have only 0s

@@ -76,7 +76,7 @@ def test_a_small_cache_is_as_good_as_any_other(
     assert "is the cache itself" in itself.err
     same = svgpipe("requantize", small, "--out", tmp_path / "none", "--store-dtype", "int8")
     assert same.code == 2
-    assert "is stored as int8 already" in same.err
+    assert "is already stored as int8" in same.err
     wrong = svgpipe("requantize", small, "--out", tmp_path / "none", "--store-dtype", "float8")
     assert wrong.code == 2
     assert "not one of" in wrong.err
@@ -137,7 +137,7 @@ def test_diff_refuses_caches_of_other_images(
     assert svgpipe(*arguments).code == 0
     found = svgpipe("diff", finished.root / "cache", part)
     assert found.code == 1
-    assert "Only caches of the same images" in found.err
+    assert "Give two caches of the same images" in found.err
 
 
 def test_plan_counts_the_real_shards(finished: Finished, svgpipe: Callable[..., Outcome]) -> None:

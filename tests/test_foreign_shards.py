@@ -103,7 +103,7 @@ REASONS = {
     "not a JPEG, PNG or WebP image": 1,
     "no label": 1,
     "unknown label": 1,
-    "cut short": 1,
+    "truncated": 1,
 }
 
 
@@ -112,7 +112,7 @@ def test_every_image_member_is_accounted_for(foreign: Path, tmp_path: Path, svgp
     found = svgpipe("index", f"{foreign}/train-{{0..1}}.tar", "--out", out, "--class-names", foreign / "names")
     assert found.code == 0, found.err
     assert "16 inputs = 7 usable + 9 rejected" in found.out
-    assert "train-1.tar: cut short or damaged after" in found.err
+    assert "train-1.tar: truncated or damaged after" in found.err
     shards = ShardSet.open(out)
     refs = shards.refs(range(len(shards)))
     assert len(refs) == len(shards) == 16
@@ -243,7 +243,7 @@ def test_an_absurd_label_is_a_reject(tmp_path: Path, svgpipe: Callable[..., Outc
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("", "found a folder. Name its tars"), ("*.tar", "'*' is not expanded here")]
+    ("name", "words"), [("", "found a folder. Give its tars"), ("*.tar", "'*' is not expanded here")]
 )
 def test_what_names_no_tar_is_told_how(tmp_path: Path, svgpipe: Callable[..., Outcome], name: str, words: str) -> None:
     found = svgpipe("index", tmp_path / name, "--out", tmp_path / "out")
@@ -256,7 +256,7 @@ def test_numbers_among_names_are_refused(tmp_path: Path, svgpipe: Callable[..., 
     write(tmp_path / "a.tar", members)
     found = svgpipe("index", tmp_path / "a.tar", "--out", tmp_path / "out")
     assert found.code == 2
-    assert "labels are numbers here and names there (as 3 and 'cat')" in found.err
+    assert "some labels are numbers, others are names (as 3 and 'cat')" in found.err
 
 
 def test_labels_by_name_and_nested_fields(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:

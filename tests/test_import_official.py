@@ -229,7 +229,7 @@ def test_an_imported_models_paths_are_analysed_beside_a_cache_of_its_autoencoder
     assert "of an imported file" in found["straightness"]["weights"]
     assert found["straightness"]["largest_deviation"]["value"] > 0
     refused = svgpipe("analyze", finished.root / "cache", "--diffusion", imported / "diffusion")
-    assert refused.code == 1 and "is imported, and draws latents of the autoencoder" in refused.err
+    assert refused.code == 1 and "is imported, and samples latents of the autoencoder" in refused.err
 
 
 def test_the_round_trip_trains_and_samples(
@@ -355,7 +355,7 @@ def test_importing_again_finds_it_and_other_files_are_refused(
     torch.save(found["ema"], tmp_path / "bare.pt")  # no `ema` around it
     other = [tmp_path / "bare.pt" if str(a).endswith("diffusion.pt") else a for a in official.arguments]
     refused = svgpipe("import-official", *other, "--out", imported, "--class-names", names)
-    assert refused.code == 1 and "otherwise" in refused.err
+    assert refused.code == 1 and "differently" in refused.err
     fresh = svgpipe("import-official", *other, "--out", tmp_path / "fresh")
     assert fresh.code == 0 and "DiT of width 32 and depth 2 with the unused sigma half, 3 classes" in fresh.out
     assert open_diffusion(tmp_path / "fresh" / "diffusion").class_names == ["0", "1", "2"]
@@ -450,7 +450,7 @@ def test_files_that_are_none_or_do_not_belong_together(
     broken = torch.load(diffusion, weights_only=True)["ema"]
     for key, value, expected in (
         ("pos_embed", torch.zeros(0), "pos_embed: expected 3 dimensions"),
-        ("blocks.0.attn.q_norm.weight", torch.ones(64), "sizes that cannot be"),
+        ("blocks.0.attn.q_norm.weight", torch.ones(64), "invalid sizes"),
         ("blocks.1.mlp.fc1.bias", torch.full((128,), torch.inf), "fc1.bias: expected finite numbers, found 128 others"),
     ):
         torch.save({**broken, key: value}, tmp_path / "broken.pt")

@@ -206,7 +206,7 @@ def test_of_two_that_find_a_dead_claim_one_gets_the_lock(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(module, "write_atomic", write_later)
     monkeypatch.setattr(module, "is_dead", first_comes_in_between)
-    with pytest.raises(BusyError, match="try again"):
+    with pytest.raises(BusyError, match="Try again"):
         Lock(tmp_path)
     go_on.set()
     thread.join()

@@ -276,7 +276,7 @@ def test_perceptual_terms_are_zero_for_equal_images_and_grow_with_noise() -> Non
 
 
 def test_lpips_is_the_written_formula() -> None:
-    """Against a second, direct writing of FACTS §7 with the same random weights."""
+    """Against a second, direct implementation with the same random weights."""
     torch.manual_seed(0)
     lpips = LPIPS().eval()
     with torch.no_grad():

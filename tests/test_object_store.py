@@ -204,7 +204,7 @@ def test_neighbouring_images_come_in_few_requests(
     beyond = replace(ref, offset=10**7)
     one, other = read_images([ref, beyond])
     assert one == finished.shards.read_image(0)
-    assert isinstance(other, ArtifactError) and "was altered or cut short" in str(other)
+    assert isinstance(other, ArtifactError) and "was altered or truncated" in str(other)
 
 
 def test_roots_that_cannot_work_are_refused(bucket: Location, svgpipe: Callable[..., Outcome]) -> None:

@@ -90,7 +90,7 @@ def test_probe_of_a_real_cache(finished: Finished, svgpipe: Callable[..., Outcom
     refused = svgpipe("probe", finished.root / "cache", "--html", tmp_path)
     assert refused.code == 2 and "found a directory" in refused.err and not refused.out
     refused = svgpipe("probe", finished.root / "cache", "--html", finished.recipe_file / "probe.html")
-    assert refused.code == 2 and "is no folder" in refused.err
+    assert refused.code == 2 and "is not a folder" in refused.err
     done = svgpipe("probe", finished.root / "cache", "--html", page, "--json")
     assert done.code == 0
     found = json.loads(done.out)

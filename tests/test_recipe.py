@@ -63,7 +63,7 @@ def test_recipes_are_frozen() -> None:
         ("diffusion=3", ["diffusion", "expected a section"]),
         ("diffusion.steps", ["section.key=value"]),
         ("diffusion.steps={", ["not YAML"]),
-        ("name.first=x", ["name holds a value"]),
+        ("name.first=x", ["name is a value"]),
         ("evaluation.solver=rk4", ["evaluation.solver", "euler", "rk4"]),
     ],
 )

@@ -142,7 +142,7 @@ def test_what_is_no_reference_is_refused(finished: Finished, svgpipe: Callable[.
     nothing = svgpipe(*eval_args(finished, "", tmp_path / "out"))  # type: ignore[arg-type]
     assert nothing.code == 2 and "found an empty text" in nothing.err
     above = refused(finished.root)
-    assert above.code == 1 and "holds svgpipe's artifacts" in above.err
+    assert above.code == 1 and "found a folder with svgpipe's artifacts" in above.err
     (tmp_path / "empty").mkdir()
     assert "found 0" in refused(tmp_path / "empty").err
     gone = refused(tmp_path / "gone.npz")

@@ -33,6 +33,7 @@ from svgpipe.manifests.recipe import ExtractorSection
 from svgpipe.manifests.reconstruction import ReconstructionReport
 from svgpipe.manifests.shards import shard_name
 from svgpipe.models.sampler import time_grid
+from svgpipe.pipeline import overview
 from svgpipe.pipeline import report as report_page
 from svgpipe.pipeline.page import picture
 from svgpipe.stages.evaluate import measure_images
@@ -42,7 +43,7 @@ from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.evaluate.features import Extractor, load_extractor
 from svgpipe.stages.evaluate.measure_images import extracted
 from svgpipe.stages.evaluate.plan import Sampler
-from svgpipe.stages.evaluate.reference import open_reference
+from svgpipe.stages.evaluate.reference import RealSets, open_reference, shard_reference
 from svgpipe.stages.images.decode import decode_image, to_array
 from svgpipe.stages.images.image_set import ImageSet
 from svgpipe.stages.networks.autoencoder import build_backbone, latent_decoder, state_digest
@@ -241,7 +242,7 @@ def test_the_page_is_self_contained_and_shows_everything(finished: Finished) -> 
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids)) and set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
     assert all(re.findall(r'alt="([^"]*)"', page))
-    headings = ("Real images", "Reconstructions", "Samples, ", "Steps side by side, guidance 1.5", "Few steps")
+    headings = ("Real images", "Reconstructions", "Samples, ", "Steps side by side, guidance 1.5")
     for words in (*headings, "What the paper reports", "decoded noise (ceiling)", "held-out real"):
         assert words in page
     for artifact in ("shards", "autoencoder", "cache", "diffusion"):
@@ -250,6 +251,31 @@ def test_the_page_is_self_contained_and_shows_everything(finished: Finished) -> 
     assert page.count('aria-label="Distance against steps"') == 1
     for curve in ("autoencoder: held-out psnr", "autoencoder: l1", "diffusion: loss", "diffusion: held-out loss"):
         assert f">{curve}</text>" in page
+    # The result comes before the numbers.
+    order = ['class="overview"', 'aria-label="Distance against steps"', "Distances to the reference", "<table>"]
+    assert [page.index(part) for part in order] == sorted(page.index(part) for part in order)
+
+
+def test_the_overview_has_a_row_per_set_and_a_column_per_class(finished: Finished) -> None:
+    evaluation, classes, rows = finished.root / "evaluation", 3, ["real", "reconstructed", "1 step", "2 steps"]
+    with Image.open(evaluation / "report-overview.webp") as picture:
+        shown = np.asarray(picture.convert("RGB"))
+    step = overview.TILE + overview.GAP
+    assert shown.shape[:2] == (len(rows) * step - overview.GAP, overview.LABEL_WIDTH + classes * step)
+    report = Report.read(evaluation)
+    best = min((r for r in report.results if r.sampler), key=lambda r: r.frechet_distance.value)
+    found = overview.overview_rows(
+        evaluation,
+        report,
+        best,
+        RealSets.of(shard_reference(finished.shards), finished.recipe.evaluation, report.image_size),
+    )
+    assert [row.label for row in found] == rows and all(len(row.images) == classes for row in found)
+    for number, row in enumerate(found):
+        for column, pixels in enumerate(row.images):
+            left = overview.LABEL_WIDTH + column * step
+            tile = shown[number * step : number * step + overview.TILE, left : left + overview.TILE]
+            assert np.abs(tile.mean((0, 1)) - pixels.mean((0, 1))).max() < 6
 
 
 def test_a_page_of_a_large_sweep_stays_small(
@@ -286,7 +312,7 @@ def test_few_samples_of_many_classes_are_shown(finished: Finished, tmp_path: Pat
     samples = [r for r in report.results if r.role == "samples"][:2]
     names = [*report.class_names, *(f"class {i}" for i in range(97))]
     found = report_page._side_by_side(finished.root / "evaluation", names, "title", "steps", samples, 10)
-    assert len(found.pictures) == 2 * 3 and found.note.endswith("steps 1, 2 from left to right")
+    assert len(found.pictures) == 2 * 3 and found.note.endswith("columns: steps 1, 2")
 
 
 def page_of(finished: Finished, out: Path, monkeypatch: pytest.MonkeyPatch, chosen: list[str]) -> str:
@@ -303,14 +329,14 @@ def test_guidances_stand_side_by_side_where_steps_do_not_vary(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = page_of(finished, tmp_path / "out", monkeypatch, [SETTINGS[1], SETTINGS[3]])
-    assert "Guidance side by side, 2 steps" in page and "guidance 1, 1.5 from left to right" in page
+    assert "Guidance side by side, 2 steps" in page and "columns: guidance 1, 1.5" in page
     assert page.count("<figure ") == 6 + 6 + 2 * 3 + 6
 
 
 def test_a_single_setting_is_shown_once(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = page_of(finished, tmp_path / "out", monkeypatch, SETTINGS[:1])
     assert "side by side" not in page and page.count("<figure ") == 6 + 6 + 6
-    assert "Best setting: <strong>1 step</strong>, distance" in page
+    assert "Best setting: <strong>1 step</strong>." in page
 
 
 def test_an_autoencoder_that_was_never_trained_has_a_page(
@@ -346,7 +372,7 @@ def test_the_papers_figures_stand_in_the_page_as_the_papers(finished: Finished) 
     page = (finished.root / "evaluation" / "report.html").read_text()
     table = page[page.index("What the paper reports") :]
     words = " ".join(re.sub(r"<[^>]+>", " ", table[: table.index("</table>")]).split())
-    assert "Its numbers, not ours" in words
+    assert "These are the paper's numbers" in words
     for row in (
         "5 steps without 12.26 69.38 74.46",
         "5 steps with 9.03 29.48 35.94",
@@ -367,7 +393,7 @@ def test_the_papers_figures_stand_in_the_page_as_the_papers(finished: Finished) 
 
 def test_the_page_names_the_sampler_beside_the_numbers(finished: Finished) -> None:
     page = (finished.root / "evaluation" / "report.html").read_text()
-    between = page[page.index("Distances to the reference") : page.index("<h2>Few steps")]
+    between = page[page.index("Distances to the reference") : page.index("What the paper reports")]
     words = " ".join(re.sub(r"<[^>]+>", " ", between).split())
     for setting in ("solver euler", "time shift 0.15", "seed 0", "precision float32", "guidance mode constant"):
         assert setting in words
@@ -595,9 +621,7 @@ def test_guidance_that_acts_at_no_time_is_said_to(
     assert found.code == 0, found.err
     report = Report.read(tmp_path / "out")
     assert report.results[0].frechet_distance == report.results[1].frechet_distance
-    assert any(
-        "guidance 1.5 does in 2 steps: interval-0.2-0.9 acts at none" in reason for reason in report.not_measured
-    )
+    assert any("guidance 1.5 with 2 steps: interval-0.2-0.9 acts at none" in reason for reason in report.not_measured)
     settings = SamplerSettings(2, 1.5, "heun", "interval-0.2-1.0", 0.15, 0, "float32", "ema")
     assert settings.acts and not replace(settings, solver="euler").acts  # the second evaluation is at t = 1
 
@@ -654,7 +678,7 @@ def test_a_guide_that_does_not_belong_is_refused(finished: Finished, tmp_path: P
     with pytest.raises(MismatchError, match="another cache"):
         Sampler(model, other).require_match()
     config = finished.recipe.evaluation.model_copy(update={"guidance_mode": "cfg_star-1-2"})
-    with pytest.raises(UsageError, match="a guide has none"):
+    with pytest.raises(UsageError, match="a guide does not have"):
         Sampler(model, model).settings(config)
 
 

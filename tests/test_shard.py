@@ -87,7 +87,7 @@ def test_every_input_is_stored_or_rejected_with_a_reason(
 ) -> None:
     found = svgpipe("shard", zoo, "--out", tmp_path / "out", "--workers", 1)
     assert found.code == 0, found.err
-    assert "21 inputs = 12 stored + 9 rejected" in found.out
+    assert "21 inputs = 12 usable + 9 rejected" in found.out
     shards = ShardSet.open(tmp_path / "out")
     assert (shards.manifest.num_inputs, shards.manifest.num_images, shards.manifest.num_rejected) == (21, 12, 9)
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
@@ -330,7 +330,7 @@ def test_opening_damaged_sets(photographs: Path, tmp_path: Path, svgpipe: Callab
     flipped = bytearray(whole)
     flipped[shards.refs([10])[0].offset + 5] ^= 1
     tar.write_bytes(flipped)
-    with pytest.raises(ArtifactError, match="altered or cut short"):
+    with pytest.raises(ArtifactError, match="altered or truncated"):
         ShardSet.open(out).read_image(10)
     tar.write_bytes(whole[:-1000])
     with pytest.raises(ArtifactError, match=f"expected a tar of {len(whole)} bytes"):

@@ -70,7 +70,7 @@ def test_a_running_and_a_killed_training(finished: Finished, tmp_path: Path, svg
         process.kill_all()
     stopped = svgpipe("status", work)
     assert stopped.code == 0
-    assert "not running and not finished: the command that made it resumes it" in stopped.out
+    assert "not running and not finished; run the same command to resume" in stopped.out
 
 
 def test_nothing_to_tell(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:

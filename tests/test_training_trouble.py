@@ -42,7 +42,7 @@ def test_storage_that_comes_back_is_waited_for(finished: Finished, tmp_path: Pat
     process.wait_for(lambda: "storage failed" in log.read_text())
     (tmp_path / "away").rename(shard)
     assert process.wait(60) == 0, log.read_text()
-    assert "trying again in" in log.read_text()
+    assert "retry in" in log.read_text()
     assert same_weights(tmp_path / "out", finished.root / "diffusion")
 
 
@@ -153,5 +153,5 @@ def test_a_batch_larger_than_the_data_is_told(
 ) -> None:
     found = svgpipe(*train_args(finished, tmp_path / "out", "--set", "diffusion.batch_size=70"))
     assert found.code == 0, found.err
-    assert "a batch of 70 is more than the 30 rows" in found.err
+    assert "a batch of 70 is larger than the 30 rows" in found.err
     assert len([e for e in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in e]) == 12

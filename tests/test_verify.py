@@ -86,7 +86,7 @@ DAMAGE: dict[Callable[[Path], None], tuple[str, str]] = {
     flip_statistics: ("features/c/0/", "unit 0:"),
     lose_metadata: ("cache", "expected a Zarr v3 group"),
     flip_labels: ("label", "expected an array, cannot read it"),
-    other_calibration: ("journal", "is not what the store was normalised with"),
+    other_calibration: ("journal", "differs from the normalisation of the store"),
 }
 MENDED_TOGETHER = [
     [flip_data, cut_last, lose_rejects],
@@ -149,7 +149,7 @@ def test_only_the_units_named_are_made_again(
         assert unit_file(cache, unit).stat().st_mtime_ns == times[unit]
     again = svgpipe("repair", cache)
     assert again.code == 0
-    assert "mended" not in again.out
+    assert "repaired" not in again.out
 
 
 def test_a_repair_that_was_killed_is_taken_up(
@@ -211,12 +211,12 @@ def test_repair_wants_the_inputs_that_the_cache_was_made_from(
     before = tree_bytes(cache, "**/*")
     found = svgpipe("repair", cache, "--shards", f"{finished.root}/shards/shard-{{000001..000002}}.tar")
     assert found.code == 1
-    assert "Repair needs the very inputs" in found.err
+    assert "Repair needs the same inputs" in found.err
     manifest = (cache / "manifest.json").read_text().replace(str(finished.root / "shards"), "/nowhere/shards")
     (cache / "manifest.json").write_text(manifest)
     moved = svgpipe("repair", cache)
     assert moved.code == 1
-    assert "If it lies elsewhere now, give --shards" in moved.err
+    assert "If it was moved, give --shards" in moved.err
     assert tree_bytes(cache, "features/**/*", "journal/*") == {
         name: content for name, content in before.items() if name.startswith(("features/", "journal/"))
     }

@@ -1,1 +1,1 @@
-"""`svgpipe probe` and `svgpipe analyze`: what features and models are like."""
+"""`svgpipe probe` and `svgpipe analyze`: properties of features and models."""

@@ -1,7 +1,7 @@
-"""`svgpipe analyze`: are classes apart in this space, do they pull noise apart, and how straight are a model's paths?
+"""`svgpipe analyze`: class distances, agreement of velocity fields, and straightness of sampling paths.
 
-The paper's argument for features instead of VAE latents, as numbers that any cache has. Only caches are read, and
-diffusion models where they are given.
+These numbers test the paper's argument for vision features instead of VAE latents, for any cache. Only caches and
+diffusion models are read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .straightness import Straightness, straightness
 from .velocity_agreement import Agreement, velocity_agreement
 
 CLASSES, PER_CLASS = 10, 64
-MAX_IMAGES = 4096  # every pair of them is looked at
+MAX_IMAGES = 4096  # all pairs are compared
 RESAMPLINGS = 100
 
 
@@ -45,26 +45,28 @@ class MappedImage(FrozenModel):
 
 
 class CacheAnalysis(FrozenModel):
-    """Of one cache."""
+    """Analysis of one cache."""
 
     cache: str
     fingerprint: str
     backbone: str
     shape: tuple[int, int, int] = Field(description="rows, columns, channels of a latent")
-    classes: list[str] = Field(description="That were looked at, evenly spread over all.")
+    classes: list[str] = Field(description="Analysed classes, evenly spread over all classes.")
     num_images: int
     distances: list[Distances]
-    agreement: list[Agreement] = Field(description="At a row of times from noise (0) to data (1); whole latents.")
-    mean_parted: Estimate | None = Field(description="Mean of `parted` over the times, which are dense near the noise.")
+    agreement: list[Agreement] = Field(description="Whole latents, at times from noise (0) to data (1).")
+    mean_parted: Estimate | None = Field(
+        description="Mean of `parted` over the times, most of which are near the noise."
+    )
     map: list[MappedImage] = Field(description="t-SNE of pooled, standardised features.")
     straightness: Straightness | None
     not_measured: list[str]
 
 
 class Analysis(FrozenModel):
-    """What `svgpipe analyze` found, caches in the order they were given."""
+    """Result of `svgpipe analyze`, caches in the given order."""
 
-    schema_version: int = Field(4, description="Of this layout; raised when a field changes its meaning.")
+    schema_version: int = Field(4, description="Version of this layout; raised when the meaning of a field changes.")
     seed: int
     caches: list[CacheAnalysis]
 
@@ -79,29 +81,38 @@ def analyze(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Analysis:
-    """Measure every cache, over at most `per_class` valid images of at most `classes` classes, evenly spread.
+    """Measure every cache, with at most `per_class` valid images of at most `classes` classes, evenly spread.
 
     Args:
-        models: finished diffusion models, or checkpoints; each belongs to the cache that it was trained on, an imported
+        caches: finished caches.
+        models: finished diffusion models or checkpoints. Each belongs to the cache that it was trained on, an imported
             one to the first cache of its autoencoder.
-        weights: of them: ema, ema-DECAY or raw.
-        seed: of the halves and noises, the t-SNE and the bootstrap.
+        classes: maximum number of classes.
+        per_class: maximum number of images per class.
+        weights: of the models: ema, ema-DECAY or raw.
+        seed: of splits, noise, t-SNE and bootstrap.
+        progress: is told what is measured.
+
+    Returns:
+        The measurements of all caches.
+
     Raises:
-        MismatchError: a model that belongs to none of the caches, or two to the same one.
-        ArtifactError: a cache in which fewer than two classes have two valid images. UsageError: no such weights, or
+        MismatchError: a model that belongs to none of the caches, or two models of the same cache.
+        ArtifactError: a cache has fewer than two classes with two valid images.
+        UsageError: no such weights, or
             more than 4096 images.
     """
     progress = progress or Silent()
     trained = _assign(caches, models)
     if weights != EMA and not trained:
-        raise UsageError(f"--ema {weights}: says which weights of a model, and no --diffusion is given.")
+        raise UsageError(f"--ema {weights}: chooses weights of a model, but no --diffusion is given.")
     for model in trained.values():
         model.weights_name(weights)
     chosen = [_choose(cache, classes, per_class) for cache in caches]
     if (most := max(map(len, chosen))) > MAX_IMAGES:
         raise UsageError(
-            f"--classes {classes} and --per-class {per_class}: expected at most {MAX_IMAGES} images of a cache, found "
-            f"{most}. Every pair of them is compared; fewer say as much."
+            f"--classes {classes} and --per-class {per_class}: expected at most {MAX_IMAGES} images per cache, found "
+            f"{most}. All pairs are compared; use fewer images."
         )
     analyses = []
     for cache, rows in zip(caches, chosen, strict=True):
@@ -110,16 +121,20 @@ def analyze(
 
 
 def _assign(caches: Sequence[FeatureCache], models: Sequence[Location]) -> dict[str, TrainedDiffusion]:
-    """Models by the fingerprint of the cache that they belong to."""
+    """Return the models by the fingerprint of their cache.
+
+    Raises:
+        MismatchError: a model without a cache, or two models of one cache.
+    """
     assigned: dict[str, TrainedDiffusion] = {}
     for place in models:
         model = open_diffusion(place)
         belongs = [cache.manifest.fingerprint for cache in caches if _is_of(model, cache)]
         if not belongs:
             imported = model.autoencoder is not None
-            what = "is imported, and draws latents of the autoencoder" if imported else "was trained on the cache"
+            what = "is imported, and samples latents of the autoencoder" if imported else "was trained on the cache"
             raise MismatchError(
-                f"{place}: {what} {(model.autoencoder or model.cache)[:12]}, which is none of those given: "
+                f"{place}: {what} {(model.autoencoder or model.cache)[:12]}, which is not one of the given caches: "
                 + ", ".join(f"{cache.path} ({_known_by(cache, imported)[:12]})" for cache in caches)
             )
         if belongs[0] in assigned:
@@ -133,7 +148,7 @@ def _is_of(model: TrainedDiffusion, cache: FeatureCache) -> bool:
 
 
 def _known_by(cache: FeatureCache, imported: bool) -> str:
-    """The fingerprint that a model goes by: of the cache, or, if it was imported, of the cache's autoencoder."""
+    """Return the fingerprint of the cache, or, for an imported model, of the cache's autoencoder."""
     return cache.manifest.inputs["autoencoder"].fingerprint if imported else cache.manifest.fingerprint
 
 
@@ -185,7 +200,7 @@ def _analyze_one(
 def _agreement(
     cache: FeatureCache, rows: NDArray[np.int64], labels: Tensor, seed: int, missing: list[str]
 ) -> tuple[list[Agreement], Estimate | None]:
-    """See `velocity_agreement`; none, and the reason in `missing`, where it cannot be measured."""
+    """Return `velocity_agreement`; nothing, and the reason in `missing`, if it cannot be measured."""
     try:
         latents = torch.from_numpy(cache.read(rows).astype(np.float32)).flatten(1).to(pick_device())
         agreement, parted, left_out = velocity_agreement(latents, labels, RESAMPLINGS, seed)
@@ -194,7 +209,7 @@ def _agreement(
         return [], None
     if left_out:
         names = ", ".join(cache.classes[c] for c in left_out)
-        missing.append(f"velocity agreement of {names}: far fewer images than of the other classes")
+        missing.append(f"velocity agreement of {names}: far fewer images than in the other classes")
     return agreement, parted
 
 
@@ -202,7 +217,7 @@ def _straightness(
     trained: TrainedDiffusion | None, weights: str, seed: int, progress: Progress, missing: list[str]
 ) -> Straightness | None:
     if trained is None:
-        missing.append("curvature of sampling trajectories: no model of this cache was given (--diffusion)")
+        missing.append("curvature of sampling paths: no model of this cache was given (--diffusion)")
         return None
     name = trained.weights_name(weights)
     result = straightness(trained.load(name).to(pick_device()), trained.described(name), RESAMPLINGS, seed)
@@ -211,7 +226,11 @@ def _straightness(
 
 
 def _choose(cache: FeatureCache, classes: int, per_class: int) -> NDArray[np.int64]:
-    """Rows to look at: valid ones, in order, of evenly spread classes that have at least two."""
+    """Return the rows to analyse: valid ones, in order, of evenly spread classes with at least two valid images.
+
+    Raises:
+        ArtifactError: there are fewer than two such classes.
+    """
     counts = np.bincount(cache.labels[cache.valid], minlength=len(cache.classes))
     eligible = np.flatnonzero(counts >= 2)
     if len(eligible) < 2:

@@ -1,4 +1,4 @@
-"""How far images of a class lie from each other, against those of other classes; and a map of them."""
+"""Distances between images of one class and of different classes, and a t-SNE map."""
 
 from __future__ import annotations
 
@@ -20,23 +20,28 @@ class Distances(FrozenModel):
     """Mean Euclidean distances between pooled, standardised features of one group of channels."""
 
     group: str
-    within: Estimate = Field(description="Between two images of a class.")
-    between: Estimate = Field(description="Between two images of different classes.")
-    ratio: Estimate = Field(description="between / within: 1 where classes do not matter.")
+    within: Estimate = Field(description="Two images of one class.")
+    between: Estimate = Field(description="Two images of different classes.")
+    ratio: Estimate = Field(description="between / within; 1: classes do not matter.")
 
 
 def class_distances(group: str, features_nD: Tensor, labels_n: Tensor, replicates: int, seed: int) -> Distances:
-    """Of (n,D) rows with (n,) labels; intervals by resampling images, a pair of one image with itself left out.
+    """Measure (n,D) rows with (n,) labels.
+
+    Intervals are by resampling images; pairs of an image with itself are excluded.
+
+    Returns:
+        Mean distances within and between classes.
 
     Raises:
-        ValueError: no two rows of one class, or fewer than two classes; or all rows of a class are the same.
+        ValueError: no two rows of one class, fewer than two classes, or all rows of a class are equal.
     """
     apart, n = torch.cdist(features_nD.double(), features_nD.double()), len(features_nD)
     within, between = _means(apart, labels_n, torch.arange(n))
     if not (np.isfinite(within) and np.isfinite(between)):
-        raise ValueError(f"distances of {group}: expected two classes and a class of two rows")
+        raise ValueError(f"distances of {group}: expected two classes, and two rows of one class")
     if within == 0:
-        raise ValueError(f"distances of {group}: the images of a class do not differ in it")
+        raise ValueError(f"distances of {group}: the images of a class are all equal")
     means = [_means(apart, labels_n, pick) for pick in picks(n, replicates, seed)]
     resampled = [pair for pair in means if np.isfinite(pair).all() and pair[0] > 0]
     return Distances(
@@ -56,7 +61,7 @@ def _means(apart: Tensor, labels: Tensor, pick: Tensor) -> tuple[float, float]:
 
 
 def tsne(features_nD: Tensor, seed: int) -> NDArray[np.float64] | None:
-    """(n,2) t-SNE of (n,D) rows by scikit-learn, from principal components; None below 5 rows or 2 columns."""
+    """Return the (n,2) t-SNE of (n,D) rows by scikit-learn, on principal components; None below 5 rows or 2 columns."""
     from sklearn.manifold import TSNE
 
     n = len(features_nD)

@@ -1,4 +1,4 @@
-"""Mean-pooled features of a cache, and its groups of channels: what probes and plots look at."""
+"""Spatially averaged features of a cache, and its groups of channels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..runtime.progress import Progress, Silent
 
 BLOCK_ROWS = 128
 READERS = 3
-# A channel that does not vary is left as it is: divided by next to nothing, it would be all that other rows show.
+# A channel with less variation is not rescaled: it would dominate the other channels.
 MIN_SPREAD = 1e-6
 BACKBONE, RESIDUAL, BOTH = "backbone", "residual", "both"
 
 
 def channel_groups(cache: FeatureCache) -> dict[str, slice]:
-    """Backbone, residual and both; of a cache without a residual, the backbone alone."""
+    """Return the slices of backbone, residual and both; of the backbone alone for a cache without residual."""
     frozen, channels = cache.manifest.frozen_channels, cache.shape[-1]
     if frozen == channels:
         return {BACKBONE: slice(0, frozen)}
@@ -29,10 +29,10 @@ def channel_groups(cache: FeatureCache) -> dict[str, slice]:
 
 
 def pooled(cache: FeatureCache, rows: Sequence[int], progress: Progress | None = None) -> NDArray[np.float32]:
-    """(n,C) means over the grid, denormalised, so that caches of other statistics compare; read by several threads.
+    """Return (n,C) means over the grid, denormalised, so that caches with other statistics are comparable.
 
     Raises:
-        ArtifactError: a shard that is missing or damaged.
+        ArtifactError: a shard is missing or damaged.
     """
     progress = progress or Silent()
     progress.begin("read", len(rows))
@@ -46,6 +46,6 @@ def pooled(cache: FeatureCache, rows: Sequence[int], progress: Progress | None =
 
 
 def spread(features_nD: Tensor) -> Tensor:
-    """(D,) standard deviations to divide (n,D) rows by; 1 for what does not vary."""
+    """Return (D,) standard deviations to divide (n,D) rows by; 1 for constant columns."""
     std = features_nD.std(0)
     return std.where(std > MIN_SPREAD, 1.0)

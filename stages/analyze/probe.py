@@ -1,6 +1,6 @@
-"""`svgpipe probe`: how well a cache's features tell the classes apart, by a linear map and by nearest neighbours.
+"""`svgpipe probe`: linear classification and nearest neighbours on the features of a cache.
 
-The cache is all that is read: no image, no backbone.
+Only the cache is read, no images and no backbone.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class GroupProbe(FrozenModel):
     channels: int
     linear: Estimate
     knn: Estimate
-    weight_decay: float = Field(description="Of the linear map; the best on a tenth of the training rows.")
+    weight_decay: float = Field(description="Of the linear probe; chosen on a tenth of the training rows.")
 
 
 class Probe(FrozenModel):
-    """What `svgpipe probe` found."""
+    """Result of `svgpipe probe`."""
 
     cache: str
     fingerprint: str
@@ -53,11 +53,11 @@ class Probe(FrozenModel):
     training_images: int
     test_images: int
     neighbours: int
-    most_frequent: Estimate = Field(description="Accuracy of always naming the training rows' most frequent class.")
+    most_frequent: Estimate = Field(description="Accuracy of always predicting the most frequent training class.")
     groups: list[GroupProbe]
     paper: list[PaperProbe] = Field(
         default_factory=PAPER_PROBES.copy,
-        description="The paper's, not ours: of ImageNet only, and its protocol may differ from this one.",
+        description="The paper's values for ImageNet; its protocol may differ from this one.",
     )
 
 
@@ -69,18 +69,26 @@ def probe(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Probe:
-    """Fit on valid training rows, test on held-out rows of `cache` or on all valid rows of `validation`.
+    """Fit on valid training rows; test on held-out rows of `cache` or on all valid rows of `validation`.
 
-    Features are mean-pooled over the grid and standardised by the training rows. The linear probe is a softmax
-    regression (`fit_linear`); neighbours vote by cosine (`knn_votes`). Intervals are Wilson's, over the test images.
+    Features are averaged over the grid and standardised with the training rows. The linear probe is a softmax
+    regression (`fit_linear`). Neighbours vote by cosine (`knn_votes`). Intervals are Wilson intervals over the test
+    images.
 
     Args:
-        rows: at most so many training and test rows, evenly spread; None takes all.
+        cache: finished cache to train on.
+        validation: cache of test images; None: the held-out rows of `cache`.
+        rows: maximum number of training and of test rows, evenly spread; None: all.
         seed: of the split that chooses the weight decay.
+        progress: is told what is read.
+
+    Returns:
+        Accuracies per group of channels.
+
     Raises:
-        UsageError: nothing to test on, or a validation cache that holds the training images.
-        MismatchError: a validation cache of another autoencoder or alignment, or of other classes.
-        ArtifactError: fewer than two classes, or damage.
+        UsageError: no test rows, or a validation cache that holds the training images.
+        MismatchError: a validation cache of another autoencoder or alignment, or with other classes.
+        ArtifactError: fewer than two classes, or damaged features.
     """
     progress = progress or Silent()
     tested, training, test = _rows_of(cache, validation, rows)
@@ -123,7 +131,11 @@ def probe(
 def _rows_of(
     cache: FeatureCache, validation: FeatureCache | None, rows: int | None
 ) -> tuple[FeatureCache, NDArray[np.int64], NDArray[np.int64]]:
-    """The cache to test on, rows of `cache` to fit on, and rows of the other to test on."""
+    """Return the cache to test on, rows of `cache` to train on, and rows of the other to test on.
+
+    Raises:
+        UsageError: there are no held-out rows.
+    """
     training = cache.training_rows
     if validation is None:
         tested, test = cache, cache.heldout_rows
@@ -159,7 +171,7 @@ def _accuracy(predicted: Tensor, labels: Tensor) -> Estimate:
 
 
 def _best_decay(x: Tensor, y: Tensor, num_classes: int, seed: int) -> float:
-    """Of DECAYS, by accuracy on a random tenth of the training rows; the largest of those that are equally good."""
+    """Return the best of DECAYS by accuracy on a random tenth of the training rows; of equal ones the largest."""
     order = torch.randperm(len(x), generator=generator(seed, "probe")).to(x.device)
     held, kept = order.split([max(1, round(TUNING_SHARE * len(x))), len(x) - max(1, round(TUNING_SHARE * len(x)))])
     scores = {
@@ -178,22 +190,22 @@ def _require_comparable(cache: FeatureCache, validation: FeatureCache) -> None:
         what_to_do="Extract both caches with the same autoencoder.",
     )
     require_same_alignment(validation.path, cache.path)
-    not_heldout = bool((validation.valid & ~validation.heldout).any())  # held-out rows are never fitted on
+    not_heldout = bool((validation.valid & ~validation.heldout).any())  # held-out rows are never trained on
     same = ours["shards"].fingerprint == theirs["shards"].fingerprint
     if same or (not_heldout and _share_tars(ours["shards"], theirs["shards"])):
         raise UsageError(
-            f"{validation.path}: holds images of {cache.path} itself. Leave --validation out to test on its "
-            "held-out rows, or give a cache of other images."
+            f"{validation.path}: holds images of {cache.path} itself. Omit --validation to test on the held-out rows, "
+            "or give a cache of other images."
         )
     if (names := _first_difference(cache.classes, validation.classes)) is not None:
         raise MismatchError(
-            f"{validation.path}: expected the {len(cache.classes)} classes of {cache.path} in their order, found "
-            f"{len(validation.classes)}; the first that differs: {names[0]!r} there, {names[1]!r} here."
+            f"{validation.path}: expected the {len(cache.classes)} classes of {cache.path} in the same order, found "
+            f"{len(validation.classes)}; the first difference: {names[0]!r} there, {names[1]!r} here."
         )
 
 
 def _share_tars(one: InputRef, other: InputRef) -> bool:
-    """Whether two inputs, of which either may be a part of a shard set, hold a tar of one set in common."""
+    """Return whether two inputs, each a shard set or a part of one, share a tar."""
     if one.config.get("of", one.fingerprint) != other.config.get("of", other.fingerprint):
         return False
     parts = [set(ref.config["only"]) for ref in (one, other) if "only" in ref.config]

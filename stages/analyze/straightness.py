@@ -1,4 +1,4 @@
-"""How curved a model's sampling trajectories are: what decides how many steps it needs.
+"""Curvature of sampling paths: the straighter they are, the fewer steps a model needs.
 
 Legend: B samples, T tokens, C channels.
 """
@@ -23,26 +23,30 @@ BATCH = 16
 
 
 class Straightness(FrozenModel):
-    """Of trajectories without guidance, in 50 equal Euler steps. All are relative to |end - start|; 0 is straight."""
+    """Paths without guidance, in 50 equal Euler steps. All values are relative to |end - start|; 0: straight."""
 
     weights: str
     times: list[float]
-    deviation: list[Estimate] = Field(description="At each of `times`, mean distance from the straight line's point.")
-    largest_deviation: Estimate = Field(description="Mean over samples of the largest one.")
+    deviation: list[Estimate] = Field(description="Mean distance to the straight line, at each of `times`.")
+    largest_deviation: Estimate = Field(description="Mean over samples of the largest deviation.")
     curvature: Estimate = Field(
         description="Integral of |v - (end - start)|² over time, over |end - start|² (arXiv 2209.03003, eq. 7)."
     )
-    one_step: Estimate = Field(description="How far a single step from the noise lands from the trajectory's end.")
+    one_step: Estimate = Field(description="Distance from the result of a single step to the end of the path.")
 
 
 @torch.no_grad()
 def straightness(model: DiT, weights: str, replicates: int, seed: int) -> Straightness:
-    """Of samples 0 to 63, the classes in turn; `model` is in eval mode, on the device that computes."""
+    """Measure samples 0 to 63, with the classes in turn. `model` must be in eval mode on the device that computes.
+
+    Returns:
+        Deviations from straight paths.
+    """
     deviations, curvatures, one_steps = [], [], []
     for start in range(0, SAMPLES, BATCH):
         path, velocities = _trajectory(model, range(start, start + BATCH), seed)
         chord = path[-1] - path[0]
-        length = _norm(chord).clamp_min(1e-12)  # a model that was never trained stays where it is
+        length = _norm(chord).clamp_min(1e-12)  # an untrained model does not move
         times = time_grid(STEPS, 1.0).to(chord.device)
         line = path[0] + times.view(-1, 1, 1, 1) * chord
         deviations.append(torch.stack([_norm(z - on) / length for z, on in zip(path, line, strict=True)]).cpu())
@@ -62,7 +66,7 @@ def straightness(model: DiT, weights: str, replicates: int, seed: int) -> Straig
 
 
 def _trajectory(model: DiT, indices: range, seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """(B,T,C) points at the STEPS + 1 times, and velocities at all but the last."""
+    """Return (B,T,C) points at the STEPS + 1 times, and velocities at all but the last."""
     device = next(model.parameters()).device
     z = initial_noise(seed, indices, model.grid[0] * model.grid[1], model.in_channels).to(device)
     labels = labels_of(indices, model.num_classes).to(device)

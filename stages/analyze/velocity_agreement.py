@@ -1,9 +1,9 @@
-"""Do the images of one class pull a noisy point the same way, and those of another class elsewhere?
+"""Agreement of the true velocity fields of classes: the paper's argument for few steps, measured on the data alone.
 
-The paper's argument for few steps, made measurable on the data alone: the true conditional velocity field of a class
-is known in closed form (`empirical_velocity`). At a point on the path of an image of class c stand three fields: of two
-disjoint halves of the other images of c, and of as many images of another class. Agreement is the cosine between two
-of them, so within and between classes compare fields of equal size at the same points.
+The conditional velocity field of a class is known in closed form (`empirical_velocity`). At a point on the path of an
+image of class c, three fields are compared: those of two disjoint halves of the other images of c, and that of as many
+images of another class. Agreement is the cosine of two fields. Within and between classes therefore compare fields of
+equal size at the same points.
 
 Legend: P points, D dimensions of a whole latent.
 """
@@ -26,49 +26,52 @@ from svgpipe.models.seeds import generator
 from ..evaluate.intervals import estimate, mean_estimate, picks
 from ..runtime.selection import evenly_spread
 
-# Dense near the noise: of latents of 100,000 numbers, a field soon points at a single image, from t = 0.02 on if these
-# have nothing in common.
+# Dense near the noise: with latents of 100,000 dimensions, a field soon points at a single image, from t = 0.02 on if
+# images have nothing in common.
 TIMES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.9)
 POINTS_PER_CLASS = 8
 MIN_CLASS = 3
-# Every class is cut to the size of the smallest one, so classes below this share of the median are left out.
+# All classes are reduced to the size of the smallest one. Classes below this fraction of the median are skipped.
 MIN_SHARE = 0.5
-MAX_FIELDS = 32  # classes whose fields are looked at from all points: with all of 1000, the work would take days
+MAX_FIELDS = 32  # classes whose fields are computed at all points; all 1000 would take days
 
 
 class Agreement(FrozenModel):
-    """At one time."""
+    """Agreement at one time."""
 
     time: float
     within: Estimate = Field(description="Mean cosine between the fields of two halves of a class.")
     between: Estimate = Field(
-        description="Mean cosine between the fields of half a class and of half another, over at most 32 others."
+        description="Mean cosine between the fields of half a class and of half another class, over at most 32 others."
     )
     parted: Estimate = Field(
-        description="(1 - between) / (1 - within): how much further apart fields of two classes are; 1 where "
-        "classes do not matter."
+        description="(1 - between) / (1 - within): how much more fields of two classes differ; 1: classes do not "
+        "matter."
     )
     rows: Estimate = Field(
-        description="How many images of half a class make up its field (1 / sum of squared weights); at 1 the field "
-        "points at the likeliest image alone, and what is compared is where single images lie."
+        description="Number of images of half a class that contribute to its field (1 / sum of squared weights). At 1, "
+        "the field points at the most likely image alone, and positions of single images are compared."
     )
 
 
 class VelocityAgreement(NamedTuple):
-    """At all times, and over them."""
+    """Agreement at all times, and its mean."""
 
     at_times: list[Agreement]
     mean_parted: Estimate
-    left_out: list[int]  # classes with too few images
+    left_out: list[int]  # skipped classes with too few images
 
 
 def velocity_agreement(latents_nD: Tensor, labels_n: Tensor, replicates: int, seed: int) -> VelocityAgreement:
-    """Of (n,D) normalised latents, at every one of TIMES; intervals are over the points.
+    """Measure (n,D) normalised latents at all TIMES. Intervals are over the points.
 
-    Classes of fewer than three images, or of less than half the median class, are left out.
+    Classes with fewer than three images, or with less than half the median number, are skipped.
+
+    Returns:
+        Agreement at all times, its mean, and the skipped classes.
 
     Raises:
-        ValueError: fewer than two classes of at least three images.
+        ValueError: fewer than two classes with at least three images.
     """
     groups = _groups(labels_n, seed)
     if len(groups) < 2:
@@ -88,7 +91,7 @@ def velocity_agreement(latents_nD: Tensor, labels_n: Tensor, replicates: int, se
             effective[classes == c] = 1 / likely.square().sum(1).cpu()
         within, between = F.cosine_similarity(own, twin, dim=1).cpu(), torch.zeros(len(z))
         others = torch.zeros(len(z))
-        for c in fields:  # at all points at once: there are as many fields as classes
+        for c in fields:  # for all points at once: there are as many fields as classes
             cosine = F.cosine_similarity(own, empirical_velocity(z, t, latents_nD[groups[c][1]]), dim=1).cpu()
             between += torch.where(classes == c, 0.0, cosine)
             others += classes != c
@@ -102,7 +105,7 @@ def velocity_agreement(latents_nD: Tensor, labels_n: Tensor, replicates: int, se
 
 
 def _summarised(cosines_T2P: Tensor, rows_TP: Tensor, replicates: int, seed: int) -> tuple[list[Agreement], Estimate]:
-    """Estimates of the cosines within and between, of every time; points are resampled at all times alike."""
+    """Return estimates of the cosines within and between classes at every time. Points are resampled jointly."""
     count = cosines_T2P.shape[2]
 
     def parted(pick: Tensor) -> Tensor:
@@ -125,7 +128,7 @@ def _summarised(cosines_T2P: Tensor, rows_TP: Tensor, replicates: int, seed: int
 
 
 def _groups(labels: Tensor, seed: int) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """For each class: rows that give points, and two halves of the rest, of equal size in all classes."""
+    """Return for each class the rows that give points, and two halves of the rest, of equal size in all classes."""
     members = {int(c): torch.nonzero(labels == c).flatten() for c in labels.unique()}
     enough = max(MIN_CLASS, MIN_SHARE * statistics.median(map(len, members.values())))
     members = {c: rows for c, rows in members.items() if len(rows) >= enough}
@@ -142,7 +145,7 @@ def _groups(labels: Tensor, seed: int) -> dict[int, tuple[Tensor, Tensor, Tensor
 
 
 def _points(latents: Tensor, rows: Tensor, t: float, seed: int) -> Tensor:
-    """(P,D) points at time t on the paths of those rows, each from a noise of its own that is the same at all times."""
+    """Return (P,D) points at time t on the paths of these rows. The noise of a row is the same at all times."""
     noise = torch.stack(
         [torch.randn(latents.shape[1], generator=generator(seed, "agreement", int(row))) for row in rows]
     )

@@ -1,1 +1,1 @@
-"""Commands that look at, check, repair, convert or import artifacts."""
+"""Commands that verify, repair, convert, compare, export and import artifacts."""

@@ -1,4 +1,4 @@
-"""What the statistics of a cache say: whether its normalisation still holds, and how many dimensions it uses."""
+"""Interprets the statistics of a cache: quality of the normalisation, and effective rank."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 
 from svgpipe.manifests.cache import FeatureCache
 
-# Beyond these a normalised channel is called off.
+# Limits of a normalised channel.
 MEAN_LIMIT, STD_LOW, STD_HIGH = 0.05, 0.95, 1.05
 NAMED = 8
 
 
 @dataclass(frozen=True)
 class CacheStatistics:
-    """Of everything that was written, over valid rows and all views, in normalised units."""
+    """Statistics of all stored values of valid rows and all views, in normalised units."""
 
     mean: NDArray[np.float64]  # (C,) and so on
     std: NDArray[np.float64]
@@ -28,7 +28,14 @@ class CacheStatistics:
 
     @classmethod
     def of(cls, cache: FeatureCache) -> CacheStatistics:
-        """Read and summarise them. Raises ArtifactError where an array is missing or damaged."""
+        """Read the statistics of a cache.
+
+        Returns:
+            The statistics.
+
+        Raises:
+            ArtifactError: an array is missing or damaged.
+        """
         arrays = {
             name: cache.store.array(f"stored_{name}").astype(np.float64) for name in ("mean", "std", "min", "max")
         }
@@ -44,14 +51,14 @@ class CacheStatistics:
         )
 
     def name_of(self, channel: int) -> str:
-        """`backbone 17` or `residual 3`, each counted from 0."""
+        """Return `backbone 17` or `residual 3`, each counted from 0."""
         if channel < self.frozen_channels:
             return f"backbone {channel}"
         return f"residual {channel - self.frozen_channels}"
 
     @property
     def off(self) -> list[int]:
-        """Channels whose mean or standard deviation is not what normalisation promised, the worst first."""
+        """Channels whose mean or standard deviation is outside the limits, the worst first."""
         distance = np.maximum(
             np.abs(self.mean) / MEAN_LIMIT,
             np.where(self.std < 1, (1 - self.std) / (1 - STD_LOW), (self.std - 1) / (STD_HIGH - 1)),
@@ -60,20 +67,20 @@ class CacheStatistics:
 
     @property
     def warnings(self) -> list[str]:
-        """One sentence, if any channel is off, that names the worst of them."""
+        """One sentence that names the worst channels, if any is outside the limits."""
         off = self.off
         if not off:
             return []
         worst = ", ".join(f"{self.name_of(c)} (mean {self.mean[c]:+.3f}, std {self.std[c]:.3f})" for c in off[:NAMED])
         more = f" and {len(off) - NAMED} more" if len(off) > NAMED else ""
         return [
-            f"{len(off)} of {len(self.mean)} channels are off what calibration promised (|mean| > {MEAN_LIMIT} or std "
+            f"{len(off)} of {len(self.mean)} channels are not normalised (|mean| > {MEAN_LIMIT} or std "
             f"outside {STD_LOW}–{STD_HIGH}): {worst}{more}. Calibrate over more images (extract.calibration_images)."
         ]
 
 
 def effective_rank(covariance: NDArray[np.float64]) -> float:
-    """exp of the entropy of the normalised eigenvalues, between 1 and C. Source: Roy & Vetterli 2007."""
+    """Return exp of the entropy of the normalised eigenvalues, between 1 and C. Source: Roy & Vetterli 2007."""
     eigenvalues = np.clip(np.linalg.eigvalsh(covariance), 0, None)
     total = eigenvalues.sum()
     if total == 0:

@@ -1,4 +1,4 @@
-"""Rows of a cache as pictures: source, features, residual, reconstruction."""
+"""Pictures of rows of a cache: source, features, residual, reconstruction."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ..images.stream import load_images
 from ..networks.autoencoder import latent_decoder
 from ..runtime.selection import choose_evenly, evenly_spread
 
-# Standard deviations that the ends of a colour scale stand for.
+# Standard deviations at the ends of the colour scale.
 COLOUR_RANGE = 2.5
 BINS = 81
 HISTOGRAM_RANGE = 5.0
-# Evenly spread rows that the distributions are taken over, read so many at a time.
+# Rows for the distributions, evenly spread, and rows per read.
 HISTOGRAM_ROWS, HISTOGRAM_READ = 1024, 64
 
 
 @dataclass(frozen=True)
 class SheetRow:
-    """One sample; a picture is None where `ContactSheet.missing` says why."""
+    """One sample. A picture is None if `ContactSheet.missing` says why."""
 
     row: int
     class_name: str
@@ -43,16 +43,16 @@ class SheetRow:
 
 @dataclass(frozen=True)
 class ContactSheet:
-    """Some samples of a cache, and the distribution of every channel over many more."""
+    """Some samples of a cache, and the distribution of each channel over many more."""
 
     rows: list[SheetRow]
-    histogram: NDArray[np.float64]  # (channel, bin) shares, bins over ±HISTOGRAM_RANGE, ends included
-    histogram_rows: int  # valid rows that it is taken over, original view
+    histogram: NDArray[np.float64]  # (channel, bin) fractions, bins over ±HISTOGRAM_RANGE, ends included
+    histogram_rows: int  # number of valid rows, original view
     missing: list[str]
 
 
 def contact_sheet(cache: FeatureCache, count: int) -> ContactSheet:
-    """Pictures of at most `count` valid rows, the classes in turn, under one PCA for all.
+    """Return pictures of at most `count` valid rows, classes in turn, with one PCA for all.
 
     Raises:
         ArtifactError: the cache has no valid row.
@@ -85,7 +85,7 @@ def contact_sheet(cache: FeatureCache, count: int) -> ContactSheet:
 
 
 def _classes_in_turn(cache: FeatureCache, count: int) -> list[int]:
-    """Evenly spread rows of every class, one class after the other; of many classes evenly spread ones."""
+    """Return evenly spread rows of every class, or of evenly spread classes if there are many."""
     usable = np.flatnonzero(cache.valid)
     present = np.unique(cache.labels[usable])
     classes = present[evenly_spread(len(present), count)]
@@ -98,12 +98,16 @@ def _classes_in_turn(cache: FeatureCache, count: int) -> list[int]:
 
 
 def _principal_colours(features: NDArray[np.float32]) -> RGBArray:
-    """(n,h,w,C) → (n,h,w,3): projections on the three first principal components of all vectors together."""
+    """(n,h,w,C) → (n,h,w,3): projections on the first three principal components of all vectors.
+
+    Returns:
+        The projections.
+    """
     flat = features.reshape(-1, features.shape[-1]).astype(np.float64)
     centred = flat - flat.mean(axis=0)
     _, axes = np.linalg.eigh(centred.T @ centred)
     axes = axes[:, ::-1][:, :3]
-    # An eigenvector's sign is arbitrary; its largest entry decides, so that colours do not flip between runs.
+    # The sign of an eigenvector is arbitrary. Its largest entry decides, so that colours do not flip between runs.
     axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
     projected = centred @ axes
     projected /= np.maximum(projected.std(axis=0), 1e-12)
@@ -113,7 +117,11 @@ def _principal_colours(features: NDArray[np.float32]) -> RGBArray:
 
 
 def _residual_maps(residual: NDArray[np.float32]) -> list[RGBArray]:
-    """(n,h,w,R) → one picture each: R grey maps in a row of at most four, with white lines between."""
+    """(n,h,w,R) → one picture each: R grey maps in rows of at most four, separated by white lines.
+
+    Returns:
+        The pictures.
+    """
     framed = np.pad(_as_shades(residual), ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
     channels = residual.shape[-1]
     return [tile(np.repeat(np.moveaxis(sample, -1, 0)[..., None], 3, axis=-1), min(4, channels)) for sample in framed]
@@ -149,7 +157,7 @@ def _decoded(cache: FeatureCache, features: NDArray[np.float32], missing: list[s
     try:
         recorded = cache.manifest.inputs["autoencoder"]
         place = location(recorded.path)
-        # Another one may lie there by now: what it makes of these features would be taken for theirs.
+        # Another autoencoder may be there by now. Its images would be taken for those of the cache.
         require_same(str(cache.path), recorded, AutoencoderManifest.read(place).as_input(place), what_to_do="")
         decode = latent_decoder(place)
     except (SvgpipeError, OSError) as error:

@@ -19,7 +19,7 @@ DIFFERENCE_EDGES = np.asarray([0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0, np.inf
 
 
 class GroupDifference(FrozenModel):
-    """Of one group of channels. Differences are in standard deviations of the first cache's channels."""
+    """Differences of one group of channels, in standard deviations of the first cache's channels."""
 
     name: str
     cosine_counts: list[int] = Field(description="Vectors per interval of cosine_edges.")
@@ -31,27 +31,30 @@ class GroupDifference(FrozenModel):
 
 
 class CacheDifference(FrozenModel):
-    """What differs between two caches."""
+    """Differences between two caches."""
 
     rows: int
     views: list[str]
     groups: list[GroupDifference]
     labels_differ: int
     validity_differs: int
-    fields: list[str] = Field(description="Of config and inputs, both values in each.")
+    fields: list[str] = Field(description="Differing fields of config and inputs, with both values.")
     cosine_edges: list[float] = COSINE_EDGES.tolist()
-    difference_edges: list[float] = Field(DIFFERENCE_EDGES[:-1].tolist(), description="The last interval has no end.")
+    difference_edges: list[float] = Field(DIFFERENCE_EDGES[:-1].tolist(), description="The last interval is open.")
 
 
 def diff(
     one: FeatureCache, two: FeatureCache, *, rows: int | None = 4096, progress: Progress | None = None
 ) -> CacheDifference:
-    """Compare evenly spread rows (None: all) that are valid in both, in every view that both have.
+    """Compare evenly spread rows (None: all) that are valid in both caches, in all common views.
 
-    Features are denormalised first: two caches may be normalised with other statistics.
+    Features are denormalised first, because two caches may have different statistics.
+
+    Returns:
+        Histograms of the differences.
 
     Raises:
-        MismatchError: other numbers of samples, other feature shapes, or no view in common.
+        MismatchError: other numbers of samples, other feature shapes, or no common view.
     """
     progress = progress or Silent()
     a, b = one.manifest, two.manifest
@@ -59,7 +62,7 @@ def diff(
     if (a.num_samples, a.feature_shape) != (b.num_samples, b.feature_shape) or not views:
         raise MismatchError(
             f"{one.path} holds {a.num_samples} samples of {a.feature_shape}, views {a.views}; {two.path} holds "
-            f"{b.num_samples} of {b.feature_shape}, views {b.views}. Only caches of the same images and grid compare."
+            f"{b.num_samples} of {b.feature_shape}, views {b.views}. Give two caches of the same images and grid."
         )
     usable = np.flatnonzero(one.valid & two.valid)
     chosen = choose_evenly(usable.tolist(), rows)
@@ -116,7 +119,7 @@ class _Tally:
             self.largest, self.at = float(largest.max()), (rows[int(largest.argmax())], view)
 
     def result(self) -> GroupDifference:
-        """The counts so far."""
+        """Return the counts so far."""
         count = max(1, int(self.cosines.sum()))
         return GroupDifference(
             name=self.name,

@@ -1,8 +1,8 @@
-"""`svgpipe export`: the weights of a diffusion model as plain safetensors, with all that is needed to use them.
+"""`svgpipe export`: the weights of a diffusion model as plain safetensors, with everything needed to use them.
 
 model.safetensors       the transformer
 statistics.safetensors  channel_mean, channel_std: feature = latent * std + mean
-config.json             the model's arguments, classes, the sampler's time shift, what it was made from
+config.json             arguments of the model, classes, time shift of the sampler, inputs
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written where."""
+    """Result of an export."""
 
     weights: str
     step: int
@@ -41,11 +41,17 @@ def export(source: Location, out: Location, weights: str = EMA) -> Exported:
     """Write the chosen weights of `source` to the new or empty folder `out`.
 
     Args:
-        source: a finished diffusion model, a run that is not finished (its newest checkpoint is taken), or one of its
-            checkpoints (`RUN/checkpoints/step-00001000`).
-        weights: `ema` (the recipe's first average), `ema-DECAY` or `raw`.
+        source: a finished diffusion model, an unfinished run (its newest checkpoint is used), or a checkpoint
+            (`RUN/checkpoints/step-00001000`).
+        out: folder to create.
+        weights: `ema` (the first decay), `ema-DECAY` or `raw`.
+
+    Returns:
+        Folder, weights and step.
+
     Raises:
-        ArtifactError: no diffusion model there, a damaged file, or files in `out`. UsageError: no such weights.
+        ArtifactError: no diffusion model, a damaged file, or files in `out`.
+        UsageError: no such weights.
         BusyError: another process exports to `out`.
     """
     model = open_diffusion(source)
@@ -64,16 +70,20 @@ def export(source: Location, out: Location, weights: str = EMA) -> Exported:
 
 
 def _require_free(out: Location) -> None:
-    """Raise ArtifactError unless `out` is new, empty, or holds what a killed export left: no config.json yet."""
+    """Check that `out` is new, empty, or holds an unfinished export (no config.json).
+
+    Raises:
+        ArtifactError: it holds something else.
+    """
     left = {MODEL_FILE, STATISTICS_FILE, LOCK_NAME}
     names = {path.name for path in children(out)}
     foreign = [name for name in names - left if not name.endswith((".partial", ".claim"))]
     if foreign or (out.exists() and not out.is_dir()):
-        raise ArtifactError(f"{out}: expected a new or empty folder, found something there. Give another.")
+        raise ArtifactError(f"{out}: expected a new or empty folder, found files in it. Give another one.")
 
 
 def _config(model: TrainedDiffusion, config: DiffusionSection, name: str) -> Json:
-    """Content of config.json, which is written last."""
+    """Return the content of config.json, which is written last."""
     arguments: dict[str, Any] = dit_arguments(
         config.model, grid=model.grid, channels=model.channels, num_classes=len(model.class_names)
     )

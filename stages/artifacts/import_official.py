@@ -1,11 +1,11 @@
-"""`svgpipe import-official`: released SVG checkpoints → an autoencoder and a diffusion model of ours.
+"""`svgpipe import-official`: convert released SVG checkpoints to an autoencoder and a diffusion model.
 
-OUT/autoencoder    residual encoder, decoder, mask token; the backbone beside them. No alignment yet: the official code
-                   aligns every batch by itself, so the first extraction or evaluation measures the four scalars
-OUT/diffusion      the transformer, with the official statistics, sampling from official latents
-OUT/import.json    which keys were used and which left aside, and why
+OUT/autoencoder    residual encoder, decoder, mask token and backbone. No alignment: the official code aligns every
+                   batch by itself, so the first extraction or evaluation measures the four scalars
+OUT/diffusion      the transformer, with the official statistics of its latents
+OUT/import.json    used and unused keys, with reasons
 
-Strict: a key that has no place is an error. Nothing in a file is ever run.
+A key without a place is an error. No code in a file is run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import (
@@ -30,7 +31,7 @@ from svgpipe.manifests.checkpoint import (
 )
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.filesystem import Location, file_sha256
-from svgpipe.manifests.manifest import InputRef, digest, read_json, write_json
+from svgpipe.manifests.manifest import InputRef, digest, read_json, summarise, write_json
 from svgpipe.manifests.recipe import (
     AutoencoderSection,
     BackboneSection,
@@ -57,15 +58,15 @@ from .official_files import read_official, tensors_of
 
 IMPORT_NAME = "import.json"
 OFFICIAL_EMA = 0.9999
-# The official average takes in the fixed table of positions too, and rounding moves it: 1.7e-4 after 5,000 steps, where
-# it stays. What was averaged is kept, as the official sampler uses it.
+# The official EMA also averages the fixed position table, and rounding changes it: by 1.7e-4 after 5,000 steps, then no
+# further. The averaged table is kept, because the official sampler uses it.
 POSITION_DRIFT = 1e-3
 STATISTICS = ("mean", "std")
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What came of one file."""
+    """Result of importing one file."""
 
     directory: Location
     fingerprint: str
@@ -82,21 +83,29 @@ def import_official(
     stats: Path | None = None,
     class_names: list[str] | None = None,
 ) -> list[Imported]:
-    """Convert official files; run again to find what is already there.
+    """Convert official files; run again to find finished work.
 
     Args:
         autoencoder: Lightning checkpoint of the autoencoder.
-        diffusion: checkpoint of the transformer: `ema`, `model` or bare. stats: dinov3_sp_stats.pt, which it needs.
-        class_names: of the transformer's labels, in order; without them, their numbers.
+        out: directory for `autoencoder` and `diffusion`.
+        diffusion: checkpoint of the transformer: `ema`, `model` or a bare state dict.
+        stats: dinov3_sp_stats.pt; required for a transformer.
+        class_names: class names of the transformer in label order; None: numbers.
+
+    Returns:
+        One result per imported file.
+
     Raises:
         UsageError: a transformer without statistics, or the reverse.
-        ArtifactError: files that are missing, unsafe, or hold what has no place.
-        MismatchError: `out` holds another import, or the transformer draws latents that are not the autoencoder's.
+        ArtifactError: files that are missing, unsafe, or have unknown keys.
+        MismatchError: `out` holds another import, or the latents of transformer and autoencoder differ in shape.
     """
     if diffusion is None and class_names is not None:
-        raise UsageError("--class-names are of the transformer's labels: give --diffusion as well.")
+        raise UsageError("--class-names are names of the transformer's labels: give --diffusion as well.")
     if (diffusion is None) != (stats is None):
-        raise UsageError("--diffusion and --stats belong together: the statistics are what its latents are made with.")
+        raise UsageError(
+            "--diffusion and --stats belong together: the statistics normalise the latents of the transformer."
+        )
     imports = [_import_autoencoder(autoencoder, out / "autoencoder")]
     if diffusion is not None and stats is not None:
         imports.append(_import_diffusion(diffusion, stats, out / "autoencoder", out / "diffusion", class_names))
@@ -131,7 +140,7 @@ def _import_autoencoder(path: Path, out: Location) -> Imported:
                 "mask_token": parts.mask_token.reshape(own["mask_token"].shape),
                 **{f"residual.{k}": v for k, v in residual_from_official(parts.extra_vit).items()},
                 **{f"decoder.{k}": v for k, v in decoder_from_official(parts.decoder).items()},
-                **{k: v for k, v in own.items() if k.startswith("alignment.")},  # not measured yet
+                **{k: v for k, v in own.items() if k.startswith("alignment.")},  # measured later
             }
         )
     except (ValueError, RuntimeError, UsageError) as error:
@@ -164,14 +173,14 @@ def _import_diffusion(
     checkpoint = read_official(path)
     held = checkpoint if isinstance(checkpoint, dict) else {}
     names = [name for name in ("ema", "model") if isinstance(held.get(name), dict)]
-    # A bare state dict does not say whether it is an average.
+    # A bare state dict may or may not hold EMA weights.
     states = {name: tensors_of(path, checkpoint[name]) for name in names} or {
         "model": tensors_of(path, checkpoint, "state_dict")
     }
     try:
         sizes = dit_sizes(next(iter(states.values())))
     except ValueError as error:
-        raise ArtifactError(f"{path}: not a diffusion transformer of SVG's: {error}") from error
+        raise ArtifactError(f"{path}: not a diffusion transformer of SVG: {error}") from error
     encoder = AutoencoderManifest.read(autoencoder)
     _require_same_latents(path, sizes, encoder)
     classes = _classes(path, sizes, class_names)
@@ -193,37 +202,50 @@ def _import_diffusion(
             )
             manifest = work.publish(imported)
     sigma = " with the unused sigma half" if sizes.learn_sigma else ""
-    hint = "" if "ema" in states else "; not known to be an average: sample with --ema raw"
+    hint = "" if "ema" in states else "; may or may not be EMA weights: sample with --ema raw"
     what = f"DiT {sizes.name}{sigma}, {sizes.num_classes} classes, weights {' and '.join(states)}{hint}"
     aside = _beside(checkpoint, names or ["state_dict"])
     return Imported(out, manifest.fingerprint, what, sum(map(len, states.values())), aside)
 
 
 def _classes(path: Path, sizes: DiTSizes, given: list[str] | None) -> list[str]:
-    """The names given, or numbers. Raises ArtifactError for another number of names than the label table has rows."""
+    """Return the given names, or numbers.
+
+    Raises:
+        ArtifactError: the number of names differs from that of the labels.
+    """
     classes = given if given is not None else [str(label) for label in range(sizes.num_classes)]
     if len(classes) != sizes.num_classes:
         raise ArtifactError(
-            f"{path}: its label table has {sizes.num_classes + 1} rows, the last of them for no label; expected "
-            f"{sizes.num_classes} class names, found {len(classes)}. (Without label dropout there is no such row; then "
-            "the model cannot be guided, and is not imported.)"
+            f"{path}: its label table has {sizes.num_classes + 1} rows, the last one for 'no class'; expected "
+            f"{sizes.num_classes} class names, found {len(classes)}. (Without label dropout there is no such row. "
+            "Such a model cannot be guided and is not imported.)"
         )
     return classes
 
 
 def _transformer(path: Path, sizes: DiTSizes) -> tuple[DiffusionSection, DiT]:
-    """The recipe's section for a transformer of these sizes, and a new one. Raises ArtifactError where none can be."""
+    """Return the recipe section for a transformer of these sizes, and a new transformer.
+
+    Raises:
+        ArtifactError: the sizes are invalid.
+    """
     try:
         section = DiTSection.model_validate(sizes, from_attributes=True)
         grid = (sizes.grid, sizes.grid)
         model = build_dit(section, grid=grid, channels=sizes.in_channels, num_classes=sizes.num_classes)
     except ValueError as error:
-        raise ArtifactError(f"{path}: sizes that cannot be: {error}") from error
+        problem = summarise(error) if isinstance(error, ValidationError) else error
+        raise ArtifactError(f"{path}: invalid sizes: {problem}") from error
     return DiffusionSection(model=section, ema_decays=(OFFICIAL_EMA,)), model
 
 
 def _weight_files(path: Path, states: dict[str, dict[str, Tensor]], model: DiT) -> dict[str, dict[str, Tensor]]:
-    """Tensors by file name; the official names are ours. Raises ArtifactError for weights that do not fit `model`."""
+    """Return tensors by file name.
+
+    Raises:
+        ArtifactError: weights do not fit `model`.
+    """
     files = {}
     for name, state in states.items():
         try:
@@ -237,7 +259,7 @@ def _weight_files(path: Path, states: dict[str, dict[str, Tensor]], model: DiT) 
 
 
 def _diffusion_inputs(path: Path, stats: Path, autoencoder: InputRef, classes: list[str]) -> dict[str, InputRef]:
-    """What the model is made from. Where a cache would stand: that autoencoder's latents, with those statistics."""
+    """Return the inputs of the model. Latents of the autoencoder with these statistics replace a cache."""
     measured = _as_input(stats, "official-statistics")
     latents = InputRef(
         kind=OFFICIAL_LATENTS,
@@ -251,7 +273,11 @@ def _diffusion_inputs(path: Path, stats: Path, autoencoder: InputRef, classes: l
 
 
 def _require_same_latents(path: Path, sizes: DiTSizes, encoder: AutoencoderManifest) -> None:
-    """Raise MismatchError unless the transformer's latents are of the autoencoder's shape."""
+    """Check that transformer and autoencoder have latents of the same shape.
+
+    Raises:
+        MismatchError: they have not.
+    """
     channels = encoder.frozen_channels + encoder.residual_channels
     if (sizes.grid, sizes.grid, sizes.in_channels) != (*encoder.grid, channels):
         raise MismatchError(
@@ -262,15 +288,19 @@ def _require_same_latents(path: Path, sizes: DiTSizes, encoder: AutoencoderManif
 
 
 def _beside(checkpoint: object, used: list[str]) -> dict[str, list[str]]:
-    """What a checkpoint holds beside the entries that were used, by the reason why it was left; no keys of weights."""
+    """Return the unused entries of a checkpoint by reason, without keys of weights."""
     if not (isinstance(checkpoint, dict) and any(name in checkpoint for name in used)):
         return {}  # a bare state dict
     others = [str(name) for name in checkpoint if name not in used]
-    return {"state of the training, from which none goes on here": others} if others else {}
+    return {"training state, which is not imported": others} if others else {}
 
 
 def _statistics(path: Path, channels: int) -> dict[str, Tensor]:
-    """channel_mean and channel_std, (C,). Raises ArtifactError for another number of channels, or a std of 0."""
+    """Return channel_mean and channel_std, (C,).
+
+    Raises:
+        ArtifactError: another number of channels, or an invalid value.
+    """
     tensors = tensors_of(path, read_official(path))
     keys = {name: [key for key in tensors if key.endswith(f"_{name}") or key == name] for name in STATISTICS}
     if len(tensors) != 2 or any(len(matching) != 1 for matching in keys.values()):

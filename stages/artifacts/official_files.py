@@ -1,7 +1,7 @@
-"""Reading official checkpoints safely: tensors are taken, and nothing in the file is ever run.
+"""Reads official checkpoints safely, with `weights_only=True`.
 
-Lightning puts more than tensors into its files. Classes that are known to be harmless there are read as empty shells;
-a file that needs any other is refused with its name.
+Lightning stores more than tensors. Classes that are known to be harmless are read as empty objects. Files that need
+other classes are rejected by name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from svgpipe.manifests.errors import ArtifactError, first_line
 
-# What Lightning, argparse, OmegaConf and numpy leave in a checkpoint beside its tensors.
+# Classes that Lightning, argparse, OmegaConf and numpy leave in a checkpoint.
 OBJECTS = (
     "argparse.Namespace",
     "builtins.dict",
@@ -45,7 +45,7 @@ MAPPINGS = (
 
 
 class _Shell:
-    """Stands for an object that nobody needs: takes whatever the file says of it, and keeps nothing."""
+    """Replaces an object of a known class: accepts any state and keeps nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -55,17 +55,17 @@ class _Shell:
 
 
 class _MappingShell:
-    """Stands for a kind of dict: torch fills no others than plain ones."""
+    """Replaces a dict subclass, because torch fills only plain dicts."""
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         return {}
 
 
 def read_official(path: Path) -> Any:
-    """What `torch.save` wrote, tensors on the CPU.
+    """Return the content of a file of `torch.save`, tensors on the CPU.
 
     Raises:
-        ArtifactError: missing, not a file of torch's, or one that would have to run code to be read.
+        ArtifactError: the file is missing, not a torch file, or would have to run code.
     """
     if not path.is_file():
         raise ArtifactError(f"{path}: expected a checkpoint file, found none.")
@@ -74,8 +74,8 @@ def read_official(path: Path) -> Any:
         foreign = sorted({*needed} - {*OBJECTS, *MAPPINGS})
         if foreign:
             raise ArtifactError(
-                f"{path}: holds {', '.join(foreign)}, which is no tensor and not known to be harmless; to read it "
-                "could run code. Where you trust the file, save its state dict alone: "
+                f"{path}: holds {', '.join(foreign)}, which are no tensors and not known to be harmless; reading them "
+                "could run code. If you trust the file, save only its state dict: "
                 "torch.save(ckpt['state_dict'], FILE)."
             )
         shells = [(_MappingShell if name in MAPPINGS else _Shell, name) for name in needed]
@@ -83,15 +83,17 @@ def read_official(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except ArtifactError:
         raise
-    except Exception as error:  # torch raises whatever a damaged file provokes
+    except Exception as error:  # a damaged file can raise any error in torch
         raise ArtifactError(f"{path}: not a readable checkpoint: {first_line(error)}") from error
 
 
 def tensors_of(path: Path, checkpoint: Any, *names: str) -> dict[str, Tensor]:
-    """The state dict in what was read: under the first of `names` that is there, or the whole; floats in float32.
+    """Return the state dict at the first existing key of `names`, or the whole checkpoint; floats in float32.
 
-    `module.`, which DistributedDataParallel puts before every key, is dropped.
-    Raises ArtifactError if it is no dict of dense tensors.
+    The prefix `module.` of DistributedDataParallel is removed.
+
+    Raises:
+        ArtifactError: it is not a dict of dense tensors.
     """
     held = checkpoint if isinstance(checkpoint, Mapping) else {}
     state = next((held[name] for name in names if isinstance(held.get(name), Mapping)), checkpoint)

@@ -1,7 +1,7 @@
-"""`svgpipe repair`: extract again exactly what `verify` names, and end in the content that was published.
+"""`svgpipe repair`: extract the damaged units of a cache again, up to the published content.
 
-The manifest is put aside while the cache is not whole, so that nobody reads it; a repair that was killed is taken
-up by the same command.
+During the repair, the manifest is moved aside, so that nobody reads the cache. The same command resumes a killed
+repair.
 """
 
 from __future__ import annotations
@@ -40,18 +40,26 @@ def repair(
     runner: Runner | None = None,
     progress: Progress | None = None,
 ) -> list[Finding]:
-    """Mend the cache at `path`; returns what was wrong with it.
+    """Repair the cache at `path`.
 
     Args:
-        shards, autoencoder: where the cache's inputs lie now, if not where they lay.
+        path: finished cache.
+        shards: its shard set, if it was moved.
+        autoencoder: its autoencoder, if it was moved.
+        runner: where units run; default: in this process.
+        progress: is told what is extracted.
+
+    Returns:
+        The problems that were found and repaired.
+
     Raises:
-        MismatchError: other inputs than the cache was made from, or the mended cache has another content.
-        ArtifactError: the manifest itself is damaged, or an input cannot be found.
+        MismatchError: other inputs than the cache's, or the repaired cache has another content.
+        ArtifactError: the manifest is damaged, or an input is missing.
         BusyError: another process works in the cache.
     """
     progress = progress or Silent()
     aside = path / ASIDE_NAME
-    # Beside a manifest it lies when a repair was killed before it took the cache apart, or after all was mended.
+    # It exists next to a manifest if a repair was killed before its first change or after its last one.
     begun = aside.exists()
     resumed = begun and not (path / MANIFEST_NAME).exists()
     before = CacheManifest.parse(aside if begun else path / MANIFEST_NAME)
@@ -70,9 +78,9 @@ def repair(
 
 
 def _compare(path: Location, before: CacheManifest) -> None:
-    """The last step: the cache at `path`, whole now, has the content that was published before.
+    """Check that the repaired cache has the published content, and restore the published manifest.
 
-    Then its manifest becomes again the one that was published, with the seconds and timings of the extraction.
+    The manifest keeps the seconds and timings of the extraction.
 
     Raises:
         MismatchError: it has another content.
@@ -83,17 +91,17 @@ def _compare(path: Location, before: CacheManifest) -> None:
     (path / ASIDE_NAME).unlink(missing_ok=True)
     if after.content != before.content:
         raise MismatchError(
-            f"{path}: is whole again, but its content is {after.content[:12]}, not {before.content[:12]}: the units "
-            "made again differ in their last bits, as other hardware or library versions give. What was trained on "
-            "the cache before names the old content; make the whole cache anew where that matters."
+            f"{path}: is complete again, but its content is {after.content[:12]}, not {before.content[:12]}: the new "
+            "units differ in their last bits, as with other hardware or library versions. Artifacts made from the "
+            "cache name the old content; if that matters, extract the whole cache again."
         )
 
 
 def _take_apart(path: Location, manifest: CacheManifest, damaged: set[int]) -> None:
-    """Make a finished cache an unfinished one that lacks the damaged units.
+    """Turn a finished cache into an unfinished one without the damaged units.
 
-    In this order, so that a kill at any moment leaves either a cache that verify finds wanting or an unfinished one
-    whose journal names nothing damaged.
+    The order matters: after a kill at any moment, the cache is either finished and reported as damaged by verify, or
+    unfinished with a journal that names no damaged unit.
     """
     _restore_calibration(path, manifest)
     plan = {
@@ -112,7 +120,7 @@ def _take_apart(path: Location, manifest: CacheManifest, damaged: set[int]) -> N
 
 
 def _restore_calibration(path: Location, manifest: CacheManifest) -> None:
-    """The journal and the arrays hold the same numbers: one is made from the other where it is damaged.
+    """Restore the calibration in the journal from the arrays, or the arrays from the journal.
 
     Raises:
         ArtifactError: neither can be read.
@@ -127,9 +135,12 @@ def _restore_calibration(path: Location, manifest: CacheManifest) -> None:
 
 
 def _require_images(path: Location, manifest: CacheManifest, damaged: set[int], shards: ShardSet) -> None:
-    """Raise ArtifactError unless every image of the damaged units that was usable still has the indexed bytes.
+    """Check that all usable images of the damaged units still have the indexed bytes.
 
-    Extraction calls an altered image a reject: a repair would replace its row, which may be a good one, by zeros.
+    Extraction rejects an altered image. A repair would then replace its row, which may be good, by zeros.
+
+    Raises:
+        ArtifactError: an image was altered.
     """
     try:
         valid = FeatureStore(path, manifest.spec).array("valid")
@@ -150,10 +161,15 @@ def _maker(
     runner: Runner | None,
     progress: Progress,
 ) -> Callable[[Location], CacheManifest]:
-    """The stage that made a cache, with its inputs opened and checked before anything is taken apart."""
+    """Return the stage that made the cache. Inputs are opened and checked before anything is changed.
+
+    Raises:
+        ArtifactError: an input is missing.
+        MismatchError: an input is another one.
+    """
 
     def require(name: str, ref: InputRef) -> None:
-        what = "Repair needs the very inputs that the cache was made from."
+        what = "Repair needs the same inputs as the extraction."
         require_same("the cache", manifest.inputs[name], ref, what_to_do=what)
 
     if "cache" in manifest.inputs:
@@ -165,11 +181,11 @@ def _maker(
         encoder = autoencoder or location(manifest.inputs["autoencoder"].path)
         trained = AutoencoderManifest.read(encoder)
     except ArtifactError as error:
-        raise ArtifactError(f"{error} If it lies elsewhere now, give --shards or --autoencoder.") from error
+        raise ArtifactError(f"{error} If it was moved, give --shards or --autoencoder.") from error
     require("shards", opened.as_input())
     require("autoencoder", trained.as_input(encoder))
     require_same_alignment(encoder, path)
     config = ExtractSection.model_validate(manifest.config)
     _require_images(path, manifest, damaged, opened)
-    # Rejects that the finished cache already had were accepted when it was made.
+    # The rejects of the finished cache were accepted when it was made.
     return lambda path: extract(opened, encoder, path, config, max_rejects=1.0, runner=runner, progress=progress)

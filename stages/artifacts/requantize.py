@@ -1,7 +1,7 @@
-"""`svgpipe requantize`: a cache → the same cache in another dtype.
+"""`svgpipe requantize`: convert a cache to another dtype.
 
-Reads and writes outer shards whole, one journal record each, as an extraction does; a killed run resumes.
-What it costs is measured by requantize_cost.py.
+Whole outer shards are read and written, with one journal record each; a killed run resumes.
+requantize_cost.py measures the loss.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import cpu_count
 from ..runtime.selection import choose_evenly, evenly_spread
 
-# Rows that int8 steps are chosen over; each gives an even share of its vectors.
+# Rows that int8 steps are chosen on; each gives an even share of its vectors.
 SAMPLED_ROWS = 512
 
 
@@ -40,21 +40,30 @@ def requantize(
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> CacheManifest:
-    """Write the cache at `source` once more at `out`, its features stored as `dtype`; run again to resume.
+    """Write the cache at `source` again at `out`, with features stored as `dtype`; run again to resume.
 
     Args:
-        processes: that convert side by side; None: one per core.
+        source: finished cache.
+        out: directory to create or resume.
+        dtype: of the new cache.
+        processes: number of processes; None: one per core.
+        progress: is told what is converted.
+
+    Returns:
+        The manifest of the new cache.
+
     Raises:
         MismatchError: `out` was begun from another cache or with another dtype.
-        UsageError: `source` is `out`, or is stored as `dtype` already. BusyError: another process works in `out`.
+        UsageError: `source` is `out`, or is stored as `dtype`.
+        BusyError: another process works in `out`.
         ArtifactError: `source` is unfinished or damaged.
     """
     cache = FeatureCache(source)
     before = cache.manifest
     if absolute(source) == absolute(out):
-        raise UsageError(f"{out}: is the cache itself; give another place for the new one.")
+        raise UsageError(f"{out}: is the cache itself; give another --out.")
     if before.store_dtype == dtype:
-        raise UsageError(f"{source}: is stored as {dtype} already.")
+        raise UsageError(f"{source}: is already stored as {dtype}.")
     kept = {name: before.inputs[name] for name in ("shards", "autoencoder")}
     inputs = {**kept, "cache": before.as_input(source)}
     with WorkDir(StageSpec(out, CacheManifest, {**before.config, "store_dtype": dtype}, inputs)) as work:
@@ -101,8 +110,8 @@ def _calibration(cache: FeatureCache, dtype: StoreDtype, journal: Journal, progr
         usable = usable if len(usable) else np.flatnonzero(cache.valid)
         rows = choose_evenly(usable.tolist(), SAMPLED_ROWS)
         if not rows:
-            raise ArtifactError(f"{cache.path}: expected valid rows to choose int8 steps by, found none.")
-        progress.say(f"choosing int8 steps over {len(rows)} rows")
+            raise ArtifactError(f"{cache.path}: expected valid rows to choose int8 steps on, found none.")
+        progress.say(f"choosing int8 steps on {len(rows)} rows")
         vectors = cache.read(rows).reshape(-1, cache.shape[-1])
         scale = int8_scales(vectors[evenly_spread(len(vectors), SAMPLED_VECTORS)].astype(np.float32))
     calibration = Calibration(cache.channel_mean, cache.channel_std, scale)
@@ -112,7 +121,7 @@ def _calibration(cache: FeatureCache, dtype: StoreDtype, journal: Journal, progr
 
 @dataclass(frozen=True)
 class _Convert:
-    """One outer shard, whole, then its journal record."""
+    """Converts one outer shard and writes its journal record."""
 
     source: FeatureStore
     target: FeatureStore

@@ -1,4 +1,4 @@
-"""What storing features in fewer bytes costs: two caches of the same rows, compared in every way that matters."""
+"""The loss of storing features in fewer bytes: comparison of two caches of the same rows."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from ..train_diffusion.loss import heldout_loss
 from ..training.distributed import ProcessGroup
 
 COST_NAME = "cost.json"
-# Rows that signal-to-noise and decoded images are measured on.
+# Rows that signal to noise and decoded images are measured on.
 MEASURED_ROWS = 256
 
 
 class RequantizeCost(FrozenModel):
-    """`cost.json`: the cache `small` against `reference`; null where `not_measured` says why, or for an infinite dB."""
+    """`cost.json`: the cache `small` against `reference`; null if not measured, or for infinite dB."""
 
     reference_bytes: int
     small_bytes: int
     bytes_ratio: float = Field(description="small / reference.")
-    backbone_snr: float | None = Field(description="dB, over the frozen channels.")
-    residual_snr: float | None = Field(description="dB, over the residual channels.")
-    decoded_psnr: float | None = Field(None, description="dB, images decoded from small against those of reference.")
+    backbone_snr: float | None = Field(description="dB, backbone channels.")
+    residual_snr: float | None = Field(description="dB, residual channels.")
+    decoded_psnr: float | None = Field(None, description="dB, images decoded from small against those from reference.")
     source_psnr_reference: float | None = Field(None, description="dB, images decoded from reference against sources.")
-    source_psnr_small: float | None = Field(None, description="dB, likewise from small.")
-    psnr_change: float | None = Field(None, description="dB that the decoded images lose; positive is a loss.")
+    source_psnr_small: float | None = Field(None, description="dB, images decoded from small against sources.")
+    psnr_change: float | None = Field(None, description="dB; positive: images decoded from small are worse.")
     heldout_loss_reference: float | None = None
     heldout_loss_small: float | None = None
     loss_change: float | None = Field(None, description="Relative change of the trained model's held-out loss.")
@@ -60,9 +60,16 @@ def measure_cost(
     """Compare two caches of the same images.
 
     Args:
-        autoencoder: that extracted them, to decode with. diffusion: trained on `reference`, for its held-out loss.
+        reference: the original cache.
+        small: the converted cache.
+        autoencoder: decodes both; None: decoded images are not measured.
+        diffusion: model trained on `reference`, for its held-out loss.
+
+    Returns:
+        Sizes, signal to noise, PSNR and losses.
+
     Raises:
-        MismatchError: an autoencoder or a diffusion model that does not belong to `reference`.
+        MismatchError: the autoencoder or the diffusion model does not belong to `reference`.
     """
     usable = np.flatnonzero(reference.valid)
     rows = choose_evenly(usable.tolist(), MEASURED_ROWS)
@@ -82,7 +89,7 @@ def measure_cost(
 
 
 def _snr(signal: NDArray[Any], stored: NDArray[Any]) -> float | None:
-    """dB; None where there is no noise, or no signal: JSON has no word for infinity."""
+    """Return dB; None without noise or without signal, because JSON has no infinity."""
     ratio = signal_to_noise(signal, stored)
     return ratio if math.isfinite(ratio) else None
 
@@ -91,7 +98,7 @@ def _decoded(
     reference: FeatureCache, small: FeatureCache, rows: list[int], autoencoder: Location | None, missing: list[str]
 ) -> dict[str, Any]:
     if autoencoder is None:
-        missing.append("decoded images: the autoencoder is not where the cache says; give --autoencoder")
+        missing.append("decoded images: the autoencoder is not where the cache recorded it; give --autoencoder")
         return {}
     encoder = AutoencoderManifest.read(autoencoder)
     expected = reference.manifest.inputs["autoencoder"]
@@ -123,7 +130,7 @@ def _losses(
         return {}
     manifest, trained = DiffusionManifest.read(diffusion), open_diffusion(diffusion)
     own = reference.manifest.as_input(reference.path)
-    what = "Give a model that was trained on the cache itself."
+    what = "Give a model that was trained on this cache."
     require_same(str(diffusion), manifest.inputs["cache"], own, what_to_do=what)
     config, group = DiffusionSection.model_validate(manifest.config), ProcessGroup(pick_device())
     model = trained.load().to(group.device)

@@ -1,6 +1,6 @@
-"""`svgpipe verify`: whether an artifact is whole, and is what its manifest says.
+"""`svgpipe verify`: check that an artifact is complete and matches its manifest.
 
-Without `deep` it looks at manifests, sizes, hashes of small files and completeness; with it every byte is read.
+By default it checks manifests, sizes, hashes of small files and completeness. With `deep` it reads every byte.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from .verify_cache import Finding, finding, found_by, verify_cache
 
 
 def verify(path: Location, *, deep: bool = False, progress: Progress | None = None) -> list[Finding]:
-    """Everything that is wrong with the artifact at `path`; an empty list means that nothing was found.
+    """Return all problems of the artifact at `path`; an empty list if there are none.
 
     Raises:
-        ArtifactError: there is no artifact at all.
+        ArtifactError: there is no artifact.
     """
     progress = progress or Silent()
     if not path.exists():
@@ -46,7 +46,7 @@ def verify(path: Location, *, deep: bool = False, progress: Progress | None = No
         plan = read_json(path / "plan.json")
         if plan.get("kind") == "feature-cache":
             return list(verify_cache(path, None, deep=deep, progress=progress))
-        return [Finding(str(path), "unfinished; the command that makes it resumes")]
+        return [Finding(str(path), "unfinished; run the command that makes it again")]
     try:
         manifest = read_any(path)
     except ArtifactError as error:
@@ -104,7 +104,11 @@ def _verify_tensors(path: Location, sha256: str, deep: bool) -> Findings:
 
 
 def _verify_checkpoints(path: Location, deep: bool) -> Findings:
-    """Training state is only read where every byte is."""
+    """Yield problems of checkpoints. They are only read if every byte is checked.
+
+    Returns:
+        The findings.
+    """
     listing = path / "checkpoints" / "latest.json"
     if not deep or not listing.exists():
         return
@@ -130,12 +134,12 @@ def _verify_autoencoder(path: Location, manifest: Any, *, deep: bool, progress: 
 
 
 def _verify_backbone(path: Location, manifest: AutoencoderManifest, deep: bool) -> Findings:
-    """The backbone beside an autoencoder, and the alignment of an imported one, if it was measured."""
+    """Yield problems of the backbone file and the alignment of an imported autoencoder."""
     file = path / BACKBONE_FILE
     if file_size(file) is None:
         yield finding(file, "expected the imported backbone, found no such file")
     elif deep:
-        # Only here: verifying anything else need not load timm.
+        # Imported here, because other artifacts can be verified without timm.
         from ..networks.autoencoder import load_autoencoder
 
         try:
@@ -180,7 +184,7 @@ def _verify_report(path: Location, sha256: str) -> Findings:
 def _verify_images(
     path: Location, published: Callable[[dict[str, list[str]]], bool], deep: bool, progress: Progress
 ) -> Findings:
-    """Decoded images, and whether `published` knows their tars' hashes, by set."""
+    """Yield problems of decoded images. `published` tells whether these are the published hashes of a set's tars."""
     decode = Journal(path, "journal/decode")
     names = decode.names()
     progress.begin("verify", len(names))
@@ -197,7 +201,7 @@ def _verify_images(
 
 
 def _verify_latents(path: Location, manifest: EvaluationManifest, deep: bool) -> Findings:
-    """Those that are still where they were drawn to: they are not part of the evaluation, and may be deleted."""
+    """Yield problems of latents that are still there. They are not part of the evaluation and may be deleted."""
     for ref in manifest.latents.values():
         store = _place_of(path, ref.path)
         if not (store / "zarr.json").exists():
@@ -216,7 +220,7 @@ def _verify_latents(path: Location, manifest: EvaluationManifest, deep: bool) ->
 
 
 def _place_of(directory: Location, path: str) -> Location:
-    """What an artifact calls by a path from itself, or by an address."""
+    """Return the location of a path relative to an artifact, or of a URL."""
     return location(path) if "://" in path else directory / path
 
 

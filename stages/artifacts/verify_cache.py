@@ -1,4 +1,4 @@
-"""Whether a feature cache is complete and every number in it is the one that was written."""
+"""Checks that a feature cache is complete and unaltered."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress
 from ..runtime.resources import cpu_count
 
-# Relative difference between a mean computed again and the recorded one: float64 rounding, in another order.
+# Relative difference between a recomputed and a recorded mean: float64 rounding in another order.
 MEAN_TOLERANCE = 1e-9
-# Less is read sooner than another process starts.
+# Smaller caches are read faster than another process starts.
 BYTES_PER_PROCESS = 512 << 20
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it should be. `unit` names the outer shard of a cache that must be made again."""
+    """A problem. `unit` is the outer shard of a cache that must be extracted again."""
 
     where: str
     problem: str
@@ -40,12 +40,12 @@ class Finding:
 
 
 def finding(where: object, problem: object, unit: int | None = None) -> Finding:
-    """A finding; an error's message does not name the place again."""
+    """Return a finding. The message of an error begins with the place, which is not repeated."""
     return Finding(str(where), str(problem).removeprefix(f"{where}: "), unit)
 
 
 def found_by(error: ArtifactError) -> Finding:
-    """A finding where the error's message begins with the place."""
+    """Return the finding for an error whose message begins with the place."""
     where, _, problem = str(error).partition(": ")
     return Finding(where, problem)
 
@@ -53,17 +53,20 @@ def found_by(error: ArtifactError) -> Finding:
 def verify_cache(
     path: Location, manifest: CacheManifest | None, *, deep: bool, progress: Progress, processes: int | None = None
 ) -> Iterator[Finding]:
-    """Everything that is wrong with the cache at `path`.
+    """Yield all problems of the cache at `path`.
 
     Args:
-        manifest: None for a cache that is not finished; then only what is there is checked.
-        processes: that read units side by side where `deep`; None: one per core.
+        path: finished or unfinished cache.
+        manifest: None for an unfinished cache: only existing units are checked.
+        deep: read every byte.
+        processes: number of processes for `deep`; None: one per core.
+        progress: is told what is read.
     """
     try:
         store = FeatureStore.open(path)
     except ArtifactError as error:
         yield Finding(str(path), str(error))
-        # The manifest still tells what to look for.
+        # The manifest still lists what must exist.
         if manifest is None:
             return
         store = FeatureStore(path, manifest.spec)
@@ -97,7 +100,7 @@ def _verify_units(check: _UnitCheck, units: list[int], progress: Progress, proce
 
 @dataclass(frozen=True)
 class _UnitCheck:
-    """One outer shard against its journal record."""
+    """Checks one outer shard against its journal record."""
 
     store: FeatureStore
     journal: Journal
@@ -127,7 +130,7 @@ class _UnitCheck:
             ):
                 try:
                     look()
-                except (ArtifactError, OSError) as error:  # a bad sector is damage too
+                except (ArtifactError, OSError) as error:  # a bad sector is also damage
                     yield str(error).removeprefix(f"{file}: ")
 
     def _check_values(self, unit: int, rejects: list[int], moments: Moments) -> None:
@@ -148,7 +151,7 @@ class _UnitCheck:
 
 
 def _verify_arrays(path: Location, manifest: CacheManifest, store: FeatureStore, journal: Journal) -> Iterator[Finding]:
-    """The small arrays, and the calibration, which holds the same numbers as some of them."""
+    """Yield problems of the small arrays and of the calibration, which holds some of the same numbers."""
     arrays: dict[str, Any] = {}
     for name in manifest.array_names:
         try:
@@ -166,7 +169,7 @@ def _verify_arrays(path: Location, manifest: CacheManifest, store: FeatureStore,
         }
         pairs = [(arrays[name], values) for name, values in expected.items() if name in arrays and values is not None]
         if not all(np.array_equal(stored, recorded) for stored, recorded in pairs):
-            yield finding(journal.directory, "its calibration is not what the store was normalised with")
+            yield finding(journal.directory, "its calibration differs from the normalisation of the store")
     except ArtifactError as error:
         yield found_by(error)
     if len(arrays) < len(manifest.array_names):
@@ -186,19 +189,22 @@ def _verify_arrays(path: Location, manifest: CacheManifest, store: FeatureStore,
 def _verify_rest(
     path: Location, manifest: CacheManifest, store: FeatureStore, whole: Journal | None
 ) -> Iterator[Finding]:
-    """rejected.jsonl, and the digest over everything.
+    """Yield problems of rejected.jsonl and of the digest of the content.
 
     Args:
-        whole: the journal, if every unit is whole.
+        path: cache.
+        manifest: its manifest.
+        store: its store.
+        whole: the journal, if every unit is intact.
     """
     records = [] if whole is None else list(whole.whole(range(store.spec.num_units)).values())
     try:
         lines = (path / REJECTS_NAME).read_bytes()
         if whole and lines != reject_lines(rejects_of([record.entry for record in records], store.spec)):
-            yield finding(path / REJECTS_NAME, "is not what the units' records say")
+            yield finding(path / REJECTS_NAME, "differs from the records of the units")
     except OSError as error:
         yield finding(path / REJECTS_NAME, f"cannot be read: {error}")
-    with suppress(ArtifactError):  # a small array is damaged, which has been said
+    with suppress(ArtifactError):  # a small array is damaged, which is already reported
         if whole:
             content = CacheManifest.content_of(store, [file.sha256 for record in records for file in record.files])
             if content != manifest.content:

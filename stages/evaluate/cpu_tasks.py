@@ -1,6 +1,6 @@
-"""The CPU steps around sampling and decoding: read what is decoded, write latents and images; and their records.
+"""CPU steps of sampling and decoding: read inputs, write latents and images; and the records that they pass.
 
-Apart from what computes, so that the processes that run them need not load torch.
+Separate from the GPU steps, so that processes for these steps need not load torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DECODE_JOURNAL = "journal/decode"
 
 @dataclass(frozen=True)
 class LatentsUnit:
-    """An outer shard of one setting's latents: numbers of the setting in the sweep, and of the shard in its store."""
+    """An outer shard of the latents of one setting: number of the setting in the sweep, and of the shard."""
 
     setting: int
     unit: int
@@ -34,7 +34,7 @@ class LatentsUnit:
 
 @dataclass(frozen=True)
 class SampledUnit:
-    """Latents (n,1,row,column,channel) float16 of a unit."""
+    """Sampled latents (n,1,row,column,channel) float16 of a unit."""
 
     setting: int
     unit: int
@@ -43,7 +43,7 @@ class SampledUnit:
 
 @dataclass(frozen=True)
 class ImageUnit:
-    """One tar of decoded images: from a store of latents, from real images, or, without either, from noise."""
+    """One tar of decoded images, from stored latents, from real images, or, without either, from noise."""
 
     set_name: str
     shard: int  # in its set
@@ -51,17 +51,17 @@ class ImageUnit:
     labels: Sequence[int]
     store: Location | None = None
     originals: Sequence[ImageRef] = ()
-    residual: bool = True  # of real images: False encodes them without the residual branch
+    residual: bool = True  # real images: False encodes them without the residual branch
 
     @property
     def name(self) -> str:
-        """What the journal calls it."""
+        """Name in the journal."""
         return f"{self.set_name}-{self.shard:06d}"
 
 
 @dataclass(frozen=True)
 class ImageSources:
-    """What a unit is decoded from: latents (n,row,column,channel) float32, or crops (n,S,S,3); None: from noise."""
+    """Input of a unit: latents (n,row,column,channel) float32, or crops (n,S,S,3), or None for noise."""
 
     unit: ImageUnit
     latents: NDArray[np.float32] | None = None
@@ -70,20 +70,20 @@ class ImageSources:
 
 @dataclass(frozen=True)
 class DecodedUnit:
-    """Images (n,H,W,3) of a unit."""
+    """Decoded images (n,H,W,3) of a unit."""
 
     unit: ImageUnit
     images: RGBArray
 
 
 def pass_on(unit: LatentsUnit) -> LatentsUnit:
-    """Nothing to read."""
+    """Return the unit: there is nothing to read."""
     return unit
 
 
 @dataclass(frozen=True)
 class WriteLatents:
-    """One outer shard of one setting, then its record in that store's journal."""
+    """Writes one outer shard of one setting, then its record in the journal of the store."""
 
     paths: list[Location]
     specs: list[StoreSpec]
@@ -96,17 +96,21 @@ class WriteLatents:
 
 
 def _latents(store: FeatureStore, indices: Sequence[int]) -> NDArray[np.float32]:
-    """Raises ArtifactError for damage within files of the right size: what has another size was sampled anew."""
+    """Return latents of a store.
+
+    Raises:
+        ArtifactError: a file of the right size is damaged. (Files of another size were sampled again.)
+    """
     try:
         return store.read(indices).astype(np.float32)
     except ArtifactError as error:
         files = ", ".join(str(store.unit_file(unit)) for unit in sorted({i // store.spec.unit_rows for i in indices}))
-        raise ArtifactError(f"{error} Delete {files}; the same command then draws it anew.") from error
+        raise ArtifactError(f"{error} Delete {files}; the same command then samples it again.") from error
 
 
 @dataclass(frozen=True)
 class ReadForDecoding:
-    """Latents of a store, or crops of real images, or nothing for noise."""
+    """Reads latents of a store, or crops of real images, or nothing for noise."""
 
     size: int
 
@@ -121,7 +125,7 @@ class ReadForDecoding:
 
 @dataclass(frozen=True)
 class WriteImages:
-    """One tar, then its journal record."""
+    """Writes one tar, then its journal record."""
 
     out: Location
 

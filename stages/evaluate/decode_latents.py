@@ -1,4 +1,4 @@
-"""Latents, real images and noise → 8-bit images in WebDataset tars."""
+"""Decodes latents, real images and noise to 8-bit images in WebDataset tars."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ from .cpu_tasks import DECODE_JOURNAL, DecodedUnit, ImageSources, ImageUnit, Rea
 
 @dataclass(frozen=True)
 class ImageJob:
-    """One set of images to be made: from a store of latents, from real images, or, without either, from noise.
+    """One set of images to make, from stored latents, from real images, or, without either, from noise.
 
-    labels: of the latents; real images bring theirs, noise has none and is given 0.
-    residual: of real images, False encodes them without the residual branch.
+    Attributes:
+        labels: of the latents; real images have their own, noise has label 0.
+        residual: real images: False encodes them without the residual branch.
     """
 
     name: str
@@ -43,7 +44,7 @@ class ImageJob:
     residual: bool = True
 
     def units(self, rows: int) -> list[ImageUnit]:
-        """Tars of `rows` images."""
+        """Return tars of `rows` images."""
         labels = self.labels or [ref.label for ref in self.originals] or [0] * self.count
         originals = [replace(ref, tar=absolute(ref.tar)) for ref in self.originals]
         return [
@@ -62,11 +63,15 @@ class ImageJob:
 
 @dataclass(frozen=True)
 class DecoderOptions:
-    """What decides decoded images besides their sources.
+    """Settings of the decoder.
 
-    mean, std: (C,) what latents are denormalised with.
-    size: side of the images in pixels. seed: of the noise.
-    unit_rows: images per tar, the unit of resume. batch_size: no image depends on it but by rounding.
+    Attributes:
+        mean: (C,) channel means of normalised latents.
+        std: (C,) channel standard deviations of normalised latents.
+        size: pixels per side of the images.
+        seed: of the noise.
+        unit_rows: images per tar, the unit of resume.
+        batch_size: changes images by rounding only.
     """
 
     autoencoder: Location
@@ -81,13 +86,17 @@ class DecoderOptions:
 def decode(
     jobs: Sequence[ImageJob], options: DecoderOptions, out: Location, runner: Runner, progress: Progress
 ) -> dict[str, list[ShardFile]]:
-    """Tars of every set below `out`/images, by name; run again to resume."""
+    """Write the tars of every set below `out`/images; run again to resume.
+
+    Returns:
+        The tars by name of the set.
+    """
     units: list[ImageUnit] = []
     for job in jobs:
         units += job.units(options.unit_rows)
         make_directory(out / "images" / job.name)
     journal = Journal(out, DECODE_JOURNAL)
-    # By hash: an altered image would be measured as if it were the model's.
+    # Hashes are checked, because an altered image would be measured as if it were a sample.
     wanted = {unit.name: unit for unit in units}
     missing = [wanted[name] for name in journal.missing(list(wanted), deep=True)]
     progress.begin("decode", len(units), len(units) - len(missing))
@@ -105,7 +114,7 @@ def decode(
 
 
 def decoded_images(evaluation: Location, name: str) -> ImageSet:
-    """One set of a finished evaluation, from its tars' own indexes, in order.
+    """Return one set of images of a finished evaluation, in order, from the indexes of its tars.
 
     Raises:
         ArtifactError: there are no such images.
@@ -119,7 +128,7 @@ def decoded_images(evaluation: Location, name: str) -> ImageSet:
 
 
 class _Decode:
-    """Latents, real images or noise → 8-bit images, rounded before anything measures them."""
+    """Decodes latents, real images or noise to 8-bit images. All metrics use the rounded images."""
 
     def __init__(self, device: torch.device, *, options: DecoderOptions) -> None:
         self.device, self.options = device, options
@@ -128,7 +137,11 @@ class _Decode:
         self.mean, self.std = torch.from_numpy(options.mean), torch.from_numpy(options.std)
 
     def _decode(self, latents: Tensor) -> RGBArray:
-        """(n,row,column,channel) normalised → (n,H,W,3)."""
+        """(n,row,column,channel) normalised → (n,H,W,3).
+
+        Returns:
+            The images.
+        """
         return decode_latents(self.model, latents * self.std + self.mean, self.options.batch_size)
 
     def __call__(self, sources: ImageSources) -> DecodedUnit:

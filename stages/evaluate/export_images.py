@@ -1,7 +1,7 @@
-"""Decoded images of a finished evaluation in the forms that other people's evaluators read.
+"""Exports the images of a finished evaluation for other evaluators.
 
-npz/SETTING.npz             arr_0 (n,H,W,3) uint8 and arr_1 (n,) int64 labels, as the ADM evaluator reads it
-png/SETTING/00000000.png    one file per image, named after its number
+npz/SETTING.npz             arr_0 (n,H,W,3) uint8 and arr_1 (n,) int64 labels, for the ADM evaluator
+png/SETTING/00000000.png    one file per image, named by its number
 """
 
 from __future__ import annotations
@@ -29,14 +29,22 @@ from .decode_latents import decoded_images
 
 
 def export_npz(evaluation: Location, progress: Progress) -> list[Location]:
-    """An .npz of the samples of every setting; those that are there and whole are left alone."""
+    """Write an .npz of the samples of every setting. Complete files are kept.
+
+    Returns:
+        Paths of the files.
+    """
     return [
         _write_npz(evaluation / "npz" / f"{name}.npz", images, progress) for name, images in _samples_of(evaluation)
     ]
 
 
 def export_png(evaluation: Location, progress: Progress) -> list[Location]:
-    """A folder of .png files of every setting: the bytes that the tars hold. Files that are there stay, if whole."""
+    """Write a folder of .png files of every setting, with the bytes in the tars. Complete files are kept.
+
+    Returns:
+        Paths of the folders.
+    """
     folders: list[Location] = []
     for name, images in _samples_of(evaluation):
         folder = evaluation / "png" / name
@@ -58,7 +66,7 @@ def _samples_of(evaluation: Location) -> Iterator[tuple[str, ImageSet]]:
 
 
 def _is_whole(path: Location) -> bool:
-    """Whether there is an archive with its end, which one that was cut short has lost."""
+    """Return whether the archive has its end, which a truncated one lacks."""
     if not path.exists():
         return False
     with path.open("rb") as file:
@@ -66,7 +74,11 @@ def _is_whole(path: Location) -> bool:
 
 
 def _write_npz(path: Location, images: ImageSet, progress: Progress) -> Location:
-    """Image by image: 50,000 of them are 9.8 GB, more than a machine may have."""
+    """Write one image at a time: 50,000 of them are 9.8 GB.
+
+    Returns:
+        The path.
+    """
     progress.begin(f"npz {path.stem}", len(images))
     if _is_whole(path):
         progress.advance(len(images))

@@ -1,7 +1,7 @@
-"""Image sets → features, through torch-fidelity.
+"""Features of image sets, by torch-fidelity.
 
-A distance is called FID only where torch-fidelity's Inception made the features; with a timm backbone it is a
-Fréchet distance in that backbone's space and is named so.
+A distance is called FID only for the features of torch-fidelity's Inception. With a timm backbone it is a Fréchet
+distance in the space of that backbone and is named so.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ SOFTWARE = ("torch", "torch-fidelity", "timm", "pillow", "scikit-image", "scipy"
 
 
 def software() -> dict[str, str]:
-    """Versions of what decides a number besides its inputs, for a report."""
+    """Return the versions of the libraries that determine a number."""
     return {"svgpipe": svgpipe_version(), **{name: metadata.version(name) for name in SOFTWARE}}
 
 
 class BackboneExtractor(FeatureExtractorBase):  # type: ignore[misc]
-    """A timm backbone's pooled embedding as a torch-fidelity extractor: (B,3,H,W) uint8 → (B,D)."""
+    """The pooled embedding of a timm backbone as a torch-fidelity extractor: (B,3,H,W) uint8 → (B,D)."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone.name, [POOLED])
@@ -66,17 +66,17 @@ class BackboneExtractor(FeatureExtractorBase):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature extractor and how to speak of it."""
+    """A feature extractor and its description."""
 
     module: nn.Module
-    layers: dict[str, str]  # POOLED, and LOGITS where it has them, by what the module calls them
+    layers: dict[str, str]  # POOLED, and LOGITS if it has them, by the names in the module
     metric: str
     description: ExtractorInfo
     dimensions: int  # of POOLED
 
     @torch.no_grad()
     def features(self, images: ImageSet, batch_size: int) -> dict[str, Tensor]:
-        """(n,D) float32 on the CPU, of each layer."""
+        """Return (n,D) float32 features on the CPU, by layer."""
         device = pick_device()
         by_layer = get_featuresdict_from_dataset(
             images, self.module.to(device), batch_size, device.type == "cuda", True, False
@@ -85,7 +85,7 @@ class Extractor:
 
 
 def weight_inputs(**sources: str) -> dict[str, InputRef]:
-    """Fingerprints of local weight files, as inputs of what is measured with them. `hub` and the like are no files."""
+    """Return the fingerprints of local weight files as inputs of an evaluation. `hub` and others are not files."""
     files = {name: Path(source) for name, source in sources.items()}
     return {
         name: InputRef(kind="weights", fingerprint=file_sha256(path), path=str(path), config={})
@@ -95,13 +95,18 @@ def weight_inputs(**sources: str) -> dict[str, InputRef]:
 
 
 def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "evaluation.extractor") -> Extractor:
-    """The extractor that the recipe names.
+    """Load the extractor of a recipe.
 
     Args:
+        config: section of the recipe.
         backbone: of the autoencoder, for kind `backbone`.
-        where: dotted name of the section in the recipe, for messages.
+        where: dotted name of the section, for messages.
+
+    Returns:
+        The extractor.
+
     Raises:
-        ArtifactError: weights that are neither given nor to be downloaded; which file, from where, and which option.
+        ArtifactError: weights are neither given nor downloadable. The message says which file and which option.
         UsageError: an unknown timm model.
     """
     if config.kind == "timm":
@@ -118,13 +123,13 @@ def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "e
     state = None if config.weights == "hub" else read_weight_file(Path(config.weights))
     try:
         with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
-            # torch-fidelity unpickles whatever file it is given, so it is given one of tensors and nothing else.
+            # torch-fidelity unpickles its file, so it is given one that holds only tensors.
             safe = Path(folder) / "inception.pth"
             torch.save(INCEPTION_WEIGHTS.load() if state is None else state, safe)
             module = FeatureExtractorInceptionV3(
                 INCEPTION, list(INCEPTION_LAYERS.values()), feature_extractor_weights_path=str(safe)
             )
-    except Exception as error:  # urllib's kinds and torch's for a damaged file
+    except Exception as error:  # errors of urllib, and of torch for a damaged file
         raise ArtifactError(
             f"{where}: Inception weights could not be loaded ({first_line(error)}). "
             f"Download {INCEPTION_WEIGHTS.url} and give it with --set {where}.weights=FILE, or measure in the "
@@ -150,7 +155,11 @@ def _record(kind: str, name: str, network: nn.Module, input_size: int, library: 
 
 
 def _timm(config: ExtractorSection, where: str) -> Backbone:
-    """Any timm model, at its own input size, pooled as its classifier would see it."""
+    """Return a timm model at its own input size, pooled as for its classifier.
+
+    Raises:
+        UsageError: an unknown model.
+    """
     assert config.name is not None, "the section is validated"
     try:
         size, level = own_input(config.name)

@@ -1,4 +1,4 @@
-"""Decoded and real image sets → features → the numbers of an evaluation report. The metrics are in metrics.py."""
+"""Measures image sets: features, then the numbers of the report. The metrics are in metrics.py."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PART = 5000  # images: the unit of resume of extracted features
 
 @dataclass(frozen=True)
 class Compared:
-    """What a report says of the sets that were compared."""
+    """Results of all sets."""
 
     reference: ReferenceInfo
     results: list[Measured]
@@ -50,10 +50,15 @@ class Compared:
 
 
 def measure(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]], progress: Progress) -> Compared:
-    """Features of every set, then its metrics against the reference; run again to resume.
+    """Measure every set against the reference; run again to resume.
 
     Args:
+        plan: the evaluation.
         images: tars of every decoded set, by name.
+        progress: is told what is measured.
+
+    Returns:
+        The numbers of the report.
     """
     work = _Measurement(plan, _image_sets(plan, images))
     progress.begin("measure", len(work.sets))
@@ -61,7 +66,7 @@ def measure(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]], pro
         work.extracted(name)
         progress.advance(1, name)
     names = [*work.sampled, *(line for line in BASELINES if line in work.sets)]
-    journal = Journal(plan.out, "journal/compare")  # of 50,000 images, the intervals take minutes
+    journal = Journal(plan.out, "journal/compare")  # the intervals of 50,000 images take minutes
     progress.begin("compare", len(names))
     results = []
     for number, name in enumerate(names):
@@ -72,7 +77,7 @@ def measure(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]], pro
 
 
 def _image_sets(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]]) -> dict[str, ImageSet]:
-    """The reference, every decoded set, and held-out images, by name."""
+    """Return the reference, every decoded set and the held-out images, by name."""
     real, size = plan.sets, plan.sets.size
     sets = {REFERENCE: ImageSet(real.reference, size)} if real.reference else {}
     sets |= {name: ImageSet(refs_of(plan.out / "images" / name, shards), size) for name, shards in images.items()}
@@ -83,24 +88,24 @@ def _image_sets(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]])
 
 @dataclass(frozen=True)
 class _Measurement:
-    """The sets of one evaluation, and what is measured of each."""
+    """The sets of one evaluation, and the metrics of each."""
 
     plan: EvaluationPlan
     sets: dict[str, ImageSet]
 
     @cached_property
     def sampled(self) -> dict[str, SamplerSettings]:
-        """Settings of the sweep by the names of their images."""
+        """Return the settings of the sweep by the names of their images."""
         return {setting.name: setting for setting in self.plan.settings}
 
     @property
     def same_classes(self) -> bool:
-        """Whether labels of samples and of the reference mean the same."""
+        """Whether samples and reference have the same classes."""
         return self.plan.sets.class_names == self.plan.class_names
 
     @cached_property
     def reference(self) -> ReferenceInfo:
-        """What is measured against, for the report."""
+        """Return the description of the reference for the report."""
         reference, real = self.plan.reference, self.plan.sets.reference
         return ReferenceInfo(
             kind=reference.kind,
@@ -111,32 +116,32 @@ class _Measurement:
 
     @cached_property
     def comparison(self) -> Comparison:
-        """Made when it is first asked for: where all results are kept, the reference need not be loaded."""
+        """Loaded when first needed: a resumed run with all results does not load the reference."""
         config = self.plan.config
         real = self.features(REFERENCE) if REFERENCE in self.sets else None
         return Comparison(real, config.bootstrap, config.seed, _target(self.plan.reference))
 
     def extracted(self, name: str) -> dict[str, Tensor]:
-        """Features of a set, extracted now or kept. Those of all sets at a time may be more than memory holds."""
+        """Return the features of a set, cached or computed now. Features of all sets may exceed the memory."""
         plan = self.plan
         return extracted(plan.pool, self.sets[name], plan.extractor, plan.config.batch_size)
 
     def features(self, name: str) -> Features:
-        """Features of a set, with labels where these are the reference's."""
+        """Return the features of a set, with labels if its classes are those of the reference."""
         by_layer = self.extracted(name)
         labelled = name != NOISE and (self.same_classes or name not in self.sampled)
         labels = torch.from_numpy(self.sets[name].labels) if labelled else None
         return Features(by_layer[POOLED], by_layer.get(LOGITS) if name != REFERENCE else None, labels)
 
     def key(self, name: str) -> str:
-        """Digest of all that decides the metrics of a set."""
+        """Return a digest of everything that determines the metrics of a set."""
         plan, config = self.plan, self.plan.config
         measured_by = [software(), plan.extractor.description.model_dump(), config.bootstrap, config.seed]
         against = [self.reference.model_dump(), self.same_classes]
         return digest([measured_by, against, name, self.sets[name].digest])
 
     def measured(self, name: str) -> Json:
-        """All metrics of a set, as JSON of `Measured`."""
+        """Return all metrics of a set, as JSON of `Measured`."""
         setting, more = self.sampled.get(name), {}
         if name == RECONSTRUCTIONS:
             originals = ImageSet(self.plan.sets.reconstructed, self.plan.sets.size)
@@ -152,7 +157,7 @@ class _Measurement:
         return measured.model_dump(mode="json")
 
     def not_measured(self) -> list[str]:
-        """What is missing, and why."""
+        """Return what is not measured, with the reason."""
         reasons = []
         if HELDOUT not in self.sets:
             reasons.append("held-out real images (the floor): the reference has fewer than two; shard with a holdout")
@@ -160,15 +165,15 @@ class _Measurement:
             what = "kernel distance, precision, recall and nearest classes"
             reasons.append(f"{what}: the reference is statistics, not images")
         elif not self.same_classes:
-            reasons.append("share of samples nearest to their own class: the reference has other classes")
+            reasons.append("fraction of samples nearest to their class: the reference has other classes")
         if RECONSTRUCTIONS not in self.sets:
             reasons.append("reconstructions: the reference has no images, or the autoencoder no alignment yet")
         if LOGITS not in self.plan.extractor.layers:
-            reasons.append("Inception Score: it is defined by Inception's classes, and another extractor was chosen")
+            reasons.append("Inception Score: it needs the classes of Inception, but another extractor was chosen")
         if REFERENCE in self.sets and min(map(len, self.sets.values())) <= NEIGHBOURS:
             reasons.append(f"precision and recall of sets of {NEIGHBOURS} images or fewer")
         return reasons + [
-            f"what guidance {s.guidance:g} does in {s.steps} steps: {s.guidance_mode} acts at none of their times"
+            f"effect of guidance {s.guidance:g} with {s.steps} steps: {s.guidance_mode} acts at none of their times"
             for s in self.plan.settings
             if s.guidance != 1 and not s.acts
         ]
@@ -182,20 +187,24 @@ def _target(reference: Reference) -> FrechetTarget | None:
 def extracted(
     pool: Location, images: ImageSet, extractor: Extractor, batch_size: int, folder: str = "features"
 ) -> dict[str, Tensor]:
-    """Features of a set, kept by the content of images and extractor.
+    """Return the features of a set, cached by the content of images and extractor.
 
-    pool/features/DIGEST.safetensors    the features; DIGEST.json is their journal record, with the file's hash
+    pool/features/DIGEST.safetensors    the features; DIGEST.json is their journal record, with the hash of the file
 
     Args:
+        pool: directory that evaluations share.
+        images: the set.
+        extractor: feature extractor.
+        batch_size: images per forward pass.
         folder: below `pool`; another one for the parts of a large set.
     """
     key = digest([images.digest, extractor.description.model_dump(), extractor.layers])[:16]
     journal, name = Journal(pool, folder), f"{folder}/{key}.safetensors"
-    with suppress(ArtifactError):  # missing or altered: they are extracted now
+    with suppress(ArtifactError):  # missing or altered: they are extracted again
         return load_tensors(pool / name, journal.files(key)[0].sha256)
     make_directory(journal.directory)
     remove_partials(journal.directory, idle_s=ABANDONED_S)
-    # A large set is kept part by part, so that a kill does not cost the hours that it takes.
+    # A large set is stored in parts, so that a kill does not lose hours of work.
     parts_folder = f"{folder}/parts-{key}"
     if len(images) <= PART:
         features = extractor.features(images, batch_size)
@@ -209,7 +218,7 @@ def extracted(
 
 
 def _psnr(originals: ImageSet, reconstructions: ImageSet, config: EvaluationSection) -> Estimate | None:
-    """dB, mean over the images that are not reproduced exactly; None where all are."""
+    """Return dB, the mean over the images that are not reproduced exactly; None if all are."""
     values = [psnr(originals.pixels(i)[None], reconstructions.pixels(i)[None])[0] for i in range(len(originals))]
     finite = torch.tensor([float(value) for value in values if np.isfinite(value)], dtype=torch.float64)
     return mean_estimate(finite, config.bootstrap, config.seed) if len(finite) else None

@@ -1,4 +1,4 @@
-"""All metrics of one set of images, from its features: FID, KID, Inception Score, precision, recall, accuracy."""
+"""Metrics of a set of images, from its features: FID, KID, Inception Score, precision, recall, accuracy."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from .intervals import estimate, picks, share_estimate
 
 KERNEL_SUBSETS = 50
 KERNEL_SUBSET_SIZE = 1000
-# KID subsets overlap, so their spread underestimates the error. The interval comes from what single images contribute
-# instead, estimated against at most this many images of each set.
+# KID subsets overlap, so their spread underestimates the error. The interval comes from the contributions of single
+# images instead, estimated against at most this many images of each set.
 KERNEL_ROWS = 10_000
 INCEPTION_SPLITS = 10
 MIN_TO_SPLIT = 100
 NEIGHBOURS = 3
-# Every image of a set is compared with every other for its ball: of all of ImageNet, days of work. As in the paper.
+# The radius of a ball needs the distances to all other images: days of work for all of ImageNet. As in the paper.
 MAX_BALLS = 50_000
 
 
 @dataclass(frozen=True)
 class Features:
-    """Of a set of images, as an extractor found them."""
+    """Features of a set of images."""
 
     pooled: Tensor  # (n,D) float32
-    logits: Tensor | None = None  # (n,K) float32, of Inception alone
-    labels: Tensor | None = None  # (n,) int64, where the images have labels of the reference's classes
+    logits: Tensor | None = None  # (n,K) float32, Inception only
+    labels: Tensor | None = None  # (n,) int64, if the images have labels of the reference's classes
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What sets are measured against, and how often they are resampled for the intervals (0: no intervals).
+    """The reference, and the number of bootstrap resamplings (0: no intervals).
 
-    Without features of reference images there is a Fréchet distance only, to the `target` that is given instead.
+    Without features of reference images, only the Fréchet distance to `target` is measured.
     """
 
     reference: Features | None
@@ -55,11 +55,11 @@ class Comparison:
     def _target(self) -> FrechetTarget:
         if self.target is not None:
             return self.target
-        assert self.reference is not None, "either images or statistics are what is measured against"
+        assert self.reference is not None, "the reference is either images or statistics"
         return FrechetTarget.of(self.reference.pooled, pick_device())
 
     def measure(self, features: Features) -> dict[str, Estimate | None]:
-        """Fields of `Measured`; None for what cannot be measured on so few images, or without logits or labels."""
+        """Return the fields of `Measured`; None if there are too few images, or no logits or labels."""
         return {
             "frechet_distance": self.frechet(features.pooled),
             "kernel_distance": self.kernel(features.pooled),
@@ -70,13 +70,13 @@ class Comparison:
         }
 
     def frechet(self, pooled: Tensor) -> Estimate:
-        """Fréchet distance of (n,D) features to the reference; on a GPU where there is one, as it takes longest."""
+        """Return the Fréchet distance of (n,D) features to the reference, computed on a GPU if there is one."""
         resampled = picks(len(pooled), self.replicates, self.seed)
         value, *replicates = self._target.distances(pooled.to(pick_device()), [torch.arange(len(pooled)), *resampled])
         return estimate(value, replicates, len(pooled), least=0.0)
 
     def kernel(self, pooled: Tensor) -> Estimate | None:
-        """Kernel distance of (n,D) features to the reference; its interval is to first order, see KERNEL_ROWS."""
+        """Return the kernel distance of (n,D) features to the reference; interval to first order, see KERNEL_ROWS."""
         if self.reference is None:
             return None
         value = float(kernel_distances(pooled, self.reference.pooled).mean())
@@ -118,7 +118,7 @@ class Comparison:
 
 
 def balls(pooled: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Centres (m,D) and radii (m,) that a set of (n,D) features covers, m ≤ MAX_BALLS; None of too few for any."""
+    """Return centres (m,D) and radii (m,) of the balls of (n,D) features, m ≤ MAX_BALLS; None if there are too few."""
     centres = _at_most(pooled, MAX_BALLS)
     return None if len(centres) <= NEIGHBOURS else (centres, ball_radii(centres, NEIGHBOURS))
 
@@ -128,11 +128,11 @@ def _at_most(rows: Tensor, count: int) -> Tensor:
 
 
 def kernel_distances(first: Tensor, second: Tensor) -> Tensor:
-    """(subsets,) polynomial MMD² of random subsets of (n,D) and (m,D), by torch-fidelity; their mean is the KID."""
+    """Return (subsets,) polynomial MMD² of random subsets of (n,D) and (m,D), by torch-fidelity; mean: KID."""
     size = min(KERNEL_SUBSET_SIZE, len(first), len(second))
     values = []
     for subset in range(KERNEL_SUBSETS):
-        # As torch-fidelity draws them; here, so that only these are in float64: a reference may be all of ImageNet.
+        # Drawn as in torch-fidelity, but here, so that only these rows are float64: a reference may be all of ImageNet.
         rng = np.random.RandomState(subset)
         one, two = (rows[rng.choice(len(rows), size, replace=False)].double() for rows in (first, second))
         metric = kid_features_to_metric(one, two, kid_subsets=1, kid_subset_size=size, rng_seed=0, verbose=False)
@@ -141,9 +141,9 @@ def kernel_distances(first: Tensor, second: Tensor) -> Tensor:
 
 
 def inception_score(logits: Tensor) -> float:
-    """exp(mean KL(p(y|x) ‖ p(y))), mean over ten splits, by torch-fidelity; one split of fewer than a hundred images.
+    """Return exp(mean KL(p(y|x) ‖ p(y))), mean over ten splits, by torch-fidelity; below 100 images: one split.
 
-    A split of a single image scores 1, whatever the image.
+    A split with one image scores 1.
     """
     splits = INCEPTION_SPLITS if len(logits) >= MIN_TO_SPLIT else 1
     return float(isc_features_to_metric(logits, splits=splits)[KEY_METRIC_ISC_MEAN])

@@ -1,4 +1,4 @@
-"""What an evaluation does, decided once, before it starts: sample → decode → measure only follow this plan."""
+"""The plan of an evaluation, resolved before it starts. Sampling, decoding and measuring follow it."""
 
 from __future__ import annotations
 
@@ -25,23 +25,25 @@ from .reference import RealSets, Reference, require_extractor
 
 @dataclass(frozen=True)
 class Sampler:
-    """The model that draws, and the worse one that guides it, if there is one."""
+    """The diffusion model, and the worse model that guides it, if any."""
 
     model: TrainedDiffusion
     guide: TrainedDiffusion | None = None
 
     def settings(self, config: EvaluationSection) -> list[SamplerSettings]:
-        """Every point of the sweep.
+        """Return all settings of the sweep.
 
         Raises:
-            UsageError: a guidance mode that does not exist, or that has no meaning with a guide.
+            UsageError: an unknown guidance mode, or one that makes no sense with a guide.
         """
         try:
             guidance = Guidance(1.0, config.guidance_mode)
         except ValueError as error:
             raise UsageError(f"evaluation.guidance_mode: {error}") from error
         if self.guide is not None and guidance.kind == "cfg_star":
-            raise UsageError("evaluation.guidance_mode: cfg_star is about unconditional velocities; a guide has none.")
+            raise UsageError(
+                "evaluation.guidance_mode: cfg_star needs unconditional velocities, which a guide does not have."
+            )
         return [
             SamplerSettings(
                 steps=steps,
@@ -60,7 +62,11 @@ class Sampler:
         ]
 
     def require_match(self) -> None:
-        """Raise MismatchError unless both models draw latents of the same kind."""
+        """Check that both models have the same latents.
+
+        Raises:
+            MismatchError: they have not.
+        """
         if self.guide is None:
             return
         ours, theirs = self.model, self.guide
@@ -73,7 +79,7 @@ class Sampler:
             )
 
     def guide_input(self, config: EvaluationSection) -> dict[str, InputRef]:
-        """What the guide adds to an evaluation's inputs."""
+        """Return the additional inputs of an evaluation with a guide."""
         guide = self.guide
         if guide is None:
             return {}
@@ -82,16 +88,16 @@ class Sampler:
         return {"guide": InputRef(kind="diffusion", fingerprint=sha256, path=str(guide.directory), config=about)}
 
     def absolute(self) -> Sampler:
-        """The same for a process with another current directory."""
+        """Return the same with absolute paths, for processes with another current directory."""
         return Sampler(self.model.absolute(), None if self.guide is None else self.guide.absolute())
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """Inputs, settings and places of one evaluation."""
+    """Inputs, settings and directories of one evaluation."""
 
     out: Location
-    pool: Location  # holds `latents` and `features`, which other evaluations find there
+    pool: Location  # holds `latents` and `features`, which evaluations share
     config: EvaluationSection
     diffusion: DiffusionManifest
     autoencoder: Location
@@ -113,12 +119,15 @@ class EvaluationPlan:
         guide: Location | None = None,
         pool: Location | None = None,
     ) -> EvaluationPlan:
-        """Open all inputs and check that they belong together.
+        """Open all inputs and check that they match.
+
+        Returns:
+            The plan.
 
         Raises:
-            MismatchError: the autoencoder is not the one that made the cache, or the guide draws other latents.
-            ArtifactError: an input that is missing or damaged.
-            UsageError: a guidance mode or weights that do not exist.
+            MismatchError: the autoencoder did not make the cache, or the guide has other latents.
+            ArtifactError: an input is missing or damaged.
+            UsageError: an unknown guidance mode or unknown weights.
         """
         manifest, encoder = DiffusionManifest.read(diffusion), AutoencoderManifest.read(autoencoder)
         sampler = Sampler(open_diffusion(diffusion), None if guide is None else open_diffusion(guide))
@@ -151,10 +160,11 @@ class EvaluationPlan:
 
     @cached_property
     def extractor(self) -> Extractor:
-        """The feature extractor, loaded when it is first asked for.
+        """The feature extractor, loaded when first needed.
 
         Raises:
-            ArtifactError: weights that cannot be had. UsageError: the reference is statistics of other features.
+            ArtifactError: weights are not available.
+            UsageError: the reference is statistics of other features.
         """
         section = AutoencoderSection.model_validate(self.encoder.config).backbone
         backbone = build_backbone(section, self.encoder.image_size, self.autoencoder)
@@ -174,5 +184,5 @@ class EvaluationPlan:
 
     @property
     def class_names(self) -> list[str]:
-        """Of the diffusion model, in the order of its labels."""
+        """Class names of the diffusion model, in label order."""
         return self.diffusion.class_names

@@ -1,7 +1,7 @@
-"""`svgpipe eval-reconstruction`: what an autoencoder loses of held-out images, with its residual branch and without.
+"""`svgpipe eval-reconstruction`: reconstruction of held-out images, with and without the residual branch.
 
-decode    both sets of reconstructions into WebDataset tars, unit by unit with a journal
-measure   image against image, and set against set, from the 8-bit images
+decode    both sets of reconstructions into WebDataset tars, in units with a journal
+measure   pairs of images, and sets of images, as 8-bit images
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class Lpips(NamedTuple):
 
 @dataclass(frozen=True)
 class ReconstructionPlan:
-    """What an evaluation of an autoencoder does, decided before it starts."""
+    """The plan of an evaluation of an autoencoder."""
 
     out: Location
-    pool: Location  # holds `features`, which other evaluations find there
+    pool: Location  # holds `features`, which evaluations share
     config: ReconstructionSection
     autoencoder: Location
     encoder: AutoencoderManifest
@@ -82,12 +82,19 @@ class ReconstructionPlan:
         config: ReconstructionSection,
         pool: Location | None,
     ) -> ReconstructionPlan:
-        """Choose the images. Raises UsageError for fewer than two held-out ones."""
+        """Choose the images.
+
+        Returns:
+            The plan.
+
+        Raises:
+            UsageError: fewer than two held-out images.
+        """
         encoder, heldout = AutoencoderManifest.read(autoencoder), shards.usable("heldout")
         if len(heldout) < MIN_IMAGES:
             raise UsageError(
                 f"{shards.directory}: expected at least {MIN_IMAGES} held-out images, found {len(heldout)}. Make the "
-                "shards with --holdout, so that reconstructions are measured on images that no training has seen."
+                "shards with --holdout: reconstruction is measured on images that were not used in training."
             )
         inputs = {
             "autoencoder": encoder.as_input(autoencoder),
@@ -99,12 +106,16 @@ class ReconstructionPlan:
 
     @property
     def section(self) -> AutoencoderSection:
-        """The autoencoder's own recipe section."""
+        """Recipe section of the autoencoder."""
         return AutoencoderSection.model_validate(self.encoder.config)
 
     @cached_property
     def extractor(self) -> Extractor:
-        """Raises ArtifactError for weights that cannot be had."""
+        """The feature extractor.
+
+        Raises:
+            ArtifactError: weights are not available.
+        """
         backbone = build_backbone(self.section.backbone, self.encoder.image_size, self.autoencoder)
         return load_extractor(self.config.extractor, backbone, "reconstruction.extractor")
 
@@ -114,21 +125,21 @@ class ReconstructionPlan:
         return ImageSet(self.chosen, self.encoder.image_size)
 
     def jobs(self) -> list[ImageJob]:
-        """Sets to decode: with the residual branch, where there is one, then without."""
+        """Return the sets to decode: with the residual branch, if there is one, then without."""
         count, channels = len(self.chosen), self.encoder.residual_channels
         with_residual = [ImageJob(RECONSTRUCTIONS, count, originals=self.chosen)] if channels else []
         return [*with_residual, ImageJob(WITHOUT_RESIDUAL, count, originals=self.chosen, residual=False)]
 
     def not_measured(self) -> list[str]:
-        """What cannot be measured of this autoencoder, and why."""
+        """Return what cannot be measured for this autoencoder, with the reason."""
         if not self.encoder.residual_channels:
-            return ["reconstructions with the residual branch on: this autoencoder has none"]
+            return ["reconstructions with the residual branch: this autoencoder has none"]
         if self.section.residual.mask_ratio == 0:
             return ["a fair reconstruction without residual: it was never masked in training (mask_ratio 0)"]
         return []
 
     def decoder_options(self) -> DecoderOptions:
-        """Nothing is decoded from normalised latents here, so mean and std are neutral."""
+        """Return options with neutral mean and std, because no normalised latents are decoded."""
         channels, config = self.encoder.frozen_channels + self.encoder.residual_channels, self.config
         return DecoderOptions(
             self.autoencoder,
@@ -151,19 +162,27 @@ def eval_reconstruction(
     runner: Runner | None = None,
     progress: Progress | None = None,
 ) -> ReconstructionManifest:
-    """Reconstruct held-out images and publish what was measured at `out`; run again to resume.
+    """Reconstruct held-out images, measure them and publish the evaluation at `out`; run again to resume.
 
-    No number depends on `batch_size` but by the rounding of single pixels.
+    `batch_size` changes single pixels by rounding only.
 
     Args:
-        autoencoder: finished one.
-        shards: whose held-out images are taken. By its training images the alignment of an imported autoencoder is
-            measured, if nobody has yet.
-        pool: holds `features`, which other evaluations find there; without it, where `out` lies.
-        runner: where units run; by default in this process.
+        autoencoder: finished autoencoder.
+        shards: its held-out images are reconstructed. If the alignment of an imported autoencoder is not measured yet,
+            its training images are used for that.
+        out: directory to create or resume.
+        config: section `reconstruction` of a recipe.
+        pool: holds `features`, which evaluations share; None: the parent of `out`.
+        runner: where units run; default: in this process.
+        progress: is told what is done.
+
+    Returns:
+        The manifest of the evaluation.
+
     Raises:
         UsageError: no held-out images.
-        ArtifactError: missing weights or images. MismatchError: `out` holds another evaluation.
+        ArtifactError: missing weights or images.
+        MismatchError: `out` holds another evaluation.
     """
     plan = ReconstructionPlan.resolve(autoencoder, shards, out, config, pool)
     with WorkDir(StageSpec(out, ReconstructionManifest, config.model_dump(mode="json"), plan.inputs)) as work:
@@ -177,9 +196,13 @@ def eval_reconstruction(
 def _evaluate(
     plan: ReconstructionPlan, work: WorkDir[ReconstructionManifest], runner: Runner, progress: Progress
 ) -> ReconstructionManifest:
-    """Decode, then measure."""
+    """Decode, then measure.
+
+    Returns:
+        The manifest.
+    """
     config, out, missing = plan.config, plan.out, plan.not_measured()
-    extractor = plan.extractor  # weights that are missing should stop it before it has decoded for long
+    extractor = plan.extractor  # missing weights must stop the run before it decodes
     lpips = _lpips(config, missing)
     if not was_decoded(plan.shards):
         require_decodable(plan.chosen, Journal(out, "journal/looked"), progress)
@@ -210,9 +233,10 @@ def _evaluate(
 
 
 def _lpips(config: ReconstructionSection, missing: list[str]) -> Lpips | None:
-    """LPIPS; None, and a line in `missing`, where weights from the hub cannot be had.
+    """Return LPIPS; None, and a line in `missing`, if its weights cannot be downloaded.
 
-    Raises ArtifactError where a file was named, but is not there, does not fit, or the other one cannot be had.
+    Raises:
+        ArtifactError: a file in the recipe is missing or does not fit, or the other file cannot be downloaded.
     """
     named = [Path(name) for name in (config.vgg_weights, config.lpips_weights) if name != "hub"]
     for path in named:
@@ -223,7 +247,7 @@ def _lpips(config: ReconstructionSection, missing: list[str]) -> Lpips | None:
     except ArtifactError as error:
         if named:
             raise
-        missing.append(f"LPIPS: {error} (In another --out: what is finished stays as it is.)")
+        missing.append(f"LPIPS: {error} (Use another --out: this one stays as it is.)")
         return None
 
     @torch.inference_mode()
@@ -237,7 +261,7 @@ def _lpips(config: ReconstructionSection, missing: list[str]) -> Lpips | None:
 def _measure(
     plan: ReconstructionPlan, sets: dict[str, ImageSet], lpips: Lpips | None, progress: Progress
 ) -> list[Reconstructed]:
-    """Metrics of every set against the originals."""
+    """Return the metrics of every set against the originals."""
     config, originals, pool = plan.config, plan.originals, plan.pool
     reference = extracted(pool, originals, plan.extractor, config.batch_size)
     comparison = Comparison(Features(reference[POOLED]), config.bootstrap, config.seed)
@@ -264,7 +288,7 @@ def _measure(
 def _compared(
     plan: ReconstructionPlan, number: int, name: str, images: ImageSet, lpips: Lpips | None, progress: Progress
 ) -> dict[str, list[float | None]]:
-    """Values of every measure, image by image; kept in the journal, `unit_rows` images a unit."""
+    """Return the values of every metric, image by image, stored in the journal in units of `unit_rows` images."""
     originals, journal, rows = plan.originals, Journal(plan.out, "journal/measure"), plan.config.unit_rows
     measures: dict[str, list[float | None]] = {}
     starts = range(0, len(originals), rows)
@@ -282,7 +306,7 @@ def _compared(
 def _compare_all(
     originals: ImageSet, images: ImageSet, rows: Sequence[int], lpips: Lpips | None
 ) -> dict[str, list[float | None]]:
-    """`_compare` of the images at `rows`; None for the infinite PSNR of one that is reproduced exactly."""
+    """Return `_compare` of the images at `rows`; None for the infinite PSNR of an exact reproduction."""
     measures: dict[str, list[float | None]] = {}
     for row in rows:
         for key, value in _compare(originals.pixels(row), images.pixels(row), lpips).items():
@@ -291,7 +315,11 @@ def _compare_all(
 
 
 def _compare(original: RGBArray, reconstruction: RGBArray, lpips: Lpips | None) -> dict[str, float]:
-    """One image against its reconstruction, both (S,S,3) uint8; names as in `Reconstructed`."""
+    """Compare an image with its reconstruction, both (S,S,3) uint8; names as in `Reconstructed`.
+
+    Returns:
+        Metrics by name.
+    """
     similarity = structural_similarity(
         original,
         reconstruction,

@@ -1,4 +1,4 @@
-"""What generated images are measured against: a shard set, a folder of images, or statistics as ADM publishes them."""
+"""The reference of an evaluation: a shard set, a folder of images, or statistics as published by ADM."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MIN_IMAGES = 2
 class Statistics:
     """Mean (D,) and covariance (D,D) of reference features, float64, read from a file.
 
-    `extractor` names the network. Files that ADM published do not name one; they are of Inception.
+    `extractor` names the network. Files published by ADM do not name one; they are for Inception.
     """
 
     mean: Tensor
@@ -49,7 +49,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images or their statistics, and where they are from."""
+    """Real images or their statistics, and their origin."""
 
     kind: Literal["shards", "folder", "statistics"]
     path: str
@@ -62,7 +62,7 @@ class Reference:
 
     @property
     def description(self) -> str:
-        """For a report, as in `against …`."""
+        """Description for a report, as in `against …`."""
         return {
             "shards": "real images of the training split",
             "folder": f"the images in {self.path}",
@@ -73,9 +73,14 @@ class Reference:
 def open_reference(spec: str) -> Reference:
     """Open a shard set (its directory or tars), an image folder, or an .npz with `mu` and `sigma`.
 
+    Images are not decoded, see `require_decodable`.
+
+    Returns:
+        The reference.
+
     Raises:
-        ArtifactError: nothing there, or what is there cannot be read. Images are not decoded, see `require_decodable`.
-        UsageError: as `ShardSet.open`.
+        ArtifactError: there is nothing, or it cannot be read.
+        UsageError: see `ShardSet.open`.
     """
     if spec.endswith(".npz"):
         return _statistics(Path(spec))
@@ -87,7 +92,11 @@ def open_reference(spec: str) -> Reference:
 
 
 def shard_reference(shards: ShardSet) -> Reference:
-    """The training split of a shard set; its held-out images are the floor."""
+    """Return the training split of a shard set as reference; its held-out images are the floor.
+
+    Raises:
+        ArtifactError: fewer than two reference images.
+    """
     names = shards.manifest.class_names
     reference = Reference(
         "shards",
@@ -106,12 +115,16 @@ def shard_reference(shards: ShardSet) -> Reference:
 
 
 def _folder(directory: Path) -> Reference:
-    """Every image below it, in the order of their paths; the classes are its folders, if no image lies outside them."""
+    """Return every image below a folder, sorted by path. Classes are the folders, if no image lies outside them.
+
+    Raises:
+        ArtifactError: there are artifacts, or fewer than two images.
+    """
     below = list(directory.rglob("*"))
     if artifact := next((path.parent for path in below if path.name == MANIFEST_NAME and _is_ours(path)), None):
         raise ArtifactError(
-            f"{directory}: expected a shard set or a folder of images, found one that holds svgpipe's artifacts "
-            f"({artifact}). Name the shard set, or a folder with nothing but images."
+            f"{directory}: expected a shard set or a folder of images, found a folder with svgpipe's artifacts "
+            f"({artifact}). Give the shard set, or a folder with images only."
         )
     paths = sorted(path for path in below if path.suffix.lower() in EXTENSIONS and path.is_file())
     if len(paths) < MIN_IMAGES:
@@ -134,7 +147,7 @@ def _folder(directory: Path) -> Reference:
 
 
 def _is_ours(manifest: Path) -> bool:
-    """Whether it is a manifest of an artifact, and not one that somebody else has named so."""
+    """Return whether it is a manifest of an artifact, and not another file of this name."""
     try:
         return read_json(manifest).get("kind") in KINDS
     except ArtifactError:
@@ -147,15 +160,15 @@ def _size_and_hash(path: Path) -> tuple[int, str]:
 
 
 def was_decoded(shards: ShardSet | None) -> bool:
-    """Whether the images of a set were decoded when it was made; of tars that others made, only on request."""
+    """Return whether the images of a set were decoded when it was made; of existing tars only if requested."""
     return shards is not None and bool(shards.manifest.config.get("decode", True))
 
 
 def require_decodable(refs: Sequence[ImageRef], journal: Journal, progress: Progress) -> None:
-    """Decode images that nobody has yet, once: a bad one should stop a sweep before hours of sampling.
+    """Decode images that were never decoded, once: a bad one must stop a sweep before hours of sampling.
 
     Raises:
-        ArtifactError: one that cannot be decoded.
+        ArtifactError: an image cannot be decoded.
     """
     different = {(str(ref.tar), ref.offset): ref for ref in refs}
     looked = digest([[*place, ref.sha256] for place, ref in different.items()])
@@ -163,18 +176,24 @@ def require_decodable(refs: Sequence[ImageRef], journal: Journal, progress: Prog
 
 
 def _look(refs: Sequence[ImageRef], progress: Progress) -> Json:
-    """Decode them all; how many there were."""
+    """Decode all images.
+
+    Returns:
+        Their number.
+    """
 
     def look(ref: ImageRef) -> None:
         try:
             decode_image(ref.read())
         except RejectedImageError as error:
             in_tar = ref.tar.suffix == ".tar"
-            what = "Index the tars anew with --decode, which rejects such images." if in_tar else "Remove or repair it."
+            what = (
+                "Index the tars again with --decode, which rejects such images." if in_tar else "Remove or repair it."
+            )
             where = f"{ref.tar}: {ref.key}" if in_tar else str(ref.tar)
             raise ArtifactError(f"{where}: cannot be measured: {error}. {what}") from error
 
-    progress.begin("look at the images", len(refs))
+    progress.begin("check images", len(refs))
     with ThreadPoolExecutor(READERS) as readers:
         for start in range(0, len(refs), LOOKED_AT_ONCE):
             for _ in readers.map(look, refs[start : start + LOOKED_AT_ONCE]):
@@ -217,7 +236,11 @@ def _statistics(path: Path) -> Reference:
 
 
 def require_extractor(reference: Reference, dimensions: int, extractor: str) -> None:
-    """Raise UsageError where statistics are of other features than the extractor's."""
+    """Check that statistics are of the features of the extractor.
+
+    Raises:
+        UsageError: they are of other features.
+    """
     held = reference.statistics
     if held is None:
         return
@@ -234,7 +257,7 @@ def require_extractor(reference: Reference, dimensions: int, extractor: str) -> 
 
 @dataclass(frozen=True)
 class RealSets:
-    """Real images of a reference: what is measured against, the floor, and what is reconstructed; each may be empty."""
+    """Real images of a reference: the reference, the floor, and the originals of reconstructions; may be empty."""
 
     reference: list[ImageRef]
     heldout: list[ImageRef]
@@ -244,7 +267,11 @@ class RealSets:
 
     @classmethod
     def of(cls, source: Reference, config: EvaluationSection, size: int) -> RealSets:
-        """Choose them."""
+        """Choose the images of a reference.
+
+        Returns:
+            The three sets.
+        """
         train, heldout = source.train, source.heldout
         reference = choose_evenly(train, config.reference_images)
         floor = choose_evenly(heldout, config.num_samples)

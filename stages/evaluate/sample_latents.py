@@ -1,11 +1,11 @@
-"""Latents of every setting of a sweep, kept where several sweeps find them.
+"""Latents of every setting of a sweep, stored where sweeps share them.
 
-    POOL/steps-025_guidance-1.5_0123abcd4567/    one Zarr group in the cache's own format for each setting and model
+    POOL/steps-025_guidance-1.5_0123abcd4567/    one Zarr group per setting and model, in the format of the cache
         journal/                                 one record per outer shard, with its hash
 
-The name ends in a digest of all that decides a latent: weights, sampler, seed, the guide. Sweeps
-with the same weights, sampler, seed and guide share latents, also with other numbers of samples. The first sweep fixes
-the size of the outer shards.
+The name ends in a digest of everything that determines a latent: weights, sampler, seed, guide. Sweeps with the same
+weights, sampler, seed and guide share latents, also with other numbers of samples. The first sweep fixes the size of
+the outer shards.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ DESCRIPTION = "sampler"
 
 @dataclass(frozen=True)
 class SampledLatents:
-    """The first `count` latents of a store that may hold more."""
+    """The first `count` latents of a store, which may hold more."""
 
     setting: SamplerSettings
     store: FeatureStore
-    hashes: list[str]  # of the outer shards that they lie in
+    hashes: list[str]  # of their outer shards
 
 
 @dataclass(frozen=True)
 class _Store:
-    """Latents of one setting: their store, its journal, and how many outer shards the sweep needs."""
+    """Latents of one setting: store, journal, and number of outer shards that the sweep needs."""
 
     setting: SamplerSettings
     store: FeatureStore
@@ -57,19 +57,23 @@ class _Store:
     count: int
 
     def sampled(self) -> SampledLatents:
-        """All of them, once they are there."""
+        """Return all latents of the sweep, after they were sampled."""
         files = [file for unit in range(self.count) for file in self.journal.files(unit)]
         return SampledLatents(self.setting, self.store, [file.sha256 for file in files])
 
 
 def sample_sweep(plan: EvaluationPlan, runner: Runner, progress: Progress) -> list[SampledLatents]:
-    """Draw what the plan's pool does not hold yet of the latents of every setting.
+    """Sample the missing latents of every setting.
+
+    Returns:
+        The latents of every setting.
 
     Raises:
-        BusyError: another process draws the same latents now. ArtifactError: latents that are not finite.
+        BusyError: another process samples the same latents.
+        ArtifactError: latents are not finite.
     """
     if runner.computes_on_cpu:
-        warn_if_imitated(plan.config.precision)  # here, since nobody reads what a worker logs
+        warn_if_imitated(plan.config.precision)  # here, because logs of workers are not shown
     with ExitStack() as locks:
         stores = [_open(plan, setting, locks) for setting in plan.settings]
         missing = [
@@ -94,13 +98,17 @@ def sample_sweep(plan: EvaluationPlan, runner: Runner, progress: Progress) -> li
 
 
 def _open(plan: EvaluationPlan, setting: SamplerSettings, locks: ExitStack) -> _Store:
-    """Lock and prepare the store of one setting."""
+    """Lock and prepare the store of one setting.
+
+    Returns:
+        The store.
+    """
     config = plan.config
     path = plan.pool / "latents" / f"{setting.name}_{_key(plan.sampler, setting, config)}"
     make_directory(path)
     locks.callback(Lock(path).release)
     store = _prepare(path, plan.sampler.model, setting, config.num_samples, config.unit_rows)
-    # Whole outer shards: what another sweep adds must not change what is there.
+    # Whole outer shards, so that another sweep that adds samples does not change existing ones.
     return _Store(setting, store, Journal(path), -(-config.num_samples // store.spec.unit_rows))
 
 
@@ -111,7 +119,7 @@ def _key(sampler: Sampler, setting: SamplerSettings, config: EvaluationSection) 
 def _prepare(
     path: Location, model: TrainedDiffusion, setting: SamplerSettings, count: int, unit_rows: int
 ) -> FeatureStore:
-    """The store with room for `count` latents, in units as large as those that are drawn already; these stay.
+    """Return the store with room for `count` latents. Existing units keep their size and content.
 
     The description attribute is written last. A store without it was interrupted: its metadata is written again, and
     existing shards are kept.
@@ -141,7 +149,7 @@ def _whole_store(path: Location) -> FeatureStore | None:
 
 
 class _SampleUnit:
-    """Samples a unit of one setting's latents."""
+    """Samples a unit of latents of one setting."""
 
     def __init__(
         self,
@@ -173,6 +181,8 @@ class _SampleUnit:
         ]
         latents = torch.cat(parts).numpy().astype(np.float16)
         if not np.isfinite(latents).all():
-            raise ArtifactError(f"{setting.name}: the model drew latents that are not finite; train longer or anew.")
+            raise ArtifactError(
+                f"{setting.name}: the model sampled latents that are not finite; train it longer or again."
+            )
         shape = (len(indices), 1, *spec.grid, spec.channels)
         return SampledUnit(wanted.setting, wanted.unit, latents.reshape(shape))

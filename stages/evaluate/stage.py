@@ -1,13 +1,13 @@
-"""`svgpipe sample-and-eval`: a sweep of steps × guidance → latents → decoded images → distances → report.json.
+"""`svgpipe sample-and-eval`: sample a sweep of steps × guidance, decode, measure, and write report.json.
 
 Each phase is a list of units with a journal, so an interrupted sweep resumes:
 
-    sample     latents of every setting, into Zarr groups; noise and label of sample i follow (seed, i) alone
-    decode    those latents, reconstructions of real images and pure noise, into WebDataset tars
+    sample    latents of every setting, into Zarr groups; noise and label of sample i depend only on (seed, i)
+    decode    these latents, reconstructions of real images, and noise, into WebDataset tars
     measure   features of every set, then distances to the reference
 
-Three reference lines make the numbers readable: held-out real images (the floor), reconstructions (what a perfect
-diffusion model would get) and decoded noise (the ceiling).
+Three reference lines: held-out real images (the floor), reconstructions (a perfect diffusion model) and decoded noise
+(the ceiling).
 """
 
 from __future__ import annotations
@@ -53,18 +53,26 @@ def sample_and_eval(
     """Run the sweep and publish it at `out`; run again to resume.
 
     Args:
-        diffusion: finished diffusion model. autoencoder: the one whose latents it was trained on.
-        reference: what distances are measured against; of a shard set, its training split.
+        diffusion: finished diffusion model.
+        autoencoder: the autoencoder of its cache.
+        reference: real images or statistics; of a shard set, the training split.
         out: directory to create or resume.
+        config: section `evaluation` of a recipe.
         guide: a worse model of the same cache, finished or a checkpoint, for autoguidance.
-        pool: holds `latents` and `features`, which other sweeps find there; without it, where `out` lies.
-        runner: where units run; by default in this process.
+        pool: holds `latents` and `features`, which sweeps share; None: the parent of `out`.
+        runner: where units run; default: in this process.
+        progress: is told what is done.
+
+    Returns:
+        The manifest of the evaluation.
+
     Raises:
-        MismatchError: the autoencoder is not the one that made the cache, the guide draws other latents, or `out`
-            holds another sweep.
-        ArtifactError: missing weights or images. UsageError: a guidance mode that does not exist, no such weights, or
+        MismatchError: the autoencoder did not make the cache, the guide has other latents, or `out` holds another
+            sweep.
+        ArtifactError: missing weights or images.
+        UsageError: an unknown guidance mode, unknown weights, or
             statistics of other features than the extractor's.
-        BusyError: another process works in `out`, or draws the same latents.
+        BusyError: another process works in `out`, or samples the same latents.
     """
     plan = EvaluationPlan.resolve(diffusion, autoencoder, reference, out, config, guide=guide, pool=pool)
     with WorkDir(plan.spec) as work:
@@ -78,8 +86,12 @@ def sample_and_eval(
 def _evaluate(
     plan: EvaluationPlan, work: WorkDir[EvaluationManifest], runner: Runner, progress: Progress
 ) -> EvaluationManifest:
-    """Sample → decode → measure."""
-    _ = plan.extractor  # weights that are missing should stop a sweep before it has sampled for hours
+    """Sample, decode and measure.
+
+    Returns:
+        The manifest.
+    """
+    _ = plan.extractor  # missing weights must stop a sweep before it samples for hours
     sets = plan.sets
     if not was_decoded(plan.reference.shards):
         looked = Journal(plan.out, "journal/looked")
@@ -93,7 +105,11 @@ def _evaluate(
 
 
 def _align(plan: EvaluationPlan, runner: Runner, progress: Progress) -> bool:
-    """Measure the alignment of an imported autoencoder, if nobody has yet; whether it can encode images now."""
+    """Measure the alignment of an imported autoencoder, if needed.
+
+    Returns:
+        Whether the autoencoder can encode images now.
+    """
     can_encode = not needs_alignment(plan.autoencoder, plan.encoder)
     if not can_encode and plan.reference.shards is not None:
         batch_size = plan.config.batch_size
@@ -104,10 +120,10 @@ def _align(plan: EvaluationPlan, runner: Runner, progress: Progress) -> bool:
 
 
 def _image_jobs(plan: EvaluationPlan, sampled: Sequence[SampledLatents], can_encode: bool) -> list[ImageJob]:
-    """The samples of every setting, then reconstructions and decoded noise."""
+    """Return the sets to decode: the samples of every setting, then reconstructions and noise."""
     count, originals = plan.config.num_samples, plan.sets.reconstructed
     jobs = [
-        # Labels are computed: another sweep may be adding to those of the store right now.
+        # Labels are computed, because another sweep may be writing those of the store.
         ImageJob(
             one.setting.name,
             count,
@@ -165,7 +181,7 @@ def _manifest(
 
 
 def _path_from(out: Location, path: Location) -> str:
-    """Relative where both are folders, so that they can be moved together."""
+    """Return a relative path between folders, so that they can be moved together."""
     if isinstance(out, Path) and isinstance(path, Path):
         return os.path.relpath(path.resolve(), out.resolve())
     return str(path)

@@ -1,1 +1,1 @@
-"""`svgpipe extract`: a shard set becomes a feature cache."""
+"""`svgpipe extract`: shard set to feature cache."""

@@ -1,4 +1,4 @@
-"""The alignment of an imported autoencoder, measured once, by the first extraction or evaluation that uses it."""
+"""The alignment of an imported autoencoder, measured by its first extraction or evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .encoder_actor import EncoderOptions
 
 
 def needs_alignment(autoencoder: Location, manifest: AutoencoderManifest) -> bool:
-    """Whether it aligns, but nobody has measured how."""
+    """Return whether the autoencoder aligns, but its alignment is not measured yet."""
     residual = AutoencoderSection.model_validate(manifest.config).residual
     aligns = residual.enabled and residual.align and manifest.alignment is None
     return aligns and MeasuredAlignment.read(autoencoder) is None
@@ -34,14 +34,15 @@ def measure_alignment(
     runner: Runner,
     progress: Progress,
 ) -> None:
-    """Measure the four scalars over evenly spread training images and put them beside the weights, once and for all.
+    """Measure the four scalars on evenly spread training images, and store them next to the weights permanently.
 
-    Mean and unbiased standard deviation of every channel over images and grid, each averaged over the backbone's and
-    over the residual's channels, as `Alignment.statistics` has them for one batch.
+    Mean and unbiased standard deviation per channel over images and grid, averaged over the backbone channels and over
+    the residual channels, as in `Alignment.statistics` for one batch.
 
     Raises:
-        BusyError: another extraction is measuring them. ArtifactError: no image can be decoded.
-        OSError: the autoencoder's directory cannot be written to.
+        BusyError: another process is measuring them.
+        ArtifactError: no image can be decoded.
+        OSError: the directory of the autoencoder is not writable.
     """
     with locked(autoencoder):
         if MeasuredAlignment.read(autoencoder) is not None:
@@ -57,7 +58,7 @@ def measure_alignment(
         )
     progress.say(
         f"{autoencoder}: was imported without an alignment; measured on {len(chosen)} images of {shards.directory} and "
-        f"kept in {ALIGNMENT_NAME} for all that encodes with it from now on"
+        f"stored in {ALIGNMENT_NAME} for all later use"
     )
 
 
@@ -69,6 +70,6 @@ def align_for_evaluation(
     runner: Runner,
     progress: Progress,
 ) -> None:
-    """`measure_alignment` in float32, as evaluations reconstruct."""
+    """Measure the alignment in float32, the precision of evaluations."""
     options = EncoderOptions(absolute(autoencoder), batch_size, "float32")
     measure_alignment(shards, autoencoder, manifest, options, runner, progress)

@@ -1,6 +1,6 @@
-"""The pass before an extraction: channel statistics, and int8 steps, over evenly spread training rows.
+"""The calibration pass of an extraction: channel statistics and int8 steps, over evenly spread training rows.
 
-Kept in the journal by the extraction, so that every resume normalises with the very same numbers.
+The extraction stores them in its journal, so that every resume normalises with the same numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .encoder_actor import EncoderOptions, EncodeUnits
 from .moments import Moments
 from .quantization import SAMPLED_VECTORS, int8_scales
 
-# A channel that never varies would be divided by zero; it is left as it is.
+# A constant channel is not rescaled, because that would divide by zero.
 MIN_STD = 1e-6
 
 
@@ -37,8 +37,11 @@ def calibrate(
 ) -> Calibration:
     """Measure the calibration.
 
+    Returns:
+        Mean, standard deviation and int8 steps.
+
     Raises:
-        ArtifactError: none of the chosen images can be decoded.
+        ArtifactError: no chosen image can be decoded.
     """
     chosen = training_rows(shards, config.calibration_images)
     total, vectors = measure_features(shards, chosen, image_size, options, runner, progress, "calibrate")
@@ -52,7 +55,7 @@ def calibrate(
 
 
 def training_rows(shards: ShardSet, count: int) -> list[int]:
-    """Evenly spread usable rows of the training split; of all, where everything is held out."""
+    """Return evenly spread usable rows of the training split; of all rows if everything is held out."""
     rows = shards.rows
     usable = np.flatnonzero(~rows.rejected)
     training = np.flatnonzero(~rows.heldout & ~rows.rejected)
@@ -69,7 +72,7 @@ def measure_features(
     progress: Progress,
     name: str,
 ) -> tuple[Moments, NDArray[np.float32]]:
-    """Moments of the features of the chosen rows, and some of their vectors (n,C).
+    """Return the moments of the features of the chosen rows, and some of their vectors (n,C).
 
     Raises:
         ArtifactError: none of them can be decoded.
@@ -77,7 +80,7 @@ def measure_features(
     size = options.batch_size
     units = [UnitRows(number, chosen[i : i + size]) for number, i in enumerate(range(0, len(chosen), size))]
     progress.begin(name, len(chosen))
-    # Merged in their order; only what comes too early is kept until its turn.
+    # Merged in order. Results that come early are kept until their turn.
     early: dict[int, Moments] = {}
     total: Moments | None = None
     merged = 0

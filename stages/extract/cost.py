@@ -1,4 +1,4 @@
-"""`svgpipe plan`: what an extraction will take, from a sample of the real shards and the real encoder."""
+"""`svgpipe plan`: estimate of an extraction, from a sample of the shards and the real encoder."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from .cpu_tasks import ReadImages, UnitRows
 from .encoder_actor import EncoderOptions, EncodeUnits
 from .quantization import int8_scales
 
-# crc32c and index entry of every inner chunk.
+# Overhead of every inner chunk: crc32c and index entry.
 CHUNK_OVERHEAD = 4 + 16
 CPU_BATCH = 4
 
 
 class ExtractCost(FrozenModel):
-    """An estimate. Seconds are of this machine's one worker; bytes are exact for float16, sampled for int8."""
+    """An estimate. Times are of one worker on this machine. Sizes are exact for float16, sampled for int8."""
 
     num_images: int
     num_views: int
     sampled_images: int
     shard_bytes: int
     row_shape: tuple[int, int, int]
-    read_s: float = Field(description="Per image, one core.")
-    decode_s: float = Field(description="Per image, one core.")
-    encode_s: float = Field(description="Per image, all views, one worker.")
-    bytes_per_row: dict[str, float] = Field(description="Per sample and view, by dtype.")
+    read_s: float = Field(description="Seconds per image, one core.")
+    decode_s: float = Field(description="Seconds per image, one core.")
+    encode_s: float = Field(description="Seconds per image, all views, one worker.")
+    bytes_per_row: dict[str, float] = Field(description="Bytes per sample and view, by dtype.")
     gigabytes_per_view: dict[str, float] = Field(description="10^9 bytes of the whole cache, by dtype.")
     num_workers: int
-    hours: float = Field(description="With that many encoders like this machine's, all of them kept busy.")
-    reader_cores: int = Field(description="CPU cores that keep so many encoders busy with decoded images.")
+    hours: float = Field(description="Time with this number of encoders, all of them busy.")
+    reader_cores: int = Field(description="CPU cores that decode images fast enough for these encoders.")
     deadline_hours: float | None
-    workers_for_deadline: int | None = Field(description="Encoders needed to be done by then.")
+    workers_for_deadline: int | None = Field(description="Encoders needed for the deadline.")
 
 
 def estimate_cost(
@@ -62,19 +62,29 @@ def estimate_cost(
     deadline_hours: float | None = None,
     progress: Progress | None = None,
 ) -> ExtractCost:
-    """Encode `sample` evenly spread images of the real shards here, and count what there is.
+    """Encode `sample` evenly spread images of the shards on this machine, and extrapolate.
 
     Args:
-        num_workers: encoders to estimate the time for. deadline_hours: time to estimate the number of encoders for.
+        shards: shard set to extract.
+        autoencoder: finished autoencoder.
+        config: section `extract` of a recipe.
+        sample: number of images to encode.
+        num_workers: number of encoders for the time estimate.
+        deadline_hours: available time for the estimate of the number of encoders; None: no such estimate.
+        progress: is told what is encoded.
+
+    Returns:
+        The estimate.
+
     Raises:
-        ArtifactError: no image, or none of the sample can be decoded.
+        ArtifactError: no image, or no image of the sample can be decoded.
     """
     encoder = AutoencoderManifest.read(autoencoder)
     usable = np.flatnonzero(~shards.rows.rejected)
     rows = choose_evenly(usable.tolist(), sample)
     if not rows:
-        raise ArtifactError(f"{shards.directory}: expected images to plan for, found none.")
-    # A CPU is no faster in large batches, and needs their memory.
+        raise ArtifactError(f"{shards.directory}: expected images, found none.")
+    # On a CPU, large batches are not faster and need more memory.
     batch = min(config.batch_size if pick_device().type == "cuda" else CPU_BATCH, len(rows))
     rows = rows[: len(rows) // batch * batch]
     (progress or Silent()).say(f"encoding {len(rows)} of {len(shards)} images")
@@ -104,7 +114,7 @@ def estimate_cost(
 def _encode_sample(
     read: ReadImages, rows: list[int], options: EncoderOptions
 ) -> tuple[NDArray[Any], float, float, float]:
-    """Features (n,view,row,column,channel) of `rows`, and seconds per image of reading, decoding and encoding."""
+    """Return features (n,view,row,column,channel) of `rows`, and seconds per image for read, decode and encode."""
     unit = read(UnitRows(0, rows))
     seconds = unit.timings[0].seconds
     worker = EncodeUnits(pick_device(), options)

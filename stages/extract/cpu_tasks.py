@@ -1,6 +1,6 @@
-"""The CPU steps of an extraction: read and decode, write, collect statistics; and the records that travel between them.
+"""CPU steps of an extraction: read and decode, write, collect statistics; and the records that they pass.
 
-Apart from the encoder, so that the processes that run them need not load torch.
+Separate from the encoder, so that processes for these steps need not load torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .unit_writer import write_unit
 
 @dataclass(frozen=True)
 class UnitRows:
-    """A unit to extract: its number, and its rows of the shard set."""
+    """A unit to extract: its number, and its rows in the shard set."""
 
     unit: int
     rows: Sequence[int]
@@ -36,7 +36,7 @@ class UnitRows:
 
 @dataclass(frozen=True)
 class UnitPixels:
-    """Decoded crops (n,S,S,3) of a unit; zeros where rejected."""
+    """Decoded crops (n,S,S,3) of a unit; zeros for rejected images."""
 
     unit: int
     pixels: RGBArray
@@ -46,7 +46,7 @@ class UnitPixels:
 
 @dataclass(frozen=True)
 class UnitFeatures:
-    """Features (n,view,row,column,channel) of a unit: normalised float16, or float32 as encoded."""
+    """Features (n,view,row,column,channel) of a unit: float16 normalised, or float32 as encoded."""
 
     unit: int
     features: NDArray[Any]
@@ -55,7 +55,7 @@ class UnitFeatures:
 
     @property
     def valid(self) -> NDArray[np.bool_]:
-        """(n,) False where rejected."""
+        """(n,) False for rejected images."""
         valid = np.ones(len(self.features), bool)
         valid[[reject.row for reject in self.rejects]] = False
         return valid
@@ -63,7 +63,7 @@ class UnitFeatures:
 
 @dataclass(frozen=True)
 class UnitWritten:
-    """A unit that is on disk."""
+    """A unit that was written."""
 
     unit: int
     rejects: tuple[Reject, ...]
@@ -72,7 +72,7 @@ class UnitWritten:
 
 @dataclass(frozen=True)
 class UnitMoments:
-    """Statistics of a unit that was encoded to be measured, and some of its vectors (m,C)."""
+    """Statistics of a unit of the calibration pass, and some of its vectors (m,C)."""
 
     unit: int
     moments: Moments
@@ -80,7 +80,7 @@ class UnitMoments:
 
 
 class ReadImages:
-    """Range reads, decode, ADM centre crop. Opens only the indexes of the tars that a unit needs."""
+    """Reads ranges, decodes, and crops like ADM. Opens only the indexes of the tars that a unit needs."""
 
     def __init__(self, shards: ShardSet, image_size: int) -> None:
         self.shards, self.image_size = shards.absolute(), image_size
@@ -105,7 +105,13 @@ class ReadImages:
 
 
 def _again_if_altered(ref: ImageRef, data: bytes | ArtifactError) -> bytes:
-    """What was indexed. Read twice before it is rejected: a network file system may give a short read once."""
+    """Return the indexed bytes.
+
+    They are read twice before a reject, because a network file system may give a short read.
+
+    Raises:
+        RejectedImageError: the bytes are not the indexed ones.
+    """
     if isinstance(data, bytes):
         return data
     try:
@@ -115,14 +121,14 @@ def _again_if_altered(ref: ImageRef, data: bytes | ArtifactError) -> bytes:
 
 
 class WriteUnit:
-    """One outer shard, whole, then its journal record."""
+    """Writes one outer shard, then its journal record."""
 
     def __init__(self, store: FeatureStore) -> None:
         self.path, self.spec = absolute(store.path), store.spec
 
     def __call__(self, encoded: UnitFeatures) -> UnitWritten:
         store, journal = FeatureStore(self.path, self.spec), Journal(self.path)
-        # Ray runs a task twice after a node seemed lost: then the first one's bytes are on record.
+        # Ray runs a task twice if a node seemed lost. The bytes of the first run are then already recorded.
         if journal.find(encoded.unit) is not None:
             return UnitWritten(encoded.unit, encoded.rejects, encoded.timings)
         watch = write_unit(store, journal, encoded.unit, np.ascontiguousarray(encoded.features), encoded.rejects)
@@ -131,7 +137,7 @@ class WriteUnit:
 
 @dataclass(frozen=True)
 class CollectMoments:
-    """Of the calibration pass: statistics instead of a write, and `sampled_vectors` to choose int8 steps by."""
+    """Step of the calibration pass: statistics, and `sampled_vectors` to choose int8 steps on, instead of a write."""
 
     sampled_vectors: int
 

@@ -1,4 +1,4 @@
-"""The worker of an extraction: pixels of a unit → its features, with the device never idle between batches."""
+"""The worker of an extraction: encodes the pixels of a unit. Transfers overlap with computation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .timings import Stopwatch
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """What an encoder is built from. Without `mean` and `std` (C,) it gives features as encoded, not normalised."""
+    """Options of an encoder. Without `mean` and `std` (C,), features are not normalised."""
 
     autoencoder: Location
     batch_size: int
@@ -35,11 +35,11 @@ class EncoderOptions:
     mean: NDArray[np.float32] | None = None
     std: NDArray[np.float32] | None = None
     views: tuple[str, ...] = ("original",)
-    aligned: bool = True  # False: to measure what the alignment will be
+    aligned: bool = True  # False: to measure the alignment
 
 
 class EncodeUnits:
-    """Pixels → features of every view; normalised float16 where statistics are given, else float32."""
+    """Encodes pixels to features of every view: float16 normalised with given statistics, float32 without."""
 
     def __init__(self, device: torch.device, options: EncoderOptions) -> None:
         self.device, self.options = device, options
@@ -55,7 +55,11 @@ class EncodeUnits:
 
     @torch.inference_mode()
     def encode(self, pixels: RGBArray) -> NDArray[Any]:
-        """(n,S,S,3) uint8 → (n,view,row,column,channel) float16 normalised, or float32 as encoded."""
+        """(n,S,S,3) uint8 → (n,view,row,column,channel), float16 normalised, or float32 as encoded.
+
+        Returns:
+            The features.
+        """
         parts: list[Tensor] = []
         for images in self._batches(pixels):
             per_view = [self._features(images.flip(-1) if view == "flip" else images) for view in self.options.views]
@@ -73,9 +77,9 @@ class EncodeUnits:
         return ((features - self.mean) / self.std).half()
 
     def _batches(self, pixels: RGBArray) -> Iterator[Tensor]:
-        """(batch_size,3,S,S) float32 in [0,1] on the device, the next one on its way while this one is encoded.
+        """Yield (batch_size,3,S,S) float32 in [0,1] on the device; the next batch is copied while this one is encoded.
 
-        A short last batch is filled up, so that every image meets the same kernels in any batch.
+        A short last batch is filled up, so that every image is computed by the same kernels.
         """
         starts = range(0, len(pixels), self.options.batch_size)
         if self.device.type != "cuda":
@@ -115,7 +119,11 @@ class EncodeUnits:
         return UnitFeatures(unit.unit, features, unit.rejects, (*unit.timings, watch.timing()))
 
     def _checked(self, unit: UnitPixels, values: NDArray[Any]) -> NDArray[Any]:
-        """Rejected rows zeroed. Raises ArtifactError for a feature that is not finite."""
+        """Return the values with rejected rows set to zero.
+
+        Raises:
+            ArtifactError: a feature is not finite.
+        """
         values[[reject.row for reject in unit.rejects]] = 0
         bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
         if bad.size:

@@ -1,6 +1,6 @@
-"""Per-channel statistics in float64, merged in a fixed order, so that they do not depend on who computed what.
+"""Statistics per channel in float64, merged in a fixed order, so that they do not depend on the workers.
 
-Source of the merge: Chan, Golub, LeVeque 1979, the pairwise update.
+Source of the merge: Chan, Golub, LeVeque 1979, pairwise update.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.manifest import Json
 
 Float64 = NDArray[np.float64]
-# Vectors converted to float64 at a time: a bound on memory, and part of what fixes the order of summation.
+# Vectors converted to float64 at a time. Limits the memory, and is part of the fixed order of summation.
 BLOCK = 4096
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of a set of channel vectors: their number, and per channel mean, sum of squared deviations, and extremes."""
+    """Moments of a set of channel vectors: number, and per channel mean, squared deviations, minimum, maximum."""
 
     count: int
     mean: Float64  # (C,)
@@ -33,13 +33,16 @@ class Moments:
 
     @classmethod
     def empty(cls, channels: int) -> Moments:
-        """Of no vectors: neutral in a merge."""
+        """Return the moments of no vectors, which are neutral in a merge."""
         infinite = np.full(channels, np.inf)
         return cls(0, np.zeros(channels), np.zeros(channels), infinite, -infinite)
 
     @classmethod
     def of(cls, values: NDArray[Any], scale: NDArray[np.float32] | None = None) -> Moments:
-        """Of (…, C) values; all axes but the last are samples. `scale` (C,) multiplies them first, exactly."""
+        """Return the moments of (…, C) values over all axes but the last.
+
+        `scale` (C,) multiplies them first, exactly.
+        """
         flat = values.reshape(-1, values.shape[-1])
         total = cls.empty(flat.shape[1])
         for start in range(0, len(flat), BLOCK):
@@ -53,7 +56,7 @@ class Moments:
         return total
 
     def merge(self, other: Moments) -> Moments:
-        """Of both sets together."""
+        """Return the moments of both sets together."""
         count = self.count + other.count
         if count == 0:
             return self
@@ -72,13 +75,20 @@ class Moments:
         return np.sqrt(self.squares / max(1, self.count))
 
     def to_json(self) -> Json:
-        """For a journal record: the count, and (4,C) little-endian float64 as base64; exact."""
+        """Return JSON for a journal record: the count, and (4,C) little-endian float64 as base64, which is exact."""
         values = np.stack([self.mean, self.squares, self.minimum, self.maximum]).astype("<f8")
         return {"count": self.count, "values": base64.b64encode(values.tobytes()).decode()}
 
     @classmethod
     def from_json(cls, entry: object, channels: int) -> Moments:
-        """Inverse of `to_json`. Raises ArtifactError for anything else."""
+        """Convert the result of `to_json` back.
+
+        Returns:
+            The moments.
+
+        Raises:
+            ArtifactError: it is something else.
+        """
         try:
             assert isinstance(entry, dict), "no record"
             values = np.frombuffer(base64.b64decode(entry["values"], validate=True), "<f8").reshape(4, channels)

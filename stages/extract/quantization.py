@@ -1,4 +1,4 @@
-"""int8 features: the step of each channel, chosen by its error. `FeatureStore.quantize` applies the steps."""
+"""int8 steps of the channels, chosen by mean squared error. `FeatureStore.quantize` applies them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from numpy.typing import NDArray
 
 from svgpipe.manifests.feature_store import INT8_LIMIT
 
-# Feature vectors that steps are chosen by: about 50 MB at 392 channels.
+# Feature vectors that steps are chosen on: about 50 MB at 392 channels.
 SAMPLED_VECTORS = 32_768
-# Candidate limits as shares of a channel's largest absolute value. Below 1 the tails are clipped, which pays
-# where few values are large: all others get finer steps.
+# Candidate limits as fractions of a channel's largest absolute value. Below 1 the tails are clipped. This is better if
+# few values are large, because all others get finer steps.
 CLIP_SHARES = np.geomspace(0.05, 1.0, 48)
 
 
 def int8_scales(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(n,C) normalised values of a calibration → (C,) steps of least mean squared error, clipping included.
+    """Return (C,) steps with minimal mean squared error, clipping included, for (n,C) normalised values.
 
-    A channel that is zero throughout gets step 1.
+    A channel of zeros gets step 1.
     """
     largest = np.abs(values).max(axis=0)
     best = np.full(values.shape[1], np.inf)
@@ -34,7 +34,7 @@ def int8_scales(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def signal_to_noise(signal: NDArray[Any], noisy: NDArray[Any]) -> float:
-    """dB: power of the signal's deviations from its mean over the power of the error; infinite where equal."""
+    """Return dB: power of the deviations of the signal from its mean over power of the error; infinite if equal."""
     signal, noisy = signal.astype(np.float64), noisy.astype(np.float64)
     noise = np.square(noisy - signal).mean()
     return float("inf") if noise == 0 else float(10 * np.log10(signal.var() / noise))

@@ -1,4 +1,4 @@
-"""Images that could not be used: how many, why, and whether a run should go on."""
+"""Rejected images: their number, their reasons, and when a run stops."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from svgpipe.manifests.errors import SvgpipeError
 
-# A run is going wrong once this many rejects come at this many times the rate that was accepted.
+# A run stops early after this many rejects at this multiple of the accepted rate.
 EARLY_COUNT, EARLY_FACTOR = 10, 5.0
 
 
 @dataclass(frozen=True)
 class Reject:
-    """An image that could not be used: its row, where it lies, and why."""
+    """A rejected image: row, location and reason."""
 
-    row: int  # inside its unit in the journal, in the whole cache in rejected.jsonl
+    row: int  # within its unit in the journal; in the whole cache in rejected.jsonl
     tar: str
     offset: int
     key: str
@@ -24,11 +24,11 @@ class Reject:
 
 
 class TooManyRejectsError(SvgpipeError):
-    """More images are unusable than the user accepts."""
+    """More images are rejected than the user accepts."""
 
 
 class RejectTally:
-    """Counts rejects of a run over `total` rows of which the share `limit` may be rejected."""
+    """Counts rejects of a run over `total` rows, of which the fraction `limit` may be rejected."""
 
     def __init__(self, total: int, limit: float) -> None:
         self.total, self.limit = total, limit
@@ -36,10 +36,10 @@ class RejectTally:
         self.reasons: Counter[str] = Counter()
 
     def add(self, rows: int, reasons: Sequence[str]) -> None:
-        """`rows` more rows were looked at; `reasons` says why some of them could not be used.
+        """Count `rows` more rows, with the reasons of those that were rejected.
 
         Raises:
-            TooManyRejectsError: with the tally by reason.
+            TooManyRejectsError: too many rows were rejected; with counts by reason.
         """
         self.seen += rows
         self.reasons.update(map(kind_of, reasons))
@@ -50,15 +50,15 @@ class RejectTally:
             raise TooManyRejectsError(
                 f"{rejected} of {self.seen} images so far were rejected ({rejected / self.seen:.2%}; "
                 f"--max-rejects accepts {self.limit:.2%} of {self.total}):\n  {self.by_reason()}\n"
-                f"Finished work is kept. Mend the shards, or go on with --max-rejects "
+                f"Finished work is kept. Repair the shards, or continue with --max-rejects "
                 f"{min(1.0, max(rejected / self.seen, rejected / self.total) * 1.2):.2g}."
             )
 
     def by_reason(self) -> str:
-        """One line per reason, the most frequent first."""
+        """Return one line per reason, the most frequent first."""
         return "\n  ".join(f"{count} × {reason}" for reason, count in self.reasons.most_common())
 
 
 def kind_of(reason: str) -> str:
-    """The part of a reason that images have in common: `undecodable: broken data stream` → `undecodable`."""
+    """Return the common part of reasons: `undecodable: broken data stream` → `undecodable`."""
     return reason.partition(":")[0]

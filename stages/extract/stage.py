@@ -1,10 +1,10 @@
-"""`svgpipe extract`: shard set → normalised feature cache.
+"""`svgpipe extract`: shard set to normalised feature cache.
 
     read + decode (CPU threads) → encode (device) → write (CPU threads)
 
-The unit of work is one outer Zarr shard. A calibration pass over an evenly spread subset fixes the channel
-statistics before anything is written; each unit is then written whole, by one writer, followed by its journal
-record. A run that was interrupted does the missing units and ends in the same bytes.
+The unit of work is one outer Zarr shard. A calibration pass over an evenly spread subset fixes the channel statistics
+before the first unit. One writer writes a whole unit, followed by its journal record. An interrupted run computes the
+missing units and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -53,16 +53,25 @@ def extract(
 ) -> CacheManifest:
     """Encode every image of `shards` once and publish the cache at `out`; run again to resume.
 
-    An image that cannot be decoded is recorded as a reject and keeps its row,
-    with `valid` False and zeros: samples = valid + rejected.
+    An image that cannot be decoded is rejected. It keeps its row, with `valid` False and zeros: samples = valid +
+    rejected.
 
     Args:
-        max_rejects: share of the images that may be unusable; outside the cache's identity.
-        runner: where units run; by default in this process.
+        shards: images to encode.
+        autoencoder: finished autoencoder.
+        out: directory to create or resume.
+        config: section `extract` of a recipe.
+        max_rejects: maximum fraction of rejected images; not part of the cache's identity.
+        runner: where units run; default: in this process.
+        progress: is told what is done.
+
+    Returns:
+        The manifest of the cache.
+
     Raises:
         MismatchError: `out` was begun with another encoder or alignment, other shards or another config.
         BusyError: another process works in `out`.
-        TooManyRejectsError: more than `max_rejects`, or a start that is much worse than that.
+        TooManyRejectsError: more than `max_rejects`, or far more at the start.
         ArtifactError: a damaged input, or a feature that is not finite.
     """
     encoder = AutoencoderManifest.read(autoencoder)
@@ -79,7 +88,11 @@ def extract(
 def cache_spec(
     shards: ShardSet, autoencoder: Location, out: Location, config: ExtractSection
 ) -> StageSpec[CacheManifest]:
-    """What `extract` is asked to make. Raises ArtifactError if the autoencoder is not finished."""
+    """Return what `extract` is asked to make.
+
+    Raises:
+        ArtifactError: the autoencoder is not finished.
+    """
     encoder = AutoencoderManifest.read(autoencoder)
     inputs = {"shards": shards.as_input(), "autoencoder": encoder.as_input(autoencoder)}
     return StageSpec(out, CacheManifest, config.model_dump(mode="json"), inputs)
@@ -109,15 +122,15 @@ class _Job:
 
     @property
     def options(self) -> EncoderOptions:
-        """The encoder before calibration."""
-        # Short batches are filled up, so a batch should not exceed what a unit holds.
+        """Options of the encoder before calibration."""
+        # Short batches are filled up, so a batch should not be larger than a unit.
         batch_size = min(self.config.batch_size, self.config.unit_rows, len(self.shards))
         return EncoderOptions(absolute(self.autoencoder), batch_size, self.config.precision, self.config.compile)
 
     def run(self, work: WorkDir[CacheManifest]) -> CacheManifest:
         self._require_few_rejects()
         if self.runner.computes_on_cpu:
-            warn_if_imitated(self.config.precision)  # here, since nobody reads what a worker logs
+            warn_if_imitated(self.config.precision)  # here, because logs of workers are not shown
         if needs_alignment(self.autoencoder, self.encoder):
             measure_alignment(self.shards, self.autoencoder, self.encoder, self.options, self.runner, self.progress)
         keep_alignment(self.autoencoder, work.path)
@@ -128,14 +141,18 @@ class _Job:
         return self._publish(work, store, journal, timings.summary())
 
     def _require_few_rejects(self) -> None:
-        """What indexing has rejected is known before anything is encoded. Raises TooManyRejectsError."""
+        """Count the rejects of the index before anything is encoded. Raises the error of `RejectTally.add`."""
         total, known = self.spec.num_samples, int(self.shards.rows.rejected.sum())
         RejectTally(total, self.max_rejects).add(total, ["rejected when indexed"] * known)
 
     def _extract(
         self, work: WorkDir[CacheManifest], store: FeatureStore, journal: Journal, calibration: Calibration
     ) -> Timings:
-        """Make the units that are missing."""
+        """Encode and write the missing units.
+
+        Returns:
+            Seconds per worker.
+        """
         spec, tally, timings = store.spec, RejectTally(store.spec.num_samples, self.max_rejects), Timings()
         finished = journal.whole(range(spec.num_units))
         for unit, record in finished.items():
@@ -158,7 +175,7 @@ class _Job:
         return timings
 
     def _calibration(self, work: WorkDir[CacheManifest], journal: Journal) -> Calibration:
-        """The one that this cache was begun with, or one measured now."""
+        """Return the calibration of an earlier run of this cache, or measure it."""
         if journal.has(CALIBRATION):
             return Calibration.read(journal)
         size = self.encoder.image_size
@@ -198,15 +215,15 @@ class _Job:
 
 
 def _require_seen(journal: Journal, unit: int) -> None:
-    """What a worker, perhaps on another node, has just written must be seen from here, or hours are lost.
+    """Check that this process sees what a worker, perhaps on another node, has written.
 
     Raises:
-        ArtifactError: it is not.
+        ArtifactError: it does not.
     """
     try:
         journal.check(unit)
     except ArtifactError as error:
         raise ArtifactError(
-            f"{error} A worker has just written it, but this process does not see it: the cache must lie where "
-            "all nodes see it, in a shared folder or an object store."
+            f"{error} A worker has just written it, but this process does not see it: the cache must be visible on all "
+            "nodes, in a shared folder or an object store."
         ) from error

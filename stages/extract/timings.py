@@ -1,4 +1,4 @@
-"""Where an extraction's time went: seconds per worker and phase, and which of them is the bottleneck."""
+"""Timings of an extraction: seconds per worker and phase, and the bottleneck."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-# Phases in the order of the pipeline, by the role whose workers spend time in them.
+# Phases in order, by the role of the workers.
 PHASES = {"reader": ("read", "decode"), "encoder": ("encode", "wait"), "writer": ("statistics", "write")}
 BUSY = 0.9
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds that one worker spent on one unit, by phase, and when it was done with it (seconds since the epoch)."""
+    """Seconds of one worker for one unit, by phase, and the time when it finished (seconds since the epoch)."""
 
     role: str
     worker: str
@@ -28,14 +28,18 @@ class Timing:
 
 @dataclass
 class Stopwatch:
-    """Seconds that one worker spends in named phases during one unit."""
+    """Measures the seconds of one worker for one unit, by phase."""
 
     role: str
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the block's time to `name`."""
+        """Add the time of the block to the phase `name`.
+
+        Yields:
+            Nothing.
+        """
         started = time.perf_counter()
         try:
             yield
@@ -43,12 +47,12 @@ class Stopwatch:
             self.seconds[name] += time.perf_counter() - started
 
     def timing(self) -> Timing:
-        """What travels with the unit."""
+        """Return the timing that is passed on with the unit."""
         return Timing(self.role, f"{socket.gethostname()}:{os.getpid()}", dict(self.seconds), time.time())
 
 
 class Timings:
-    """The sum over all units of one run."""
+    """Sum over all units of one run."""
 
     def __init__(self) -> None:
         self._workers: dict[tuple[str, str], dict[str, float]] = {}
@@ -58,7 +62,7 @@ class Timings:
         self._images = 0
 
     def add(self, images: int, timings: Sequence[Timing]) -> None:
-        """A unit of `images` has been written; `timings` are of its workers."""
+        """Add a written unit of `images` and the timings of its workers."""
         self._images += images
         for timing in timings:
             if timing.role == "encoder":
@@ -71,13 +75,13 @@ class Timings:
 
     @property
     def steady_rate(self) -> float | None:
-        """Images/s from the first unit encoded, when all workers have started, to the last one written."""
+        """Return images/s from the first encoded unit, when all workers have started, to the last written one."""
         first, *others = sorted(self._encoded) or [(0.0, 0)]
         seconds = self._written - first[0]
         return sum(images for _, images in others) / seconds if others and seconds > 0 else None
 
     def summary(self) -> dict[str, Any]:
-        """JSON values: the table per worker, the rate, and one line of advice."""
+        """Return JSON values: the table per worker, the rate, and one line of advice."""
         workers = [
             {
                 "role": role,
@@ -98,7 +102,7 @@ class Timings:
 
 
 def advice(workers: list[dict[str, Any]]) -> str:
-    """What to change first, from the seconds that encoders computed and waited."""
+    """Return one line of advice, from the seconds that encoders computed and waited."""
     total: dict[str, float] = defaultdict(float)
     for worker in workers:
         for phase, seconds in worker["seconds"].items():
@@ -108,14 +112,14 @@ def advice(workers: list[dict[str, Any]]) -> str:
         return "nothing was encoded in this run"
     busy = total["encode"] / alive
     if busy >= BUSY:
-        return f"encoders were busy {busy:.0%} of the time: more or faster ones (--workers) are what would help"
+        return f"encoders were busy {busy:.0%} of the time: more or faster encoders (--workers) would help"
     reading = {phase: total[phase] for phase in ("read", "decode", "statistics", "write")}
     slowest = max(reading, key=reading.__getitem__)
     share = f"encoders waited {1 - busy:.0%} of the time"
     if slowest == "read":
-        return f"{share}, most of the rest went into reading: the shards' storage is the bottleneck"
+        return f"{share}, mostly for reading: the storage of the shards is the bottleneck"
     if slowest == "write":
-        return f"{share}, most of the rest went into writing: the cache's storage is the bottleneck"
-    # While encoders compute for one second, the others must do this much work.
+        return f"{share}, mostly for writing: the storage of the cache is the bottleneck"
+    # CPU work per second of encoding.
     cores = max(1.0, sum(reading.values()) / max(total["encode"], 1e-9))
     return f"{share} for {slowest}: give Ray about {cores:.0f} CPU cores beside the encoders'"

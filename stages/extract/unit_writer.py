@@ -1,4 +1,4 @@
-"""What every stage that writes a cache does with a unit, and at the end. No torch: it runs in light processes."""
+"""Writes units of a cache and completes it, for all stages that make caches. Does not need torch."""
 
 from __future__ import annotations
 
@@ -25,18 +25,24 @@ from .rejects import Reject
 from .timings import Stopwatch
 
 REJECTS_NAME = "rejected.jsonl"
-# Rows that the covariance is taken over: with 256 tokens each, 300 vectors per entry of a row of 392 channels.
+# Rows for the covariance: with 256 tokens each, 300 vectors per entry of a row of 392 channels.
 COVARIANCE_ROWS = 512
 
 
 def write_unit(
     store: FeatureStore, journal: Journal, unit: int, features: Features, rejects: Sequence[Reject]
 ) -> Stopwatch:
-    """Write one outer shard whole, then its journal record with its statistics; returns where the time went.
+    """Write one outer shard, then its journal record with its statistics.
 
     Args:
-        features: (rows, views, row, column, channel) float16, normalised; zeros where rejected.
-        rejects: one entry per unusable row, `row` counted inside the unit.
+        store: store of the cache.
+        journal: journal of the cache.
+        unit: number of the outer shard.
+        features: (rows, views, row, column, channel) float16, normalised; zeros for rejected rows.
+        rejects: one entry per rejected row, `row` counted within the unit.
+
+    Returns:
+        Seconds by phase.
     """
     watch = Stopwatch("writer")
     with watch.phase("write"):
@@ -53,7 +59,7 @@ def write_unit(
 
 @dataclass(frozen=True)
 class StoredUnits:
-    """What all units of a store hold together."""
+    """Content of all units of a store."""
 
     rejects: list[Reject]  # `row` counted in the whole cache
     valid: NDArray[np.bool_]  # (samples,)
@@ -62,19 +68,26 @@ class StoredUnits:
 
 
 def complete_store(store: FeatureStore, journal: Journal, labels: NDArray[Any], heldout: NDArray[Any]) -> StoredUnits:
-    """Write what belongs beside the units of a cache: small arrays, statistics, rejects.
+    """Write the small arrays, statistics and rejects of a cache.
 
     Args:
-        labels, heldout: (samples,)
+        store: store of the cache.
+        journal: journal of the cache.
+        labels: (samples,) class indexes.
+        heldout: (samples,) held-out flags.
+
+    Returns:
+        Rejects, valid rows, content and size.
+
     Raises:
-        ArtifactError: a unit is not whole any more. The next run makes it again.
+        ArtifactError: a unit is damaged. The next run makes it again.
     """
     units, spec = range(store.spec.num_units), store.spec
     records = journal.whole(units)
     if lost := [unit for unit in units if unit not in records]:
         raise ArtifactError(
-            f"{store.path}: {len(lost)} of {len(units)} units that were written are not whole any more "
-            f"(the first is {store.unit_file(lost[0])}). Run the command again: it makes these, and no others."
+            f"{store.path}: {len(lost)} of {len(units)} units that were written are damaged or missing "
+            f"(the first is {store.unit_file(lost[0])}). Run the command again: it makes only these."
         )
     entries, files = [records[unit].entry for unit in units], [file for unit in units for file in records[unit].files]
     rejects, valid = rejects_of(entries, spec), np.ones(spec.num_samples, bool)
@@ -88,7 +101,7 @@ def complete_store(store: FeatureStore, journal: Journal, labels: NDArray[Any], 
 
 
 def rejects_of(records: Sequence[Json], spec: StoreSpec) -> list[Reject]:
-    """Rejects in the records of all units, `row` counted in the whole cache."""
+    """Return the rejects in the records of all units, `row` counted in the whole cache."""
     return [
         Reject(**{**reject, "row": spec.rows_of(unit)[reject["row"]]})
         for unit, record in enumerate(records)
@@ -97,15 +110,15 @@ def rejects_of(records: Sequence[Json], spec: StoreSpec) -> list[Reject]:
 
 
 def reject_lines(rejects: Sequence[Reject]) -> bytes:
-    """Content of rejected.jsonl."""
+    """Return the content of rejected.jsonl."""
     return "".join(json.dumps(asdict(reject), sort_keys=True) + "\n" for reject in rejects).encode()
 
 
 def _put_statistics(store: FeatureStore, records: Sequence[Json], valid: NDArray[np.bool_]) -> None:
-    """Store the statistics of what was written.
+    """Store the statistics of the stored values.
 
-    Mean, std, min and max are exact: the records' moments, merged in the order of the units. The covariance is that
-    of the original view of some rows: over everything it would cost more CPU time than decoding the images.
+    Mean, std, min and max are exact: the moments of the records, merged in order. The covariance is of the original
+    view of some rows, because for all rows it would need more CPU time than decoding the images.
     """
     channels = store.spec.channels
     total = Moments.empty(channels)
@@ -121,7 +134,11 @@ def _put_statistics(store: FeatureStore, records: Sequence[Json], valid: NDArray
 
 
 def publish_cache(work: WorkDir[CacheManifest], manifest: CacheManifest, store: FeatureStore) -> CacheManifest:
-    """Describe the store by its manifest, then publish that: the last file written."""
+    """Write the description of the store, then the manifest.
+
+    Returns:
+        The manifest as written.
+    """
     work.check_lock()
     outside = {"finished_at", "seconds", "timings"}
     store.describe({"svgpipe": work.completed(manifest).model_dump(mode="json", exclude=outside)})
@@ -129,7 +146,7 @@ def publish_cache(work: WorkDir[CacheManifest], manifest: CacheManifest, store: 
 
 
 def covariance_of(vectors: NDArray[Any]) -> NDArray[np.float64]:
-    """(n,C) values → (C,C) population covariance."""
+    """Return the (C,C) population covariance of (n,C) values."""
     deviations = vectors.astype(np.float64)
     deviations -= deviations.mean(axis=0)
     return deviations.T @ deviations / max(1, len(deviations))

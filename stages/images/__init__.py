@@ -1,1 +1,1 @@
-"""Bytes to RGB pixels, crops and tensors; sets and streams of images."""
+"""Decoding, crops and tensors of images; sets and streams of images."""

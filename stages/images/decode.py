@@ -1,4 +1,4 @@
-"""Bytes → RGB images, crops and tensors: every stage that sees pixels goes through here."""
+"""Decodes images; crops and other operations on 8-bit RGB images. All stages use it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.index import ImageRef
 
 RGBArray = NDArray[np.uint8]
-# Pillow warns of odd metadata, and of what is rejected anyway. Ignored for good: `catch_warnings` changes the filters
-# of all threads, and several decode at a time.
+# Pillow warns about odd metadata and about images that are rejected anyway. Ignored permanently, because
+# `catch_warnings` changes the filters of all threads, and several threads decode at a time.
 IGNORED_WARNINGS = r"PIL\.|svgpipe\.stages\.images\.decode$"
 warnings.filterwarnings("ignore", module=IGNORED_WARNINGS)
 FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow opens MPO, two pictures in one JPEG, as JPEG
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
-MAX_ASPECT_RATIO = 100  # times the shorter one
+MAX_ASPECT_RATIO = 100  # longer side / shorter side
 ORIENTATION = 0x0112
-# EXIF 2.32, table 5: how the stored picture must be turned to stand upright.
+# EXIF 2.32, table 5: how to turn the stored picture upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,17 +37,24 @@ EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 
 
 class RejectedImageError(ArtifactError):
-    """An image that cannot be used; the message is the reason that goes into the records."""
+    """An image that cannot be used. The message is the reason in the records."""
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode to an upright 8-bit RGB image.
 
-    EXIF orientation is applied. Transparency is composed over white (what hides under it was never meant
-    to be seen). 16-bit grey is scaled, not clipped. CMYK, palette and grey are converted.
+    EXIF orientation is applied. Transparency is composed over white. 16-bit grey is scaled, not clipped. CMYK, palette
+    and grey are converted.
+
+    Args:
+        data: content of a JPEG, PNG or WebP file.
+        max_pixels: larger images are rejected.
+
+    Returns:
+        The image.
 
     Raises:
-        RejectedImageError: empty, unreadable, truncated, animated, or of more than `max_pixels`.
+        RejectedImageError: empty, unreadable, truncated, animated, or larger than `max_pixels`.
     """
     with _rejecting():
         image = _open(data, max_pixels)
@@ -56,19 +63,23 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; metadata that cannot be read says nothing.
+    """Return the image turned by its EXIF orientation. Unreadable metadata is ignored.
 
-    Not Pillow's exif_transpose, which writes the metadata anew and stops where another entry of it is damaged.
+    Pillow's exif_transpose is not used: it rewrites the metadata and fails if another entry is damaged.
     """
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # a damaged block raises whatever its parser happens to trip over
+    except Exception:  # a damaged block can raise any error in its parser
         return image
     return image if turn is None else image.transpose(turn)
 
 
 def decode_member(ref: ImageRef) -> Image.Image:
-    """Decode an image that an evaluation chose. Raises ArtifactError, naming it, where that cannot be done."""
+    """Return a decoded image of an evaluation.
+
+    Raises:
+        ArtifactError: it cannot be decoded.
+    """
     try:
         return decode_image(ref.read())
     except RejectedImageError as error:
@@ -78,7 +89,11 @@ def decode_member(ref: ImageRef) -> Image.Image:
 
 
 def check_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
-    """All that can be told without decoding. Raises RejectedImageError as `decode_image`, but for damaged pixels."""
+    """Check everything that can be checked without decoding.
+
+    Raises:
+        RejectedImageError: see `decode_image`; damaged pixels are not found.
+    """
     with _rejecting():
         _open(data, max_pixels)
 
@@ -95,14 +110,21 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             f"too thin: {width}x{height} is over {MAX_ASPECT_RATIO}:1 and would explode when cropped"
         )
     frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # a phone's JPEG with a second picture: the first is the photograph
+    if frames > 1 and image.format != "MPO":  # a phone's JPEG with a second picture: the first one is the photograph
         raise RejectedImageError(f"animated: {frames} frames")
     return image
 
 
 @contextmanager
 def _rejecting() -> Iterator[None]:
-    """Pillow's many errors as one."""
+    """Convert Pillow's many errors to one.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RejectedImageError: Pillow raised an error.
+    """
     try:
         yield
     except UnidentifiedImageError as error:
@@ -111,7 +133,7 @@ def _rejecting() -> Iterator[None]:
         raise RejectedImageError(f"too large: {error}") from error
     except RejectedImageError:
         raise
-    except Exception as error:  # a damaged header raises whatever the plugin that parses it happens to trip over
+    except Exception as error:  # a damaged header can raise any error in its parser
         raise RejectedImageError(f"undecodable: {error or type(error).__name__}") from error
 
 
@@ -130,6 +152,9 @@ def shrink_to(image: Image.Image, size: int) -> Image.Image:
     """Resize so that the short side is `size`: halve with BOX while it is at least 2*size, then one BICUBIC.
 
     Source: ADM's center_crop_arr, as used by the official code.
+
+    Returns:
+        The resized image.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -137,18 +162,18 @@ def shrink_to(image: Image.Image, size: int) -> Image.Image:
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
-CROP = "adm-centre-crop-1"  # features are kept by it: to be renamed whenever other pixels come of a crop
+CROP = "adm-centre-crop-1"  # part of the key of cached features: must change whenever a crop gives other pixels
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM centre crop: `shrink_to`, then the centre square (floor of half the surplus)."""
+    """Return the ADM centre crop: `shrink_to`, then the centre square (floor of half the surplus)."""
     image = shrink_to(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """`shrink_to`, then a square at a uniformly random place."""
+    """Return a random crop: `shrink_to`, then a square at a uniformly random position."""
     image = shrink_to(image, size)
     left = int(rng.integers(image.width - size + 1))
     top = int(rng.integers(image.height - size + 1))
@@ -156,19 +181,19 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Imag
 
 
 def to_array(image: Image.Image) -> RGBArray:
-    """(H,W,3) uint8."""
+    """Return (H,W,3) uint8."""
     return np.array(image, dtype=np.uint8)
 
 
 def encode_png(pixels: RGBArray) -> bytes:
-    """(H,W,3) uint8 → PNG bytes, the same for the same pixels."""
+    """Return (H,W,3) uint8 as PNG, always the same bytes for the same pixels."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def tile(pixels: RGBArray, columns: int) -> RGBArray:
-    """(N,H,W,3) uint8 → one (rows*H, columns*W, 3) picture, row by row, missing cells white."""
+    """Return (N,H,W,3) uint8 as one (rows*H, columns*W, 3) picture, row by row; missing cells are white."""
     n, height, width, _ = pixels.shape
     rows = -(-n // columns)
     sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
@@ -179,7 +204,7 @@ def tile(pixels: RGBArray, columns: int) -> RGBArray:
 
 
 def psnr(expected: RGBArray, found: RGBArray) -> NDArray[np.float64]:
-    """(N,) dB per image, of 8-bit images: 10 log10(255² / MSE); infinite where they are equal."""
+    """Return (N,) dB of 8-bit images: 10 log10(255² / MSE); infinite if equal."""
     error = (expected.astype(np.float64) - found.astype(np.float64)) ** 2
     with np.errstate(divide="ignore"):
         values: NDArray[np.float64] = 10 * np.log10(255.0**2 / error.mean(axis=(1, 2, 3)))

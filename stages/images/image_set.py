@@ -1,4 +1,4 @@
-"""Images by number, as extractors and pages want them. Decoding uses them too, so torch-fidelity is not needed."""
+"""Sets of images by number, for extractors and pages. Does not need torch-fidelity."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .decode import CROP, RGBArray, centre_crop, decode_member, to_array
 
 
 class ImageSet(Dataset[Tensor]):
-    """(3,S,S) uint8 images for torch-fidelity; ADM centre crops where they are larger."""
+    """(3,S,S) uint8 images for torch-fidelity; ADM centre crops of larger images."""
 
     def __init__(self, refs: Sequence[ImageRef], size: int) -> None:
         self.refs, self.size = refs, size
@@ -26,7 +26,7 @@ class ImageSet(Dataset[Tensor]):
         return len(self.refs)
 
     def pixels(self, i: int) -> RGBArray:
-        """(S,S,3) uint8."""
+        """Return (S,S,3) uint8."""
         ref = self.refs[i]
         image = decode_member(ref)
         return to_array(image if image.size == (self.size, self.size) else centre_crop(image, self.size))
@@ -36,10 +36,10 @@ class ImageSet(Dataset[Tensor]):
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """(n,)"""
+        """(n,) class indexes."""
         return np.asarray([ref.label for ref in self.refs], np.int64)
 
     @property
     def digest(self) -> str:
-        """Of the images' bytes and how they are cropped: what features may be cached by."""
+        """Digest of the bytes of the images and of their crop: the key of cached features."""
         return digest([CROP, self.size, [ref.sha256 for ref in self.refs]])

@@ -1,8 +1,7 @@
-"""Training images from the tars: an endless, restartable stream of augmented batches.
+"""Training images from the tars: an endless stream of augmented batches that can start at any batch.
 
-Batch n depends on (seed, n, batch size) only, so a resumed run sees what an undisturbed one would have seen, on any
-number of training or decoding processes. References are shuffled, not images: each is read when its turn comes, by
-the process that decodes it.
+Batch n depends only on (seed, n, batch size), so a resumed run sees the same batches, with any number of training or
+decoding processes. The order of references is shuffled; each image is read by the process that decodes it.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from .decode import RejectedImageError, RGBArray, centre_crop, decode_image, ran
 
 
 class TrainingImages(IterableDataset[Tensor]):
-    """Endless batches (B,3,S,S) uint8 of the training split, from batch `start` on; or some places of each."""
+    """Endless batches (B,3,S,S) uint8 of the training split, from batch `start` on; or some places of each batch."""
 
     def __init__(
         self,
@@ -47,7 +46,11 @@ class TrainingImages(IterableDataset[Tensor]):
         start: int,
         local_slice: range | None = None,
     ) -> None:
-        """Of every batch give the places in `local_slice`; None: all. Raises ArtifactError without any image."""
+        """Prepare the stream. `local_slice`: places of every batch to give; None: all.
+
+        Raises:
+            ArtifactError: there are no training images.
+        """
         usable = np.bincount(shards.rows.shard[~shards.rows.rejected], minlength=len(shards.shards)).tolist()
         self.directory = shards.directory
         self.tars = [(s, n) for s, n in zip(shards.shards, usable, strict=True) if s.split == "train" and n]
@@ -58,7 +61,8 @@ class TrainingImages(IterableDataset[Tensor]):
         self.local_slice = local_slice if local_slice is not None else range(batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        # The loader takes batches from its workers in turn; each sees the same order, and decodes what is its own.
+        # The loader takes batches from its workers in turn. All workers see the same order and decode their own
+        # batches.
         info = get_worker_info()
         mine, workers = (info.id, info.num_workers) if info else (0, 1)
         refs = self._refs(skip=self.start * self.batch_size)
@@ -69,7 +73,7 @@ class TrainingImages(IterableDataset[Tensor]):
                 yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
     def _refs(self, skip: int) -> Iterator[tuple[ImageRef, int]]:
-        """Every image with the epoch it is met in, from number `skip` on."""
+        """Yield every image with its epoch, from number `skip` on."""
         per_epoch = sum(n for _, n in self.tars)
         first, rest = divmod(skip, per_epoch)
         for epoch in itertools.count(first):
@@ -84,7 +88,7 @@ class TrainingImages(IterableDataset[Tensor]):
         return ((ref, epoch) for ref in shuffled)
 
     def _members(self, tars: Sequence[ShardFile]) -> Iterator[ImageRef]:
-        """Images in tar order, by the index: tars made by others may hold their members in any order."""
+        """Yield images in tar order, by the index: existing tars may hold their members in any order."""
         for shard in tars:
             yield from (ref for ref in refs_of(self.directory, [shard]) if ref.reject is None)
 
@@ -103,7 +107,7 @@ class TrainingImages(IterableDataset[Tensor]):
 
 
 def training_batches(dataset: TrainingImages, workers: int) -> Iterator[Tensor]:
-    """Iterate over `dataset`, decoding in `workers` extra processes (0: in this one)."""
+    """Return an iterator over `dataset`, decoding in `workers` additional processes (0: in this one)."""
     if workers == 0:
         return iter(dataset)
     loader = DataLoader(
@@ -120,8 +124,8 @@ def training_batches(dataset: TrainingImages, workers: int) -> Iterator[Tensor]:
 def _prepare_worker(worker: int) -> None:
     """Ignore Ctrl-C, which reaches the whole process group: the training process needs batches to finish its step.
 
-    Also end without C++ destructors. They abort a process in which a thread of a library still runs, and the signal
-    of the dead worker would raise an error in the training process.
+    Also end without C++ destructors. They abort a process with a running library thread, and the signal of the dead
+    worker would raise an error in the training process.
     """
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -131,12 +135,12 @@ def _prepare_worker(worker: int) -> None:
 def _plain_errors(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
     try:
         yield from loader
-    except (ArtifactError, OSError) as error:  # the loader puts the worker's whole traceback into the message
+    except (ArtifactError, OSError) as error:  # the loader puts the traceback of the worker into the message
         last = str(error).rstrip().splitlines()[-1]
         raise ArtifactError(last.removeprefix(f"{ArtifactError.__module__}.ArtifactError: ")) from None
 
 
 def load_images(shards: ShardSet, rows: Sequence[int], size: int) -> RGBArray:
-    """(N,S,S,3) uint8 ADM centre crops of the given rows."""
+    """Return (N,S,S,3) uint8 ADM centre crops of the given rows."""
     crops = [to_array(centre_crop(decode_image(shards.read_image(row)), size)) for row in rows]
     return np.stack(crops) if crops else np.zeros((0, size, size, 3), np.uint8)

@@ -1,1 +1,1 @@
-"""Loading and building autoencoders and diffusion models; drawing latents."""
+"""Loads and builds autoencoders and diffusion models; samples latents."""

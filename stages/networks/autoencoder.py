@@ -1,4 +1,4 @@
-"""From a recipe section or a checkpoint directory to an `Autoencoder`, with its weights accounted for."""
+"""Builds an `Autoencoder` from a recipe section or an artifact, and checks its weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from ..runtime.device import pick_device
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all tensors, in name order."""
+    """Return the sha256 over names, dtypes, shapes and bytes of all tensors, in order of names."""
     hasher = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
@@ -55,15 +55,18 @@ def build_backbone(
     *,
     pooled: bool = False,
 ) -> Backbone:
-    """Build the backbone and load its weights as the recipe says.
+    """Return the backbone of a recipe with its weights.
 
     Args:
-        directory: of the autoencoder that it belongs to, for weights that lie `beside`.
-        where: dotted name of the section in the recipe, for messages.
-        pooled: only its pooled embedding is wanted, so its input need not be a whole number of grid cells.
+        config: section of the recipe.
+        image_size: pixels per side of the images.
+        directory: of its autoencoder, for weights `beside`.
+        where: dotted name of the section, for messages.
+        pooled: only the pooled embedding is used, so the input need not be a multiple of the stride.
+
     Raises:
-        UsageError: an unknown model, or a feature level it does not have.
-        ArtifactError: weights that are missing, cannot be downloaded, or do not fit.
+        UsageError: an unknown model, or a feature level that it does not have.
+        ArtifactError: weights are missing, cannot be downloaded, or do not fit.
     """
     try:
         with torch.random.fork_rng(devices=[]):
@@ -90,8 +93,8 @@ def _find_weights(config: BackboneSection, directory: Location | None, where: st
     if config.weights == "beside":
         if directory is None:
             raise UsageError(
-                f"{where}.weights=beside: only an imported autoencoder has its backbone beside it. Name "
-                "that file, hub, random or package:NAME."
+                f"{where}.weights=beside: only an imported autoencoder has its backbone next to it. Give "
+                "a file, hub, random or package:NAME."
             )
         return load_tensors(directory / BACKBONE_FILE)
     if config.weights == "hub":
@@ -99,7 +102,7 @@ def _find_weights(config: BackboneSection, directory: Location | None, where: st
     if config.weights.startswith("package:"):
         state = read_weight_file(_package_file(config.weights.removeprefix("package:"), where))
         try:
-            # Another package's keys: the same model, tensor by tensor, head included.
+            # Keys of another package for the same model: matched by order, head included.
             return in_order(state, timm.create_model(config.name, pretrained=False).state_dict())
         except ValueError as error:
             raise ArtifactError(f"{where}.weights {config.weights}: {error}") from error
@@ -107,10 +110,10 @@ def _find_weights(config: BackboneSection, directory: Location | None, where: st
 
 
 def keep_backbone(config: BackboneSection, directory: Location) -> None:
-    """Copy weights that the recipe names by file into `directory`, where every other folder and node finds them.
+    """Copy the weight file of a recipe to `directory`, where other folders and nodes find it.
 
     Raises:
-        ArtifactError: a missing or unreadable file.
+        ArtifactError: the file is missing or unreadable.
     """
     if config.is_file and not (directory / BACKBONE_FILE).exists():
         save_tensors(directory / BACKBONE_FILE, read_weight_file(Path(config.weights)))
@@ -119,11 +122,11 @@ def keep_backbone(config: BackboneSection, directory: Location) -> None:
 def _from_hub(name: str, where: str) -> dict[str, Tensor]:
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # timm and the hub client raise many kinds; all mean: no weights from there
+    except Exception as error:  # timm and the hub client raise many kinds
         raise ArtifactError(
             f"{where}: could not get the weights of {name} from the model hub "
             f"({first_line(error)}). Give a local "
-            f"file with --set {where}.weights=FILE (timm or Meta keys), or =random to go without."
+            f"file with --set {where}.weights=FILE (timm or Meta keys), or use =random."
         ) from error
     return dict(model.state_dict())
 
@@ -143,10 +146,10 @@ def _package_file(name: str, where: str) -> Path:
 
 
 def read_weight_file(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors or torch file, never unpickling anything else.
+    """Return the tensors of a .safetensors or torch file. Nothing else is unpickled.
 
     Raises:
-        ArtifactError: missing, unreadable, or not a flat (or once nested) dict of tensors.
+        ArtifactError: the file is missing, unreadable, or not a dict of tensors (or a dict with such a dict).
     """
     if not path.is_file():
         raise ArtifactError(f"{path}: expected a weight file, found none.")
@@ -156,7 +159,7 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except Exception as error:  # the two libraries raise whatever a damaged file provokes
+    except Exception as error:  # a damaged file can raise any error in the two libraries
         raise ArtifactError(f"{path}: not a readable weight file: {first_line(error)}") from error
     for key in ("state_dict", "model", "teacher"):
         if isinstance(raw, dict) and isinstance(raw.get(key), dict):
@@ -167,13 +170,15 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
 
 
 def build_autoencoder(config: AutoencoderSection, directory: Location | None = None) -> Autoencoder:
-    """The whole autoencoder with a loaded backbone; everything else newly initialised.
+    """Return a new autoencoder with a loaded backbone; everything else is initialised.
 
     Args:
+        config: section of the recipe.
         directory: see `build_backbone`.
+
     Raises:
-        UsageError: sizes that do not fit each other, each named with what would.
-        ArtifactError: backbone weights that cannot be had.
+        UsageError: sizes do not match; the message says what would.
+        ArtifactError: backbone weights are not available.
     """
     backbone = build_backbone(config.backbone, config.image_size, directory)
     grid, size = backbone.grid, config.image_size
@@ -184,7 +189,7 @@ def build_autoencoder(config: AutoencoderSection, directory: Location | None = N
             f"{grid}x{grid} grid, expected image_size {size}. Change ch_mult, backbone.input_size or image_size."
         )
     try:
-        # Initial weights depend on the recipe's seed alone, not on what drew random numbers before.
+        # Initial weights depend only on the recipe's seed.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             return _assemble(config, backbone)
@@ -218,13 +223,16 @@ def _assemble(config: AutoencoderSection, backbone: Backbone) -> Autoencoder:
 
 
 def load_autoencoder(directory: Location) -> tuple[Autoencoder, AutoencoderManifest]:
-    """Open a finished autoencoder, in eval mode, every weight checked against its manifest.
+    """Open a finished autoencoder in eval mode. Every weight is checked against the manifest.
 
-    One that was imported has its alignment as it was measured at its first use; before that it cannot encode.
+    An imported autoencoder has the alignment of its first use. Before that it cannot encode.
+
+    Returns:
+        Model and manifest.
 
     Raises:
         ArtifactError: unfinished, damaged or missing weights.
-        MismatchError: the backbone's weights are not those it was trained with.
+        MismatchError: the weights of the backbone are not those of the training.
     """
     manifest = AutoencoderManifest.read(directory)
     config = AutoencoderSection.model_validate(manifest.config)
@@ -249,10 +257,16 @@ def load_autoencoder(directory: Location) -> tuple[Autoencoder, AutoencoderManif
 
 @torch.no_grad()
 def reconstruct(model: Autoencoder, pixels: RGBArray, batch_size: int, *, residual: bool = True) -> RGBArray:
-    """Encode and decode (N,S,S,3) uint8 in eval mode; the result does not depend on `batch_size`.
+    """Encode and decode (N,S,S,3) uint8 in eval mode. The result does not depend on `batch_size`.
 
     Args:
-        residual: False replaces the residual branch by the mask token.
+        model: autoencoder.
+        pixels: images.
+        batch_size: images per forward pass.
+        residual: False: the mask token replaces the residual.
+
+    Returns:
+        (N,S,S,3) uint8.
     """
     device = next(model.parameters()).device
     encode = model.encode if residual else model.encode_without_residual
@@ -265,16 +279,19 @@ def reconstruct(model: Autoencoder, pixels: RGBArray, batch_size: int, *, residu
 
 @torch.inference_mode()
 def decode_latents(model: Autoencoder, latents: Tensor, batch_size: int = 64) -> RGBArray:
-    """Denormalised latents (n,row,column,channel) float32 → (n,H,W,3) uint8."""
+    """Decode denormalised latents (n,row,column,channel) float32 to (n,H,W,3) uint8.
+
+    Returns:
+        The images.
+    """
     device, features = next(model.parameters()).device, latents.permute(0, 3, 1, 2)
     return np.concatenate([as_pixels(model.decode(part.to(device))) for part in features.split(batch_size)])
 
 
 def latent_decoder(autoencoder: Location) -> Callable[[NDArray[np.float32]], RGBArray]:
-    """`decode_latents` of arrays, with the decoder at `autoencoder`.
+    """Return `decode_latents` of arrays with the decoder at `autoencoder`, which is loaded at once.
 
-    Raises:
-        ArtifactError, MismatchError: as `load_autoencoder`, at once.
+    Raises the errors of `load_autoencoder`.
     """
     model = load_autoencoder(autoencoder)[0].to(pick_device())
     return lambda latents: decode_latents(model, torch.from_numpy(latents))

@@ -1,4 +1,4 @@
-"""Diffusion models to sample from: finished ones, and checkpoints of runs that are not."""
+"""Diffusion models for sampling: finished models, and checkpoints of unfinished runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from svgpipe.models.dit import DiT
 
 @dataclass(frozen=True)
 class TrainedDiffusion:
-    """A finished model, or one checkpoint of a run: where its files lie, and what they are."""
+    """A finished model, or one checkpoint of a run: location and description of its files."""
 
     directory: Location
     config: Json
@@ -36,27 +36,32 @@ class TrainedDiffusion:
     channels: int
     class_names: list[str]
     content: dict[str, str]
-    cache: str  # fingerprint of the one it was trained on
+    cache: str  # fingerprint of the cache it was trained on
     made_from: str
-    autoencoder: str | None = None  # of an imported model, which knows no cache: fingerprint of whose latents it draws
+    autoencoder: str | None = None  # imported model, which has no cache: fingerprint of the autoencoder of its latents
 
     def weights_name(self, weights: str = EMA) -> str:
-        """Which weights `ema`, `ema-DECAY` or `raw` means here. Raises UsageError where there are no such."""
+        """Return the name of the weights `ema`, `ema-DECAY` or `raw` of this model.
+
+        Raises:
+            UsageError: it has no such weights.
+        """
         name = choose_weights(self.config["ema_decays"], weights)
-        if weights_file(name) not in self.content:  # an imported file may hold the average alone
+        if weights_file(name) not in self.content:  # an imported file may hold EMA weights only
             held = ", ".join(file.removesuffix(".safetensors") for file in self.content if file != STATISTICS_FILE)
             raise UsageError(f"weights {weights!r}: {self.directory} has none; it holds {held}.")
         return name
 
     def weights_sha256(self, weights: str = EMA) -> str:
-        """Of the file that holds them."""
+        """Return the sha256 of the file of these weights."""
         return self.content[weights_file(self.weights_name(weights))]
 
     def load(self, weights: str = EMA) -> DiT:
-        """The model in eval mode, its file checked.
+        """Return the model in eval mode. The file is checked.
 
         Raises:
-            ArtifactError: damaged, or weights of other shapes than its config says. UsageError: no such weights.
+            ArtifactError: the file is damaged or does not fit the config.
+            UsageError: no such weights.
         """
         config = DiffusionSection.model_validate(self.config)
         model = build_dit(config.model, grid=self.grid, channels=self.channels, num_classes=len(self.class_names))
@@ -68,25 +73,25 @@ class TrainedDiffusion:
         return model.eval()
 
     def described(self, weights: str) -> str:
-        """For a report: which weights of which step, and their hash."""
+        """Return a description for a report: weights, step and hash."""
         where = f"step {self.step}" if self.step else "an imported file"
         return f"{self.weights_name(weights)} of {where}, {self.weights_sha256(weights)[:12]}"
 
     def absolute(self) -> TrainedDiffusion:
-        """The same for a process with another current directory."""
+        """Return the same with absolute paths, for processes with another current directory."""
         return replace(self, directory=absolute(self.directory))
 
     def statistics(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(C,) channel_mean and channel_std: feature = latent * std + mean."""
+        """Return (C,) channel_mean and channel_std: feature = latent * std + mean."""
         tensors = load_tensors(self.directory / STATISTICS_FILE, self.content[STATISTICS_FILE])
         return tensors["channel_mean"].numpy(), tensors["channel_std"].numpy()
 
 
 def open_diffusion(source: Location) -> TrainedDiffusion:
-    """Find a finished diffusion model, the newest checkpoint of a run, or the checkpoint that is named.
+    """Return a finished diffusion model, the newest checkpoint of a run, or a given checkpoint.
 
     Raises:
-        ArtifactError: none of these lies there.
+        ArtifactError: there is none of these.
     """
     if (source / MANIFEST_NAME).exists():
         manifest = DiffusionManifest.read(source)
@@ -123,10 +128,10 @@ def open_diffusion(source: Location) -> TrainedDiffusion:
 
 
 def build_dit(config: DiTSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> DiT:
-    """A new transformer of the recipe's size. Raises ValueError for sizes that do not fit."""
+    """Return a new transformer of the recipe's size. Raises the errors of `DiT`."""
     return DiT(**dit_arguments(config, grid=grid, channels=channels, num_classes=num_classes))
 
 
 def dit_arguments(config: DiTSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> dict[str, Any]:
-    """What `DiT` is constructed with: the recipe's sizes and what the latents ask for."""
+    """Return the constructor arguments of `DiT` for a recipe and the shape of the latents."""
     return {"grid": grid, "in_channels": channels, "num_classes": num_classes, **config.model_dump()}

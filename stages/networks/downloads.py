@@ -1,4 +1,4 @@
-"""Weight files from the network, checked against the hash that they had when this was written."""
+"""Weight files from the network, checked against known hashes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Download:
-    """A file of tensors at an address, and the first digits, eight or more, of its sha256 in hex."""
+    """A file of tensors at a URL, with the first digits (eight or more) of its sha256 in hex."""
 
     url: str
     sha256: str
 
     def load(self) -> dict[str, Tensor]:
-        """Its tensors, from torch's own cache folder if it was fetched before.
+        """Return the tensors, from torch's cache folder if the file was downloaded before.
 
         Raises:
-            RuntimeError: the file has another hash. Whatever urllib raises without a network.
+            RuntimeError: the file has another hash. Without a network, urllib raises its own errors.
         """
-        # torch checks the digits that stand between a hyphen and the dot of the name, so the name is given them.
+        # torch checks the digits between the last hyphen and the dot of the file name.
         name = f"{self.url.rpartition('/')[2].partition('.')[0].partition('-')[0]}-{self.sha256}.pth"
         state: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
             self.url, map_location="cpu", weights_only=True, check_hash=True, file_name=name

@@ -1,4 +1,4 @@
-"""The perceptual term that a recipe chose, with its weights; there is no silent fallback."""
+"""The perceptual loss of a recipe, with its weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ LINEAR = Download(
 
 
 def load_perceptual(config: PerceptualSection, model: Autoencoder) -> BackbonePerceptual | LPIPS | None:
-    """The perceptual term that the recipe chose, frozen.
+    """Return the frozen perceptual loss of a recipe. There is no silent fallback.
 
     Raises:
-        ArtifactError: LPIPS weights that cannot be had; there is no silent fallback.
+        ArtifactError: LPIPS weights are not available.
+        UsageError: the backbone does not have these feature levels.
     """
     if config.weight == 0:
         return None
@@ -38,12 +39,14 @@ def load_perceptual(config: PerceptualSection, model: Autoencoder) -> BackbonePe
 
 
 def load_lpips(config: PerceptualSection, where: str) -> LPIPS:
-    """LPIPS with VGG16, frozen, in eval mode.
+    """Return LPIPS with VGG16, frozen, in eval mode.
 
     Args:
-        config: names its two weight files. where: dotted name of the recipe's keys, for messages.
+        config: names the two weight files.
+        where: dotted name of the recipe's keys, for messages.
+
     Raises:
-        ArtifactError: weights that cannot be had, or do not fit.
+        ArtifactError: weights are not available, or do not fit.
     """
     lpips = LPIPS()
     try:
@@ -58,7 +61,7 @@ def _weights(source: str, download: Download, where: str) -> dict[str, Tensor]:
         return read_weight_file(Path(source))
     try:
         return download.load()
-    except Exception as error:  # urllib's many kinds; all mean that the file cannot be had
+    except Exception as error:  # urllib raises many kinds
         choice = "" if where == "reconstruction" else f", or choose --set {where}.kind=backbone"
         raise ArtifactError(
             f"{where}: could not download {download.url} ({first_line(error)}). Give local files with "

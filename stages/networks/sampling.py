@@ -1,4 +1,4 @@
-"""Drawing latents from a diffusion model: noise and label of sample i are functions of (seed, i) alone.
+"""Samples latents from a diffusion model. Noise and label of sample i depend only on (seed, i).
 
 Legend: B batch, T tokens, C channels.
 """
@@ -22,7 +22,7 @@ from ..runtime.device import autocast
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """One point of a sweep: everything that decides a latent besides the model."""
+    """One setting of a sweep: everything that determines a latent, besides the model."""
 
     steps: int
     guidance: float
@@ -37,7 +37,7 @@ class SamplerSettings:
 
     @property
     def name(self) -> str:
-        """Folder name: the two values that a sweep varies."""
+        """Name of a folder: the two values that a sweep varies."""
         return f"steps-{self.steps:03d}_guidance-{self.guidance:g}"
 
     @property
@@ -49,14 +49,14 @@ class SamplerSettings:
 
     @property
     def deciding(self) -> SamplerSettings:
-        """The same latents in one way of saying it: where nothing guides, no mode and no guide matter."""
+        """The same settings in canonical form: without effective guidance, mode and guide are irrelevant."""
         return self if self.acts else replace(self, guidance=1.0, guidance_mode="constant", guide=None)
 
 
 def keep_as_computed(model: nn.Module, precision: Precision) -> None:
-    """Keep what autocast would convert before every use, the linear layers, in the dtype that they compute in.
+    """Convert the linear layers to the dtype that autocast would convert them to at every use.
 
-    The same numbers at half the memory. In place; no such model can be trained, or loaded from, any more.
+    The results are the same, with half the memory. In place. The model can no longer be trained, or loaded from a file.
     """
     if precision == "bfloat16":
         for module in model.modules():
@@ -65,23 +65,23 @@ def keep_as_computed(model: nn.Module, precision: Precision) -> None:
 
 
 def initial_noise(seed: int, indices: Sequence[int], tokens: int, channels: int) -> Tensor:
-    """(B,T,C) standard normal; row b depends on (seed, indices[b]) only."""
+    """Return (B,T,C) standard normal noise; row b depends only on (seed, indices[b])."""
     return torch.stack([torch.randn(tokens, channels, generator=generator(seed, "sample", i)) for i in indices])
 
 
 def labels_of(indices: Sequence[int], num_classes: int, settings: SamplerSettings | None = None) -> Tensor:
-    """(B,) int64: classes in turn, so that every class is drawn equally often; or each drawn from (seed, index)."""
+    """Return (B,) int64 labels: classes in turn, so that all are equally frequent; or drawn from (seed, index)."""
     if settings is None or settings.labels == "equal":
         return torch.tensor([i % num_classes for i in indices], dtype=torch.int64)
     drawn = [torch.randint(num_classes, (1,), generator=generator(settings.seed, "label", i)) for i in indices]
     return torch.cat([torch.zeros(0, dtype=torch.int64), *drawn])
 
 
-@torch.no_grad()  # not inference mode: what a sharded model gathers then could not be trained on afterwards
+@torch.no_grad()  # not inference mode: tensors that a sharded model gathers could not be trained on afterwards
 def sample_latents(
     model: DiT, indices: Sequence[int], settings: SamplerSettings, device: torch.device, guide: DiT | None = None
 ) -> Tensor:
-    """Normalised latents (B,T,C) float32 of the samples numbered `indices`; `guide` is a worse model, see `sample`."""
+    """Return normalised latents (B,T,C) float32 of the samples numbered `indices`; `guide`: see `sample`."""
     noise = initial_noise(settings.seed, indices, model.grid[0] * model.grid[1], model.in_channels)
     with autocast(device, settings.precision):
         return sample(

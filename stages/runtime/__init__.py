@@ -1,1 +1,1 @@
-"""How units of work run: the runner, retries, progress, devices."""
+"""Runs units of work: runners, retries, progress, devices."""

@@ -1,4 +1,4 @@
-"""Which device computes, in which precision, and how much memory that took.
+"""Devices, precision, and peak memory.
 
 Workers on Ray get their device from what they reserve, see ray_runner.py and ray_train.py.
 """
@@ -22,17 +22,17 @@ log = logging.getLogger(__name__)
 
 
 def pick_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
+    """Return CUDA if there is a GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. For CUDA it is pinned first, so that the host does not wait for the transfer."""
+    """Return the tensor on `device`. For CUDA it is pinned first, so that the host does not wait for the transfer."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """bfloat16 autocast, or nothing for float32; warns once where a CPU has to imitate bfloat16."""
+    """Return bfloat16 autocast, or nothing for float32. Warns once if the CPU must emulate bfloat16."""
     if precision == "float32":
         return nullcontext()
     if device.type == "cpu":
@@ -42,7 +42,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 @functools.cache
 def warn_if_imitated(precision: Precision) -> None:
-    """Say, once, that this machine computes `precision` in software."""
+    """Warn once if this machine emulates `precision` in software."""
     if precision == "bfloat16" and not computes_bfloat16():
         log.warning(
             "this CPU has no bfloat16 instructions: bfloat16 will take several times as long as float32 "
@@ -51,15 +51,15 @@ def warn_if_imitated(precision: Precision) -> None:
 
 
 def is_compiled(setting: Literal["auto"] | bool, device: torch.device) -> bool:
-    """Whether models are compiled; auto: where it pays, which is on CUDA."""
+    """Return whether models are compiled; auto: on CUDA."""
     return device.type == "cuda" if setting == "auto" else setting
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: by the device's allocator on CUDA, by this process on the CPU."""
+    """Return the peak memory in bytes: of the device's allocator on CUDA, of this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # not getrusage, whose value begins with that of the process that started this one
+    if status.exists():  # not getrusage, whose value starts with that of the parent process
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

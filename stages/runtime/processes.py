@@ -1,4 +1,4 @@
-"""Work on this machine's cores, one spawned process each."""
+"""Runs jobs in processes on this machine."""
 
 from __future__ import annotations
 

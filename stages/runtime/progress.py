@@ -1,4 +1,4 @@
-"""How a stage reports what it is doing. It does not know who looks."""
+"""Interface for the progress of a stage."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Protocol
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.progress_file import ProgressEntry
 
-# Seconds between two entries on disk: an object store asks for money and time.
+# Minimum seconds between two entries on disk, because writes to an object store cost time and money.
 LOCAL_EVERY_S, REMOTE_EVERY_S = 1.0, 30.0
 SAID = 5
 
 
 class Progress(Protocol):
-    """What a stage reports to. The caller of a stage passes one."""
+    """Receives the progress of a stage."""
 
     def begin(self, task: str, total: int, done: int = 0) -> None:
-        """A new task of `total` items, `done` of which were finished by an earlier run."""
+        """Start a task of `total` items, of which `done` were finished by an earlier run."""
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """`count` more items are done; `note` is a short text beside the bar."""
+        """Count finished items; `note` is a short text next to the bar."""
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print one line."""
 
 
 class Silent:
@@ -38,7 +38,7 @@ class Silent:
 
 
 class Recorded:
-    """Tells another Progress, and leaves in a stage's directory how far it has come, for `svgpipe status`."""
+    """Passes progress on, and writes it to the directory of the stage for `svgpipe status`."""
 
     def __init__(self, progress: Progress | None, directory: Location) -> None:
         self.progress, self.directory = progress or Silent(), directory

@@ -1,7 +1,7 @@
-"""Units of work on the workers of a Ray cluster, as a Ray Data pipeline with a pool of actors.
+"""Runs units of work on the workers of a Ray cluster, as a Ray Data pipeline with a pool of actors.
 
-Readers and writers are Ray tasks, workers are actors that are built once. Ray tries a unit again when its process or
-node died.
+Readers and writers are Ray tasks. Workers are actors that are built once. Ray retries a unit when its process or node
+dies.
 """
 
 from __future__ import annotations
@@ -18,21 +18,25 @@ from .resources import Resources
 from .runner import Computed, Loaded, Steps, Unit, Written
 
 READ_CPUS, WRITE_CPUS = 0.3, 0.2
-# Ray Data's own default is to retry without end, also a unit that kills every process it meets.
+# Ray Data's default is to retry forever, even a unit that kills every process.
 RETRIES = 10
-# Units that an actor holds at a time. On a GPU one is computed while the next one arrives. On a CPU the second call
-# computes beside the first, each with a pool of threads of its own, which costs about 5 % of the encoder's rate.
+# Units per actor. On a GPU, one is computed while the next one arrives. On a CPU, two would compute at the same time,
+# each with its own thread pool, which costs about 5 % of the encoder's rate.
 CALLS_PER_ACTOR_ON_GPU, CALLS_PER_ACTOR_ON_CPU = 2, 1
 
 Row = dict[str, Any]
-RECORD = "record"  # the column of Ray Data that holds the record of a unit; Ray serialises it
+RECORD = "record"  # column of Ray Data with the record of a unit; Ray serialises it
 
 
 class RayRunner:
-    """Units on a connected Ray."""
+    """Runs units on a connected Ray."""
 
     def __init__(self, resources: Resources | None = None) -> None:
-        """Raises UsageError if the cluster has fewer CPUs or GPUs than asked for."""
+        """Reserve workers.
+
+        Raises:
+            UsageError: the cluster has too few CPUs or GPUs.
+        """
         import ray
 
         cluster = ray.cluster_resources()
@@ -44,10 +48,14 @@ class RayRunner:
         return not self.reserved.gpus_per_worker
 
     def run(self, units: Sequence[Unit], steps: Steps[Unit, Loaded, Computed, Written]) -> Iterator[Written]:
-        """See `Runner.run`.
+        """Run units; see `Runner.run`.
+
+        Yields:
+            Results, in any order.
 
         Raises:
-            SvgpipeError: also where a worker died again and again.
+            SvgpipeError: a user error of a step, or a worker died repeatedly.
+            ray.exceptions.RayTaskError: a bug in a step.
         """
         import ray
 
@@ -60,9 +68,9 @@ class RayRunner:
                     raise result.error
                 yield result
         except ray.exceptions.RayTaskError:
-            raise  # a bug in a step: its traceback is what helps
+            raise  # a bug in a step: the traceback is needed
         except ray.exceptions.RayError as error:
-            # Its frames hold the pool, which would keep its CPUs for as long as anybody keeps the error.
+            # The frames of the traceback hold the actor pool, which would keep its CPUs as long as the error exists.
             traceback.clear_frames(error.__traceback__)
             raise SvgpipeError(
                 f"a Ray worker died ({first_line(error)}). Finished work is kept; "
@@ -75,14 +83,14 @@ class RayRunner:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        context.issue_detectors_config.detectors = []  # advice on memory hints, in the middle of the progress bar
+        context.issue_detectors_config.detectors = []  # their advice would interrupt the progress bar
         rows = [{RECORD: unit} for unit in units]
         calls = CALLS_PER_ACTOR_ON_CPU if self.computes_on_cpu else CALLS_PER_ACTOR_ON_GPU
         workers = ray.data.ActorPoolStrategy(size=self.reserved.num_workers, max_concurrent_calls_per_actor=calls)
         with warnings.catch_warnings():
-            # Ray deprecates what limits retries before there is anything in its place.
+            # Ray deprecates the limit of retries, but has no replacement yet.
             warnings.simplefilter("ignore", DeprecationWarning)
-            # The different fractions keep Ray from fusing the three into one actor, where reading would wait.
+            # Different CPU fractions keep Ray from fusing the three steps into one actor.
             return (
                 ray.data.from_items(rows, override_num_blocks=len(rows))
                 .map(_Guarded(steps.read), num_cpus=READ_CPUS, ray_remote_args_fn=lambda: {"max_retries": RETRIES})
@@ -100,18 +108,18 @@ class RayRunner:
 
 @dataclass(frozen=True)
 class _Failure:
-    """A user error. It travels with the unit, because Ray's own wrapping loses its type."""
+    """A user error. It is passed on as the result of the unit, because Ray's own wrapping loses its type."""
 
     error: SvgpipeError | OSError
 
 
 def _user_error(error: Exception) -> SvgpipeError | OSError | None:
-    """The error, if its message is one; None for a bug."""
+    """Return the error if it is a user error; None for a bug."""
     return error if isinstance(error, SvgpipeError | OSError) else memory_error(error)
 
 
 class _Guarded:
-    """A step on rows of records whose user errors travel with the unit."""
+    """A step on rows of records. User errors become the result of the unit."""
 
     def __init__(self, step: Callable[[Any], Any]) -> None:
         self.step = step
@@ -129,12 +137,12 @@ class _Guarded:
 
 
 class _GuardedWorker:
-    """The same for an actor. A user error of its constructor becomes the result of every unit that it receives."""
+    """The same for an actor. A user error of its constructor becomes the result of all its units."""
 
     def __init__(self, make_worker: Callable[[Any], Callable[[Any], Any]], on_gpu: bool, threads: int) -> None:
         import torch
 
-        # An actor that reserves no GPU still sees all of them, and must not compute on one.
+        # An actor that reserves no GPU still sees all GPUs, and must not use one.
         device = torch.device("cuda" if on_gpu else "cpu")
         self.threads = None if on_gpu else threads
         self._set_threads()
@@ -147,7 +155,7 @@ class _GuardedWorker:
             self.step = lambda row: failure
 
     def _set_threads(self) -> None:
-        """Ray calls from several threads, and torch keeps the number of compute threads per calling thread."""
+        """Set the number of threads: Ray calls from several threads, and torch keeps the number per calling thread."""
         if self.threads is not None:
             import torch
 

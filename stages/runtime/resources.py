@@ -1,4 +1,4 @@
-"""How many workers there are, and what each of them reserves."""
+"""Number of workers, and the resources that each one reserves."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from svgpipe.manifests.errors import UsageError
 
 @dataclass(frozen=True)
 class Resources:
-    """What workers ask Ray for; None: decided by what the cluster has, see `resolved`."""
+    """Requested resources of workers; None: decided by the cluster, see `resolved`."""
 
     num_workers: int | None = None
     cpus_per_worker: float | None = None
     gpus_per_worker: float | None = None
 
     def resolved(self, cluster: Mapping[str, float]) -> Reserved:
-        """Numbers for a cluster with the totals `cluster`, as `ray.cluster_resources()` gives them.
+        """Return the numbers for a cluster with the totals `cluster` of `ray.cluster_resources()`.
 
-        A worker takes one GPU if the cluster has any, and there are as many workers as GPUs; without GPUs one.
+        By default, each worker has one GPU, and there are as many workers as GPUs; without GPUs, one worker.
         """
         total = cluster.get("GPU", 0.0)
         gpus = self.gpus_per_worker if self.gpus_per_worker is not None else float(total >= 1)
@@ -31,7 +31,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Reserved:
-    """A number of workers, and what each of them reserves. cpus None: one, or less where the cluster is small."""
+    """Number of workers, and resources of each. cpus_per_worker None: one, or less on a small cluster."""
 
     num_workers: int
     cpus_per_worker: float | None
@@ -39,16 +39,16 @@ class Reserved:
 
     @property
     def threads(self) -> int:
-        """Compute threads of a worker on the CPU: what it reserves, else an even share of this machine's cores."""
+        """Compute threads of a worker on the CPU: its reserved CPUs, or an even share of this machine's cores."""
         if self.cpus_per_worker is not None:
             return max(1, int(self.cpus_per_worker))
         return max(1, cpu_count() // self.num_workers)
 
     def require(self, cluster: Mapping[str, float], *, beside: float = 0.0) -> float:
-        """CPUs that each worker reserves, so that `beside` are left for other tasks.
+        """Return the CPUs that each worker reserves, so that `beside` CPUs remain for other tasks.
 
         Raises:
-            UsageError: the cluster does not have so many CPUs or GPUs; Ray would wait for them without end.
+            UsageError: the cluster has too few CPUs or GPUs; Ray would wait forever.
         """
         total, count = cluster.get("CPU", 0.0), self.num_workers
         spare = total - beside
@@ -69,5 +69,5 @@ class Reserved:
 
 
 def cpu_count() -> int:
-    """CPUs that this process may use, with the limits of its container and its affinity mask."""
+    """Return the number of CPUs for this process, with the limits of its container and its affinity mask."""
     return int(joblib.cpu_count())

@@ -17,9 +17,9 @@ WAITS_S = (0.5, 2.0, 8.0)
 
 
 def call_with_retries(call: Callable[[], R], say: Say = lambda text: None) -> R:
-    """`call`, tried again after each of `WAITS_S` when storage fails; the last failure is raised.
+    """Return `call()`. If storage fails, it is tried again after each of `WAITS_S`; the last error is raised.
 
-    A full disk is raised at once: it is a person who must make room.
+    A full disk is raised at once, because only a user can free space.
     """
     for wait in WAITS_S:
         try:
@@ -27,7 +27,7 @@ def call_with_retries(call: Callable[[], R], say: Say = lambda text: None) -> R:
         except Exception as error:
             if not _may_pass(error):
                 raise
-            say(f"storage failed ({first_line(error)}); trying again in {wait:g} s")
+            say(f"storage failed ({first_line(error)}); retry in {wait:g} s")
             time.sleep(wait)
     return call()
 

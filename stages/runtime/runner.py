@@ -1,7 +1,7 @@
-"""Units of work: read on CPU threads → compute on a device → write on CPU threads.
+"""Runs units of work: read on CPU threads → compute on a device → write on CPU threads.
 
-A unit is one outer Zarr shard or one tar: read whole, computed by one worker, written whole by one writer. What
-travels between the steps is a frozen record of its own type for each step.
+A unit is one outer Zarr shard or one tar. It is read completely, computed by one worker, and written by one writer.
+Each step passes a frozen record of its own type to the next one.
 
 Two runners do the same steps and write the same bytes: `LocalRunner` in threads of this process, `RayRunner`
 (ray_runner.py) on the workers of a Ray cluster.
@@ -25,17 +25,18 @@ Computed = TypeVar("Computed")
 Written = TypeVar("Written")
 
 READERS = 2
-# Units that are read ahead of the one that is computed, and that wait to be written: a bound on memory.
+# Units that are read ahead, and that wait to be written. Limits the memory.
 READ_AHEAD, WRITE_BEHIND = 2, 2
 
 
 @dataclass(frozen=True)
 class Steps(Generic[Unit, Loaded, Computed, Written]):
-    """What happens to every unit. All three must be picklable, and so must the records.
+    """The three steps of every unit. Steps and records must be picklable.
 
-    read: runs on CPU threads. Must not need torch.
-    make_worker: builds what computes, once per worker, on the worker's device.
-    write: runs on CPU threads. Must not need torch.
+    Attributes:
+        read: runs on CPU threads. Must not need torch.
+        make_worker: builds the compute step, once per worker, on the worker's device.
+        write: runs on CPU threads. Must not need torch.
     """
 
     read: Callable[[Unit], Loaded]
@@ -47,26 +48,30 @@ class Runner(Protocol):
     """Runs units through steps."""
 
     def run(self, units: Sequence[Unit], steps: Steps[Unit, Loaded, Computed, Written]) -> Iterator[Written]:
-        """Run `units` through `steps`; yields what `write` returned, in any order.
+        """Run `units` through `steps`.
+
+        Yields:
+            Results of `write`, in any order.
 
         Raises:
-            SvgpipeError, OSError: raised by any step; the other units in flight may or may not have been written.
+            SvgpipeError: a step failed. Other units in flight may or may not have been written.
+            OSError: a step failed. Other units in flight may or may not have been written.
         """
 
     @property
     def computes_on_cpu(self) -> bool:
-        """Whether workers have no GPU, so that a warning about slow CPU arithmetic makes sense."""
+        """Whether workers have no GPU."""
 
 
 class LocalRunner:
-    """One worker, in this process: readers and a writer are threads, the calling thread computes.
+    """One worker, in this process: readers and a writer are threads; the calling thread computes.
 
-    JPEG decoding, torch and tensorstore release the GIL, so the threads run beside the computation.
+    JPEG decoding, torch and tensorstore release the GIL, so the threads run in parallel with the computation.
     """
 
     def __init__(self, *, use_gpu: bool = True, threads: int | None = None) -> None:
-        """Compute on the GPU if there is one and `use_gpu`; on a CPU with `threads`, by default all of torch's."""
-        import torch  # not above: readers and writers on a Ray cluster need not load it
+        """Compute on the GPU if there is one and `use_gpu`; on a CPU with `threads`, default: torch's number."""
+        import torch  # not above, because readers and writers on a Ray cluster need not load it
 
         self.device = torch.device("cuda" if use_gpu and torch.cuda.is_available() else "cpu")
         self.threads = threads
@@ -76,7 +81,11 @@ class LocalRunner:
         return self.device.type == "cpu"
 
     def run(self, units: Sequence[Unit], steps: Steps[Unit, Loaded, Computed, Written]) -> Iterator[Written]:
-        """See `Runner.run`; units come in their order."""
+        """Run units; see `Runner.run`.
+
+        Yields:
+            Results, in order.
+        """
         if not units:
             return
         with self._compute_threads():
@@ -112,7 +121,11 @@ class LocalRunner:
 
     @contextmanager
     def _compute_threads(self) -> Iterator[None]:
-        """Within the block torch computes with as many threads as were asked for."""
+        """Set torch's number of threads during the block.
+
+        Yields:
+            Nothing.
+        """
         import torch
 
         before = torch.get_num_threads()

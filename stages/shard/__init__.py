@@ -1,1 +1,1 @@
-"""`svgpipe shard` and `svgpipe index`: folders or tars of images become a shard set."""
+"""`svgpipe shard` and `svgpipe index`: image folders or tars to a shard set."""

@@ -1,7 +1,7 @@
-"""`svgpipe shard`: a tree of class folders → WebDataset tars with an index.
+"""`svgpipe shard`: image folder to WebDataset tars with an index.
 
-Which image goes to which tar, and every byte of every tar, depends on the file list and the config alone:
-not on the number of workers, the order of the file system, or on whether the job was interrupted.
+The content of every tar depends only on the file list and the config: not on the number of workers, the order of the
+file system, or interruptions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .publish import printable, publish_shards
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One input file; `label` is None where it lies in no class folder."""
+    """One input file; `label` is None outside a class folder."""
 
     path: str  # relative to the source
     size: int
@@ -65,9 +65,15 @@ def shard(
     """Write the shard set of `source` to `out`; run again to resume.
 
     Args:
-        source: folder of class folders; class index = position in their sorted names.
+        source: folder of class folders. A class index is the position in the sorted names.
         out: directory to create or resume.
-        processes: that write tars in parallel; None: one per core.
+        config: section `shard` of a recipe.
+        processes: number of processes; None: one per core.
+        progress: is told what is written.
+
+    Returns:
+        The manifest of the shard set.
+
     Raises:
         UsageError: no such folder, no class folder, or a class without a file.
         MismatchError: `out` holds the shards of another source or config.
@@ -90,7 +96,11 @@ def shard(
 def shard_spec(
     source: Path, files: Sequence[SourceFile], out: Location, config: ShardSection
 ) -> StageSpec[ShardSetManifest]:
-    """What `shard` is asked to make. Raises UsageError if `out` lies inside `source`."""
+    """Return what `shard` is asked to make.
+
+    Raises:
+        UsageError: `out` lies inside `source`.
+    """
     if isinstance(out, Path) and out.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"{out}: expected a directory outside the source {source}, which would become a class of it.")
     listing = digest([[f.path, f.size] for f in files])
@@ -99,7 +109,7 @@ def shard_spec(
 
 
 def scan(source: Path) -> tuple[list[str], list[SourceFile]]:
-    """Class names and all non-hidden files below `source`, both sorted.
+    """Return class names and all non-hidden files below `source`, both sorted.
 
     Raises:
         UsageError: no such folder, no class folder, or a class without a file.
@@ -123,7 +133,7 @@ def _what(path: Path) -> str:
 
 
 def _counts(entry: os.DirEntry[str]) -> bool:
-    # A broken symbolic link counts: it is an input that cannot be read, and is rejected with that reason.
+    # A broken symbolic link is an input that cannot be read, and is rejected with that reason.
     return not entry.name.startswith(".") and not entry.is_dir()
 
 
@@ -140,7 +150,7 @@ def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def assign_shards(files: Sequence[SourceFile], source: Path, out: Location, config: ShardSection) -> Iterator[ShardJob]:
-    """Spread the files over tars: held-out ones last, each split in an order that only the seed decides."""
+    """Yield the tars to write: held-out ones last. The order of images in a split depends only on the seed."""
 
     def order(file: SourceFile) -> bytes:
         return hashlib.sha256(f"{config.seed}/{file.path}".encode("utf-8", "surrogateescape")).digest()
@@ -165,7 +175,7 @@ def assign_shards(files: Sequence[SourceFile], source: Path, out: Location, conf
 
 
 def write_shard(job: ShardJob) -> None:
-    """Write one tar, then its index, then the record that says it is complete."""
+    """Write one tar, then its index, then its journal record."""
     out = location(job.out)
     rejects: list[dict[str, str]] = []
     labels: Counter[str] = Counter()
@@ -187,7 +197,11 @@ def write_shard(job: ShardJob) -> None:
 
 
 def _load(job: ShardJob, file: SourceFile) -> tuple[bytes, str]:
-    """Bytes to store and their extension. Raises RejectedImageError with the reason."""
+    """Return the bytes to store and their extension.
+
+    Raises:
+        RejectedImageError: the image cannot be used.
+    """
     if file.label is None:
         raise RejectedImageError("not in a class folder")
     suffix = Path(file.path).suffix.lower()

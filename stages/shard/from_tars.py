@@ -1,8 +1,8 @@
-"""`svgpipe index`: tars that others made → a shard set that refers to them. The tars are read once and left alone.
+"""`svgpipe index`: index existing tars as a shard set. The tars are read once and not changed.
 
-Every image member becomes a row. One that can never be used keeps its row, with the reason and its offset:
-in = usable + rejected. Members may come in any order; what belongs together shares a key, the name up to the first
-dot of its last part, as webdataset has it. Keys may repeat between tars, but not inside one.
+Every image member becomes a row. An unusable one keeps its row, with reason and offset: inputs = usable + rejected.
+Members may come in any order. Members of one sample share a key: the name up to the first dot of its last part, as in
+webdataset. Keys may repeat between tars, but not within one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ..runtime.resources import cpu_count
 from .publish import printable, publish_shards
 
 SCAN_BYTES = 1 << 22
-# A class number above this is taken for a mistake, not for that many classes.
+# A larger class number is taken for a mistake.
 MAX_LABEL = 10_000_000
 IMAGE_EXTENSIONS = {suffix.removeprefix(".") for suffix in EXTENSIONS}
 COMPRESSED = {
@@ -52,7 +52,7 @@ COMPRESSED = {
 
 @dataclass(frozen=True)
 class IndexConfig:
-    """How labels are found and how closely images are looked at."""
+    """How labels are found, and how images are checked."""
 
     label_field: str = "label"
     class_names: tuple[str, ...] | None = None
@@ -71,11 +71,19 @@ def index_tars(
     """Index the tars and publish the shard set at `out`; run again to resume.
 
     Args:
-        train, heldout: the tars of each split.
-        processes: that read tars side by side; None: one per core.
+        train: tars of the training split.
+        heldout: tars of the held-out split.
+        out: directory to create or resume.
+        config: how labels are found.
+        processes: number of processes; None: one per core.
+        progress: is told what is read.
+
+    Returns:
+        The manifest of the shard set.
+
     Raises:
-        UsageError: a compressed tar, something that is no tar, or no tar at all.
-        ArtifactError: a tar that is missing, or a set without a usable image.
+        UsageError: a compressed tar, a file that is not a tar, or no tar.
+        ArtifactError: a tar is missing, or there is no usable image.
         MismatchError: `out` was begun with other tars or another config.
     """
     splits: list[tuple[Location, Split]] = [*((tar, "train") for tar in train), *((tar, "heldout") for tar in heldout)]
@@ -109,7 +117,7 @@ def index_tars(
 
 def _require_plain_tar(tar: Location) -> int:
     if tar.is_dir():
-        raise UsageError(f"{tar}: expected a tar, found a folder. Name its tars, as in '{tar}/{{0000..0099}}.tar'.")
+        raise UsageError(f"{tar}: expected a tar, found a folder. Give its tars, as in '{tar}/{{0000..0099}}.tar'.")
     size = file_size(tar)
     if size is None and "*" in str(tar):
         raise UsageError(f"{tar}: '*' is not expanded here; use braces, as in 'train-{{0000..0099}}.tar'.")
@@ -120,7 +128,7 @@ def _require_plain_tar(tar: Location) -> int:
         if head.startswith(magic):
             raise UsageError(
                 f"{tar}: is compressed with {kind}. Its images cannot be read one by one; decompress it first "
-                "(images hardly shrink)."
+                "(images hardly compress)."
             )
     if len(head) < 512 or (head[257:262] != b"ustar" and not _is_header(head)):
         raise UsageError(f"{tar}: expected a tar, found {size} bytes of something else.")
@@ -136,24 +144,24 @@ def _is_header(head: bytes) -> bool:
 
 
 def _left_unread(path: Location, offset: int, size: int) -> tuple[int, str] | None:
-    """Where and why members may be lost, if reading did not stop at `offset` for a proper end: zeros to the last byte.
+    """Return where and why members may be lost, if the tar does not end properly: with zeros to the last byte.
 
-    tarfile takes a damaged header, a cut between two members and the first end of tars that were put together for
-    the end of the tar, and says nothing.
+    tarfile silently treats a damaged header, a cut between two members, and the first end of concatenated tars as the
+    end.
     """
     if offset < size and read_range(path, offset, tarfile.BLOCKSIZE).strip(b"\0"):
-        return offset, "no readable header, so whatever follows in this tar is lost"
+        return offset, "no readable header, so everything after it in this tar is lost"
     for start in range(offset, size, SCAN_BYTES):
         block = read_range(path, start, SCAN_BYTES)
         if left := block.lstrip(b"\0"):
             at = start + len(block) - len(left)
-            return at, "data after the tar's end marker is lost, as where tars were put together"
+            return at, "data after the tar's end marker is lost, as in concatenated tars"
     return None
 
 
 @dataclass(frozen=True)
 class _Scan:
-    """One tar → one record: a row per image member, with its label as it was found."""
+    """Scans one tar and writes its record: a row per image member, with its label as found."""
 
     tar: str
     number: int
@@ -177,7 +185,7 @@ class _Scan:
                     images.append({**place, "label": None, "sha256": "", "reject": lost[1]})
                     note = f"{path}: offset {lost[0]}: {lost[1]}; {len(images) - 1} images before it are kept"
             except (tarfile.TarError, EOFError, ValueError) as error:
-                note = f"{path}: cut short or damaged after {len(images)} images ({error}); what comes before is kept"
+                note = f"{path}: truncated or damaged after {len(images)} images ({error}); images before that are kept"
         for row in images:
             if row["reject"] is None:
                 row["label"] = labels.get(row["key"])
@@ -212,10 +220,10 @@ class _Scan:
             if (problem := unsafe(member.name)) is not None:
                 raise RejectedImageError(f"unsafe name: {problem}")
             if not member.isfile():
-                raise RejectedImageError("not a file: a link or something special")
+                raise RejectedImageError("not a file: a link or a special file")
             if not whole:
                 raise RejectedImageError(
-                    f"cut short: its tar ends {member.offset_data + member.size - size} bytes early"
+                    f"truncated: its tar ends {member.offset_data + member.size - size} bytes early"
                 )
             handle = tar.extractfile(member)
             data = b"" if handle is None else handle.read()
@@ -237,25 +245,25 @@ def _reject_duplicates(images: list[dict[str, Any]]) -> None:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and lower-case extension of a member: `a/b.jpg` → (`a/b`, `jpg`), `a/b.seg.png` → (`a/b`, `seg.png`)."""
+    """Return key and lower-case extension: `a/b.jpg` → (`a/b`, `jpg`), `a/b.seg.png` → (`a/b`, `seg.png`)."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return f"{folder}{slash}{stem}", extension.lower()
 
 
 def unsafe(name: str) -> str | None:
-    """Why a member's name could lead out of a folder or into a terminal; None if it is harmless."""
+    """Return why a member's name is unsafe as a path or on a terminal; None if it is safe."""
     if name.startswith("/") or "\\" in name or (len(name) > 1 and name[1] == ":"):
         return "an absolute path"
     if ".." in PurePosixPath(name).parts:
         return "it leads to a folder above"
     if not name.isprintable():
-        return "it holds characters that cannot be printed"
+        return "it contains unprintable characters"
     return None
 
 
 def _label_in(content: bytes, extension: str, field: str) -> int | str | None:
-    """The label as found: a class number, or a class name; None where there is none."""
+    """Return the label as found: a class number, or a class name; None if there is none."""
     try:
         text = content.decode().strip()
         value: Any = text if extension == "cls" else json.loads(text)
@@ -319,7 +327,11 @@ def _resolved(ref: ImageRef, label: int | str | None, numbers: dict[str, int]) -
 
 
 def _class_names(entries: list[dict[str, Any]], config: IndexConfig) -> list[str]:
-    """Those given; else the names found as labels, sorted; else the numbers up to the largest label."""
+    """Return the given names; or the sorted names that were found as labels; or numbers up to the largest label.
+
+    Raises:
+        UsageError: labels are numbers and names.
+    """
     if config.class_names is not None:
         return list(config.class_names)
     labels = {row["label"] for entry in entries for row in entry["images"] if row["reject"] is None}
@@ -327,8 +339,9 @@ def _class_names(entries: list[dict[str, Any]], config: IndexConfig) -> list[str
     if names and len(names) < len(labels):
         number = min(label for label in labels if isinstance(label, int))
         raise UsageError(
-            f"labels are numbers here and names there (as {number} and {names[0]!r}): which number is which name? "
-            "Give --class-names FILE, a name per line in the order of the numbers."
+            f"some labels are numbers, others are names (as {number} and {names[0]!r}): the names of the numbers are "
+            "unknown. "
+            "Give --class-names FILE, one name per line in the order of the numbers."
         )
     if names:
         return names

@@ -1,4 +1,4 @@
-"""The last step of `svgpipe shard` and `svgpipe index`: the ledger of rejects, then the manifest."""
+"""Last step of `svgpipe shard` and `svgpipe index`: the list of rejects, then the manifest."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ def publish_shards(
     rejects: Sequence[Mapping[str, object]],
     num_inputs: int,
 ) -> ShardSetManifest:
-    """Write rejected.jsonl and manifest.json, and remove the journal: the indexes say the same.
+    """Write rejected.jsonl and manifest.json, and remove the journal, whose content is also in the indexes.
 
     Args:
-        rejects: one line each. num_inputs = usable images + rejects.
+        work: directory of the shard set.
+        class_names: in label order.
+        shards: the tars.
+        rejects: one line each.
+        num_inputs: usable images + rejects.
+
+    Returns:
+        The manifest as written.
     """
     lines = "".join(json.dumps(reject, sort_keys=True) + "\n" for reject in rejects)
     write_atomic(work.path / "rejected.jsonl", lines.encode())
@@ -40,5 +47,5 @@ def publish_shards(
 
 
 def printable(name: str) -> str:
-    """A file name as valid Unicode: bytes that are none become replacement characters."""
+    """Return a file name as valid Unicode; other bytes become replacement characters."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

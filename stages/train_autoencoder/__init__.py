@@ -1,1 +1,1 @@
-"""`svgpipe train-autoencoder`: the residual encoder and the decoder."""
+"""`svgpipe train-autoencoder`: residual encoder and decoder."""

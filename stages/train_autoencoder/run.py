@@ -1,4 +1,4 @@
-"""One run of autoencoder training: its images, its state, and what it is watched by."""
+"""One run of autoencoder training: batches, measurements, checkpoints."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MEMORY_ADVICE = "Use a smaller autoencoder.batch_size, autoencoder.decoder.ch or
 
 
 class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
-    """The trainer, where its images come from, and what it is watched by."""
+    """The trainer, its batches, and its measurements."""
 
     section, item = "autoencoder", "image"
     config: AutoencoderSection
@@ -50,7 +50,7 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
         config: AutoencoderSection,
         wandb_project: str | None,
     ) -> None:
-        """See `train_autoencoder`, also for what it raises."""
+        """Open the run; see `train_autoencoder` for arguments and errors."""
         self.shards, self.config = shards, config
         super().__init__(group, supervisor, out, CheckpointStore(out / "checkpoints"))
         model = build_autoencoder(config, out)
@@ -114,7 +114,7 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
-        """Mean PSNR (dB, on rounded 8-bit images) over the held-out images, and a grid of the first ones."""
+        """Return the mean PSNR (dB, 8-bit images) of the held-out images, and write a grid of the first ones."""
         model = self.trainer.model
         ready = model.alignment is None or bool(model.alignment.num_tracked > 0)
         if self.heldout is None or self.log is None or not ready:
@@ -138,7 +138,7 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
 
     @torch.no_grad()
     def freeze_alignment(self) -> None:
-        """Measure the four alignment scalars over evenly spread training images, and freeze them."""
+        """Measure the four alignment scalars on evenly spread training images, and freeze them."""
         model, group, config = self.trainer.model, self.group, self.config
         alignment, residual = model.alignment, model.residual
         if alignment is None or residual is None:
@@ -158,7 +158,11 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
         alignment.freeze(torch.cat(scalars).float())
 
     def finish(self) -> AutoencoderManifest:
-        """Freeze the alignment, measure, and write the weights as a file of their own."""
+        """Freeze the alignment, measure, and write the weights.
+
+        Returns:
+            The manifest.
+        """
         self.freeze_alignment()
         psnr_db = self.evaluate()
         model, content, grid = self.trainer.model, "", None
@@ -182,14 +186,14 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
 
 
 def _moments(features: Tensor) -> Tensor:
-    """(B,C,h,w) → (3,C) float64: count, sum and sum of squares per channel."""
+    """Return count, sum and sum of squares per channel: (B,C,h,w) → (3,C)."""
     flat = features.double().transpose(0, 1).flatten(1)
     count = torch.full((len(flat),), flat.shape[1], dtype=torch.float64, device=flat.device)
     return torch.stack([count, flat.sum(1), flat.square().sum(1)])
 
 
 def _scalars(moments: Tensor) -> Tensor:
-    """(3,C) moments → (2,): per-channel mean and unbiased std over everything, averaged over channels."""
+    """Return per-channel mean and unbiased std, averaged over channels: (3,C) moments → (2,)."""
     count, total, squares = moments
     variance = (squares - total.square() / count) / (count - 1)
     return torch.stack([(total / count).mean(), variance.clamp_min(0).sqrt().mean()])

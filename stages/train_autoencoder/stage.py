@@ -1,4 +1,4 @@
-"""`svgpipe train-autoencoder`: the residual encoder and the decoder beside the frozen backbone (phase 1)."""
+"""`svgpipe train-autoencoder`: residual encoder and decoder of a frozen backbone (phase 1)."""
 
 from __future__ import annotations
 
@@ -29,20 +29,27 @@ def train_autoencoder(
 ) -> AutoencoderManifest:
     """Train on the training split of `shards` and publish the autoencoder at `out`; run again to resume.
 
-    The backbone is frozen and runs without gradients. Loss, residual dropout and alignment: FACTS §5, §7.
-    After the last step the alignment scalars are measured over `calibration_images` and frozen.
+    The backbone is frozen and runs without gradients. After the last step, the alignment scalars are measured over
+    `calibration_images` and frozen. Losses: models/losses.py. Dropout and alignment: models/residual.py.
 
     Args:
-        shards: where training and held-out images lie.
+        shards: training and held-out images.
         out: directory to create or resume.
         config: section `autoencoder` of a recipe.
-        resources: workers of a connected Ray; None trains in this process. May differ at every resume: what is
-            computed does not depend on it, but by rounding.
-        wandb_project: where Weights & Biases logs too, if it is installed.
+        resources: workers of a connected Ray; None: train in this process. May change at every resume; results change
+            by rounding only.
+        wandb_project: also log to Weights & Biases.
+        progress: is told what is done.
+
+    Returns:
+        The manifest of the autoencoder.
+
     Raises:
-        UsageError: wandb is not installed, a config that cannot work. ArtifactError: missing weights or images.
+        UsageError: wandb is not installed, or an invalid config.
+        ArtifactError: missing weights or images.
         MismatchError: `out` was begun with another config or other shards.
-        DivergedError: a NaN or infinity in the loss. InterruptedRunError: stopped by a signal, state saved.
+        DivergedError: NaN or infinity in the loss.
+        InterruptedRunError: stopped by a signal; the state is saved.
     """
     if wandb_project is not None:
         require_wandb()
@@ -50,7 +57,7 @@ def train_autoencoder(
         if work.finished is not None:
             return work.finished
         if config.backbone.is_file:
-            from ..networks.autoencoder import keep_backbone  # here, as it loads timm
+            from ..networks.autoencoder import keep_backbone  # here, because it loads timm
 
             keep_backbone(config.backbone, out)
         start = partial(
@@ -61,5 +68,5 @@ def train_autoencoder(
 
 
 def autoencoder_spec(shards: ShardSet, out: Location, config: AutoencoderSection) -> StageSpec[AutoencoderManifest]:
-    """What `train_autoencoder` is asked to make."""
+    """Return what `train_autoencoder` is asked to make."""
     return StageSpec(out, AutoencoderManifest, config.model_dump(mode="json"), {"shards": shards.as_input()})

@@ -1,6 +1,6 @@
-"""One optimiser step of the autoencoder and its discriminator, and the state that it changes.
+"""One optimizer step of the autoencoder and its discriminator.
 
-Knows batches and steps, but no files. Every process of a group calls it with its share of the batch.
+The trainer knows batches and steps, but no files. All processes of a group call it, each with its slice of the batch.
 Legend: B images of this process.
 """
 
@@ -36,14 +36,14 @@ from ..training.optimizer import learning_rate, load_optimizer_tensors, optimize
 
 @dataclass(frozen=True)
 class Step:
-    """What one step found, on the device; of a batch spread over processes, what this one adds to the means."""
+    """Losses of one step, on the device; with several processes, the contribution of this one to the means."""
 
     generator: GeneratorLoss
-    discriminator: Tensor  # () 0 before it starts
+    discriminator: Tensor  # () 0 before its first step
 
 
 class AutoencoderTrainer:
-    """The autoencoder, its discriminator where the recipe has one, and an optimiser for each."""
+    """The autoencoder, its discriminator (if the recipe has one), and an optimizer for each."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class AutoencoderTrainer:
         perceptual: BackbonePerceptual | LPIPS | None,
         last_good: Callable[[], Location | None],
     ) -> None:
-        """`last_good` tells where the last saved state lies, for the message of a run that diverges."""
+        """Build a new model. `last_good` returns the last checkpoint, for the message of a diverged run."""
         self.config, self.group = config, group
         self.model, self.perceptual = model.to(group.device), perceptual
         if perceptual is not None:
@@ -78,7 +78,7 @@ class AutoencoderTrainer:
         }
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """All that a resumed run needs besides the step's number. Raises DivergedError rather than give a bad one."""
+        """Return the training state. Raises the error of `settle` instead of returning a bad state."""
         self.settle()
         groups = {name: optimizer_tensors(self._module(name), optimizer) for name, optimizer in self.optimizers.items()}
         groups["model"] = self.model.trained_state()
@@ -87,7 +87,7 @@ class AutoencoderTrainer:
         return groups
 
     def load(self, groups: dict[str, dict[str, Tensor]]) -> None:
-        """Inverse of `state`."""
+        """Restore the result of `state`."""
         self.model.load_trained_state(groups["model"])
         for name, optimizer in self.optimizers.items():
             load_optimizer_tensors(self._module(name), optimizer, groups[name])
@@ -95,19 +95,22 @@ class AutoencoderTrainer:
             self.discriminator.load_state_dict(groups["discriminator_model"])
 
     def _module(self, name: str) -> nn.Module:
-        """Whose parameters the optimizer of that name changes."""
+        """Return the module whose parameters an optimizer updates."""
         return self.model if name == "generator" or self.discriminator is None else self.discriminator
 
     def settle(self) -> None:
-        """Judge what the guards still wait for. Raises DivergedError."""
+        """Check all watched values. Raises the error of `DivergenceGuard.settle`."""
         for guard in self.guards.values():
             guard.settle()
 
     def __call__(self, step: int, pixels: Tensor) -> Step:
-        """Optimiser step number `step` (from 0) on this process's images (B,3,S,S) uint8.
+        """Make optimizer step `step` (from 0) on this process's images (B,3,S,S) uint8.
+
+        Returns:
+            The losses.
 
         Raises:
-            DivergedError: a NaN or infinity; on CUDA it may be the step before that is named.
+            DivergedError: NaN or infinity; on CUDA possibly of the previous step.
         """
         config, group = self.config, self.group
         for optimizer in self.optimizers.values():
@@ -115,7 +118,7 @@ class AutoencoderTrainer:
         images = to_device(pixels, group.device).float() / 255
         target = images * 2 - 1
         mask_draws = mask_draws_at(config.seed, step, group.local_slice(config.batch_size), group.device)
-        # Dropout draws from the global generator: the same in a resumed run on as many workers.
+        # Dropout uses the global generator: the same in a resumed run with the same number of workers.
         torch.manual_seed(seed_of(config.seed, "dropout", step, group.rank))
         on = self.discriminator is not None and step >= config.discriminator.start_step
         self.model.train()
@@ -142,7 +145,7 @@ class AutoencoderTrainer:
         return Step(loss, judged.detach())
 
     def _apply(self, name: str, step: int, part: Tensor) -> None:
-        """One update from this process's part of a loss; gradients are averaged over processes, parts add up."""
+        """Update the parameters with this process's part of a loss; parts add up over the processes."""
         optimizer, parameters = self.optimizers[name], self.parameters[name]
         optimizer.zero_grad(set_to_none=True)
         (part * self.group.size).backward()
@@ -151,7 +154,7 @@ class AutoencoderTrainer:
 
 
 class _Reconstruction(nn.Module):
-    """Encode and decode in one pass, which is what gradients are averaged for."""
+    """Encodes and decodes in one forward pass, so that DDP averages its gradients."""
 
     def __init__(self, model: Autoencoder) -> None:
         super().__init__()
@@ -162,7 +165,7 @@ class _Reconstruction(nn.Module):
 
 
 class _Judgement(nn.Module):
-    """The discriminator's loss in one pass."""
+    """The discriminator's loss in one forward pass."""
 
     def __init__(self, discriminator: PatchDiscriminator) -> None:
         super().__init__()
@@ -186,7 +189,11 @@ def _new_discriminator(config: AutoencoderSection, group: ProcessGroup) -> Patch
 
 @contextmanager
 def _frozen(module: nn.Module | None) -> Iterator[None]:
-    """Freezes the discriminator during the generator step. DDP could not tell the two backward passes apart."""
+    """Freeze the discriminator during the generator step. DDP could not tell the two backward passes apart.
+
+    Yields:
+        Nothing.
+    """
     if module is not None:
         module.requires_grad_(False)
     yield
@@ -195,6 +202,6 @@ def _frozen(module: nn.Module | None) -> Iterator[None]:
 
 
 def mask_draws_at(seed: int, step: int, positions: Sequence[int], device: torch.device) -> Tensor:
-    """(B,) uniform draws in [0, 1) that decide which samples are masked; a function of (seed, step, position)."""
+    """Return (B,) uniform draws in [0, 1) that decide the masking; a function of (seed, step, position)."""
     draws = [torch.rand(1, generator=generator(seed, "image", step, position)) for position in positions]
     return to_device(torch.cat(draws), device)

@@ -1,4 +1,4 @@
-"""Training batches out of a cache, several reads ahead of the step that needs them."""
+"""Training batches from a cache, read ahead of the steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..runtime.retry import call_with_retries
 
 
 class CacheBatches:
-    """This process's part of every batch, read ahead by a thread: tokens (B,T,C) as stored and labels (B,)."""
+    """This process's slice of every batch, read ahead by a thread: tokens (B,T,C) as stored, and labels (B,)."""
 
     def __init__(
         self,
@@ -34,12 +34,15 @@ class CacheBatches:
         local_slice: range,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Batches from step `start` on.
+        """Prepare batches from step `start` on.
 
         Args:
+            cache: finished cache.
             rows: cache rows to train on.
-            local_slice: places in the batch that are this process's.
-            say: is told when storage fails and is tried again.
+            config: section `diffusion` of a recipe.
+            start: first step.
+            local_slice: places of this process in the batch.
+            say: is told about retries of storage.
         """
         self.cache, self.rows, self.config, self.local_slice, self.say = (
             cache,
@@ -63,7 +66,7 @@ class CacheBatches:
             reader.shutdown(cancel_futures=True)
 
     def _result(self, step: int, reading: Future[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """What the thread has read; read again where that failed."""
+        """Return what the thread has read; it is read again if that failed."""
         calls = iter([reading.result])
         return call_with_retries(lambda: next(calls, partial(self._read, step))(), self.say)
 
@@ -96,10 +99,12 @@ def _epoch(seed: int, epoch: int, num_rows: int, num_views: int) -> tuple[NDArra
 
 
 def batch_at(step: int, *, seed: int, batch_size: int, num_rows: int, num_views: int) -> Batch:
-    """Rows of step `step` (from 0), each in range(num_rows), with a view in range(num_views).
+    """Return the rows of step `step` (from 0), each in range(num_rows), with a view in range(num_views).
 
-    Every row occurs once in every `num_rows` consecutive positions that begin an epoch.
-    Raises ValueError if there are no rows.
+    Every row occurs once in every epoch of `num_rows` consecutive positions.
+
+    Raises:
+        ValueError: there are no rows.
     """
     if num_rows < 1:
         raise ValueError(f"expected at least one row to train on, found {num_rows}")

@@ -1,8 +1,8 @@
-"""What a model's samples are worth straight in latent space: no decoder, no image, no network of others.
+"""Quality of samples in latent space, during training: no decoder, no images, no other network.
 
-Latents are averaged over the grid. Their Fréchet distance to held-out rows says whether they are spread like real
-ones; the share that lies nearest to the mean of its own class says whether labels are obeyed. The same two numbers
-of real rows stand beside them: what a perfect model would get.
+Latents are averaged over the grid. Their Fréchet distance to held-out rows measures the distribution. The fraction that
+is nearest to the mean of its class measures the conditioning. The same numbers of real rows are reported: those of a
+perfect model.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ READ_ROWS = 256
 
 
 class LatentQuality:
-    """Measures models against the rows of one cache; every process of the group must call it."""
+    """Measures models against the rows of one cache. All processes of the group must call it."""
 
     def __init__(self, cache: FeatureCache, config: DiffusionSection, group: ProcessGroup, say: Say) -> None:
-        """Read what is compared with: as many training and held-out rows as `quality_rows`, evenly spread."""
+        """Read `quality_rows` training rows and as many held-out rows, evenly spread."""
         self.cache, self.config, self.group, self.say = cache, config, group, say
         self.train, self.train_labels = self._pooled(cache.training_rows)
         self.held, self.held_labels = self._pooled(cache.heldout_rows)
@@ -52,7 +52,7 @@ class LatentQuality:
 
     def _compare(self, spread: Tensor, classified: Tensor, labels: Tensor) -> dict[str, float]:
         quality: dict[str, float] = {}
-        if not self.group.is_main:  # all have the rows; one computes
+        if not self.group.is_main:  # all processes have the rows; one computes
             return quality
         if len(self.held) >= 2 and len(spread) >= 2:
             quality["latent_fd"] = frechet_distance(spread, self.held)
@@ -63,7 +63,7 @@ class LatentQuality:
         return quality
 
     def measure(self, model: DiT) -> dict[str, float]:
-        """`latent_fd` and `latent_accuracy` of `quality_samples` samples, and the same of real rows with `_real`."""
+        """Return `latent_fd` and `latent_accuracy` of samples, and of real rows with the suffix `_real`."""
         count = self.config.quality_samples
         samples = sample_in_training(model, count, self.config, self.group, keep=lambda latents: latents.mean(1)).cpu()
         quality = self._compare(samples, samples, labels_of(range(count), model.num_classes))
@@ -77,18 +77,22 @@ def sample_in_training(
     group: ProcessGroup,
     keep: Callable[[Tensor], Tensor] = lambda latents: latents,
 ) -> Tensor:
-    """Samples 0 to `count` - 1 of a model in training, sampled by all processes of its group; each gets them all.
+    """Sample the samples 0 to `count` - 1 of a model in training. All processes sample, and each gets all samples.
 
     Args:
-        config: says how to sample, and by its batch how many at a time.
-        keep: (B,T,C) float32 latents → (B,…), what is wanted of them.
+        model: the model.
+        count: number of samples.
+        config: sampling settings, and batch size.
+        group: processes that train the model.
+        keep: (B,T,C) float32 latents → (B,…), the part to return.
+
     Returns:
         (count,…) on the group's device.
     """
     settings = SamplerSettings(
         config.sample_steps, 1.0, "euler", "constant", config.sample_shift, 0, config.precision, EMA
     )
-    # A sharded model is gathered by all at once, so each process draws as many; what is past its share is dropped.
+    # All processes gather a sharded model at once, so each samples as many; surplus samples are dropped.
     mine, size = group.local_slice(count), -(-config.batch_size // config.accumulate)
     end = mine.start + group.largest_slice(count)
     chunks = [range(start, min(start + size, end)) for start in range(mine.start, end, size)]

@@ -1,4 +1,4 @@
-"""The flow loss of training and held-out rows, with everything random decided by row.
+"""The flow loss of training and held-out rows. All random values are functions of the row.
 
 Legend: B batch, T tokens, C channels.
 """
@@ -27,7 +27,7 @@ from ..training.distributed import ProcessGroup
 def sample_losses(
     velocity: Velocity, x1: Tensor, labels: Tensor, draws: Draws, config: DiffusionSection, *, null_label: int | None
 ) -> Tensor:
-    """(B,) float32 flow losses at latents (B,T,C) and labels (B,); labels are dropped where `null_label` is given."""
+    """Return (B,) float32 flow losses of latents (B,T,C) and labels (B,), which are dropped with a `null_label`."""
     time = shift_time(draws.time, config.time_shift)
     if null_label is not None and config.label_dropout > 0:
         labels = drop_labels(labels, draws.drop, config.label_dropout, null_label)
@@ -39,10 +39,9 @@ def sample_losses(
 def heldout_loss(
     model: DiT, cache: FeatureCache, config: DiffusionSection, group: ProcessGroup, say: Say = lambda text: None
 ) -> float | None:
-    """Mean flow loss on the first `eval_rows` held-out rows, with noise and times that never change.
+    """Return the mean flow loss on the first `eval_rows` held-out rows, with fixed noise and times; None without any.
 
-    Every process of the group must call it; `say` is told when storage fails and is tried again. None where the cache
-    has no held-out row.
+    All processes of the group must call it. `say` is told about retries of storage.
     """
     held = cache.heldout_rows[: config.eval_rows]
     if not len(held):
@@ -52,7 +51,7 @@ def heldout_loss(
     for start in range(0, len(held), size):
         count = min(size, len(held) - start)
         share = group.local_slice(count)
-        # A sharded model is gathered by all at once: who has nothing left computes a row that does not count.
+        # All processes gather a sharded model at once: a process without rows computes one that does not count.
         places = [start + place for place in share] or [start]
         rows = held[places]
         x1 = torch.from_numpy(call_with_retries(partial(cache.read, rows), say)).flatten(1, 2).to(group.device).float()
@@ -64,20 +63,23 @@ def heldout_loss(
 
 @dataclass(frozen=True)
 class Draws:
-    """Of B samples with T tokens of C channels."""
+    """Random values of B samples with T tokens of C channels."""
 
     noise: Tensor  # (B,T,C) standard normal
     time: Tensor  # (B,) uniform in [0, 1), before any shift
-    drop: Tensor  # (B,) uniform in [0, 1): a label is dropped where it is small
+    drop: Tensor  # (B,) uniform in [0, 1): small values drop the label
 
 
 def draws_at(
     seed: int, step: int | str, positions: Sequence[int], tokens: int, channels: int, device: torch.device
 ) -> Draws:
-    """Draw for the samples at `positions`.
+    """Draw the random values of the samples at `positions`.
 
-    Times and label dropout come from the CPU's generator, the same on every device. Noise, which is nearly all of it,
-    is drawn where it is used: the same for all CPUs, and the same for all GPUs.
+    Times and label dropout use the CPU's generator and are the same on every device. Noise, most of the values, is
+    drawn on the device: the same for all CPUs, and the same for all GPUs.
+
+    Returns:
+        Noise, times and dropout draws.
     """
     noise = torch.empty(len(positions), tokens, channels, device=device)
     uniform = torch.empty(len(positions), 2)
@@ -94,23 +96,23 @@ BUCKETS = 10
 
 
 class LossByTime:
-    """Mean loss in ten equal buckets of the flow's time: near 0 the model sees noise, near 1 data."""
+    """Mean loss in ten equal buckets of flow time, from noise (0) to data (1)."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, BUCKETS, device=device)  # losses, counts
 
     def add(self, losses: Tensor, times: Tensor) -> None:
-        """Losses (B,) of samples at times (B,) in [0, 1]."""
+        """Add losses (B,) of samples at times (B,) in [0, 1]."""
         places = (times * BUCKETS).long().clamp(0, BUCKETS - 1)
         self.sums.index_add_(1, places, torch.stack([losses.float(), torch.ones_like(losses, dtype=torch.float32)]))
 
     def summed(self, group: ProcessGroup) -> LossByTime:
-        """The same over all processes of the group."""
+        """Return the sum over all processes of the group."""
         total = LossByTime(self.sums.device)
         total.sums = group.sum(self.sums)
         return total
 
     def means(self) -> dict[str, float]:
-        """`loss_t0` (times 0 to 0.1) … `loss_t9`; a bucket that nothing fell into is left out."""
+        """Return `loss_t0` (times 0 to 0.1) … `loss_t9`, without empty buckets."""
         sums, counts = self.sums.tolist()
         return {f"loss_t{i}": sums[i] / counts[i] for i in range(BUCKETS) if counts[i]}

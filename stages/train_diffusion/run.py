@@ -1,4 +1,4 @@
-"""One run of diffusion training: its batches, its state, and what it is watched by."""
+"""One run of diffusion training: batches, measurements, checkpoints."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
 
 
 class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
-    """The trainer, where its batches come from, and what it is watched by."""
+    """The trainer, its batches, and its measurements."""
 
     section, item = "diffusion", "sample"
     config: DiffusionSection
@@ -59,7 +59,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         strategy: Strategy,
         wandb_project: str | None,
     ) -> None:
-        """See `train_diffusion`, also for what it raises."""
+        """Open the run; see `train_diffusion` for arguments and errors."""
         self.cache, self.config, self.decoder = cache, config, decoder
         super().__init__(
             group, supervisor, out, CheckpointStore(out / "checkpoints", config.keep_checkpoints, config.keep_every)
@@ -80,7 +80,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         if not len(rows):
             raise UsageError(f"{cache.path}: expected valid rows to train on, found none that are not held out.")
         if self.config.batch_size > len(rows):
-            say(f"a batch of {self.config.batch_size} is more than the {len(rows)} rows: some occur twice in it")
+            say(f"a batch of {self.config.batch_size} is larger than the {len(rows)} rows: some rows occur twice in it")
         if not (cache.valid & cache.heldout).any():
             say("no held-out rows in this cache: held-out loss is not measured (svgpipe shard --holdout)")
         return rows
@@ -94,13 +94,13 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """What latents are denormalised with."""
+        """Channel mean and standard deviation of the latents."""
         arrays = {"channel_mean": self.cache.channel_mean, "channel_std": self.cache.channel_std}
         return {name: torch.from_numpy(values.copy()) for name, values in arrays.items()}
 
     def load(self, saved: Checkpoint) -> None:
         self.trainer.load(saved.groups)
-        if self.group.is_main:  # the line of the log that is begun; the others' part of it is in there
+        if self.group.is_main:  # sums since the last line of the log, over all processes
             self.by_time.sums.copy_(saved.groups["window"]["loss_by_time"])
 
     def state(self) -> Checkpoint:
@@ -137,7 +137,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
             self.measure_quality()
 
     def evaluate(self) -> float | None:
-        """Mean loss of the first average of the weights on held-out rows, with noise and times that never change."""
+        """Return the mean loss of the first EMA weights on held-out rows, with fixed noise and times."""
         value = heldout_loss(self.trainer.averages[0], self.cache, self.config, self.group, self.supervisor.say)
         if value is not None and self.log is not None:
             self.log.write(self.step, heldout_loss=value)
@@ -146,11 +146,11 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
 
     @cached_property
     def quality(self) -> LatentQuality:
-        """Reads its part of the cache when it is first asked for."""
+        """Reads its rows of the cache when first used."""
         return LatentQuality(self.cache, self.config, self.group, self.supervisor.say)
 
     def measure_quality(self) -> None:
-        """What samples of the first average of the weights are worth in latent space."""
+        """Measure samples of the first EMA weights in latent space."""
         if not self.config.quality_samples:
             return
         quality = self.quality.measure(self.trainer.averages[0])
@@ -164,7 +164,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         self.supervisor.say(f"step {self.step}: {', '.join(told)}")
 
     def sample_grid(self) -> None:
-        """A sheet of samples from the first average of the weights, where a decoder was given."""
+        """Write a sheet of samples of the first EMA weights, if there is a decoder."""
         if self.decoder is None:
             return
         latents = sample_in_training(self.trainer.averages[0], GRID_SAMPLES, self.config, self.group)
@@ -179,7 +179,11 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         self.log.image(self.step, "samples", sheet)
 
     def finish(self) -> DiffusionManifest:
-        """The last measurements, and all weights as files of their own."""
+        """Measure a last time, and write all weights.
+
+        Returns:
+            The manifest.
+        """
         loss = self.evaluate()
         self.sample_grid()
         self.measure_quality()

@@ -1,6 +1,6 @@
-"""`svgpipe train-diffusion`: the diffusion transformer, purely from the cache (phase 2).
+"""`svgpipe train-diffusion`: the diffusion transformer, from the cache alone (phase 2).
 
-No image, no backbone and no timm model is loaded; only sample grids, where asked for, load a decoder.
+No image, no backbone and no timm model is loaded. Only sample grids load a decoder.
 """
 
 from __future__ import annotations
@@ -37,18 +37,24 @@ def train_diffusion(
     """Train on the valid, not held-out rows of `cache` and publish the model at `out`; run again to resume.
 
     Args:
-        cache: finished feature cache; nothing else is read.
+        cache: finished feature cache. Nothing else is read.
         out: directory to create or resume.
         config: section `diffusion` of a recipe.
-        autoencoder: whose decoder draws sample grids while training; without it there are none.
-        resources: workers of a connected Ray; None trains in this process. May differ at every resume: what is
-            computed does not depend on it, but by rounding.
-        strategy: how several workers share one model: ddp holds it in each, fsdp2 spreads it over them.
-        wandb_project: where Weights & Biases logs too, if it is installed.
+        autoencoder: decodes sample grids during training; None: no grids.
+        resources: workers of a connected Ray; None: train in this process. May change at every resume; results change
+            by rounding only.
+        strategy: ddp: every worker holds the model; fsdp2: the model is sharded over the workers.
+        wandb_project: also log to Weights & Biases.
+        progress: is told what is done.
+
+    Returns:
+        The manifest of the model.
+
     Raises:
-        UsageError: wandb is not installed, no training row, or a model, batch or number of workers that does not fit.
+        UsageError: wandb is not installed, no training rows, or an invalid model, batch or number of workers.
         MismatchError: `out` was begun with another cache or config, or `autoencoder` did not make the cache.
-        DivergedError: a NaN or infinity. InterruptedRunError: stopped by a signal, state saved.
+        DivergedError: NaN or infinity.
+        InterruptedRunError: stopped by a signal; the state is saved.
     """
     if autoencoder is not None:
         require_same(
@@ -76,6 +82,6 @@ def train_diffusion(
 
 
 def diffusion_spec(cache: FeatureCache, out: Location, config: DiffusionSection) -> StageSpec[DiffusionManifest]:
-    """What `train_diffusion` is asked to make."""
+    """Return what `train_diffusion` is asked to make."""
     inputs = {"cache": cache.manifest.as_input(cache.path)}
     return StageSpec(out, DiffusionManifest, config.model_dump(mode="json"), inputs)

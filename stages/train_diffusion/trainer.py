@@ -1,7 +1,7 @@
-"""One optimiser step of the diffusion transformer, and the state that it changes.
+"""One optimizer step of the diffusion transformer.
 
-Knows batches and steps, but neither caches nor files. Every process of a group calls it with its share of the batch.
-Legend: B samples of this process, T tokens, C channels.
+The trainer knows batches and steps, but neither caches nor files. All processes of a group call it, each with its slice
+of the batch. Legend: B samples of this process, T tokens, C channels.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .loss import draws_at, sample_losses
 
 @dataclass(frozen=True)
 class Step:
-    """What one step found, on the device: nobody has waited for it yet."""
+    """Results of one step, on the device, without synchronisation."""
 
     loss: Tensor  # () mean over the whole batch
     grad_norm: Tensor  # () before clipping
@@ -55,7 +55,7 @@ class Step:
 
 
 class FlowTrainer:
-    """Weights, their averages and the optimiser; calling it is one step."""
+    """Weights, EMA weights and the optimizer. A call is one step."""
 
     def __init__(
         self,
@@ -69,12 +69,17 @@ class FlowTrainer:
         last_good: Callable[[], Location | None],
         strategy: Strategy = "ddp",
     ) -> None:
-        """A new model from the recipe's seed, the same on every process.
+        """Build a new model from the recipe's seed, the same on every process.
 
         Args:
-            group: those that train it together; `strategy` says how, and changes no result but by rounding.
-            scale: (C,) that turns stored int8 into features, or None.
-            last_good: where the last saved state lies, for the message of a run that diverges.
+            config: section `diffusion` of a recipe.
+            group: processes that train the model.
+            grid: rows and columns of the latents.
+            channels: of the latents.
+            num_classes: number of labels.
+            scale: (C,) factors of stored int8 values, or None.
+            last_good: returns the last checkpoint, for the message of a diverged run.
+            strategy: how processes share the model; changes results by rounding only.
         """
         self.config, self.group, device = config, group, group.device
         torch.manual_seed(seed_of(config.seed, "initial weights"))
@@ -101,29 +106,32 @@ class FlowTrainer:
 
     @property
     def models(self) -> dict[str, DiT]:
-        """The weights as trained and every average of them, by the names that people choose them by."""
+        """Weights as trained and all EMA weights, by name."""
         return {RAW: self.model, **dict(zip(map(average_name, self.config.ema_decays), self.averages, strict=True))}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """All that a resumed run needs besides the step's number. Raises DivergedError rather than give a bad one."""
+        """Return the training state. Raises the error of `DivergenceGuard.settle` instead of returning a bad state."""
         self.guard.settle()
         return self.weights() | {"optimizer": optimizer_tensors(self.model, self.optimizer)}
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """State of every model, by the names of `models`, whole on the main process."""
+        """Return the tensors of every model, by the names of `models`; complete on the main process."""
         return {name: model_tensors(model) for name, model in self.models.items()}
 
     def load(self, groups: dict[str, dict[str, Tensor]]) -> None:
-        """Inverse of `state`. The world size and strategy that saved the state may differ from this run's."""
+        """Restore the result of `state`. World size and strategy may differ from those that saved it."""
         for name, model in self.models.items():
             load_model_tensors(model, groups[name])
         load_optimizer_tensors(self.model, self.optimizer, groups["optimizer"])
 
     def __call__(self, step: int, tokens: Tensor, labels: Tensor) -> Step:
-        """Optimiser step number `step` (from 0) on this process's stored latents (B,T,C) and labels (B,).
+        """Make optimizer step `step` (from 0) on this process's stored latents (B,T,C) and labels (B,).
+
+        Returns:
+            Loss and gradient norm.
 
         Raises:
-            DivergedError: a NaN or infinity; on CUDA it may be the step before that is named.
+            DivergedError: NaN or infinity; on CUDA possibly of the previous step.
         """
         config, group, size = self.config, self.group, self.config.batch_size
         set_learning_rate(self.optimizer, learning_rate(step, config.steps, config.learning_rate, config.schedule))
@@ -131,7 +139,7 @@ class FlowTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses, times = [], []
         share = group.local_slice(size)
-        # As many parts on every process, none of them empty: sharded models are gathered for each.
+        # The same number of parts on every process, none empty, because sharded models are gathered for each part.
         parts = np.array_split(np.arange(len(share)), min(config.accumulate, size // group.size))
         for number, places in enumerate(parts, 1):
             part = slice(int(places[0]), int(places[-1]) + 1)
@@ -154,7 +162,7 @@ class FlowTrainer:
     def _losses(self, step: int, tokens: Tensor, labels: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         device = self.group.device
         x1 = to_device(tokens, device).float()
-        if self.scale is not None:  # int8 travels to the device, and becomes a feature there
+        if self.scale is not None:  # int8 is copied to the device and converted there
             x1 = x1 * self.scale
         labels = to_device(labels, device)
         draws = draws_at(self.config.seed, step, positions, x1.shape[1], x1.shape[2], device)

@@ -1,1 +1,1 @@
-"""What both trainings share: the loop, processes, checkpoints, metrics."""
+"""Shared by both trainings: loop, processes, checkpoints, metrics."""

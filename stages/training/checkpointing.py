@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training, which waits only for a copy in memory."""
+"""Writes checkpoints in the background. Training waits only for a copy in memory."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ from .distributed import ProcessGroup
 
 
 class BackgroundSaver:
-    """Writes one checkpoint at a time in a thread; what goes wrong there is raised by the next call."""
+    """Writes one checkpoint at a time in a thread. An error is raised by the next call."""
 
     def __init__(self, store: CheckpointStore, say: Callable[[str], None]) -> None:
-        """`say` is told when storage fails and is tried again."""
+        """Write to `store`; `say` is told about retries of storage."""
         self.store, self.say = store, say
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="svgpipe-checkpoint")
         self._writing: Future[Location] | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Copy the tensors to the CPU and begin to write; waits for the checkpoint before, if it is not done.
+        """Copy the tensors to the CPU and start writing. Waits for the previous checkpoint.
 
-        Takes them out of `checkpoint` one by one: what was gathered for it from several processes is held only once.
+        Tensors are removed from `checkpoint` one by one, so that gathered tensors are held in memory only once.
 
-        Raises:
-            OSError, SvgpipeError: the checkpoint before could not be written.
+        Raises the error of a failed previous write, as `wait` does.
         """
         self.wait()
         groups = {name: {k: _copy(group.pop(k)) for k in list(group)} for name, group in checkpoint.groups.items()}
@@ -40,38 +39,38 @@ class BackgroundSaver:
         self._writing = self._pool.submit(call_with_retries, partial(self.store.save, copy), self.say)
 
     def check(self) -> None:
-        """Raise what went wrong, if that is known already."""
+        """Raise the error of a write that has failed already."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until the last checkpoint is on disk. Raises what went wrong."""
+        """Wait until the last checkpoint is on disk. Raises the error of a failed write."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Wait for the checkpoint that is being written, and end the thread. Errors of that write are not raised."""
+        """Wait for the current write, and end the thread. Errors of that write are not raised."""
         self._pool.shutdown(wait=True)
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """On the CPU, in memory of its own: training goes on changing the original."""
+    """Return a copy on the CPU, because training changes the original."""
     return tensor.detach().to("cpu", copy=True)
 
 
 def latest_of_all(store: CheckpointStore, group: ProcessGroup, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest intact checkpoint, the same one on every process.
+    """Return the newest intact checkpoint, the same one on every process.
 
     Raises:
-        ArtifactError: as `CheckpointStore.latest`; or processes found different ones, which must never be mixed.
+        ArtifactError: see `CheckpointStore.latest`; or processes found different checkpoints.
     """
     checkpoint = store.latest(say)
     steps = group.gather_rows(torch.tensor([-1 if checkpoint is None else checkpoint.step]), group.size).tolist()
     if len(set(steps)) > 1:
         raise ArtifactError(
             f"{store.directory}: expected all workers to find the same checkpoint, found steps "
-            f"{', '.join(map(str, steps))} (-1 is none). It must lie where all nodes see it: in a shared folder or an "
+            f"{', '.join(map(str, steps))} (-1: none). It must be visible on all nodes: in a shared folder or an "
             "object store."
         )
     return checkpoint

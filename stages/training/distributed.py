@@ -1,8 +1,8 @@
-"""The processes that train one model together, and the model on them.
+"""The processes that train one model, and the model on them.
 
-A global batch is split into contiguous slices, one for each process; the first slices may be longer by one. The model
-is replicated (DDP), or each process holds a part of every parameter (FSDP2); both average gradients over processes.
-Checkpoints are the same for both, see optimizer.py. One process alone never starts torch.distributed.
+A global batch is split into contiguous slices, one per process; the first slices may be longer by one. The model
+is replicated (DDP) or its parameters are sharded (FSDP2). Both average gradients over processes. Checkpoints are the
+same for both, see optimizer.py. A single process never starts torch.distributed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _Sum(torch.autograd.Function):
-    """All-reduce sum. Its backward pass sums gradients too: every process's part of the loss depends on every input."""
+    """All-reduce sum. The backward pass also sums, because every process's part of the loss depends on every input."""
 
     @staticmethod
     def forward(context: Any, values: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def _total(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process's place among those that train together. All must call every method but the two of slices."""
+    """This process's place in the group. All processes must call every method except the two for slices."""
 
     device: torch.device
     rank: int = 0
@@ -49,33 +49,37 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and reports progress."""
+        """Whether this process writes files and reports progress."""
         return self.rank == 0
 
     def local_slice(self, count: int) -> range:
-        """Positions of this process among `count`."""
+        """Return the positions of this process among `count`."""
         each, more = divmod(count, self.size)
         start = self.rank * each + min(self.rank, more)
         return range(start, start + each + (self.rank < more))
 
     def largest_slice(self, count: int) -> int:
-        """Positions of the process that has most of them."""
+        """Return the positions of the process with the most."""
         return -(-count // self.size)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Elementwise over all processes; no gradient."""
+        """Return the elementwise sum over all processes; no gradient."""
         return values if self.size == 1 else _total(values)
 
     def sum_with_gradient(self, values: Tensor) -> Tensor:
-        """As `sum`, where every process goes on to compute its part of one loss with the result."""
+        """Return `sum` with a gradient, for processes that each compute a part of one loss with the result."""
         return values if self.size == 1 else _Sum.apply(values)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true for any process. Only hosts wait for each other here, never for a GPU."""
+        """Return whether the flag is true on any process. Only hosts wait here, never a GPU."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(int(flag))))
 
     def gather_rows(self, mine: Tensor, count: int) -> Tensor:
-        """(slice, …) of every process → (count, …), in order."""
+        """Gather the slices of all processes: (slice, …) → (count, …), in order.
+
+        Returns:
+            The rows.
+        """
         if self.size == 1:
             return mine
         largest = self.largest_slice(count)
@@ -87,7 +91,7 @@ class ProcessGroup:
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def barrier(self) -> None:
-        """Until every process has come here."""
+        """Wait until every process is here."""
         self.any(False)
 
 
@@ -95,18 +99,18 @@ Strategy = Literal["ddp", "fsdp2"]
 
 
 def shard_parameters(model: nn.Module, units: Sequence[nn.Module], group: ProcessGroup) -> None:
-    """Spread every parameter of `model` over the group, in place; `units` are gathered one at a time when they run."""
+    """Shard every parameter of `model` over the group, in place. `units` are gathered one at a time during a pass."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(group.device.type, (group.size,))
     for part in (*units, model):
-        # By default the outermost parameters stay gathered after a forward pass: averages could not be updated.
+        # By default the outermost parameters stay gathered after a forward pass, and EMA weights could not be updated.
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
 def replicate(model: nn.Module, group: ProcessGroup) -> nn.Module:
-    """`model`, so that a backward pass through it leaves gradients averaged over the group."""
+    """Return `model` so that a backward pass averages gradients over the group."""
     if group.size == 1:
         return model
     from torch.nn.parallel import DistributedDataParallel
@@ -118,7 +122,11 @@ def replicate(model: nn.Module, group: ProcessGroup) -> nn.Module:
 
 @contextmanager
 def gradient_sync(model: Any, enabled: bool) -> Iterator[None]:
-    """Whether backward passes in the block average gradients over ranks, or only accumulate them."""
+    """Average gradients over ranks in backward passes of the block, or only accumulate them.
+
+    Yields:
+        Nothing.
+    """
     if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(enabled)
         yield
@@ -130,12 +138,12 @@ def gradient_sync(model: Any, enabled: bool) -> Iterator[None]:
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    # By name: a process alone has no such tensors, and need not load what defines them.
+    """Return whether it is sharded: by class name, because a single process need not import the class."""
     return type(tensor).__name__ == "DTensor"
 
 
 def gradient_norms(parameters: Sequence[Tensor], group: ProcessGroup) -> Tensor:
-    """(parameters,) L2 norms of the gradients; 0 for a parameter without one. The same on every process."""
+    """Return (parameters,) L2 norms of the gradients, the same on every process; 0 for a parameter without gradient."""
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     norms = torch.stack(torch._foreach_norm([g.to_local() if is_sharded(g) else g for g in gradients]))
     return group.sum(norms.square()).sqrt() if any(map(is_sharded, gradients)) else norms

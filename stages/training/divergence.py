@@ -1,4 +1,4 @@
-"""Notices a NaN or an infinity without making a step wait for the device."""
+"""Detects NaN and infinity without making a step wait for the device."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ class _Watched:
 
 
 class DivergenceGuard:
-    """Watches the loss and every parameter's gradient norm.
+    """Watches the loss and the gradient norm of every parameter.
 
     On the CPU a step is checked before it is applied. On CUDA the values are copied asynchronously and checked in the
-    next call of `watch`. So one bad update may be applied, but `settle` checks all values before anything is saved.
+    next call of `watch`. One bad update may therefore be applied, but `settle` checks all values before anything is
+    saved.
     """
 
     def __init__(
         self, names: Sequence[str], last_good: Callable[[], Location | None], *, what: str = "the loss"
     ) -> None:
-        """Watch `what`, and parameters by `names` in the order of the norms.
+        """Watch `what`, and parameters with `names`, in the order of the norms.
 
-        `last_good` tells where the last saved state lies.
+        `last_good` returns the last checkpoint.
         """
         self.names, self.last_good, self.what = list(names), last_good, what
         self._finite: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)
@@ -59,7 +60,11 @@ class DivergenceGuard:
         self._pending = _Watched(step, landing, arrived)
 
     def settle(self) -> None:
-        """Judge what is still on its way. Raises DivergedError."""
+        """Check all pending values.
+
+        Raises:
+            DivergedError: a value is not finite.
+        """
         watched, self._pending = self._pending, None
         if watched is None:
             return
@@ -91,4 +96,4 @@ class DivergenceGuard:
 
     def _saved(self) -> str:
         newest = self.last_good()
-        return "No checkpoint had been saved yet." if newest is None else f"The last good checkpoint is {newest}."
+        return "There is no checkpoint yet." if newest is None else f"The last good checkpoint is {newest}."

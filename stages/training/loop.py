@@ -30,7 +30,10 @@ R = TypeVar("R")
 
 @contextmanager
 def explained_out_of_memory(advice: str) -> Iterator[None]:
-    """Turn running out of memory in the block into a message that ends with `advice`.
+    """Turn an out-of-memory error in the block into a message that ends with `advice`.
+
+    Yields:
+        Nothing.
 
     Raises:
         SvgpipeError: the GPU or the CPU ran out of memory.
@@ -46,8 +49,8 @@ def explained_out_of_memory(advice: str) -> Iterator[None]:
 class TrainingRun(ABC, Generic[B, S, R]):
     """One training run in one process. B: type of a batch; S: result of a step; R: result of the run."""
 
-    section: ClassVar[str]  # of the recipe, which the stage is named after
-    item: ClassVar[str]  # what a batch is made of
+    section: ClassVar[str]  # section of the recipe
+    item: ClassVar[str]  # name of the elements of a batch
     config: AutoencoderSection | DiffusionSection
 
     def __init__(self, group: ProcessGroup, supervisor: Supervisor, out: Location, store: CheckpointStore) -> None:
@@ -69,23 +72,23 @@ class TrainingRun(ABC, Generic[B, S, R]):
 
     @abstractmethod
     def load(self, saved: Checkpoint) -> None:
-        """Go back to a checkpoint."""
+        """Restore a checkpoint."""
 
     @abstractmethod
     def state(self) -> Checkpoint:
-        """The state that `load` restores. All ranks must call this; only the main process gets all tensors."""
+        """Return the state that `load` restores. All ranks must call this; only the main process gets all tensors."""
 
     @abstractmethod
     def batches(self) -> Iterator[B]:
-        """The local slice of every batch, from `step` on."""
+        """Return the local slices of all batches, from `step` on."""
 
     @abstractmethod
     def take_step(self, batch: B) -> S:
-        """Optimiser step number `step`, counted from 0."""
+        """Make optimizer step number `step`, counted from 0."""
 
     @abstractmethod
     def logged(self, result: S) -> tuple[dict[str, float], str]:
-        """Values for one line of the log, and a short text for the console. All ranks must call this."""
+        """Return values for one line of the log, and a short text for the console. All ranks must call this."""
 
     @abstractmethod
     def measure(self) -> None:
@@ -93,19 +96,27 @@ class TrainingRun(ABC, Generic[B, S, R]):
 
     @abstractmethod
     def settle(self) -> None:
-        """Wait for values that are still on their way to the CPU. Raises DivergedError if one is not finite."""
+        """Wait for values that are being copied to the CPU.
+
+        Raises:
+            DivergedError: one is not finite.
+        """
 
     @abstractmethod
     def finish(self) -> R:
-        """Measure once more, and write the finished weights as files of their own."""
+        """Measure once more, and write the finished weights.
+
+        Returns:
+            The result of the run.
+        """
 
     def last_good(self) -> Location | None:
-        """Folder of the last saved checkpoint."""
+        """Return the folder of the last checkpoint."""
         self.saver.wait()
         return self.store.newest
 
     def resume(self, wandb_project: str | None) -> None:
-        """Go to the last checkpoint, if there is one, and open the log.
+        """Restore the last checkpoint, if there is one, and open the log.
 
         Raises:
             ArtifactError: no checkpoint is intact, or processes found different ones.
@@ -119,10 +130,11 @@ class TrainingRun(ABC, Generic[B, S, R]):
             self.log = MetricsLog(self.out, self.step, wandb_project, ended=self.step >= self.config.steps)
 
     def train(self) -> None:
-        """Steps until `config.steps`, with measurements and checkpoints on the way.
+        """Make steps until `config.steps`, with measurements and checkpoints.
 
         Raises:
-            DivergedError: a NaN or infinity. InterruptedRunError: a stop was asked for; the state is saved.
+            DivergedError: NaN or infinity.
+            InterruptedRunError: the user stopped the run; the state is saved.
         """
         config = self.config
         self.supervisor.begin(f"train-{self.section}", config.steps, self.step)
@@ -167,20 +179,20 @@ class TrainingRun(ABC, Generic[B, S, R]):
         if self.step < self.config.steps:
             self.measure()
         self.saver.check()
-        # The last state too: the final weights may not fit on a disk that is nearly full.
+        # Also the last state: the final weights may not fit on a nearly full disk.
         if self.step % self.config.checkpoint_every == 0 or stopping or self.step == self.config.steps:
             self._save()
         if stopping and self.step < self.config.steps:
             self.saver.wait()
             if self.log is not None:
                 self.log.close()
-            self.group.barrier()  # the first to leave ends the others
+            self.group.barrier()  # the first process to leave ends the others
             raise InterruptedRunError(
                 f"{self.out}: stopped at step {self.step} of {self.config.steps}; saved. The same command resumes."
             )
 
     def _save(self) -> None:
-        self.saver.wait()  # before another state is put together: two would lie in memory
+        self.saver.wait()  # before another state is gathered: two would be in memory
         state = self.state()
         if self.log is not None:
             self.supervisor.check()
@@ -188,7 +200,7 @@ class TrainingRun(ABC, Generic[B, S, R]):
             self.saver.save(state)
 
     def close(self) -> None:
-        """Close files and threads. After an error, a second one must not hide the first."""
+        """Close files and threads. After an error, errors of closing are ignored."""
         self.saver.close()
         if self.log is not None:
             with suppress(Exception):
@@ -205,8 +217,13 @@ def run_training(
     """Train from the last checkpoint to the finished weights.
 
     Args:
-        start: opens the run, at its last checkpoint. Must be picklable.
-        memory_advice: what to say where memory runs out, see `explained_out_of_memory`.
+        group: processes that train.
+        supervisor: is told of progress, and may stop the run.
+        start: opens the run at its last checkpoint. Must be picklable.
+        memory_advice: see `explained_out_of_memory`.
+
+    Returns:
+        The result of the run.
     """
     with explained_out_of_memory(memory_advice), closing(start(group, supervisor)) as run:
         run.train()

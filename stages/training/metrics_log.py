@@ -1,4 +1,4 @@
-"""What a training run logs: metrics.jsonl, TensorBoard, and Weights & Biases where it is asked for."""
+"""The log of a training run: metrics.jsonl, TensorBoard, and optionally Weights & Biases."""
 
 from __future__ import annotations
 
@@ -16,28 +16,26 @@ from ..runtime.retry import call_with_retries
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard scalars of one run; a resumed run drops what lies past its step.
+    """metrics.jsonl and TensorBoard scalars of one run. A resumed run drops entries after its step.
 
-    An object store cannot append: there metrics.jsonl is written whole at every `flush`, and TensorBoard's
-    files are left out.
+    An object store cannot append: metrics.jsonl is rewritten at every `flush`, and there are no TensorBoard files.
     """
 
     def __init__(
         self, directory: Location, start_step: int, wandb_project: str | None = None, *, ended: bool = False
     ) -> None:
-        """Of the run in `directory`, which has done `start_step` steps, all of them if it has `ended`.
+        """Open the log of the run in `directory` at `start_step`; `ended`: all steps are done.
 
-        Raises:
-            UsageError: wandb is asked for, but not installed or not logged in.
+        Raises the error of `require_wandb`, or UsageError if wandb is not logged in.
         """
         self.path = directory / METRICS_NAME
         self._wandb = None if wandb_project is None else _wandb_run(directory, wandb_project)
         kept = [entry for entry in read_metrics(self.path) if entry["step"] <= start_step]
-        if ended:  # what is measured after the last step is measured again
+        if ended:  # the measurements after the last step are repeated
             kept = [entry for entry in kept if entry["step"] < start_step or "learning_rate" in entry]
         self._lines = [json.dumps(entry) + "\n" for entry in kept]
         self._write_whole()
-        # Imported here: it is heavy, and encoder workers use this file without ever writing a log.
+        # Imported here, because it is slow to load, and encoder workers import this file without writing a log.
         from torch.utils.tensorboard import SummaryWriter
 
         local = isinstance(directory, Path)
@@ -45,7 +43,7 @@ class MetricsLog:
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1) if local else None
 
     def write(self, step: int, **values: float) -> None:
-        """Append one line and the same scalars; `step` counts finished optimiser steps."""
+        """Append one line with these scalars; `step` counts finished optimizer steps."""
         line = json.dumps({"step": step, **values}) + "\n"
         if self._file is None:
             self._lines.append(line)
@@ -59,7 +57,7 @@ class MetricsLog:
             self._wandb.log(values, step=step)
 
     def image(self, step: int, name: str, pixels: Any) -> None:
-        """An (H,W,3) uint8 picture."""
+        """Log an (H,W,3) uint8 picture."""
         if self._board is not None:
             self._board.add_image(name, pixels, step, dataformats="HWC")
         if self._wandb is not None:
@@ -68,7 +66,7 @@ class MetricsLog:
             self._wandb.log({name: wandb.Image(pixels)}, step=step)
 
     def flush(self) -> None:
-        """Everything written so far is on disk; called before a checkpoint names its step."""
+        """Write everything to disk; called before a checkpoint names its step."""
         if self._file is None:
             call_with_retries(self._write_whole)
         if self._board is not None:
@@ -88,13 +86,21 @@ class MetricsLog:
 
 
 def require_wandb() -> None:
-    """Raises UsageError if Weights & Biases is not installed: better before workers are started than on one of them."""
+    """Check that Weights & Biases is installed, before workers are started.
+
+    Raises:
+        UsageError: it is not.
+    """
     if importlib.util.find_spec("wandb") is None:
         raise UsageError('--wandb: needs the package wandb. Install it with `pip install "svgpipe[wandb]"`.')
 
 
 def _wandb_run(directory: Location, project: str) -> Any:
-    """The run of this directory, the same one at every resume."""
+    """Return the wandb run of this directory, the same one at every resume.
+
+    Raises:
+        UsageError: wandb cannot start.
+    """
     require_wandb()
     import wandb
 

@@ -19,7 +19,7 @@ from .distributed import is_sharded
 
 
 def learning_rate(step: int, steps: int, base: float, schedule: ScheduleSection) -> float:
-    """Learning rate at optimiser step `step` (from 0) of `steps`: linear warm-up, then constant or cosine."""
+    """Return the learning rate at step `step` (from 0) of `steps`: linear warm-up, then constant or cosine."""
     if step < schedule.warmup_steps:
         return base * (step + 1) / schedule.warmup_steps
     if schedule.kind == "constant":
@@ -30,7 +30,7 @@ def learning_rate(step: int, steps: int, base: float, schedule: ScheduleSection)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set the rate of every parameter group."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value
 
@@ -43,7 +43,7 @@ def _options(model: nn.Module, *, cpu_offload: bool = False) -> Any:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """`model.state_dict()`; a sharded model's is put together on the CPU."""
+    """Return `model.state_dict()`; of a sharded model gathered on the CPU."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     tensors: dict[str, Any] = get_model_state_dict(model, options=_options(model, cpu_offload=True))
@@ -51,17 +51,17 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `model_tensors`. Raises RuntimeError for keys or shapes that do not fit."""
+    """Restore the result of `model_tensors`. torch raises RuntimeError for keys or shapes that do not fit."""
     from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
     set_model_state_dict(model, dict(tensors), options=_options(model))
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State of an optimizer over parameters of `model`, by `PARAMETER.NAME`: `blocks.0.mlp.weight.exp_avg`."""
+    """Return the state of an optimizer, by `PARAMETER.NAME`: `blocks.0.mlp.weight.exp_avg`."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    if not optimizer.state:  # torch would make a step to have some
+    if not optimizer.state:  # torch would make a step to create it
         return {}
     gathered: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_options(model, cpu_offload=True))
     state: dict[str, dict[str, Tensor]] = gathered.get("state", {})
@@ -69,7 +69,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`. Empty `tensors`, of an optimizer before its first step, change nothing."""
+    """Restore the result of `optimizer_tensors`. Empty `tensors` (before the first step) change nothing."""
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
     if not tensors:
@@ -77,7 +77,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
     state: dict[str, Any] = {}
     for key, value in tensors.items():
         parameter, _, name = key.rpartition(".")
-        # A copy: tensors of a file are the file, mapped into memory, which may change or go while training lasts.
+        # Copied, because tensors of a file are memory-mapped, and the file may change or disappear during training.
         state.setdefault(parameter, {})[name] = value.clone()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]

@@ -1,7 +1,7 @@
-"""Training on several workers under Ray Train, which connects them, notices a death and starts them anew.
+"""Training on several workers with Ray Train, which connects them and restarts them after a failure.
 
 The driver is the process that started the run. It holds the lock and shows progress. Worker 0 writes all files. Events
-go from worker 0 to the driver through one small actor, the event queue. The actor ends with the driver, and the
+go from worker 0 to the driver through a small actor, the event queue. The actor ends with the driver, and the
 workers end with the actor.
 """
 
@@ -32,22 +32,30 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 Job = Callable[[ProcessGroup, Supervisor], R]
-"""What every worker runs, from the last checkpoint to the end. Worker 0's result counts. Must be picklable."""
+"""What every worker runs, from the last checkpoint to the end. The result of worker 0 counts. Must be picklable."""
 
 START_WARNING_S = 60.0
 POLL_S = 0.2
-GRACE_S = 5.0  # that another worker leaves to worker 0 to report an error first
-MAX_FAILURES = 10  # times in one run that Ray Train starts workers anew
+GRACE_S = 5.0  # in which worker 0 may report an error before another worker does
+MAX_FAILURES = 10  # restarts of workers in one run
 
 
 def run_job(job: Job[R], resources: Resources | None, progress: Progress, check: Callable[[], None]) -> R:
-    """Run `job` in this process, or on the workers that `resources` asks a connected Ray for.
+    """Run `job` in this process, or on workers of a connected Ray.
 
     Args:
+        job: the training.
+        resources: workers; None: this process.
+        progress: is told what is done.
         check: raises if this run must not write any more.
+
+    Returns:
+        The result of the job.
+
     Raises:
-        UsageError: more CPUs or GPUs asked for than Ray has.
-        SvgpipeError, OSError: raised by the job on any worker; or workers died again and again.
+        UsageError: Ray has too few CPUs or GPUs.
+        SvgpipeError: raised by the job on any worker; or workers died repeatedly.
+        OSError: raised by the job on any worker; or workers died repeatedly.
     """
     if resources is None:
         return job(ProcessGroup(pick_device()), LocalSupervisor(progress, check))
@@ -55,7 +63,7 @@ def run_job(job: Job[R], resources: Resources | None, progress: Progress, check:
 
 
 class _Launch(Generic[R]):
-    """One run on workers. Ray Train replaces those that die; all go on from the last checkpoint."""
+    """One run on workers. Ray Train replaces workers that die; training continues from the last checkpoint."""
 
     def __init__(self, job: Job[R], resources: Resources, progress: Progress, check: Callable[[], None]) -> None:
         import ray
@@ -72,10 +80,14 @@ class _Launch(Generic[R]):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.event_queue = ray.remote(num_cpus=0, scheduling_strategy=here)(EventQueue).remote()
         self.result: list[R] = []
-        self.starts, self.left = 0, 0  # times that workers were started, steps to go
+        self.starts, self.left = 0, 0  # starts of the workers, remaining steps
 
     def run(self) -> R:
-        """Relay events until the training has ended, and return what worker 0 returned."""
+        """Relay events until the training has ended.
+
+        Returns:
+            The result of worker 0.
+        """
         import ray
 
         ended: list[BaseException | None] = []
@@ -85,7 +97,7 @@ class _Launch(Generic[R]):
                 tempfile.TemporaryDirectory(prefix="svgpipe-train-", ignore_cleanup_errors=True) as scratch,
             ):
                 trainer = self._trainer(scratch)
-                # Ctrl-C stays with this process: elsewhere than in the main thread, Ray leaves the signal alone.
+                # fit runs in another thread, because in the main thread Ray would handle Ctrl-C.
                 thread = threading.Thread(target=lambda: ended.append(_outcome(trainer.fit)), daemon=True)
                 thread.start()
                 self._watch(thread, stop)
@@ -97,7 +109,11 @@ class _Launch(Generic[R]):
         raise self._explained(ended[0])
 
     def _watch(self, thread: threading.Thread, stop: StopFlag) -> None:
-        """Relay events while Ray Train is at work. Raises what a worker has told of, or that a stop was asked for."""
+        """Relay events while Ray Train runs. Raises errors of workers.
+
+        Raises:
+            InterruptedRunError: the user stopped the run before its first step.
+        """
         import ray
 
         warn_at = time.monotonic() + START_WARNING_S
@@ -106,21 +122,21 @@ class _Launch(Generic[R]):
             self.check()
             stopping = stop.seen
             events = ray.get(self.event_queue.take.remote(stopping))
-            self._relay(events)  # first: workers may have begun since the last look
-            if stopping and not self.left:  # nothing is at work that could finish a step and save
+            self._relay(events)  # first, because workers may have begun in the meantime
+            if stopping and not self.left:  # no step is running that could finish and save
                 raise InterruptedRunError("stopped. Saved checkpoints are kept; the same command resumes.")
             if events:
                 warn_at = math.inf
             elif time.monotonic() > warn_at:
                 warn_at = math.inf
-                self.progress.say(f"still waiting for Ray to start {self._count} of {self.cpus:g} CPUs each")
+                self.progress.say(f"still waiting for Ray to start {self._count} with {self.cpus:g} CPUs each")
 
     @property
     def _count(self) -> str:
         return f"{self.reserved.num_workers} worker" + "s" * (self.reserved.num_workers > 1)
 
     def _explained(self, failure: BaseException | None) -> BaseException:
-        """What to raise for workers that failed again and again; a bug is raised as it is, for its traceback."""
+        """Return the error for workers that failed repeatedly; a bug is returned as it is, for its traceback."""
         import ray
 
         causes = list(getattr(failure, "worker_failures", {}).values())
@@ -134,7 +150,7 @@ class _Launch(Generic[R]):
         )
 
     def _trainer(self, scratch: str) -> Any:
-        # Workers would be moved to a folder of their own, where relative paths of a recipe lead nowhere.
+        # By default Ray moves workers to another directory, where relative paths of a recipe are wrong.
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -143,7 +159,7 @@ class _Launch(Generic[R]):
         return TorchTrainer(
             work,
             train_loop_config={"job": self.job, "event_queue": self.event_queue},
-            # Hosts agree through gloo also where gradients go through NCCL.
+            # Hosts communicate with gloo, also if gradients use NCCL.
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=self.reserved.num_workers,
@@ -162,7 +178,7 @@ class _Launch(Generic[R]):
             if name == "start":
                 self.starts += 1
                 if self.starts > 1:
-                    self.progress.say(f"a worker died; {self._count} go on from the last checkpoint")
+                    self.progress.say(f"a worker died; {self._count} continue from the last checkpoint")
             elif name == "result":
                 self.result.append(arguments)
             elif name == "error":
@@ -172,7 +188,7 @@ class _Launch(Generic[R]):
 
 
 def _with_threads(resources: Reserved) -> Reserved:
-    """Without a GPU a worker computes with the CPUs that it reserves: all of a single machine's, if none are named."""
+    """Return the resources with CPUs: without GPUs, each worker gets an even share of a single machine's cores."""
     import ray
 
     count = resources.num_workers
@@ -195,7 +211,7 @@ def _outcome(call: Callable[[], Any]) -> BaseException | None:
 
 
 class EventQueue:
-    """Between worker 0 and the process that started it."""
+    """Passes events from worker 0 to the driver."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, Any]] = []
@@ -203,27 +219,35 @@ class EventQueue:
         self.stop = self.ended = False
 
     def post(self, name: str, arguments: Any) -> bool:
-        """Leave an event; returns whether the run is asked to stop."""
+        """Add an event.
+
+        Returns:
+            Whether the run should stop.
+        """
         self.events.append((name, arguments))
         self.ended |= name == "error"
         return self.stop
 
     def has_ended(self) -> bool:
-        """Whether a worker has reported an error, or the starting process has ended the run."""
+        """Return whether a worker has reported an error, or the driver has ended the run."""
         return self.ended
 
     def close(self) -> None:
-        """End the run: workers that are started from now on return at once."""
+        """End the run: workers that are started later return at once."""
         self.ended = True
 
     def take(self, stop: bool) -> list[tuple[str, Any]]:
-        """All events since the last call."""
+        """Return all events since the last call."""
         self.stop, self.taken_at = stop, time.monotonic()
         events, self.events = self.events, []
         return events
 
     def require_reader(self) -> None:
-        """Raise if the run was ended, or if the starting process has not read for long: it may have lost its lock."""
+        """Check that the driver reads events: a frozen driver may have lost its lock.
+
+        Raises:
+            TimeoutError: the run was ended, or the driver has not read for too long.
+        """
         if self.ended:
             raise TimeoutError("this training was ended")
         if (silent := time.monotonic() - self.taken_at) > STALE_S / 2:
@@ -231,7 +255,12 @@ class EventQueue:
 
 
 def work(config: dict[str, Any]) -> None:
-    """What Ray Train runs on every worker."""
+    """Run the job on this worker. Ray Train calls it.
+
+    Raises:
+        SvgpipeError: the job failed; the driver is told.
+        OSError: the job failed; the driver is told.
+    """
     import ray
     import ray.train.torch
     import torch
@@ -240,7 +269,7 @@ def work(config: dict[str, Any]) -> None:
     group = ProcessGroup(ray.train.torch.get_device(), rank, size)
     event_queue = config["event_queue"]
     if ray.get(event_queue.has_ended.remote()):
-        return  # Ray Train starts workers anew also after an error that ends the run
+        return  # Ray Train restarts workers also after an error that ends the run
     supervisor = _RemoteSupervisor(event_queue, group)
     supervisor.start()
     try:
@@ -257,7 +286,7 @@ def work(config: dict[str, Any]) -> None:
 
 
 class _RemoteSupervisor:
-    """The Supervisor of a worker: worker 0 tells, the others are silent."""
+    """The Supervisor of a worker. Only worker 0 sends events."""
 
     def __init__(self, event_queue: ray.actor.ActorHandle, group: ProcessGroup) -> None:
         self.event_queue, self.group = event_queue, group
@@ -269,7 +298,7 @@ class _RemoteSupervisor:
             self.event_queue.post.remote(name, arguments)
 
     def start(self) -> None:
-        """Tell that workers are there, for the first time or again."""
+        """Report that the workers have started."""
         self._post("start")
 
     def begin(self, task: str, total: int, done: int = 0) -> None:
@@ -279,7 +308,7 @@ class _RemoteSupervisor:
         self._post("say", text)
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Also looks whether a stop was asked for, without waiting for the answer."""
+        """Report finished items. Also checks for a stop request, without waiting for the answer."""
         if not self.group.is_main:
             return
         import ray
@@ -288,11 +317,11 @@ class _RemoteSupervisor:
         if self._answer is None:
             self._answer = answer
         elif ray.wait([self._answer], timeout=0)[0]:
-            self.seen = ray.get(self._answer)  # raises when the starting process is gone
+            self.seen = ray.get(self._answer)  # raises if the driver is gone
             self._answer = answer
 
     def fail(self, error: Exception) -> None:
-        """Tell what went wrong. Worker 0, which also knows what was saved, speaks for all if it fails too."""
+        """Report an error. If worker 0 fails too, its report counts, because it knows what was saved."""
         import ray
 
         deadline = time.monotonic() + (0 if self.group.is_main else GRACE_S)
@@ -303,13 +332,13 @@ class _RemoteSupervisor:
         self.deliver("error", error)
 
     def deliver(self, name: str, content: object) -> None:
-        """Post what must not be lost, and wait until it has arrived."""
+        """Send an event that must not be lost, and wait until it has arrived."""
         import ray
 
         ray.get(self.event_queue.post.remote(name, content))
 
     def check(self) -> None:
-        """Raises a Ray error when the starting process is gone or frozen: another run may have taken the lock."""
+        """Check that the driver is alive. If it is gone or frozen, Ray raises an error: it may have lost its lock."""
         import ray
 
         ray.get(self.event_queue.require_reader.remote())

@@ -1,4 +1,4 @@
-"""What a training run reports to, and what may ask it to stop. Restarts of workers are in ray_train.py."""
+"""Receives the progress of a training run, and passes stop requests. Restarts of workers are in ray_train.py."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class StopFlag(Protocol):
 
 
 class Supervisor(Progress, Protocol):
-    """Is told of progress, may ask for a stop, and forbids writing to a run that is no longer the only one."""
+    """Receives progress, passes stop requests, and prevents two runs from writing to one directory."""
 
     def stop_requests(self) -> AbstractContextManager[StopFlag]:
-        """Within the block a request to stop only sets the flag, so that a step can be finished and saved."""
+        """Return a context manager in which a stop request only sets the flag, so that a step can be finished."""
 
     def check(self) -> None:
-        """Raise if this run must not write any more; called before every checkpoint."""
+        """Raise an error if this run must not write any more; called before every checkpoint."""
 
 
 class LocalSupervisor:
-    """The person at this process: a progress bar and Ctrl-C."""
+    """Progress bar and Ctrl-C of this process."""
 
     def __init__(self, progress: Progress, check: Callable[[], None]) -> None:
         self.begin, self.advance, self.say = progress.begin, progress.advance, progress.say
@@ -41,7 +41,7 @@ class LocalSupervisor:
 
 
 class StopRequest:
-    """Whether Ctrl-C (or SIGTERM) was seen; the second one stops at once."""
+    """Flag that Ctrl-C (or SIGTERM) sets; the second one stops at once."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -54,10 +54,14 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Within the block, the first SIGINT or SIGTERM only sets a flag, so that a step can be finished and saved."""
+    """Let the first SIGINT or SIGTERM in the block only set a flag, so that a step can finish and be saved.
+
+    Yields:
+        The flag.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield request  # signals only reach the main thread; a stage run elsewhere is stopped by its caller
+        yield request  # signals only reach the main thread
         return
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
