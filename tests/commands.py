@@ -1,7 +1,7 @@
-"""Commands in processes of their own, started to be killed.
+"""Commands in their own processes, started to be killed.
 
-A fork server imports the heavy libraries once; every command is a fork of it, so that it starts in milliseconds
-instead of seconds. It leads a session of its own, so that all its processes can be killed, by real signals.
+A fork server imports the heavy libraries once. Every command is a fork of it and starts in milliseconds instead of
+seconds. It leads its own session, so that all its processes can be killed with real signals.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 DEADLINE_S = 300.0
-# What commands import: nothing that starts threads, which a fork would lose. Ray, which does, loads where it is used.
+# Imports of the commands that start no threads, which a fork would lose. Ray starts threads and is imported later.
 PRELOADED = [
     "svgpipe.pipeline.run",
     "svgpipe.pipeline.stage_commands",
@@ -31,7 +31,7 @@ _server.set_forkserver_preload(PRELOADED)
 
 
 def _run(arguments: Sequence[str], log: str, environment: dict[str, str]) -> None:
-    """In the fork: a session of its own, output to the log, then what the console script does."""
+    """Run a command in the fork: own session, output to the log, then the console script."""
     os.setsid()
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -48,7 +48,7 @@ class Command:
     """A running command."""
 
     def __init__(self, arguments: Sequence[object], log: Path) -> None:
-        """Start it; both of its output streams go to the end of `log`."""
+        """Start it; both output streams are appended to `log`."""
         self.log = log
         log.touch()
         self._process = _server.Process(target=_run, args=(list(map(str, arguments)), str(log), dict(os.environ)))
@@ -65,17 +65,17 @@ class Command:
         return self._process.exitcode
 
     def text(self) -> str:
-        """What it has printed."""
+        """Return its output."""
         return self.log.read_text()
 
     def wait(self, timeout_s: float = DEADLINE_S) -> int:
-        """Its exit code, once it has ended."""
+        """Wait until it has ended; return its exit code."""
         self._process.join(timeout_s)
         assert self.returncode is not None, f"still running after {timeout_s:.0f} s: {self.text()}"
         return self.returncode
 
     def wait_for(self, ready: Callable[[], bool]) -> None:
-        """Until `ready()` is true of it; it may take long on a busy machine."""
+        """Wait until `ready()` is true; on a busy machine this may take long."""
         deadline = time.monotonic() + DEADLINE_S
         while not ready():
             assert self.returncode is None, f"ended too early: {self.text()}"
@@ -83,11 +83,11 @@ class Command:
             time.sleep(0.002)
 
     def send(self, number: signal.Signals) -> None:
-        """A signal to the command alone."""
+        """Send a signal to the command alone."""
         os.kill(self.pid, number)
 
     def kill_all(self) -> None:
-        """SIGKILL to every process of its session's group."""
+        """Send SIGKILL to all processes of its session's group."""
         try:
             os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -96,7 +96,7 @@ class Command:
 
 
 def run_and_kill(arguments: Sequence[object], ready: Callable[[], bool]) -> None:
-    """Start a command, and kill all of it once `ready()` is true."""
+    """Start a command, and kill all its processes once `ready()` is true."""
     with tempfile.TemporaryDirectory() as folder:
         command = Command(arguments, Path(folder) / "log")
         command.wait_for(ready)

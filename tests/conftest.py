@@ -30,7 +30,7 @@ GOLDEN = Path(os.environ.get("SVGPIPE_GOLDEN", Path(__file__).parents[2] / "shar
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that wait for Ray come first. Those that share this process's Ray stay together, and so do the others."""
+    """Run tests that wait for Ray first. Keep those that share one Ray in one process, and the others in another."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         if item.get_closest_marker("slow") is not None:
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Golden:
-    """One recorded fixture: its JSON, and its tensors, with a memory of which were looked at."""
+    """One recording: its JSON and its tensors. Remembers which tensors were used."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.meta: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
@@ -55,7 +55,7 @@ class Golden:
         return self._tensors[key]
 
     def group(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors below `prefix`, without it, in float32 where floating."""
+        """Return all tensors below `prefix`, without it; floats in float32."""
         keys = [k for k in self._tensors if k.startswith(prefix)]
         self._used.update(keys)
         return {k.removeprefix(prefix): self._tensors[k] for k in keys}
@@ -70,7 +70,7 @@ class Golden:
 
 
 class GoldenFolder:
-    """Opens fixtures by name; `others` gives weights without asking that all their tensors be used."""
+    """Opens recordings by name. `weights_of` opens one whose tensors need not all be used."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -91,7 +91,7 @@ class GoldenFolder:
 
 @pytest.fixture
 def golden() -> Any:
-    """The recorded behaviour of the official code; every tensor of an opened fixture must be used."""
+    """Recordings of the official code. Every tensor of an opened recording must be used."""
     if not (GOLDEN / "README.md").exists() and not list(GOLDEN.glob("*.json")):
         assert "SVGPIPE_GOLDEN" not in os.environ, f"SVGPIPE_GOLDEN names {GOLDEN}, where no recordings are"
         pytest.skip(f"no golden recordings at {GOLDEN}; set SVGPIPE_GOLDEN to their folder")
@@ -159,7 +159,7 @@ TINY = {
 
 
 def write_crops(folder: Path, per_class: int = IMAGES_PER_CLASS) -> Path:
-    """Class folders of real crops, mixed sizes, PNG and JPEG."""
+    """Write class folders of real crops, mixed sizes, PNG and JPEG."""
     for name, file in PHOTOGRAPHS.items():
         (folder / name).mkdir(parents=True)
         with Image.open(Path(skimage.__file__).parent / "data" / file) as photograph:
@@ -175,7 +175,7 @@ def write_crops(folder: Path, per_class: int = IMAGES_PER_CLASS) -> Path:
 
 @dataclass(frozen=True)
 class Finished:
-    """A tiny pipeline whose five stages were run through the command line."""
+    """A tiny pipeline whose five stages were run by the command line."""
 
     root: Path
     recipe_file: Path
@@ -214,7 +214,7 @@ def one_ray() -> Iterator[None]:
 
 @pytest.fixture
 def ray_session(one_ray: None) -> None:
-    """That Ray, once the tests before have given its CPUs back: Ray ends the workers of a failed run a little later."""
+    """That Ray, with all CPUs free: Ray ends the workers of a failed run a little later."""
     import ray
 
     deadline = time.monotonic() + 120
@@ -231,13 +231,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory, photographs: Path, tiny_r
     return Finished(root, tiny_recipe)
 
 
-# Everything in a cache that must not depend on how it came about.
+# All files of a cache that must not depend on how it was made.
 STORE = ("features/**/*", "label/**/*", "valid/**/*", "heldout/**/*", "channel_*/**/*", "stored_*/**/*", "journal/*")
 SMALL_UNITS = ["--set", "extract.unit_rows=1", "--set", "extract.batch_size=1"]
 
 
 def extract_args(finished: Finished, out: Path, *more: object) -> list[object]:
-    """The extraction that made the finished cache, to another place."""
+    """Arguments of the extraction of the finished cache, with another output."""
     return [
         "extract",
         *("--shards", finished.root / "shards"),
@@ -250,14 +250,14 @@ def extract_args(finished: Finished, out: Path, *more: object) -> list[object]:
 
 @pytest.fixture(scope="session")
 def undisturbed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of units of one row, so that there are many moments to disturb, made without any disturbance."""
+    """A cache with units of one row, made without interruption. Many units give many moments to interrupt."""
     out = tmp_path_factory.mktemp("undisturbed") / "cache"
     assert main([str(a) for a in extract_args(finished, out, *SMALL_UNITS)]) == 0
     return out
 
 
 def begin_calibrated(undisturbed: Path, out: Path) -> Path:
-    """A cache that was begun as `undisturbed` was, and calibrated: on Ray that alone takes long."""
+    """A copy of a cache like `undisturbed` that is begun and calibrated, because calibration on Ray is slow."""
     (out / "journal").mkdir(parents=True)
     for name in ("plan.json", "journal/calibration.json"):
         shutil.copy(undisturbed / name, out / name)
@@ -265,7 +265,7 @@ def begin_calibrated(undisturbed: Path, out: Path) -> Path:
 
 
 def units_done(out: Path) -> int:
-    """Units that the journal of a cache calls finished."""
+    """Number of finished units in the journal of a cache."""
     return len(list((out / "journal").glob("unit-*.json")))
 
 

@@ -1,7 +1,7 @@
-"""The import graph of svgpipe, read from the source: `python -m tests.imports` prints its size.
+"""The import graph of svgpipe, from its source: `python -m tests.imports` prints its size.
 
-An arrow is one file that imports another. Both forms count, `from ..images import decode` and
-`from svgpipe.models.dit import DiT`, also inside functions.
+An arrow is one file that imports another: `from ..images import decode` or `from svgpipe.models.dit import DiT`, also
+inside functions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FLOORS = ("pipeline", "stages", "models", "manifests")
 
 @cache
 def modules() -> dict[str, Path]:
-    """Every module of the four floors by its name, `__init__.py` under the name of its package."""
+    """Return every module of the four floors by name, `__init__.py` under the name of its package."""
     paths = (path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py")))
     return {_name(path): path for path in paths}
 
@@ -33,7 +33,7 @@ def floor_of(module: str) -> str:
 
 
 def package_of(module: str) -> str:
-    """`svgpipe.stages.extract.align` → `stages.extract`; a module that lies flat in its floor → the floor."""
+    """`svgpipe.stages.extract.align` → `stages.extract`; a module directly in its floor → the floor."""
     parts = module.split(".")[1:]
     return ".".join(parts[:2]) if len(parts) > 2 or _is_package(module) else parts[0]
 
@@ -50,7 +50,7 @@ def statements(module: str) -> list[ast.ImportFrom]:
 
 
 def target_of(module: str, statement: ast.ImportFrom) -> str:
-    """Absolute name of what a statement imports from."""
+    """Return the absolute name of the module that a statement imports from."""
     if not statement.level:
         return statement.module or ""
     package = module if modules()[module].name == "__init__.py" else module.rpartition(".")[0]
@@ -75,7 +75,7 @@ def arrows() -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    """Print arrows within and between packages, and the files that exactly one other file imports."""
+    """Print the arrows within and between packages, and the files that exactly one other file imports."""
     inner = [(a, b) for a, b in arrows() if floor_of(a) == floor_of(b) == "stages"]
     between = Counter((package_of(a), package_of(b)) for a, b in inner if package_of(a) != package_of(b))
     importers = Counter(b for _, b in arrows() if floor_of(b) == "stages")
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def modules_of(floor: str) -> list[str]:
-    """Modules of one floor, packages' `__init__.py` left out."""
+    """Return the modules of one floor, without `__init__.py`."""
     return [name for name, path in modules().items() if floor_of(name) == floor and path.name != "__init__.py"]
 
 

@@ -1,4 +1,4 @@
-"""`svgpipe analyze`: its measures where the answer is known, and the command on a real cache."""
+"""`svgpipe analyze`: measures with known answers, and the command on a real cache."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_empirical_velocity_is_the_mean_of_what_could_have_led_there() -> No
 
 
 def test_the_empirical_velocity_ends_on_the_data() -> None:
-    """Integrated to the end it must reach the rows themselves; only then is it the flow of this data."""
+    """Integrated to the end, it must reach the data rows."""
     data = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     z = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
     steps = 400
@@ -71,7 +71,7 @@ def test_a_class_far_smaller_than_the_others_does_not_make_their_fields_small() 
 
 
 def test_how_many_images_make_up_a_field() -> None:
-    """All of half a class near the noise, a single one near the data; the more dimensions, the sooner."""
+    """Near the noise all of half a class, near the data a single one; earlier in more dimensions."""
     labels = torch.arange(90) % 3
     few, many = (velocity_agreement(_blobs(0.5, labels, dims), labels, 20, 0).at_times for dims in (8, 4096))
     half = len(_groups(labels, 0)[0][1])
@@ -83,7 +83,7 @@ def test_how_many_images_make_up_a_field() -> None:
 
 
 def test_how_far_fields_part_has_an_interval_over_the_points() -> None:
-    """The ratio of two means is resampled whole, at all times alike."""
+    """The ratio of two means is resampled as a whole, at all times jointly."""
     labels = torch.arange(90) % 3
     found = velocity_agreement(_blobs(0.7, labels), labels, 200, 0)
     for at in found.at_times:
@@ -130,7 +130,7 @@ def test_class_distances_where_classes_do_not_matter_and_where_they_do() -> None
 
 
 class _Field(DiT):
-    """A transformer that answers with a given field instead."""
+    """A transformer that returns a given field."""
 
     def __init__(self, field: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__(grid=(1, 1), in_channels=2, num_classes=2, width=8, depth=1, heads=1)
@@ -154,7 +154,7 @@ def test_straight_paths_are_straight_and_a_circle_is_not() -> None:
 
 
 def test_the_deviation_has_an_interval_over_the_samples() -> None:
-    """Rings that turn the faster the larger they are, so that samples differ."""
+    """Larger rings turn faster, so that samples differ."""
     turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
     found = straightness(_Field(lambda x, t: x.norm(dim=2, keepdim=True) * (x @ turn)), "w", 100, 0)
     start, *between, end = found.deviation

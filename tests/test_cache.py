@@ -1,4 +1,4 @@
-"""The feature cache: opens without svgpipe, reads any rows in any order, refuses to lie."""
+"""The feature cache: opens without svgpipe, reads any rows in any order, detects damage."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPEC = StoreSpec(ROWS, ("original", "flip"), (2, 3), 5, 4, ("a", "b"))
 
 
 class Reads(Dataset[np.ndarray]):
-    """One row of a cache at a time, as a training script would."""
+    """Reads one row of a cache at a time, like a training script."""
 
     def __init__(self, cache: FeatureCache) -> None:
         self.cache = cache
@@ -70,7 +70,7 @@ def test_reads_equal_numpy_indexing(
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_data_loader_workers_read_after_the_parent_did(finished: Finished, method: str) -> None:
-    """Handles and threads of the parent must not be used by a forked child; a hang is a failure."""
+    """A forked child must not use handles and threads of the parent; a hang is a failure."""
     cache = finished.cache
     expected = cache.read(range(len(cache)))
     cache.store.read_unit(0)  # by tensorstore, which aborts a fork that uses it again

@@ -1,4 +1,4 @@
-"""The commands around a cache: requantize and what it costs, diff, plan, and the page to look at."""
+"""Commands for a cache: requantize and its loss, diff, plan, and the cache page."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_the_page_holds_everything_in_itself(
 
 
 def test_another_autoencoder_at_the_same_place_decodes_nothing(finished: Finished, tmp_path: Path) -> None:
-    """Its pictures would be taken for those of the cache's own."""
+    """Its pictures would be taken for those of the cache's own autoencoder."""
     for other, words in (("diffusion", "expected an autoencoder"), ("elsewhere", "no such directory")):
         moved = tmp_path / other
         shutil.copytree(finished.root / "cache", moved)

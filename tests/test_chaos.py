@@ -1,4 +1,4 @@
-"""Whatever is killed and whenever, and whatever runs full: the same command ends in the same bytes."""
+"""Kills at any time and full disks: the same command ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ON_RAY = ("--workers", 2, "--cpus-per-worker", 0.7)
 
 
 def require_undisturbed(out: Path, undisturbed: Path) -> None:
-    """The same bytes as a cache that nothing was done to."""
+    """Check that a cache has the same bytes as an uninterrupted one."""
     assert FeatureCache(out).manifest.content == FeatureCache(undisturbed).manifest.content
     assert tree_bytes(out, *STORE) == tree_bytes(undisturbed, *STORE)
     assert not list(out.rglob("*.partial"))
@@ -35,7 +35,7 @@ def require_undisturbed(out: Path, undisturbed: Path) -> None:
 def test_kills_at_random_moments(
     finished: Finished, undisturbed: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """Seeded: every second kill comes at some moment before a unit is written, the others after some units."""
+    """Seeded: every second kill comes at a random moment before a unit is written, the others after some units."""
     rng = random.Random(SEED)
     out, arguments = tmp_path / "cache", extract_args(finished, tmp_path / "cache", *SMALL_UNITS)
     for number in range(KILLS):
@@ -57,7 +57,7 @@ def test_kills_at_random_moments(
 
 
 def ray_workers(session: int) -> list[int]:
-    """Processes of the pipeline's actors in the session of a command."""
+    """Return the processes of actors in the session of a command."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -73,7 +73,7 @@ def ray_workers(session: int) -> list[int]:
 def test_a_worker_then_the_driver_of_a_run_on_ray_are_killed(
     finished: Finished, undisturbed: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """The run goes on without the worker; what the driver leaves is finished in one process, without Ray."""
+    """The run continues without the worker. One process without Ray finishes what the driver leaves."""
     out = begin_calibrated(undisturbed, tmp_path / "cache")
     command = Command(extract_args(finished, out, *SMALL_UNITS, *ON_RAY), tmp_path / "log")
     command.wait_for(lambda: units_done(out) >= 1 and bool(ray_workers(command.pid)))
@@ -90,7 +90,7 @@ def test_a_worker_then_the_driver_of_a_run_on_ray_are_killed(
 
 @contextmanager
 def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
-    """A tmpfs of its own: a disk that really runs full."""
+    """A tmpfs: a disk that really runs full."""
     folder.mkdir()
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], capture_output=True, check=False

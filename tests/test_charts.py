@@ -1,4 +1,4 @@
-"""Charts say what was measured, in text that can be read and selected, and as PDF."""
+"""Charts name their content in selectable text, and are saved as PDF."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def estimates(*values: float) -> list[Estimate]:
 
 
 def texts(drawing: Drawing) -> list[str]:
-    """All text of the SVG, in the order in which it is drawn."""
+    """Return all text of the SVG, in drawing order."""
     return re.findall(r"<text[^>]*>([^<]*)</text>", drawing.svg)
 
 
@@ -45,7 +45,7 @@ def test_the_same_chart_is_drawn_in_the_same_bytes() -> None:
 
 
 def test_names_of_levels_do_not_lie_on_each_other() -> None:
-    """With the ceiling far above and two levels close to each other below, as of a model like the paper's."""
+    """The ceiling is far above two levels that are close together, as for a good model."""
     levels = {"decoded noise": 400.0, "held-out real": 1.75, "reconstructions": 1.76}
     series = {"guidance 1": estimates(69.38, 12.26, 9.39)}
     drawn = LineChart("t", "steps", "FID", [2, 5, 10], series, levels, logarithmic=True).render()

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: skip what is done, say what is wrong, lose nothing."""
+"""The command line: skips finished stages, explains errors, loses nothing."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_full_disk_is_one_message(
 def test_ctrl_c_inside_a_library_is_no_traceback(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it happens when the signal lands while Ray's reader holds a queue's lock."""
+    """The signal may arrive while Ray's reader holds the lock of a queue."""
 
     def interrupted(*_: object) -> None:
         try:
@@ -162,7 +162,7 @@ def dry_run(svgpipe: Callable[..., Outcome], *arguments: object) -> Outcome:
 
 
 def actions(found: Outcome) -> dict[str, str]:
-    """Action of every stage in the table of a dry run."""
+    """Return the action of every stage in the table of a dry run."""
     rows = [line.split() for line in found.out.splitlines()]
     return {row[0]: row[1] for row in rows if row and row[0] in STAGES}
 
@@ -213,7 +213,7 @@ def test_a_printed_recipe_is_a_recipe(tmp_path: Path, svgpipe: Callable[..., Out
 
 
 def test_run_takes_the_options_of_every_stage(svgpipe: Callable[..., Outcome]) -> None:
-    """But those that name a stage's own inputs and output."""
+    """Except the stage's own inputs and output."""
     own = {"--out", "--shards", "--autoencoder", "--cache", "--diffusion", "--reference", "--recipe"}
     options = {name: set(re.findall(r"--[a-z-]+", svgpipe(name, "-h").out)) for name in ("run", *STAGE_COMMANDS)}
     for name in STAGE_COMMANDS:

@@ -1,4 +1,4 @@
-"""Several Ray nodes: losing one, or a worker of one, costs time and nothing else."""
+"""Several Ray nodes: the loss of a node or of a worker costs only time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .commands import Command
 from .conftest import SMALL_UNITS, STORE, Finished, begin_calibrated, extract_args, tree_bytes, units_done
 
 NODE = {"num_cpus": 2, "object_store_memory": 100 << 20}
-# By default Ray waits five times three seconds before it calls a silent node dead.
+# By default Ray waits five times three seconds before it declares a silent node dead.
 NOTICES_DEATH_SOON = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 500,
@@ -33,7 +33,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def encoders() -> list[int]:
-    """Process numbers of the encoder actors of any Ray on this machine."""
+    """Return process numbers of the encoder actors of any Ray on this machine."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

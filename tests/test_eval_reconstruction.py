@@ -1,4 +1,4 @@
-"""`svgpipe eval-reconstruction`: its numbers against other implementations, and the command on a real autoencoder."""
+"""`svgpipe eval-reconstruction`: its metrics against other implementations, and the command on a real autoencoder."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_figures_are_scikit_images_and_name_their_number(evaluated: Path, fi
 def test_lpips_of_given_weights_is_measured(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """The published files cannot be had here: two of the same layout with random weights take their way."""
+    """The published files are not available here: two with the same layout and random weights replace them."""
     torch.manual_seed(0)
     vgg = torchvision.models.vgg16(weights=None).features
     torch.save({f"features.{key}": value for key, value in vgg.state_dict().items()}, tmp_path / "vgg.pth")
@@ -176,7 +176,7 @@ def test_what_was_decoded_and_measured_is_not_done_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As a kill leaves it: some units of both phases recorded, nothing published."""
+    """State after a kill: some units of both phases are recorded, nothing is published."""
     out = tmp_path / "out"
     shutil.copytree(evaluated, out)
     for name in ("manifest.json", "report.json", "report.html"):

@@ -1,4 +1,4 @@
-"""Weights leave the pipeline as plain safetensors, chosen by name, from a finished model or from a checkpoint."""
+"""Exports: plain safetensors of chosen weights, from a finished model or a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Extraction: one feature per image whatever its company, and the same bytes after any interruption."""
+"""Extraction: features do not depend on the batch, and interruptions do not change the bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .conftest import SMALL_UNITS, STORE, Finished, Outcome, extract_args, tree_
 
 
 def test_features_are_what_the_autoencoder_gives(finished: Finished) -> None:
-    """The slow oracle: one image at a time, no Ray, no batches, no units."""
+    """The slow reference: one image at a time, no Ray, no batches, no units."""
     cache, shards = finished.cache, finished.shards
     model, _ = load_autoencoder(finished.root / "autoencoder")
     for row in (0, 7, 8, 35):
@@ -41,7 +41,7 @@ def test_features_are_what_the_autoencoder_gives(finished: Finished) -> None:
 def test_a_feature_does_not_depend_on_batch_or_unit(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """To float16 rounding: other batch sizes meet other kernels, which differ in the last float32 bits."""
+    """Up to float16 rounding: other batch sizes use other kernels, which differ in the last float32 bits."""
     changes = ("unit_rows=5", "batch_size=3", "calibration_images=1000")
     options = [part for change in changes for part in ("--set", f"extract.{change}")]
     found = svgpipe(*extract_args(finished, tmp_path / "other", *options))
@@ -66,7 +66,7 @@ def test_brace_patterns_extract_a_part(finished: Finished, tmp_path: Path, svgpi
 def test_damaged_images_keep_their_row_and_are_counted(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """A tar altered behind the manifest's back, at the same length: the row is invalid, the others are not touched."""
+    """A tar is altered after it was indexed, at the same length: the row is invalid, the others are unchanged."""
     shards_copy = tmp_path / "shards"
     shutil.copytree(finished.root / "shards", shards_copy)
     offset = finished.shards.refs([3])[0].offset
@@ -97,7 +97,7 @@ def test_damaged_images_keep_their_row_and_are_counted(
 def test_a_record_that_outlived_its_shard_is_not_believed(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """After a restore in part, or a clean-up by hand: the journal says more, or other things, than is there."""
+    """After a partial restore or a manual clean-up, the journal lists other files than there are."""
     out = tmp_path / "cache"
     shutil.copytree(finished.root / "cache", out)
     before = tree_bytes(out, *STORE)
@@ -185,7 +185,7 @@ def test_more_workers_than_the_machine_has_is_refused_and_does_not_hang(
 def test_dinov3_at_256_pixels_with_random_weights_asked_for(
     photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """The published architecture end to end: a 16x16x392 cache whose manifest says that the weights are random."""
+    """The published architecture end to end: a 16x16x392 cache. The manifest says that the weights are random."""
     recipe = {
         "autoencoder": {
             "backbone": {"weights": "random"},

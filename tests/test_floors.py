@@ -1,4 +1,4 @@
-"""The architecture: imports only go down, and importing what is light stays light."""
+"""The architecture: imports only go down, and light imports stay light."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ FLOORS_BELOW = {
     "manifests": set(),
 }
 SHARED = {"runtime", "images", "networks", "training"}
-# Packages of stages/ that each package may import. A job uses the shared packages, not another job; the few
-# exceptions stand here, each with its reason.
+# Packages of stages/ that each package may import. A job uses the shared packages, not another job. The few
+# exceptions are listed with their reasons.
 PACKAGES_BELOW = {
     "runtime": set[str](),
     "images": {"runtime"},
@@ -32,7 +32,7 @@ PACKAGES_BELOW = {
     "train_diffusion": SHARED,
     "evaluate": SHARED | {"extract"},  # an imported autoencoder is aligned before its first use
     "analyze": SHARED | {"evaluate"},  # confidence intervals
-    # Caches are written and rewritten as `extract` does it; requantize_cost measures the held-out loss.
+    # Caches are written and rewritten with the code of `extract`; requantize_cost measures the held-out loss.
     "artifacts": SHARED | {"extract", "train_diffusion"},
 }
 
@@ -69,7 +69,7 @@ def test_functions_are_short() -> None:
 
 
 def test_imports_are_relative_inside_a_floor_and_absolute_between() -> None:
-    """Editors and code hosts resolve relative imports without knowing that folder X is svgpipe.X."""
+    """Editors and code hosts resolve relative imports without the mapping of folder X to svgpipe.X."""
     wrong = []
     for module in modules():
         for statement in statements(module):

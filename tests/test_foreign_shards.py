@@ -1,4 +1,4 @@
-"""Tars that others made: whatever lies in them is indexed, and every image member is accounted for."""
+"""`svgpipe index`: every image member of existing tars is accounted for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def image(kind: str, shade: int, size: tuple[int, int] = (48, 40)) -> bytes:
 
 
 def bomb() -> bytes:
-    """A PNG of a few hundred kilobytes whose header promises 400 megapixels."""
+    """A PNG of a few hundred kilobytes whose header declares 400 megapixels."""
     buffer = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -48,7 +48,7 @@ def write(path: Path, members: list[tuple[str, bytes]]) -> Path:
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tars with every oddity: 6 usable images, 10 that are not."""
+    """Two tars with every oddity: 6 usable images and 10 unusable ones."""
     folder = tmp_path_factory.mktemp("foreign")
     write(
         folder / "train-0.tar",
@@ -193,7 +193,7 @@ def test_what_is_no_plain_tar_is_refused_with_the_reason(
 
 
 def test_what_cannot_be_read_of_a_tar_is_accounted_for(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
-    """tarfile ends at all of these without a word."""
+    """tarfile silently ends at all of these."""
     members = [(f"{i}.png", image("PNG", i)) for i in range(3)]
     labels = [(f"{i}.cls", b"0") for i in range(3)]
     whole = write(tmp_path / "whole.tar", [*labels, *members])
@@ -279,7 +279,7 @@ def test_labels_by_name_and_nested_fields(tmp_path: Path, svgpipe: Callable[...,
 
 
 def test_a_tar_of_the_held_out_split(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
-    """Our own tars, indexed as if others had made them, give the rows of our own index."""
+    """svgpipe's own tars, indexed as existing tars, give the rows of their own index."""
     tars = finished.shards.tars()
     pattern = str(tars[0]).replace("000000", "{000000..000003}")
     names = tmp_path / "names"
@@ -320,7 +320,7 @@ def test_names_never_split_into_something_else(name: str) -> None:
 def test_class_names_that_cannot_be_meant(
     content: bytes | None, words: str, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    """Names that stand there twice would give two classes one number."""
+    """Duplicate names would give two classes one number."""
     if content is not None:
         (tmp_path / "names").write_bytes(content)
     found = svgpipe("index", tmp_path / "a.tar", "--out", tmp_path / "out", "--class-names", tmp_path / "names")

@@ -1,6 +1,6 @@
-"""Agreement with the recorded official implementation, to the tolerance that each recording states.
+"""Agreement with recordings of the official code, with the tolerance of each recording.
 
-Every configuration is read from the JSON files, so SVGPIPE_GOLDEN may point at other recordings.
+All configurations are read from the JSON files, so SVGPIPE_GOLDEN may point at other recordings.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .conftest import Golden, GoldenFolder
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Any:
-    """The recordings were made with one thread; two move the official code itself by up to 2.5e-6."""
+    """The recordings were made with one thread; with two, the official code itself differs by up to 2.5e-6."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -44,7 +44,7 @@ def close(found: Tensor, expected: Tensor, atol: float) -> None:
 
 
 def tokens_from_map(latents: Tensor) -> Tensor:
-    """(B,C,h,w) → (B,h*w,C), row-major, as caches hold latents and the recordings do."""
+    """(B,C,h,w) → (B,h*w,C), row-major, as in caches and recordings."""
     return latents.flatten(2).transpose(1, 2)
 
 
@@ -148,8 +148,8 @@ def test_golden_flow_sample(golden: GoldenFolder) -> None:
         )
         close(out, recording[f"out.{name}"], recording.atol)
         assert out.abs().max().item() == pytest.approx(case["out_absmax"], abs=recording.atol)
-        # The official sampler calls twice wherever a null label is given; here both halves share a call,
-        # and a half without weight is not computed.
+        # The official sampler calls the model twice whenever a null label is given. Here both halves share a call, and
+        # a half with weight 0 is not computed.
         per_step = {"euler": 1, "heun": 2}[case["mode"]]
         assert len(calls) == case["sample_steps"] * per_step
         assert case["model_calls"] == len(calls) * (1 if unguided else 2)
@@ -235,7 +235,7 @@ def test_golden_align(golden: GoldenFolder) -> None:
         out.backward(part["upstream"].unsqueeze(-1))
         assert residual.grad is not None
         torch.testing.assert_close(residual.grad.squeeze(-1), part["grad_h_vit"], rtol=1e-4, atol=1e-5)
-        # In eval mode the same scalars are frozen, and a sample no longer depends on its company.
+        # In eval mode the same scalars are frozen, and a sample does not depend on its batch.
         train.eval()
         train.freeze(stats)
         together = train(frozen, residual).squeeze(-1)
@@ -250,7 +250,7 @@ def test_golden_align(golden: GoldenFolder) -> None:
 
 
 class _RecordedBackbone(Backbone):
-    """A backbone that returns recorded tokens; everything after it is the real code."""
+    """A backbone that returns recorded tokens. Everything after it is the real code."""
 
     def __init__(self, channels: int, grid: tuple[int, int]) -> None:
         torch.nn.Module.__init__(self)
@@ -315,7 +315,7 @@ def test_golden_encode(golden: GoldenFolder) -> None:
 
 
 def dinov3_name(recording: Golden) -> str:
-    """timm keeps models with and without qkv biases apart."""
+    """timm has separate models with and without qkv biases."""
     biased = recording.meta["config"]["qkv_bias"]
     return "vit_small_plus_patch16_dinov3" + ("_qkvb" if biased else "")
 
@@ -380,7 +380,7 @@ def test_golden_encode_e2e(golden: GoldenFolder) -> None:
     assert model.alignment is not None
 
     def official(images: Tensor) -> Tensor:
-        """Alignment by the batch, as officially in eval mode too; everything else in eval mode."""
+        """Alignment by the batch, like the official code in eval mode; everything else in eval mode."""
         assert model.alignment is not None
         model.alignment.train()
         with torch.no_grad():
@@ -426,7 +426,7 @@ def test_golden_loss(golden: GoldenFolder) -> None:
             discriminator_on=on,
         )
         assert loss.nll.item() == pytest.approx(logged["train/nll_loss"], rel=rtol)
-        # Officially logged as "rec_loss": the l1 with the perceptual distance added to every element.
+        # Officially logged as "rec_loss": the L1 loss with the perceptual distance added to every element.
         assert (loss.l1 + loss.perceptual).item() == pytest.approx(logged["train/rec_loss"], rel=rtol)
         assert loss.perceptual.item() == pytest.approx(logged["train/p_loss"], rel=rtol)
         torch.testing.assert_close(loss.total.detach(), recording[f"step{step}.opt0.loss"], rtol=rtol, atol=0)
@@ -463,7 +463,7 @@ def test_golden_crop(golden: GoldenFolder) -> None:
 
 
 def test_golden_stats(golden: GoldenFolder) -> None:
-    """The published statistics: what they say of themselves, and that they invert."""
+    """The published statistics: their metadata, and the inverse of the normalisation."""
     recording = golden.open("stats")
     for key in ("mean", "std"):
         for group, summary in recording.meta["summary"][key].items():

@@ -1,4 +1,4 @@
-"""`svgpipe import-official`: files in the official layout, at tiny sizes, through all that follows."""
+"""`svgpipe import-official`: files in the official layout, at tiny sizes, through all later stages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CLASSES = 3  # as the photographs of the other tests
 
 @dataclass(frozen=True)
 class Official:
-    """Three files as the official code writes them, and the modules behind them."""
+    """Three files as written by the official code, and the modules that they were made from."""
 
     folder: Path
     backbone: Any  # a timm Eva, which is not typed
@@ -53,7 +53,7 @@ class Official:
 
 
 def _meta_keys(model: Any) -> dict[str, Tensor]:
-    """A timm DINOv3's weights under the names of Meta's files: what timm's own converter undoes."""
+    """Rename the weights of a timm DINOv3 to Meta's keys: the inverse of timm's converter."""
     state: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
         if key.endswith(("q_bias", "v_bias")):
@@ -257,7 +257,7 @@ def test_the_round_trip_trains_and_samples(
 def test_an_evaluation_measures_the_alignment_where_no_extraction_did(
     imported: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    """And says so, be it of reconstructions alone or of samples; both find the same four numbers."""
+    """Reconstructions or samples: both measure the same four numbers and print a message."""
     autoencoder, shards = tmp_path / "autoencoder", finished.root / "shards"
     shutil.copytree(imported / "autoencoder", autoencoder)
     measured = autoencoder / "alignment.json"
@@ -281,7 +281,7 @@ def test_an_evaluation_measures_the_alignment_where_no_extraction_did(
 def test_reconstructions_by_another_alignment_are_others(
     extracted: Path, imported: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    """A finished evaluation of those by the first one is not taken for one of these."""
+    """A finished evaluation with the first alignment is not reused for the second one."""
     other, shards = tmp_path / "autoencoder", finished.root / "shards"
     shutil.copytree(imported / "autoencoder", other)
     measured = json.loads((other / "alignment.json").read_text())
@@ -300,7 +300,7 @@ def test_reconstructions_by_another_alignment_are_others(
 def test_an_alignment_that_was_measured_anew_is_not_mixed_with_the_first(
     imported: Path, extracted: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    """The weights are the same, so only the alignment tells the two imports apart."""
+    """The weights are the same, so only the alignment distinguishes the two imports."""
     kept, other, cache = imported / "autoencoder", tmp_path / "autoencoder", tmp_path / "cache"
     shutil.copytree(kept, other)
     shutil.copytree(extracted, cache)
@@ -328,7 +328,7 @@ def test_an_alignment_that_was_measured_anew_is_not_mixed_with_the_first(
 def test_every_layout_of_a_diffusion_file_is_sampled_from(
     official: Official, svgpipe: Callable[..., Outcome], tmp_path: Path, layout: str, sigma: bool
 ) -> None:
-    """As the official code saves the average alone, the model alone, or a bare state dict; with and without sigma."""
+    """The official code saves EMA alone, the model alone, or a bare state dict; with and without sigma."""
     dit = DiT(grid=(4, 4), in_channels=196, num_classes=CLASSES, width=32, depth=1, heads=2, learn_sigma=sigma)
     for parameter in dit.parameters():
         nn.init.normal_(parameter, std=0.05)

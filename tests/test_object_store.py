@@ -1,4 +1,4 @@
-"""Everything at s3:// roots, against moto's server on loopback: extraction, resume, reading, verify and repair."""
+"""Artifacts in an object store (moto's S3 server): extraction, resume, reading, verify and repair."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ UNITS = 5  # 36 rows by eight
 
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[str]:
-    """One server for the process: clients that s3fs keeps go on asking the first one."""
+    """One server per process, because clients that s3fs caches keep using the first one."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -47,7 +47,7 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def bucket(endpoint: str) -> Iterator[Location]:
-    """A bucket of a server of our own, found through the variables that every AWS client reads."""
+    """A bucket of this server, found through the environment variables of AWS clients."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
@@ -78,13 +78,13 @@ def remote_args(finished: Finished, root: Location) -> list[object]:
 
 
 def written(place: Location) -> str:
-    """When an object was written."""
+    """Return the time when an object was written."""
     assert not isinstance(place, Path)
     return str(place.fs.info(str(place))["LastModified"])
 
 
 def run_elsewhere(arguments: list[object]) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, whose Ray workers get the store's variables; this one's Ray began before them."""
+    """Run in a new process whose Ray workers get the variables of the store; this process's Ray started earlier."""
     command = [sys.executable, "-c", "from svgpipe.pipeline.cli import entry; entry()", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
 

@@ -1,4 +1,4 @@
-"""Tensors become 8-bit pixels by rounding to the nearest level: what every figure is measured from."""
+"""Tensors become 8-bit pixels by rounding to the nearest level; all metrics use these pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`svgpipe probe`: what it computes against scikit-learn, and the command on a real cache."""
+"""`svgpipe probe`: its results against scikit-learn, and the command on a real cache."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_probe_of_a_real_cache(finished: Finished, svgpipe: Callable[..., Outcom
 
 
 def test_the_cache_alone_is_probed(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
-    """Neither shards nor autoencoder are read: wherever the cache's lineage says they lie, there is nothing."""
+    """Neither shards nor autoencoder are read: there is nothing at their recorded paths."""
     whole = svgpipe("probe", finished.root / "cache", "--json")
     alone = tmp_path / "alone"
     shutil.copytree(finished.root / "cache", alone)

@@ -1,4 +1,4 @@
-"""What workers of Ray write is, byte for byte, what one process writes without Ray."""
+"""Ray workers write the same bytes as one process without Ray."""
 
 from __future__ import annotations
 

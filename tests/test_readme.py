@@ -1,4 +1,4 @@
-"""What the READMEs say is executed, and what they name exists."""
+"""Code and commands of the READMEs run, and the files that they name exist."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("pipeline", "stages", "models", "manifests", "tests")
 READMES = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in FOLDERS)]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in READMES}
-SHOWN = ("plan", "inspect", "verify", "repair", "requantize", "diff")  # what stages/README.md shows of a cache
+SHOWN = ("plan", "inspect", "verify", "repair", "requantize", "diff")  # commands on a cache in stages/README.md
 
 
 def blocks(name: str, language: str) -> list[str]:
@@ -47,7 +47,7 @@ def test_python_blocks_run_against_a_cache(finished: Finished, tmp_path: Path, n
 def test_commands_parse_and_stop_at_the_missing_data(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """Options and recipe are understood: what is refused is that the data is not there."""
+    """Options and recipes are valid; the only errors are about missing data."""
     monkeypatch.chdir(tmp_path)
     for command in commands(name):
         if ">" in command:  # prints a file that the next commands read
@@ -90,7 +90,7 @@ def test_own_images_are_run_as_written(
     monkeypatch: pytest.MonkeyPatch,
     svgpipe: Callable[..., Outcome],
 ) -> None:
-    """The section of the top README, with a smaller recipe than the one that it prints."""
+    """The section of the top README, with a smaller recipe."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(photographs)
     shutil.copy(tiny_recipe, tmp_path / "mine.yaml")

@@ -1,4 +1,4 @@
-"""Recipes: built in, from a file, overridden, and refused with a message that helps."""
+"""Recipes: built-in, from a file, overridden, and rejected with a helpful message."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_an_override_changes_one_of_two_aliased_sections(tmp_path: Path) -> None
 
 
 def test_a_number_in_quotes_stays_text() -> None:
-    """As `--ema 0.9999` hands it on."""
+    """For example from `--ema 0.9999`."""
     recipe = load_recipe(None, ['evaluation.weights="0.9999"', "diffusion.learning_rate=3e-4"])
     assert recipe.evaluation.weights == "0.9999"
     assert recipe.diffusion.learning_rate == 3e-4
@@ -123,7 +123,7 @@ def test_a_number_in_quotes_stays_text() -> None:
 
 @pytest.fixture
 def forgotten() -> Iterator[None]:
-    """What was found out about this processor, and said of it, is found out and said anew, then and afterwards."""
+    """Forget the cached facts about this processor and its warnings, before and after the test."""
     for cached in (computes_bfloat16, warn_if_imitated):
         cached.cache_clear()
     yield

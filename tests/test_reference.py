@@ -1,4 +1,4 @@
-"""What samples are measured against: shard sets, image folders, and statistics in an .npz."""
+"""References: shard sets, image folders, and statistics in an .npz."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE = ["--steps", "2", "--guidance", "1.0"]
 
 
 def eval_args(finished: Finished, reference: Path, out: Path, *more: object) -> list[object]:
-    """A setting that the finished sweep has drawn already."""
+    """A setting that the finished sweep has sampled already."""
     return [
         "sample-and-eval",
         *("--diffusion", finished.root / "diffusion"),
@@ -102,7 +102,7 @@ def test_a_folder_is_known_by_its_content(photographs: Path, tmp_path: Path) -> 
 def test_images_of_a_folder_that_are_not_measured_against_need_not_be_whole(
     finished: Finished, photographs: Path, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    """Nor does the page show them."""
+    """The page does not show them either."""
     folder = tmp_path / "photographs"
     shutil.copytree(photographs, folder)
     second = sorted(path for path in folder.rglob("*") if path.is_file())[1]
@@ -116,7 +116,7 @@ def test_images_of_a_folder_that_are_not_measured_against_need_not_be_whole(
 def test_images_that_nobody_decoded_are_looked_at_before_anything_is_drawn(
     finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    """As in tars of others that were indexed by their headers: one is cut short."""
+    """As in existing tars that were indexed by their headers: one image is truncated."""
     with tarfile.open(tmp_path / "set.tar", "w") as tar:
         for i, ref in enumerate(finished.shards.usable("train")[:4]):
             image = ref.read()[: -200 if i == 2 else None]

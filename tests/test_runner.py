@@ -1,4 +1,4 @@
-"""Units through the two runners: the same results, errors as they were raised, and an end where a process dies."""
+"""Both runners: the same results, errors as raised, and an end if a process dies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Failures = dict[tuple[str, int], Callable[[], object]]
 
 @dataclass(frozen=True)
 class Record:
-    """What travels between the steps: an array, and something that is none."""
+    """Passed between the steps: an array and other values."""
 
     unit: int
     values: np.ndarray
@@ -34,7 +34,10 @@ class Record:
 
 
 def steps_with(failures: Failures, seen: list[str] | None = None) -> Steps[int, Record, Record, Record]:
-    """Steps that multiply a unit's number and leave their name; some of them fail. Nested: Ray takes them along."""
+    """Steps that multiply a unit's number and record their name; some fail.
+
+    Nested functions, so that Ray pickles them.
+    """
 
     def fail(step: str, unit: int) -> None:
         if seen is not None:
@@ -120,7 +123,7 @@ def test_an_error_on_ray_arrives_as_it_was_raised(ray_session: None, step: str) 
     ],
 )
 def test_errors_for_a_person_travel_with_the_unit(error: Exception, told: str) -> None:
-    """Through all steps that follow, as Ray calls them."""
+    """Through all later steps, as Ray calls them."""
     failed = ray_runner._Guarded(raising_with(error))({ray_runner.RECORD: Record(1, np.zeros(3))})
     passed_on = ray_runner._Guarded(raising_with(AssertionError("not called")))(failed)
     found = passed_on[ray_runner.RECORD]
@@ -141,7 +144,7 @@ def test_a_unit_that_kills_its_process_ends_the_run(
 
 
 def test_local_units_in_flight_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slow the writer is: what is read and not yet written lies in memory."""
+    """Even with a slow writer, few units are in memory."""
     seen: list[str] = []
     slow: Failures = {("write", unit): lambda: time.sleep(0.01) for unit in range(20)}
     steps, ahead = steps_with(slow, seen), []

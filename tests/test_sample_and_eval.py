@@ -1,4 +1,4 @@
-"""Sampling and evaluation: numbers that can be traced and repeated."""
+"""Sampling and evaluation: results are traceable and repeatable."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_decoded_images_are_webdataset_tars_of_those_latents(finished: Finished)
 
 
 def test_images_for_other_evaluators(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
-    """Of a finished evaluation, without doing anything again."""
+    """Exports of a finished evaluation; nothing is computed again."""
     out = tmp_path / "evaluation"
     shutil.copytree(finished.root / "evaluation", out)
     left = [out / "npz" / ".a.npz.0.partial", out / "png" / SETTINGS[0] / ".0.png.0.partial"]
@@ -151,7 +151,7 @@ def test_images_for_other_evaluators(finished: Finished, tmp_path: Path, svgpipe
 def test_a_report_that_was_altered_is_not_shown(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """What to do is said, and restores it."""
+    """The message says what to do, and that restores it."""
     out, pool = tmp_path / "evaluation", ["--pool", finished.root]
     shutil.copytree(finished.root / "evaluation", out)
     before = (out / "report.json").read_text()
@@ -281,7 +281,7 @@ def test_the_overview_has_a_row_per_set_and_a_column_per_class(finished: Finishe
 def test_a_page_of_a_large_sweep_stays_small(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fewer rows of each setting, of the classes that were drawn; no picture larger than a thumbnail."""
+    """Fewer rows per setting; no picture is larger than a thumbnail."""
     out = tmp_path / "evaluation"
     shutil.copytree(finished.root / "evaluation", out)
     monkeypatch.setattr(report_page, "SIDE_BY_SIDE", 8)
@@ -307,7 +307,7 @@ def test_a_report_of_another_layout_is_named_and_its_evaluation_inspected(
 
 
 def test_few_samples_of_many_classes_are_shown(finished: Finished, tmp_path: Path) -> None:
-    """The classes that were drawn need not be evenly spread over those that there are."""
+    """The sampled classes need not be evenly spread."""
     report = Report.read(finished.root / "evaluation")
     samples = [r for r in report.results if r.role == "samples"][:2]
     names = [*report.class_names, *(f"class {i}" for i in range(97))]
@@ -316,7 +316,7 @@ def test_few_samples_of_many_classes_are_shown(finished: Finished, tmp_path: Pat
 
 
 def page_of(finished: Finished, out: Path, monkeypatch: pytest.MonkeyPatch, chosen: list[str]) -> str:
-    """The page of the finished evaluation, as if its sweep had had only some of the settings."""
+    """Return the page of the finished evaluation with only some of its settings."""
     shutil.copytree(finished.root / "evaluation", out)
     report = Report.read(out)
     kept = [r for r in report.results if r.role != "samples" or r.name in chosen]
@@ -403,7 +403,7 @@ def test_the_page_names_the_sampler_beside_the_numbers(finished: Finished) -> No
 def test_a_finished_evaluation_is_found_with_another_batch_size(
     finished: Finished, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """No number depends on it, so after an out-of-memory it may be made smaller."""
+    """Results do not depend on it, so after an out-of-memory error it may be smaller."""
     before = (finished.root / "evaluation" / "report.json").read_bytes()
     found = svgpipe(*eval_args(finished, finished.root / "evaluation", "--set", "evaluation.batch_size=1"))
     assert found.code == 0, found.err
@@ -413,7 +413,7 @@ def test_a_finished_evaluation_is_found_with_another_batch_size(
 
 
 def drawn_by_a_worker(finished: Finished, *, guided: bool = False, **changes: object) -> np.ndarray:
-    """The first unit of the last setting, in this process."""
+    """Return the first unit of the last setting, sampled in this process."""
     config = finished.recipe.evaluation.model_copy(update=changes)
     model = open_diffusion(finished.root / "diffusion")
     sampler = Sampler(model, model if guided else None)
@@ -452,7 +452,7 @@ def test_compiled_models_draw_the_same(finished: Finished, precision: str, toler
 def test_another_layout_gives_the_same_numbers(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """Fewer samples than these would not do: of six, one 8-bit level of one pixel is some parts in a thousand."""
+    """With fewer samples this would fail: of six samples, one 8-bit level of one pixel is some parts in a thousand."""
     base = ["--set", "evaluation.num_samples=48", "--steps", "2"]
     other = ["--set", "evaluation.batch_size=7", "--set", "evaluation.unit_rows=10"]
     for name, more in (("one", []), ("two", other)):
@@ -475,7 +475,7 @@ def test_another_layout_gives_the_same_numbers(
 
 
 def test_an_interrupted_sweep_resumes(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
-    """As a kill leaves it: some units recorded, a shard lost, one shard and one tar missing, nothing published."""
+    """State after a kill: some units recorded, a shard lost, one shard and one tar missing, nothing published."""
     out, pool = tmp_path / "evaluation", tmp_path / "latents"
     shutil.copytree(finished.root / "evaluation", out)
     shutil.copytree(finished.root / "latents", pool)
@@ -505,7 +505,7 @@ def test_an_interrupted_sweep_resumes(finished: Finished, tmp_path: Path, svgpip
 def test_a_kill_while_a_store_is_described_costs_nothing(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int
 ) -> None:
-    """Whichever file was the last to be written, of a new store and of one that grows."""
+    """For any last file that was written, of a new store and of a growing one."""
     model = open_diffusion(finished.root / "diffusion")
     setting = SamplerSettings(2, 1.0, "euler", "constant", 0.15, 0, "float32", "ema", "drawn")
     expected = labels_of(range(12), 3, setting).tolist()
@@ -556,7 +556,7 @@ def test_a_killed_sweep_ends_in_the_same_report(
 def test_sweeps_that_agree_share_their_latents(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """One of the same points draws nothing; one of more samples only draws the rest; the first one stays whole."""
+    """A second sweep with the same settings samples nothing; a larger one samples only the rest."""
     shutil.copytree(finished.root / "latents", tmp_path / "latents")
     more = ["--steps", "2", "--guidance", "1.0", "--set", "evaluation.reference_images=20"]
     same = svgpipe(*eval_args(finished, tmp_path / "same", *more))
@@ -586,7 +586,7 @@ def test_sweeps_that_agree_share_their_latents(
 
 
 def test_without_guidance_its_mode_and_guide_do_not_matter(finished: Finished) -> None:
-    """Such sweeps share their latents; cfg_star, which changes the first steps at any guidance, does not."""
+    """Such sweeps share latents. Not cfg_star, which changes the first steps at any guidance."""
     model = open_diffusion(finished.root / "diffusion")
     config = finished.recipe.evaluation.model_copy(update={"steps": [2], "guidance": [1.0, 1.5]})
     plain = Sampler(model)
@@ -640,7 +640,7 @@ def test_latents_that_are_damaged_within_are_named(
 
 
 def test_autoguidance_by_a_checkpoint(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
-    """v_weak + 2 (v - v_weak), by hand, with labels drawn and a multistep solver."""
+    """v_weak + 2 (v - v_weak), computed by hand, with drawn labels and a multistep solver."""
     guide = finished.root / "diffusion" / "checkpoints" / "step-00000008"
     more = ["--steps", "3", "--guidance", "2.0", "--guide", guide, "--set", "evaluation.labels=drawn"]
     found = svgpipe(*eval_args(finished, tmp_path / "out", *more, "--set", "evaluation.solver=multistep"))
@@ -715,7 +715,7 @@ def test_a_decoder_that_does_not_belong_is_refused(
 def test_inception_from_a_file_is_called_fid(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The published file cannot be had here: one of the same layout with random weights takes its way."""
+    """The published file is not available here: one with the same layout and random weights replaces it."""
     module = feature_extractor_inceptionv3
     with monkeypatch.context() as patch:
         patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
@@ -756,7 +756,7 @@ def test_any_timm_model_is_an_extractor(finished: Finished, name: str, dimension
 
 
 def test_features_are_not_shared_between_input_sizes(finished: Finished, tmp_path: Path) -> None:
-    """The same weights see an image of another size otherwise."""
+    """At another input size, the same weights give other features."""
     images = decoded_images(finished.root / "evaluation", "reconstructions")
     section = finished.recipe.autoencoder.backbone
     kept = {}
@@ -769,7 +769,7 @@ def test_features_are_not_shared_between_input_sizes(finished: Finished, tmp_pat
 
 
 def test_features_are_found_by_content_never_by_name(finished: Finished, tmp_path: Path) -> None:
-    """Other images or other weights under one name are measured; the same ones under another path are not again."""
+    """Other images or weights under the same name are measured; the same ones under another path are not."""
     images = decoded_images(finished.root / "evaluation", "reconstructions")
     fewer = ImageSet(images.refs[:4], images.size)
     section = ExtractorSection(kind="timm", name="resnet10t", weights="random")
@@ -841,7 +841,7 @@ def test_features_of_a_large_set_are_kept_part_by_part(
 
 
 def test_features_that_killed_evaluations_left_half_written_go(finished: Finished, tmp_path: Path) -> None:
-    """Those that another evaluation may be writing stay."""
+    """Files that another evaluation may be writing are kept."""
     images = decoded_images(finished.root / "evaluation", "reconstructions")
     extractor = load_extractor(
         ExtractorSection(kind="backbone"), build_backbone(finished.recipe.autoencoder.backbone, 32)

@@ -1,4 +1,4 @@
-"""Solvers and guidance on velocities whose flow is known."""
+"""Solvers and guidance on velocities with known flow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from svgpipe.models.sampler import Guidance, Solver, sample, time_grid
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])
 @pytest.mark.parametrize("shift", [1.0, 0.4])
 def test_solvers_converge_at_their_order(solver: Solver, shift: float) -> None:
-    """dz/dt = -z has the solution z0 / e: halving the step halves Euler's error and quarters the others'."""
+    """dz/dt = -z has the solution z0 / e: half the step halves Euler's error and quarters that of the others."""
     z0, y = torch.ones(1, 1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
 
     def error(steps: int) -> float:
@@ -74,7 +74,7 @@ def test_flow_refuses_what_does_not_exist() -> None:
 
 
 def constant_velocities(calls: list[list[int]]) -> Velocity:
-    """Of a label's own size at every place and time; notes the labels of each call."""
+    """A velocity equal to the label at every place and time; records the labels of each call."""
 
     def velocity(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         del t
@@ -85,7 +85,7 @@ def constant_velocities(calls: list[list[int]]) -> Velocity:
 
 
 def test_an_interval_costs_the_unconditional_half_only_within() -> None:
-    """Four steps at t = 0, 0.25, 0.5, 0.75; guided at the two in the middle."""
+    """Four steps at t = 0, 0.25, 0.5, 0.75; the two in the middle are guided."""
     calls: list[list[int]] = []
     z0, y = torch.zeros(1, 1, 1, dtype=torch.float64), torch.tensor([1])
     guidance = Guidance(3.0, "interval-0.25-0.5")
@@ -136,7 +136,7 @@ def test_autoguidance_asks_the_worse_model_at_the_same_label() -> None:
 
 
 def test_multistep_takes_an_euler_step_where_guidance_jumps() -> None:
-    """Else a velocity of before the jump would be extrapolated past it; exact where velocities are constant between."""
+    """Otherwise a velocity from before the jump would be extrapolated; exact for piecewise constant velocities."""
     z0, y = torch.zeros(1, 1, 1, dtype=torch.float64), torch.tensor([1])
     found = [
         sample(

@@ -1,4 +1,4 @@
-"""Sharding: every input accounted for, the same bytes every time, readable by plain webdataset."""
+"""Sharding: every input is accounted for, bytes are reproducible, and plain webdataset reads them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def save(path: Path, image: Image.Image, **options: object) -> None:
 
 @pytest.fixture
 def zoo(tmp_path: Path) -> Path:
-    """Every kind of image a folder may hold, good and bad."""
+    """Every kind of image that a folder may hold, good and bad."""
     root = tmp_path / "zoo"
     rgb = Image.fromarray(PIXELS)
     good = root / "good"
@@ -137,7 +137,7 @@ def test_every_exif_orientation_is_turned_as_pillow_turns_it(orientation: int) -
 @settings(max_examples=300, deadline=None)
 @given(kind=st.sampled_from(["JPEG", "PNG", "WEBP"]), data=st.data())
 def test_damaged_bytes_give_an_image_or_a_reject(kind: str, data: st.DataObject) -> None:
-    """Above all in the metadata, where Pillow's parsers raise all kinds."""
+    """Especially in the metadata, where Pillow's parsers raise many kinds of errors."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010E], exif[0x011A] = 6, "a photograph", 72.0
     buffer = io.BytesIO()
@@ -245,7 +245,7 @@ def test_a_killed_worker_is_one_message_and_the_same_command_resumes(
 
 
 def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
-    """A real one: a file system of half a megabyte in memory."""
+    """A real full disk: a file system of half a megabyte in memory."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
@@ -351,7 +351,7 @@ def test_tars_are_plain_ustar_without_times(finished: Finished) -> None:
 
 
 def test_threads_share_an_opened_set(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the readers of an extraction in one process do: of more tars than indexes are kept."""
+    """Like the readers of an extraction in one process, on more tars than indexes are cached."""
     monkeypatch.setattr(shards_module, "INDEXES_KEPT", 1)
     shards = finished.shards
     rows = np.random.default_rng(0).integers(0, len(shards), 600).tolist()

@@ -1,4 +1,4 @@
-"""A run is watched from outside: progress, time left, last metrics; and by Weights & Biases where asked for."""
+"""`svgpipe status` and the logs: progress, time left, last metrics; Weights & Biases if requested."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .conftest import Finished, Outcome
 
 
 def test_time_left_follows_from_the_pace_of_this_run() -> None:
-    """A resumed task: what an earlier run had done says nothing of the pace."""
+    """A resumed task: items of an earlier run do not count for the pace."""
     entry = ProgressEntry("train", total=100, done=60, began_at=1000, began_done=40, updated_at=1010)
     assert (entry.per_second, entry.seconds_left) == (2.0, 20.0)
     assert ProgressEntry("train", 100, 40, 1000, 40, 1010).seconds_left is None
@@ -80,7 +80,7 @@ def test_nothing_to_tell(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> Non
 
 
 def test_weights_and_biases_gets_what_is_logged(finished: Finished, tmp_path: Path) -> None:
-    """Offline: its own file holds the metrics. Without an account the error says what to do."""
+    """Offline: its own file holds the metrics. Without an account, the error says what to do."""
     pytest.importorskip("wandb")
     out = tmp_path / "out"
     arguments = ["train-diffusion", "--cache", finished.root / "cache", "--out", out, "--recipe", finished.recipe_file]

@@ -1,4 +1,4 @@
-"""Autoencoder training: streams from the tars, resumes exactly, and never falls back in silence."""
+"""Autoencoder training: streams from tars, exact resume, and no silent fallback."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def stream(finished: Finished, *, start: int, workers: int = 0, buffer: int = 8)
 
 
 def test_the_stream_continues_where_it_was_cut(finished: Finished) -> None:
-    """Twelve batches of five over thirty images: two epochs, cut in the middle of either."""
+    """Twelve batches of five over thirty images: two epochs, interrupted in the middle of each."""
     whole = stream(finished, start=0)
     for start in (1, 5, 7):
         assert all(torch.equal(a, b) for a, b in zip(whole[start:], stream(finished, start=start), strict=True))
@@ -117,7 +117,7 @@ def test_a_killed_run_ends_with_the_same_weights(
 def test_a_backbone_from_a_file_lies_beside_the_autoencoder(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Named relative to a folder that is another one later, and gone by then."""
+    """The recipe names a relative path, and later the working directory is another one and the file is gone."""
     model, _ = load_autoencoder(finished.root / "autoencoder")
     monkeypatch.chdir(tmp_path)
     save_file(model.backbone.model.state_dict(), "weights.safetensors")
@@ -198,7 +198,7 @@ def test_weights_of_another_shape_are_named(
 def test_a_refused_command_can_be_run_again_with_better_options(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """The error says which option to change; following it must not meet what the refused run left."""
+    """The error says which option to change; doing so must not conflict with files of the refused run."""
     out = tmp_path / "out"
     change = ["--set", "autoencoder.perceptual.kind=lpips-vgg", "--set", "autoencoder.perceptual.vgg_weights=/none.pth"]
     assert svgpipe(*train_args(finished, out, *change)).code == 1

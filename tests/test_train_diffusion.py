@@ -1,4 +1,4 @@
-"""Diffusion training: from the cache alone, the same batches in any run, exactly resumable."""
+"""Diffusion training: from the cache alone, with reproducible batches and exact resume."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def same_weights(one: Path, two: Path) -> bool:
 
 
 def last_checkpoint(folder: Path) -> object:
-    """Step and hashes of all that was saved last: weights, averages, optimizer state, what the log stands at."""
+    """Return step and hashes of the last checkpoint: weights, EMA, optimizer state, log state."""
     return read_json(folder / "checkpoints" / "latest.json")["checkpoints"][-1]
 
 
@@ -67,7 +67,7 @@ def last_checkpoint(folder: Path) -> object:
 def test_every_epoch_is_a_permutation_without_gaps(
     seed: int, num_rows: int, batch_size: int, num_views: int, epoch: int
 ) -> None:
-    """Whatever the batch size: positions e*N … (e+1)*N-1 of the stream hold every row once."""
+    """For any batch size, positions e*N … (e+1)*N-1 of the stream contain every row once."""
     steps = range(-(-(epoch + 1) * num_rows // batch_size))
     batches = [batch_at(s, seed=seed, batch_size=batch_size, num_rows=num_rows, num_views=num_views) for s in steps]
     rows = np.concatenate([b.rows for b in batches])[epoch * num_rows : (epoch + 1) * num_rows]
@@ -108,7 +108,7 @@ def test_learning_rate_schedules() -> None:
 
 
 def test_training_needs_the_cache_and_nothing_else(finished: Finished, tmp_path: Path) -> None:
-    """In a fresh process, with the shards and the autoencoder moved away: no timm, no webdataset, no Ray."""
+    """In a new process, with shards and autoencoder moved away: no timm, no webdataset, no Ray."""
     alone = tmp_path / "alone"
     shutil.copytree(finished.root / "cache", alone / "cache")
     moved = finished.root.with_name("moved")
@@ -175,7 +175,7 @@ def same_weights_of_average_and_raw(folder: Path) -> bool:
 def test_killed_runs_end_bit_for_bit_the_same(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """Twice killed, in the first and in a later epoch, against a run that nothing disturbed."""
+    """Killed twice, in the first and in a later epoch, against an uninterrupted run."""
     more = ["--set", "diffusion.steps=60"]
     whole, out = tmp_path / "whole", tmp_path / "killed"
     assert svgpipe(*train_args(finished, whole, *more)).code == 0
@@ -204,7 +204,7 @@ def losses_of(folder: Path) -> list[float]:
 
 
 def without_clocks(folder: Path) -> list[dict[str, float]]:
-    """All that was logged but seconds and megabytes."""
+    """Return the log without seconds and megabytes."""
     clocks = {"samples_per_s", "data_wait_share", "memory_gb"}
     entries = read_metrics(folder / "metrics.jsonl")
     return [{name: value for name, value in entry.items() if name not in clocks} for entry in entries]
@@ -217,7 +217,10 @@ def without_clocks(folder: Path) -> list[dict[str, float]]:
 def test_parts_and_recomputation_change_rounding_at_most(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], option: str, tolerance: float
 ) -> None:
-    """Parts of uneven size included: six samples in four parts. Two averages, both views, clipping, dropped labels."""
+    """Including parts of uneven size: six samples in four parts.
+
+    Two EMA decays, both views, clipping, dropped labels.
+    """
     found = svgpipe(*train_args(finished, tmp_path / "out", "--set", f"diffusion.{option}"))
     assert found.code == 0, found.err
     expected = losses_of(finished.root / "diffusion")
@@ -232,7 +235,7 @@ def test_parts_and_recomputation_change_rounding_at_most(
 def test_a_run_killed_after_its_last_step_measures_once(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """All steps done and measured, but nothing published: the log does not say things twice."""
+    """All steps done and measured, but not published: the log has no duplicate entries."""
     out = tmp_path / "out"
     shutil.copytree(finished.root / "diffusion", out)
     (out / "manifest.json").unlink()

@@ -1,4 +1,4 @@
-"""What a training step is made of: draws by sample, averages, the guard, clipping, checkpoints in the background."""
+"""Parts of a training step: random draws, EMA, divergence guard, clipping, background checkpoints."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_draws_are_normal_uniform_and_differ_between_steps() -> None:
 
 
 def test_averages_forget_the_initial_weights() -> None:
-    """Closed form for weights that jump from 0 to 1 and stay: what is left of 0 is the product of the decays."""
+    """Closed form for weights that jump from 0 to 1: the remaining weight of 0 is the product of the decays."""
     assert [warmed_decay(0.9999, n) for n in (0, 8, 10**6)] == [0.1, 0.5, 0.9999]
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
@@ -78,7 +78,7 @@ def test_which_checkpoints_are_kept(tmp_path: Path, keep: int, every: int | None
 
 
 def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training goes on changing the weights while the thread writes them."""
+    """Training changes the weights while the thread writes them."""
     monkeypatch.setattr(retry, "WAITS_S", (0.0,))
     store = CheckpointStore(tmp_path)
     saver, weights = BackgroundSaver(store, print), torch.zeros(1_000_000)

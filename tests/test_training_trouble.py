@@ -1,4 +1,4 @@
-"""What goes wrong around a training: storage, disk, memory, an impatient person. Nothing that was saved is lost."""
+"""Failures around a training: storage, disk, memory, Ctrl-C. Nothing that was saved is lost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {"grid": (4, 4), "channels": 12, "num_classes": 3}
 
 
 def test_storage_that_comes_back_is_waited_for(finished: Finished, tmp_path: Path) -> None:
-    """A part of the cache is out of reach when it is asked for, and there again a moment later."""
+    """A part of the cache is unavailable at first, and available a moment later."""
     cache, log = tmp_path / "cache", tmp_path / "log"
     shutil.copytree(finished.root / "cache", cache)
     shard = cache / "features" / "c" / "1" / "0" / "0" / "0" / "0"
@@ -74,7 +74,7 @@ def test_retries_end_and_permanent_errors_are_not_retried(monkeypatch: pytest.Mo
 def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """A real one: a file system with room for one checkpoint. With room for more, the run ends as if nothing was."""
+    """A real full disk: a file system with room for one checkpoint. With more room, the run ends normally."""
     disk = tmp_path / "disk"
     disk.mkdir()
     checkpoint = max(finished.root.glob("diffusion/checkpoints/step-*"))
@@ -100,7 +100,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
 def test_a_disk_too_full_for_the_final_weights_loses_no_step(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten steps, a checkpoint every fourth: the last two are in one more, written before the weights."""
+    """Ten steps, a checkpoint every fourth: the last two are saved before the weights are written."""
     out, options = tmp_path / "out", ("--set", "diffusion.steps=10")
 
     def full(path: Path, tensors: object) -> str:
@@ -119,7 +119,7 @@ def test_a_disk_too_full_for_the_final_weights_loses_no_step(
 def test_a_model_too_large_for_this_machine_says_which_options_help(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """A matrix of 200 GB: the allocation is refused at once."""
+    """A matrix of 200 GB: the allocation fails at once."""
     found = svgpipe(*train_args(finished, tmp_path / "out", "--set", "diffusion.model.width=131072"))
     assert found.code == 1
     for word in ("out of memory", "activation_checkpointing=true", "accumulate", "fsdp2"):
@@ -131,7 +131,7 @@ def test_a_model_too_large_for_this_machine_says_which_options_help(
 def test_ctrl_c_twice_stops_in_the_middle_of_a_step(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """Steps of several seconds: the second one does not wait for the end of it, and what was saved stays."""
+    """Steps take several seconds: the second Ctrl-C does not wait for the end of the step; saved work is kept."""
     log, out = tmp_path / "log", tmp_path / "out"
     slow = ("batch_size=3000", "model.width=128", "model.depth=8", "eval_every=1000", "checkpoint_every=1")
     process = Command(train_args(finished, out, *(p for v in slow for p in ("--set", f"diffusion.{v}"))), log)

@@ -1,4 +1,4 @@
-"""What is damaged is found, named, and mended to the content that was published."""
+"""Damage is found, reported, and repaired to the published content."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def lose_shard(cache: Path) -> None:
 
 
 def cut_last(cache: Path) -> None:
-    """The last shard is not full: tensorstore reads what is there before it writes, and stops at damage."""
+    """The last shard is not full: tensorstore reads it before it writes, and fails if it is damaged."""
     file = unit_file(cache, 4)
     file.write_bytes(file.read_bytes()[:-7])
 
@@ -155,7 +155,7 @@ def test_only_the_units_named_are_made_again(
 def test_a_repair_that_was_killed_is_taken_up(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """As it lies after a kill: the damaged unit forgotten, the manifest aside; nobody may read the cache."""
+    """State after a kill: the damaged unit is forgotten, the manifest is moved aside, and nobody may read the cache."""
     cache = tmp_path / "cache"
     shutil.copytree(finished.root / "cache", cache)
     (cache / "manifest.json").rename(cache / "manifest.before-repair.json")
@@ -187,7 +187,7 @@ def test_a_repair_killed_before_it_took_the_cache_apart_begins_anew(
 def test_repair_does_not_begin_where_the_images_were_altered(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """Altered images would become rejects, and zeros would stand where features were."""
+    """Altered images would be rejected, and zeros would replace their features."""
     cache, shards = tmp_path / "cache", tmp_path / "shards"
     shutil.copytree(finished.root / "cache", cache)
     shutil.copytree(finished.root / "shards", shards)
@@ -252,7 +252,7 @@ def test_one_bit_anywhere_is_found(
 def test_a_number_that_is_not_finite_is_found(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """Written by a tool that kept every checksum right: only looking at the values tells."""
+    """Written by a tool that kept every checksum correct: only the values show it."""
     cache = tmp_path / "cache"
     shutil.copytree(finished.root / "cache", cache)
     store = FeatureStore.open(cache)

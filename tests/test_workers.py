@@ -1,4 +1,4 @@
-"""Training on several workers computes what one process computes, whoever dies and however many continue."""
+"""Training on several workers gives the results of one process, after any failures and with any number of workers."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from .conftest import Finished, Outcome
 
 CPU = torch.device("cpu")
 TWO = ("--workers", 2)
-# Seven samples on two workers in two parts: shares and parts of uneven size. Both views, dropped labels, clipping.
+# Seven samples on two workers in two parts: slices and parts of uneven size. Both views, dropped labels, clipping.
 DIFFUSION = ("diffusion.steps=120", "diffusion.batch_size=7", "diffusion.accumulate=2", "diffusion.learning_rate=1e-4")
-# Adam turns rounding into steps of the learning rate's size, the discriminator most of all: hence the small rate.
-# Without dropout, which draws from the process's own generator: workers share a batch, but not its dropout masks.
+# Adam turns rounding into steps of the size of the learning rate, hence the small rate.
+# Without dropout, which uses the process's own generator: workers share a batch, but not its dropout masks.
 AUTOENCODER = (
     "autoencoder.residual.dropout=0",
     *("autoencoder.steps=14", "autoencoder.batch_size=5", "autoencoder.learning_rate=1e-6", "autoencoder.flip=true"),
@@ -53,10 +53,10 @@ def autoencoder_args(finished: Finished, out: Path, *more: object) -> list[objec
 
 
 def require_same_course(found: Path, expected: Path, names: tuple[str, ...]) -> None:
-    """Every step logged once, and its values equal to 1e-5.
+    """Check that every step is logged once, with values equal to 1e-5.
 
-    The adaptive weight to 1e-3: it divides by the discriminator's gradient, which is small here, so that the order
-    of two workers' sums shows in it. Without the discriminator's own state it would differ in the first digit.
+    The adaptive weight to 1e-3: it divides by the gradient of the discriminator, which is small here, so that the order
+    of two workers' sums matters. Without the discriminator's own state it would differ in the first digit.
     """
     ours, theirs = ([e for e in read_metrics(f / "metrics.jsonl") if names[0] in e] for f in (found, expected))
     assert [e["step"] for e in ours] == [e["step"] for e in theirs] == list(range(1, len(theirs) + 1))
@@ -73,13 +73,13 @@ def reached(out: Path, step: int) -> bool:
 
 
 def training_workers(session: int) -> list[int]:
-    """Processes of Ray Train below the command that leads this session."""
+    """Return the processes of Ray Train below the command that leads this session."""
     found = subprocess.run(["pgrep", "-s", str(session), "-f", "RayTrainWorker"], capture_output=True, text=True)
     return [int(pid) for pid in found.stdout.split()]
 
 
 def require_workers_end(session: int) -> None:
-    """Ray kills them after the command has ended."""
+    """Wait until Ray has killed them after the end of the command."""
     deadline = time.monotonic() + 20
     while training_workers(session):
         assert time.monotonic() < deadline
@@ -96,7 +96,7 @@ def test_shares_make_up_the_whole(count: int, size: int) -> None:
 
 
 def test_batch_norm_and_alignment_by_totals_are_torchs() -> None:
-    """The way that several processes go, taken by one: values, gradients, and what is tracked."""
+    """The code path of several processes, run by one: values, gradients, and tracked statistics."""
     torch.manual_seed(0)
     x = torch.randn(5, 3, 4, 4, requires_grad=True)
     ours, theirs = SyncedBatchNorm2d(3), torch.nn.BatchNorm2d(3)
@@ -120,7 +120,7 @@ def test_batch_norm_and_alignment_by_totals_are_torchs() -> None:
 def test_a_killed_worker_is_replaced_and_one_process_continues(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """Two workers, one of them killed; new ones go on; Ctrl-C stops them after a step; one process does the rest."""
+    """Two workers, one of them killed; new ones continue; Ctrl-C stops them after a step; one process finishes."""
     out, log = tmp_path / "out", tmp_path / "log"
     process = Command(diffusion_args(finished, out, *TWO), log)
     process.wait_for(lambda: reached(out, 8))
@@ -166,7 +166,7 @@ def test_what_one_process_began_two_continue_with_the_model_spread_over_them(
 def test_an_autoencoder_begun_by_two_is_finished_by_one(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """Its discriminator is at work before and after; everything is killed in between."""
+    """The discriminator is active before and after; everything is killed in between."""
     out = tmp_path / "out"
     run_and_kill(autoencoder_args(finished, out, *TWO), lambda: reached(out, 6))
     assert svgpipe(*autoencoder_args(finished, out)).code == 0
@@ -189,7 +189,7 @@ def test_ctrl_c_while_workers_start_needs_no_step_to_finish(finished: Finished, 
 
 
 def test_a_starter_that_is_frozen_is_not_written_for() -> None:
-    """By the time that it wakes, its lock may be another's."""
+    """When it wakes, another process may hold its lock."""
     event_queue = EventQueue()
     event_queue.require_reader()
     event_queue.taken_at -= 61
@@ -204,7 +204,7 @@ def test_a_starter_that_is_frozen_is_not_written_for() -> None:
 
 
 def test_checkpoints_of_different_steps_are_never_mixed(tmp_path: Path) -> None:
-    """As when the folder is not shared between nodes: the other worker finds nothing."""
+    """As if the folder is not shared between nodes: the other worker finds nothing."""
 
     class OfTwo(ProcessGroup):
         def gather_rows(self, mine: torch.Tensor, count: int) -> torch.Tensor:

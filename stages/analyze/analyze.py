@@ -91,7 +91,7 @@ def analyze(
         per_class: maximum number of images per class.
         weights: of the models: ema, ema-DECAY or raw.
         seed: of splits, noise, t-SNE and bootstrap.
-        progress: is told what is measured.
+        progress: receives the progress.
 
     Returns:
         The measurements of all caches.

@@ -80,7 +80,7 @@ def probe(
         validation: cache of test images; None: the held-out rows of `cache`.
         rows: maximum number of training and of test rows, evenly spread; None: all.
         seed: of the split that chooses the weight decay.
-        progress: is told what is read.
+        progress: receives the progress.
 
     Returns:
         Accuracies per group of channels.

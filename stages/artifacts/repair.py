@@ -47,7 +47,7 @@ def repair(
         shards: its shard set, if it was moved.
         autoencoder: its autoencoder, if it was moved.
         runner: where units run; default: in this process.
-        progress: is told what is extracted.
+        progress: receives the progress.
 
     Returns:
         The problems that were found and repaired.

@@ -47,7 +47,7 @@ def requantize(
         out: directory to create or resume.
         dtype: of the new cache.
         processes: number of processes; None: one per core.
-        progress: is told what is converted.
+        progress: receives the progress.
 
     Returns:
         The manifest of the new cache.

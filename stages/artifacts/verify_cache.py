@@ -60,7 +60,7 @@ def verify_cache(
         manifest: None for an unfinished cache: only existing units are checked.
         deep: read every byte.
         processes: number of processes for `deep`; None: one per core.
-        progress: is told what is read.
+        progress: receives the progress.
     """
     try:
         store = FeatureStore.open(path)

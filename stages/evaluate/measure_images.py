@@ -55,7 +55,7 @@ def measure(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]], pro
     Args:
         plan: the evaluation.
         images: tars of every decoded set, by name.
-        progress: is told what is measured.
+        progress: receives the progress.
 
     Returns:
         The numbers of the report.

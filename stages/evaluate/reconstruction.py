@@ -174,7 +174,7 @@ def eval_reconstruction(
         config: section `reconstruction` of a recipe.
         pool: holds `features`, which evaluations share; None: the parent of `out`.
         runner: where units run; default: in this process.
-        progress: is told what is done.
+        progress: receives the progress.
 
     Returns:
         The manifest of the evaluation.

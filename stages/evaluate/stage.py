@@ -61,7 +61,7 @@ def sample_and_eval(
         guide: a worse model of the same cache, finished or a checkpoint, for autoguidance.
         pool: holds `latents` and `features`, which sweeps share; None: the parent of `out`.
         runner: where units run; default: in this process.
-        progress: is told what is done.
+        progress: receives the progress.
 
     Returns:
         The manifest of the evaluation.

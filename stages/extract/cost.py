@@ -71,7 +71,7 @@ def estimate_cost(
         sample: number of images to encode.
         num_workers: number of encoders for the time estimate.
         deadline_hours: available time for the estimate of the number of encoders; None: no such estimate.
-        progress: is told what is encoded.
+        progress: receives the progress.
 
     Returns:
         The estimate.

@@ -63,7 +63,7 @@ def extract(
         config: section `extract` of a recipe.
         max_rejects: maximum fraction of rejected images; not part of the cache's identity.
         runner: where units run; default: in this process.
-        progress: is told what is done.
+        progress: receives the progress.
 
     Returns:
         The manifest of the cache.

@@ -69,7 +69,7 @@ def shard(
         out: directory to create or resume.
         config: section `shard` of a recipe.
         processes: number of processes; None: one per core.
-        progress: is told what is written.
+        progress: receives the progress.
 
     Returns:
         The manifest of the shard set.

@@ -76,7 +76,7 @@ def index_tars(
         out: directory to create or resume.
         config: how labels are found.
         processes: number of processes; None: one per core.
-        progress: is told what is read.
+        progress: receives the progress.
 
     Returns:
         The manifest of the shard set.

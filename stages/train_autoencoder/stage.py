@@ -39,7 +39,7 @@ def train_autoencoder(
         resources: workers of a connected Ray; None: train in this process. May change at every resume; results change
             by rounding only.
         wandb_project: also log to Weights & Biases.
-        progress: is told what is done.
+        progress: receives the progress.
 
     Returns:
         The manifest of the autoencoder.

@@ -42,7 +42,7 @@ class CacheBatches:
             config: section `diffusion` of a recipe.
             start: first step.
             local_slice: places of this process in the batch.
-            say: is told about retries of storage.
+            say: receives messages about retries.
         """
         self.cache, self.rows, self.config, self.local_slice, self.say = (
             cache,

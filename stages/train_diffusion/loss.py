@@ -41,7 +41,7 @@ def heldout_loss(
 ) -> float | None:
     """Return the mean flow loss on the first `eval_rows` held-out rows, with fixed noise and times; None without any.
 
-    All processes of the group must call it. `say` is told about retries of storage.
+    All processes of the group must call it. `say` receives messages about retries.
     """
     held = cache.heldout_rows[: config.eval_rows]
     if not len(held):

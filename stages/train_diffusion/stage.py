@@ -45,7 +45,7 @@ def train_diffusion(
             by rounding only.
         strategy: ddp: every worker holds the model; fsdp2: the model is sharded over the workers.
         wandb_project: also log to Weights & Biases.
-        progress: is told what is done.
+        progress: receives the progress.
 
     Returns:
         The manifest of the model.

@@ -21,7 +21,7 @@ class BackgroundSaver:
     """Writes one checkpoint at a time in a thread. An error is raised by the next call."""
 
     def __init__(self, store: CheckpointStore, say: Callable[[str], None]) -> None:
-        """Write to `store`; `say` is told about retries of storage."""
+        """Write to `store`; `say` receives messages about retries."""
         self.store, self.say = store, say
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="svgpipe-checkpoint")
         self._writing: Future[Location] | None = None

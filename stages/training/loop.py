@@ -218,7 +218,7 @@ def run_training(
 
     Args:
         group: processes that train.
-        supervisor: is told of progress, and may stop the run.
+        supervisor: receives the progress, and may stop the run.
         start: opens the run at its last checkpoint. Must be picklable.
         memory_advice: see `explained_out_of_memory`.
 

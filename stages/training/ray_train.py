@@ -46,7 +46,7 @@ def run_job(job: Job[R], resources: Resources | None, progress: Progress, check:
     Args:
         job: the training.
         resources: workers; None: this process.
-        progress: is told what is done.
+        progress: receives the progress.
         check: raises if this run must not write any more.
 
     Returns:

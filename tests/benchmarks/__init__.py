@@ -1,4 +1,4 @@
-"""Benchmarks, run by hand. They compute with all cores, while tests compute with one and reach no network."""
+"""Benchmarks, run by hand. Unlike tests, they use all cores."""
 
 import os
 

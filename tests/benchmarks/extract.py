@@ -1,13 +1,13 @@
-"""How close an extraction comes to its encoder: end-to-end images/s against the bare encoder's.
+"""Rate of an extraction relative to its encoder: end-to-end images/s against images/s of the encoder alone.
 
     .venv/bin/python -m tests.benchmarks.extract [--images 128] [--turns 3]
 
-DINOv3 ViT-S/16+ at 256 pixels with both branches, random weights (speed does not depend on them), bfloat16, both
-views, CPU or whatever GPU is there. The limit is the same encoder on the same images, decoded and in memory
-beforehand, measured before and after each extraction. In every turn one extraction runs in this process (local), one
-on Ray. The rate counts from the first unit encoded to the last one written, so that the start of Ray and of the
-workers is left out. A ratio is the median over the turns, each against the mean of the two measurements around it.
-Prints the bottleneck tables of the last turn and, as the last line, JSON.
+DINOv3 ViT-S/16+ at 256 pixels with both branches, random weights (they do not change the speed), bfloat16, both views,
+on the GPU if there is one. The limit is the same encoder on the same images, decoded in memory beforehand. It is
+measured before and after each extraction. Each turn runs one extraction in this process (local) and one on Ray. The
+rate counts from the first encoded unit to the last written one, without the start of Ray and of the workers. A ratio is
+the median over the turns, each against the mean of the two measurements around it. Prints the bottleneck tables of the
+last turn and, as the last line, JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from svgpipe.stages.shard.from_folder import shard
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
 
 UNIT = 32
-# An autoencoder of random weights, and a short calibration: speed does not depend on either.
+# Random weights and a short calibration: neither changes the speed.
 UNTRAINED = [
     "autoencoder.backbone.weights=random",
     "autoencoder.perceptual.weight=0",
@@ -53,7 +53,7 @@ PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 
 
 def write_images(folder: Path, count: int) -> Path:
-    """JPEGs of about ImageNet's size, so that reading and decoding cost what they would."""
+    """JPEGs of about the size of ImageNet's, so that reading and decoding cost as much."""
     rng = np.random.default_rng(0)
     data = Path(skimage.__file__).parent / "data"
     for name in PHOTOGRAPHS:
@@ -69,7 +69,7 @@ def write_images(folder: Path, count: int) -> Path:
 
 
 def bare_rate(autoencoder: Path, recipe: Recipe, pixels: np.ndarray) -> float:
-    """Images/s of the encoder alone, over whole units as the extraction has them."""
+    """Images/s of the encoder alone, on whole units as in the extraction."""
     options = EncoderOptions(
         autoencoder,
         recipe.extract.batch_size,

@@ -1,12 +1,12 @@
-"""Whether an extraction's memory grows with the data set: 1,000 and 10,000 small images.
+"""Growth of an extraction's memory with the size of the data set: 1,000 and 10,000 small images.
 
     .venv/bin/python -m tests.benchmarks.memory
 
-Real images of 64 pixels, the demo's encoder with random weights, the same units. Resident memory of the driver and of
-every Ray worker is read twenty times a second while the extraction runs, in a process and a Ray of its own for each
-size; the largest value counts. Pages of Ray's object store are left out: they are one block of memory, of fixed size,
-that every process maps, and count in full for each that has ever touched them. They are the column `shared`. What Ray
-has spilled to disk is asked for at the end. The last line is JSON.
+Real images of 64 pixels, the demo's encoder with random weights, units of the same size. The resident memory of the
+driver and of every Ray worker is read twenty times per second during the extraction; each size runs in its own process
+and Ray. The largest value counts. Pages of Ray's object store are excluded (column `shared`): they are one block of
+fixed size that every process maps, and count fully for each process that has touched them. The number of bytes that Ray
+spilled to disk is read at the end. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def recipe_of() -> Recipe:
 
 
 def watch(peaks: dict[str, int], stop: threading.Event) -> None:
-    """Keep the peak of every Ray worker by its role, in kB, and of this process as `driver`; shared pages apart."""
+    """Record the peak memory of each Ray worker by role, in kB, and of this process as `driver`; shared pages apart."""
     while not stop.wait(0.05):
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -63,7 +63,7 @@ def watch(peaks: dict[str, int], stop: threading.Event) -> None:
 
 
 def measure(root: Path, rows: int) -> None:
-    """One extraction; prints its peaks as JSON."""
+    """Run one extraction; print its peaks as JSON."""
     peaks: dict[str, int] = {}
     stop = threading.Event()
     with connected():

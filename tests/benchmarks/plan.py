@@ -1,11 +1,11 @@
-"""Planning an extraction of ImageNet's size: 1,281,167 rows in 1,000 indexed tars.
+"""Estimate of an extraction of ImageNet's size: 1,281,167 rows in 1,000 indexed tars.
 
     .venv/bin/python -m tests.benchmarks.plan
 
-The index is made for the purpose: every tar is a link to one real tar, whose images its rows name again and again. The
-whole command is measured in a process of its own: imports, opening 1,000 tars and indexes, loading the encoder of
-the demo with random weights, encoding the sample. Memory is read twice: when the plan is printed, and as the process
-ends, when the destructors of torch's libraries touch more of their files' pages. The last line is JSON.
+The index is made for the benchmark: every tar is a link to one real tar, and the rows repeat its images. The whole
+command is measured in its own process: imports, opening 1,000 tars and indexes, loading the encoder of the demo with
+random weights, encoding the sample. Memory is read twice: when the estimate is printed, and at the end of the process,
+when destructors of torch's libraries touch more pages of their files. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OVERRIDES += ["autoencoder.discriminator.enabled=false", "autoencoder.calibratio
 
 
 def repeated(source: ShardSet, folder: Path, rows: int, tars: int) -> ShardSet:
-    """A set of `rows` rows in `tars` tars that are all links to the first tar of `source`."""
+    """Return a set of `rows` rows in `tars` tars, which are links to the first tar of `source`."""
     folder.mkdir()
     refs = source.refs(range(source.shards[0].num_images))
     shards, left = [], rows

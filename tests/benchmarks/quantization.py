@@ -1,10 +1,10 @@
-"""Which small dtype is the best trade of bytes for error: the known schemes on one cache.
+"""Comparison of small dtypes on one cache: bytes against error.
 
     .venv/bin/python -m tests.benchmarks.quantization CACHE
 
-Every scheme packs single rows, as the cache's chunks are, with zstd around them, and is judged by bytes (of float16's),
-by signal to noise, and by PSNR of images decoded from it against those decoded from float16. `CACHE` is a finished
-float16 cache whose autoencoder is where its manifest says. The last line is JSON.
+Every scheme packs single rows, like the chunks of the cache, compressed with zstd. It is judged by bytes (relative to
+float16), by signal to noise, and by PSNR of its decoded images against those from float16. `CACHE` is a finished
+float16 cache whose autoencoder is at its recorded path. The last line is JSON.
 """
 
 from __future__ import annotations

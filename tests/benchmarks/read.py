@@ -1,15 +1,15 @@
-"""How fast 64 random rows come out of a cache, against three other ways to read the same numbers.
+"""Time to read 64 random rows of a cache, compared with three other ways to read the same numbers.
 
     .venv/bin/python -m tests.benchmarks.read [--rows 2048]
 
-16x16x392 float16 rows, 200,704 bytes each, in outer shards of 256, on a warm page cache. The others:
+16x16x392 float16 rows, 200,704 bytes each, in outer shards of 256, with a warm page cache. The others:
 
-- numpy memmap gather: the limit, with neither checksums nor chunks;
-- safetensors, reopened for every row, which reads latent and label and is collated by torch, as LightningDiT's
-  latent loader does (its files are float32 and hold 10,000 rows; here float16 and 256, which is kinder to it);
-- zarr-python's orthogonal indexing on the very same store.
+- numpy memmap gather: the limit, without checksums and chunks;
+- safetensors, reopened for every row, reading latent and label and collated by torch, like LightningDiT's latent loader
+  (its files are float32 and hold 10,000 rows; here float16 and 256, which is faster);
+- zarr-python's orthogonal indexing on the same store.
 
-All are measured in turns within one run, so that a noisy machine is noisy for each. Medians; the last line is JSON.
+All are measured in turns within one run, so that noise affects all of them. Medians; the last line is JSON.
 """
 
 from __future__ import annotations

@@ -1,22 +1,22 @@
-"""What sampling costs: ours against the official scheme, and guidance in an interval against guidance everywhere.
+"""Cost of sampling: svgpipe against the official scheme, and guidance in an interval against guidance everywhere.
 
     .venv/bin/python -m tests.benchmarks.sample [--turns 4]
 
-DiT-S on 16x16x392, batch 8, Euler with 12 steps, time shift 0.15, guidance 1.5, CPU or whatever GPU is there. Each way
-has a process of its own, ours set up as workers are; they take turns, one at a time:
+DiT-S on 16x16x392, batch 8, Euler with 12 steps, time shift 0.15, guidance 1.5, on the GPU if there is one. Each
+variant has its own process, set up like a worker; they run in turns, one at a time:
 
-- official: float32, conditional and unconditional velocity in two calls, at every step, as the official sampler does;
-- float32: ours, both halves in one call;
-- constant: ours, in the precision that `auto` means on this machine (bfloat16 where it has the instructions);
-- compiled: the same through torch.compile, as `evaluation.compile=true` samples (compiling is not timed);
+- official: float32, conditional and unconditional velocity in two calls at every step, like the official sampler;
+- float32: svgpipe, both halves in one call;
+- constant: svgpipe, in the precision of `auto` on this machine (bfloat16 if it has the instructions);
+- compiled: the same with torch.compile, as with `evaluation.compile=true` (compiling is not timed);
 - interval: `constant`, guided only where 0.2 <= t <= 0.5 (three of the twelve steps);
 - both: `compiled`, guided in that interval;
-- none: `constant` at guidance 1, where there is nothing to compute but the conditional half;
-- limit: the matrix products and the attention of `constant` and nothing between them, on tensors that are there.
+- none: `constant` at guidance 1, with the conditional half only;
+- limit: only the matrix products and the attention of `constant`, on prepared tensors.
 
-Medians. The last line is JSON: `over_official` is `compiled` against the official scheme, the same samples but for
-rounding, `limit_over_official` what it would be if all but products and attention were free; `over_official_interval`
-is `both` against the official samples, which are guided everywhere.
+Medians. The last line is JSON: `over_official` is `compiled` against the official scheme (the same samples up to
+rounding); `limit_over_official` is the same if only products and attention took time; `over_official_interval` is
+`both` against the official samples, which are guided everywhere.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ WAYS = ("official", "float32", "constant", "compiled", "interval", "both", "none
 
 
 def auto() -> Precision:
-    """What the recipes' `auto` means here."""
+    """Return the precision of `auto` on this machine."""
     return "bfloat16" if computes_bfloat16() else "float32"
 
 
 def build() -> tuple[DiT, Tensor, Tensor]:
-    """The same model, noise and labels in every process."""
+    """Return the same model, noise and labels in every process."""
     device = pick_device()
     torch.manual_seed(0)
     model = build_dit(DiTSection(), grid=(16, 16), channels=392, num_classes=1000).to(device).eval()
-    for parameter in model.parameters():  # zeros of the initialisation would make all of them agree
+    for parameter in model.parameters():  # the zeros of the initialisation would make all variants agree
         torch.nn.init.normal_(parameter, std=0.02)
     return model, initial_noise(0, range(BATCH), 256, 392).to(device), torch.arange(BATCH, device=device)
 
@@ -80,7 +80,7 @@ def official() -> Callable[[], Tensor]:
 
 
 def ours(precision: Precision, guidance: Guidance, *, compiled: bool = False) -> Callable[[], Tensor]:
-    """As a worker of an evaluation draws."""
+    """Sample like a worker of an evaluation."""
     model, noise, labels = build()
     keep_as_computed(model, precision)
     if compiled:
@@ -96,7 +96,7 @@ def ours(precision: Precision, guidance: Guidance, *, compiled: bool = False) ->
 
 
 def limit(precision: Precision) -> Callable[[], Tensor]:
-    """What no fusing of the rest can beat: the products of both halves, in the dtype that they compute in."""
+    """Compute only the products of both halves, in their dtype: the limit of all fusing."""
     model, noise, labels = build()
     keep_as_computed(model, precision)
     products: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -131,7 +131,7 @@ def limit(precision: Precision) -> Callable[[], Tensor]:
 
 
 def way(name: str) -> Callable[[], Tensor]:
-    """What one process does at its turns."""
+    """Return what one process does at its turns."""
     constant, interval = Guidance(SCALE), Guidance(SCALE, INTERVAL)
     makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
         "official": official,
@@ -147,7 +147,7 @@ def way(name: str) -> Callable[[], Tensor]:
 
 
 def serve(name: str, pipe: Connection) -> None:
-    """A process: says its samples once, then its seconds for as long as it is asked."""
+    """Run a variant in a process: send its samples once, then its seconds as often as requested."""
     draw = way(name)
     pipe.send(draw().float().cpu().numpy())
     while pipe.recv():

@@ -1,17 +1,17 @@
-"""What the cache is worth in training: steps from it against steps from memory, and against encoding at every step.
+"""Value of the cache in training: steps from it against steps from memory, and against encoding at every step.
 
     .venv/bin/python -m tests.benchmarks.train [--turns 8]
 
-DiT-S on 16x16x392, batch 8, DINOv3 ViT-S/16+ at 256 pixels with both branches for what encodes (random weights: speed
-does not depend on them), CPU or whatever GPU is there. In turns, within one run, each step of the same trainer:
+DiT-S on 16x16x392, batch 8; the encoder is DINOv3 ViT-S/16+ at 256 pixels with both branches (random weights, which do
+not change the speed); on the GPU if there is one. In turns, within one run, a step of the same trainer:
 
-- memory: the batch is a tensor already, the limit;
-- cache: read ahead from the feature cache by a thread, as `train-diffusion` does;
-- online: eight JPEGs are decoded and encoded first, at the same precision, as the official loop does at every step;
-- official: that loop in float32, as the official code runs it.
+- memory: the batch is a tensor in memory, the limit;
+- cache: read ahead from the feature cache by a thread, as in `train-diffusion`;
+- online: eight JPEGs are decoded and encoded first, at the same precision, as in the official loop;
+- official: that loop in float32, as in the official code.
 
 Medians. Data wait is the time that a step from the cache waits for its batch. Peak memory is that of one step of 32
-samples in a process of its own, with and without activation checkpointing, and of one step of the autoencoder. The last
+samples in its own process, with and without activation checkpointing, and of one step of the autoencoder. The last
 line is JSON.
 """
 
@@ -52,7 +52,7 @@ from svgpipe.stages.training.distributed import ProcessGroup
 from .extract import UNTRAINED, write_images
 
 BATCH, IMAGES, PEAK_BATCH, PEAK_IMAGES = 8, 64, 32, 4
-# Nothing to download: the perceptual term looks at the backbone.
+# Nothing is downloaded: the perceptual loss uses the backbone.
 FROZEN_ONLY = ["autoencoder.backbone.weights=random", "autoencoder.perceptual={kind: backbone, levels: [0, 1]}"]
 PEAKS = {
     "held": f"diffusion, {PEAK_BATCH} samples",
@@ -80,19 +80,19 @@ def trainer_of(config: DiffusionSection) -> FlowTrainer:
 
 
 def finished() -> None:
-    """On a GPU a step is over when the device has done it, on the CPU anyway."""
+    """Wait for the device: on a GPU, a step ends later than its call."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def print_peak(device: torch.device) -> None:
-    """Most bytes that this process held."""
+    """Print the peak memory of this process."""
     finished()
     print(peak_memory(device))
 
 
 def peak_of_one_step(recompute: bool) -> None:
-    """Of diffusion training, in this process."""
+    """Run one step of diffusion training in this process."""
     config = DiffusionSection(batch_size=PEAK_BATCH, activation_checkpointing=recompute)
     device = pick_device()
     trainer = trainer_of(config)
@@ -101,7 +101,7 @@ def peak_of_one_step(recompute: bool) -> None:
 
 
 def peak_of_the_autoencoder() -> None:
-    """Of one of its steps on a few images, with the discriminator at work."""
+    """Run one step of the autoencoder on a few images, with the discriminator."""
     config = load_recipe(None, [*FROZEN_ONLY, f"autoencoder.batch_size={PEAK_IMAGES}"]).autoencoder
     group, model = ProcessGroup(pick_device()), build_autoencoder(config)
     perceptual = load_perceptual(config.perceptual, model)
@@ -111,7 +111,7 @@ def peak_of_the_autoencoder() -> None:
 
 
 def peaks() -> dict[str, float]:
-    """GB of each kind of step."""
+    """Return GB of each kind of step."""
     found = {}
     for name in PEAKS:
         command = [sys.executable, "-m", "tests.benchmarks.train", "--peak", name]
@@ -129,7 +129,7 @@ def prepare(root: Path, recipe: Recipe) -> tuple[FeatureCache, ShardSet]:
 
 
 class Online:
-    """Batches as the official loop has them: images are decoded and encoded at every step."""
+    """Batches as in the official loop: images are decoded and encoded at every step."""
 
     def __init__(self, root: Path, shards: ShardSet, cache: FeatureCache, recipe: Recipe, precision: Precision) -> None:
         self.shards, self.labels = shards, torch.from_numpy(cache.labels.astype(np.int64))
@@ -146,7 +146,7 @@ class Online:
 
 
 def measure(root: Path, turns: int) -> tuple[dict[str, float], float]:
-    """Median seconds per step of each way, and the share that the cache's steps waited for data."""
+    """Return the median seconds per step of each variant, and the fraction that the cache's steps waited for data."""
     recipe = load_recipe(None, [*UNTRAINED, *OVERRIDES])
     cache, shards = prepare(root, recipe)
     config = recipe.diffusion
@@ -170,7 +170,7 @@ def measure(root: Path, turns: int) -> tuple[dict[str, float], float]:
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 1):
-        # The two that are alike swap places, so that neither gains by what ran before it.
+        # The two similar variants swap places, so that neither benefits from what ran before it.
         names = ("memory", "cache", "online", "cache", "memory", "official")
         for name in names if turn % 2 else names[::-1]:
             trainer, batch = ways[name]
