@@ -54,7 +54,7 @@ def first_line(error: BaseException) -> str:
 
 MEMORY_ADVICE = (
     "A smaller batch_size needs less memory: an evaluation continues with it (--set SECTION.batch_size=N), other "
-    "stages start again in another --out."
+    "stages start again in another output directory."
 )
 
 

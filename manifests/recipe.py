@@ -34,7 +34,7 @@ class Section(BaseModel):
 class ShardSection(Section):
     """`svgpipe shard`: image folder → WebDataset tars."""
 
-    images_per_shard: Positive = 1000
+    images_per_shard: Positive = Field(1000, description="Images per tar.")
     holdout: Fraction = Field(0.0, description="Fraction of every class kept out of training.")
     crop: Positive | None = Field(
         None, description="Pixels per side of ADM centre crops stored as PNG; null: store the original bytes."
@@ -48,7 +48,7 @@ class ShardSection(Section):
 class BackboneSection(Section):
     """The frozen feature extractor: any timm model."""
 
-    name: str = "vit_small_plus_patch16_dinov3.lvd1689m"
+    name: str = Field("vit_small_plus_patch16_dinov3.lvd1689m", description="timm model: a ViT or a CNN.")
     weights: str = Field(
         "hub",
         description="hub, random, package:NAME, a .safetensors/.pth file in timm's or Meta's keys, or beside (the file "
@@ -72,13 +72,13 @@ class BackboneSection(Section):
 class ResidualSection(Section):
     """The residual encoder, a timm VisionTransformer. The defaults are the official values."""
 
-    enabled: bool = True
-    channels: Positive = 8
-    depth: Positive = 6
-    width: Positive = 384
-    heads: Positive = 8
-    mlp_ratio: float = Field(4.0, gt=0)
-    dropout: Fraction = 0.1
+    enabled: bool = Field(True, description="False: backbone features alone.")
+    channels: Positive = Field(8, description="Residual channels.")
+    depth: Positive = Field(6, description="Number of transformer blocks.")
+    width: Positive = Field(384, description="Width of the transformer.")
+    heads: Positive = Field(8, description="Attention heads.")
+    mlp_ratio: float = Field(4.0, gt=0, description="MLP width / width.")
+    dropout: Fraction = Field(0.1, description="Dropout in training.")
     mask_ratio: Fraction = Field(0.1, description="Training: probability that the residual of a sample is masked.")
     align: bool = Field(True, description="Match mean and std of the residual to those of the backbone features.")
 
@@ -92,9 +92,11 @@ class ResidualSection(Section):
 class DecoderSection(Section):
     """The LDM / VA-VAE decoder. len(ch_mult) levels must match the stride of the backbone."""
 
-    ch: Positive = 128
-    ch_mult: tuple[Positive, ...] = (1, 1, 2, 2, 4)
-    num_res_blocks: Positive = 2
+    ch: Positive = Field(128, description="Channels at the highest resolution.")
+    ch_mult: tuple[Positive, ...] = Field(
+        (1, 1, 2, 2, 4), description="Channel multiplier of each level, highest resolution first."
+    )
+    num_res_blocks: Positive = Field(2, description="Residual blocks per level.")
     attention: bool = Field(True, description="Attention at the lowest resolution, as in the official decoder.")
 
     @model_validator(mode="after")
@@ -108,8 +110,10 @@ class DecoderSection(Section):
 class PerceptualSection(Section):
     """The perceptual loss."""
 
-    kind: Literal["lpips-vgg", "backbone"] = "lpips-vgg"
-    weight: float = Field(1.0, ge=0)
+    kind: Literal["lpips-vgg", "backbone"] = Field(
+        "lpips-vgg", description="lpips-vgg, or backbone: features of the frozen backbone."
+    )
+    weight: float = Field(1.0, ge=0, description="Weight of the perceptual loss.")
     vgg_weights: str = Field("hub", description="lpips-vgg: torchvision's VGG16 file (.pth), or hub: download it.")
     lpips_weights: str = Field("hub", description="lpips-vgg: LPIPS v0.1 vgg.pth, or hub: download it.")
     levels: tuple[int, ...] = Field((0, 1, 2, 3), description="backbone: feature levels that are compared.")
@@ -118,44 +122,44 @@ class PerceptualSection(Section):
 class DiscriminatorSection(Section):
     """PatchGAN discriminator with adaptive weight."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="False: no adversarial loss.")
     start_step: Natural = Field(2500, description="First step with the adversarial loss.")
-    weight: float = Field(0.5, ge=0)
-    loss: Literal["hinge", "vanilla"] = "hinge"
-    width: Positive = 64
-    layers: Positive = 3
+    weight: float = Field(0.5, ge=0, description="Weight of the adversarial loss.")
+    loss: Literal["hinge", "vanilla"] = Field("hinge", description="hinge or vanilla.")
+    width: Positive = Field(64, description="Channels of the first layer.")
+    layers: Positive = Field(3, description="Number of strided layers.")
 
 
 class ScheduleSection(Section):
     """Learning rate over steps."""
 
-    warmup_steps: Natural = 0
-    kind: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Natural = Field(0, description="Steps of linear warm-up.")
+    kind: Literal["constant", "cosine"] = Field("constant", description="constant or cosine.")
     final_factor: float = Field(0.0, ge=0, le=1, description="cosine: final learning rate / learning_rate.")
 
 
 class AutoencoderSection(Section):
     """`svgpipe train-autoencoder`: residual encoder and decoder of a frozen backbone."""
 
-    image_size: Positive = 256
+    image_size: Positive = Field(256, description="Pixels per side of the images.")
     backbone: BackboneSection = BackboneSection()
     residual: ResidualSection = ResidualSection()
     decoder: DecoderSection = DecoderSection()
     perceptual: PerceptualSection = PerceptualSection()
     discriminator: DiscriminatorSection = DiscriminatorSection()
     schedule: ScheduleSection = ScheduleSection()
-    steps: Natural = 100_000
-    batch_size: Positive = 64
-    learning_rate: float = Field(1e-4, gt=0)
-    crop: Literal["random", "centre"] = "random"
-    flip: bool = False
-    precision: Precision = "float32"
-    shuffle_buffer: Positive = 2000
+    steps: Natural = Field(100_000, description="Optimizer steps.")
+    batch_size: Positive = Field(64, description="Images per step, over all workers.")
+    learning_rate: float = Field(1e-4, gt=0, description="Learning rate of Adam.")
+    crop: Literal["random", "centre"] = Field("random", description="Training crop: random or centre.")
+    flip: bool = Field(False, description="Flip training images at random.")
+    precision: Precision = Field("float32", description="float32, bfloat16, or auto: the faster one on this machine.")
+    shuffle_buffer: Positive = Field(2000, description="Images in the shuffle buffer.")
     workers: Natural = Field(0, description="Image decoding processes per training process.")
-    seed: Natural = 23
-    log_every: Positive = 50
-    eval_every: Positive = 2500
-    checkpoint_every: Positive = 2500
+    seed: Natural = Field(23, description="Seed of weights, order and crops.")
+    log_every: Positive = Field(50, description="Steps between log lines.")
+    eval_every: Positive = Field(2500, description="Steps between measurements on held-out images.")
+    checkpoint_every: Positive = Field(2500, description="Steps between checkpoints.")
     calibration_images: Positive = Field(2048, description="Images that the alignment is measured on.")
     eval_images: Positive = Field(256, description="Held-out images that PSNR is measured on.")
 
@@ -170,11 +174,13 @@ class ExtractSection(Section):
     """`svgpipe extract`: shard set → feature cache."""
 
     unit_rows: Positive = Field(256, description="Samples per outer Zarr shard, the unit of work and of resume.")
-    batch_size: Positive = 64
-    precision: Precision = "float32"
-    views: tuple[Literal["original", "flip"], ...] = ("original", "flip")
+    batch_size: Positive = Field(64, description="Images per forward pass; does not change the features.")
+    precision: Precision = Field("float32", description="float32, bfloat16, or auto: the faster one on this machine.")
+    views: tuple[Literal["original", "flip"], ...] = Field(
+        ("original", "flip"), description="Views to store: original, or original and flip."
+    )
     calibration_images: Positive = Field(4096, description="Images that channel mean and std are measured on.")
-    store_dtype: Literal["float16", "int8"] = "float16"
+    store_dtype: Literal["float16", "int8"] = Field("float16", description="float16, or int8: less than half the size.")
     compile: bool = Field(False, description="torch.compile the encoder. Changes the last bits of the features.")
 
     @model_validator(mode="after")
@@ -187,11 +193,11 @@ class ExtractSection(Section):
 class DiTSection(Section):
     """Size of the diffusion transformer."""
 
-    width: Positive = 384
-    depth: Positive = 12
-    heads: Positive = 6
-    mlp_ratio: float = Field(4.0, gt=0)
-    qk_norm: bool = True
+    width: Positive = Field(384, description="Width of the transformer.")
+    depth: Positive = Field(12, description="Number of transformer blocks.")
+    heads: Positive = Field(6, description="Attention heads.")
+    mlp_ratio: float = Field(4.0, gt=0, description="MLP width / width.")
+    qk_norm: bool = Field(True, description="LayerNorm on queries and keys.")
     learn_sigma: bool = Field(False, description="Only to load official files: twice the output, half of it unused.")
 
     @model_validator(mode="after")
@@ -208,28 +214,28 @@ class DiffusionSection(Section):
 
     model: DiTSection = DiTSection()
     schedule: ScheduleSection = ScheduleSection()
-    steps: Positive = 400_000
-    batch_size: Positive = 256
-    learning_rate: float = Field(1e-4, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    steps: Positive = Field(400_000, description="Optimizer steps.")
+    batch_size: Positive = Field(256, description="Samples per step, over all workers.")
+    learning_rate: float = Field(1e-4, gt=0, description="Learning rate of AdamW.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="Betas of AdamW.")
     accumulate: Positive = Field(1, description="Number of parts that a batch is computed in, to save memory.")
     ema_decays: tuple[Fraction, ...] = Field(
         (0.9999,), description="EMA decays of the weights, kept side by side. The first is the default for sampling."
     )
-    label_dropout: Fraction = 0.1
+    label_dropout: Fraction = Field(0.1, description="Fraction of labels replaced by 'no class', for guidance.")
     time_shift: float = Field(0.4, gt=0, description="Below 1: training times move towards the noise.")
-    clip_grad_norm: float | None = Field(None, gt=0)
-    precision: Precision = "bfloat16"
+    clip_grad_norm: float | None = Field(None, gt=0, description="Maximum gradient norm; null: no clipping.")
+    precision: Precision = Field("bfloat16", description="float32, bfloat16, or auto: the faster one on this machine.")
     compile: Literal["auto"] | bool = Field("auto", description="torch.compile the model. auto: on CUDA.")
     activation_checkpointing: bool = Field(False, description="Recompute blocks in the backward pass, to save memory.")
     use_flips: bool = Field(True, description="Draw the view of each sample at random, if the cache has flips.")
     read_ahead: Positive = Field(4, description="Batches that are read in advance.")
-    seed: Natural = 1234
-    log_every: Positive = 100
-    eval_every: Positive = 5000
-    eval_rows: Positive = 1024
-    checkpoint_every: Positive = 5000
+    seed: Natural = Field(1234, description="Seed of weights, order, noise and times.")
+    log_every: Positive = Field(100, description="Steps between log lines.")
+    eval_every: Positive = Field(5000, description="Steps between measurements of the held-out loss.")
+    eval_rows: Positive = Field(1024, description="Held-out rows for that loss.")
+    checkpoint_every: Positive = Field(5000, description="Steps between checkpoints.")
     keep_checkpoints: Positive = Field(2, description="Number of newest checkpoints to keep.")
     keep_every: Positive | None = Field(
         None, description="Also keep checkpoints at multiples of this step, permanently."
@@ -239,7 +245,7 @@ class DiffusionSection(Section):
     quality_samples: int = Field(1024, ge=0, description="Samples of each such measurement; 0: never measure.")
     quality_rows: int = Field(8192, ge=2, description="Cached rows that these samples are compared with.")
     sample_steps: Positive = Field(25, description="Sampling steps of grids and of measurements during training.")
-    sample_shift: float = Field(0.15, gt=0)
+    sample_shift: float = Field(0.15, gt=0, description="Time shift of that sampling, see evaluation.time_shift.")
 
     @model_validator(mode="after")
     def _averages_and_parts(self) -> Self:
@@ -275,8 +281,8 @@ class ExtractorSection(Section):
 class EvaluationSection(Section):
     """`svgpipe sample-and-eval`: a sweep of steps × guidance, decoded and measured."""
 
-    steps: tuple[Annotated[int, Field(gt=0, le=100_000)], ...] = (25,)
-    guidance: tuple[float, ...] = (1.0,)
+    steps: tuple[Annotated[int, Field(gt=0, le=100_000)], ...] = Field((25,), description="Numbers of sampling steps.")
+    guidance: tuple[float, ...] = Field((1.0,), description="Guidance scales; 1: no guidance.")
     solver: Literal["euler", "heun", "multistep"] = Field(
         "euler", description="euler; heun: two evaluations per step; multistep: second order, one evaluation per step."
     )
@@ -284,11 +290,11 @@ class EvaluationSection(Section):
         "constant", description="constant, interval-LO-HI, linear, late, early-R or cfg_star-K-R."
     )
     labels: Labels = Field("equal", description="equal: same number per class; drawn: at random, with the seed.")
-    time_shift: float = Field(0.15, gt=0)
-    num_samples: int = Field(50_000, ge=2)
-    batch_size: Positive = 125
+    time_shift: float = Field(0.15, gt=0, description="Below 1: more steps near the noise; 1: equal steps.")
+    num_samples: int = Field(50_000, ge=2, description="Samples per setting.")
+    batch_size: Positive = Field(125, description="Samples per forward pass; does not change the samples.")
     unit_rows: Positive = Field(500, description="Samples per latent shard and per tar, the unit of resume.")
-    precision: Precision = "bfloat16"
+    precision: Precision = Field("bfloat16", description="float32, bfloat16, or auto: the faster one on this machine.")
     weights: str = Field(
         "ema",
         pattern=WEIGHTS,
@@ -299,7 +305,7 @@ class EvaluationSection(Section):
     extractor: ExtractorSection = ExtractorSection()
     reference_images: int | None = Field(None, ge=2, description="Maximum number of reference images; null: all.")
     bootstrap: Resamplings = Field(100, description="Bootstrap resamplings for the intervals; 0: no intervals.")
-    seed: Natural = 0
+    seed: Natural = Field(0, description="Seed of noise, drawn labels and bootstrap.")
 
     @model_validator(mode="after")
     def _sweep(self) -> Self:
@@ -315,19 +321,19 @@ class ReconstructionSection(Section):
     """`svgpipe eval-reconstruction`: reconstruction of held-out images."""
 
     num_images: int | None = Field(None, ge=2, description="Maximum number of held-out images; null: all.")
-    batch_size: Positive = 32
+    batch_size: Positive = Field(32, description="Images per forward pass.")
     unit_rows: Positive = Field(500, description="Images per tar, the unit of resume.")
     extractor: ExtractorSection = ExtractorSection()
     vgg_weights: str = Field("hub", description="LPIPS: torchvision's VGG16 file (.pth), or hub: download it.")
     lpips_weights: str = Field("hub", description="LPIPS v0.1 vgg.pth, or hub: download it.")
     bootstrap: Resamplings = Field(100, description="Bootstrap resamplings for the intervals; 0: no intervals.")
-    seed: Natural = 0
+    seed: Natural = Field(0, description="Seed of the bootstrap.")
 
 
 class Recipe(Section):
     """All settings of a pipeline: one section per stage, and the source of the images."""
 
-    name: str = "custom"
+    name: str = Field("custom", description="Name of the recipe.")
     source: str | None = Field(None, description="Image folder. demo-photographs: the photographs of the demo.")
     shard: ShardSection = ShardSection()
     autoencoder: AutoencoderSection = AutoencoderSection()

@@ -53,7 +53,8 @@ def load_recipe(name_or_file: str | None, overrides: Sequence[str] = ()) -> Reci
 
 def recipe_yaml(recipe: Recipe) -> str:
     """Return a recipe as YAML with all values and the descriptions of its keys. `load_recipe` reads it back."""
-    return "".join(f"{line}\n" for line in _yaml_lines(recipe))
+    head = "# precision: auto was replaced by the dtype that is faster on this machine."
+    return "".join(f"{line}\n" for line in (head, *_yaml_lines(recipe)))
 
 
 def _yaml_lines(section: Section, indent: str = "") -> Iterator[str]:

@@ -70,7 +70,7 @@ class StageSpec(Generic[M]):
         self._require_equal(
             made,
             f"a finished {noun} (fingerprint {done.fingerprint[:12]}) that was made",
-            "Use the same recipe and options (did you forget --recipe?), or give another --out.",
+            "Use the same recipe and options (did you forget --recipe or --set?), or give another output directory.",
         )
         return done
 
@@ -90,12 +90,12 @@ class StageSpec(Generic[M]):
         if not (self.path / PLAN_NAME).exists():
             raise ArtifactError(
                 f"{self.path}: expected an empty or new directory for {self.kind.NOUN}, found files that are not "
-                "svgpipe's. Give another --out."
+                "svgpipe's. Give another output directory."
             )
         self._require_equal(
             read_plan(self.path),
             f"{self.kind.NOUN}, half made, that was begun",
-            "Use the same recipe and options, or give another --out.",
+            "Use the same recipe and options, or give another output directory.",
         )
         return "begun"
 

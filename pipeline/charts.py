@@ -45,6 +45,7 @@ STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
 }
 WIDE, SMALL, SQUARE = (4.8, 2.9), (3.2, 1.7), (4.4, 4.4)  # inches; readable on a phone
+CROWDED = 8  # more ticks have smaller labels
 LABEL_GAP = 0.07  # minimum distance of the names of levels, relative to the height
 
 
@@ -103,6 +104,7 @@ class LineChart:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         self._name_levels(axes)
         axes.set_xticks(range(len(self.xs)), [x if isinstance(x, str) else f"{x:g}" for x in self.xs])
+        axes.tick_params(axis="x", labelsize=9 if len(self.xs) <= CROWDED else 7)
         axes.set_xlim(-0.5, len(self.xs) - 0.5)
         axes.set_xlabel(self.x_name)
         axes.set_ylabel(f"{self.y_name}, logarithmic" if self.logarithmic else self.y_name)

@@ -19,7 +19,11 @@ RUN, STAGES, LOOK, MEND, ANALYSE = "All stages", "Stages", "Look at artifacts", 
 
 RecipeOption = Annotated[
     str | None,
-    typer.Option("--recipe", metavar="NAME|FILE", help="Built-in recipe or .yaml file. Default: default values."),
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="Built-in recipe or .yaml file. Without it, every setting has its default.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value. Repeatable.")

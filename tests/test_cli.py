@@ -209,6 +209,7 @@ def test_a_printed_recipe_is_a_recipe(tmp_path: Path, svgpipe: Callable[..., Out
         mine = tmp_path / f"{name}.yaml"
         mine.write_text(svgpipe("recipe", name, "--set", "diffusion.steps=77").out)
         assert load_recipe(str(mine)) == load_recipe(name, ["diffusion.steps=77"])
+        assert "  # Fraction of every class kept out of training.\n" in mine.read_text()
     assert svgpipe("recipe", "no-such").code == 2
 
 

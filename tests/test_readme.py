@@ -99,7 +99,7 @@ def test_own_images_are_run_as_written(
     for command in own:
         found = svgpipe(*command[1:])
         assert found.code == 0, found.err
-    assert len(list((tmp_path / "work" / "more" / "png").rglob("*.png"))) == 2 * 6
+    assert len(list((tmp_path / "work" / "more" / "png").rglob("*.png"))) == 2 * 48
 
 
 def test_what_is_named_exists() -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.precision import computes_bfloat16
+from svgpipe.manifests.recipe import Recipe
 from svgpipe.manifests.recipe_loader import builtin_names, load_recipe
 from svgpipe.stages.runtime import device
 from svgpipe.stages.runtime.device import autocast, warn_if_imitated
@@ -148,3 +149,14 @@ def test_precision_auto_is_what_the_processor_has(
     for _ in range(2):
         autocast(torch.device("cpu"), "bfloat16")
     assert len(said) == (dtype == "float32") and all("no bfloat16 instructions" in line for line in said)
+
+
+def test_every_setting_has_a_description() -> None:
+    sections: list[type[BaseModel]] = [Recipe]
+    for section in sections:
+        for name, field in section.model_fields.items():
+            if isinstance(field.default, BaseModel):
+                sections.append(type(field.default))
+            else:
+                assert field.description, f"{section.__name__}.{name}"
+    assert len(sections) > 10

@@ -247,7 +247,7 @@ def _lpips(config: ReconstructionSection, missing: list[str]) -> Lpips | None:
     except ArtifactError as error:
         if named:
             raise
-        missing.append(f"LPIPS: {error} (Use another --out: this one stays as it is.)")
+        missing.append(f"LPIPS: {error} (Use another output directory: this one stays as it is.)")
         return None
 
     @torch.inference_mode()

@@ -112,7 +112,7 @@ def advice(workers: list[dict[str, Any]]) -> str:
         return "nothing was encoded in this run"
     busy = total["encode"] / alive
     if busy >= BUSY:
-        return f"encoders were busy {busy:.0%} of the time: more or faster encoders (--workers) would help"
+        return f"encoders were busy {busy:.0%} of the time: more or faster encoders would help"
     reading = {phase: total[phase] for phase in ("read", "decode", "statistics", "write")}
     slowest = max(reading, key=reading.__getitem__)
     share = f"encoders waited {1 - busy:.0%} of the time"
