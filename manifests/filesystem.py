@@ -102,8 +102,11 @@ def staged(path: Location) -> Iterator[Path]:
             path.fs.put_file(str(partial), path.path)
         return
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    partial.touch()
+    mode = partial.stat().st_mode
     try:
         yield partial
+        partial.chmod(mode)  # safetensors writes files that only their owner can read
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)

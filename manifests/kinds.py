@@ -42,6 +42,8 @@ def artifacts_below(path: Location) -> list[Location]:
     Raises:
         ArtifactError: there is none.
     """
+    if not path.exists():
+        raise ArtifactError(f"{path}: expected an svgpipe artifact, found no such directory.")
     candidates = [path, *children(path)]
     artifacts = [p for p in candidates if (p / MANIFEST_NAME).exists() or (p / PLAN_NAME).exists()]
     if not artifacts:

@@ -30,6 +30,8 @@ def computes_bfloat16() -> bool:
 
 
 def _definite(value: object) -> object:
+    if value not in ("float32", "bfloat16", "auto"):
+        raise ValueError("expected float32, bfloat16 or auto")
     if value != "auto":
         return value
     return "bfloat16" if computes_bfloat16() else "float32"

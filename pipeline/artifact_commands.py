@@ -55,9 +55,9 @@ def inspect(
         from .cache_page import render_cache
 
         render_cache(FeatureCache(path), page)
-        typer.echo(f"page: {html}")
-        return
     print_result(describe(location(path)), as_json, show)
+    if page is not None:
+        typer.echo(f"page: {html}", err=as_json)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -93,7 +93,8 @@ def verify(
             for finding in in_artifact:
                 typer.echo(f"{finding.where}: {finding.problem}")
             how = "every byte was read" if deep else "sizes and small files; --deep reads every byte"
-            typer.echo(f"{place}: {f'{len(in_artifact)} problems' if in_artifact else 'whole'} ({how})")
+            several = "s" if len(in_artifact) > 1 else ""
+            typer.echo(f"{place}: {f'{len(in_artifact)} problem{several}' if in_artifact else 'whole'} ({how})")
     if any(findings.values()):
         raise typer.Exit(1)
 

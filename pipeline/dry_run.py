@@ -50,7 +50,8 @@ def dry_run(recipe: Recipe, workdir: Location, options: RunOptions) -> list[DryR
             rows.append(_row(spec))
             if rows[-1].action != "skip":
                 break
-    return [*rows, *(_later_row(workdir / name, rows[-1]) for name in STAGES[len(rows) :])]
+    done = len(rows)
+    return [*rows, *(_later_row(workdir / STAGES[i], STAGES[i - 1], rows[-1]) for i in range(done, len(STAGES)))]
 
 
 def _specs(recipe: Recipe, workdir: Location, options: RunOptions) -> Iterator[StageSpec[Any]]:
@@ -81,15 +82,15 @@ def _row(spec: StageSpec[Any]) -> DryRunRow:
     return DryRunRow(name, "resume", f"begun with the same config and inputs{done}")
 
 
-def _later_row(out: Location, first: DryRunRow) -> DryRunRow:
-    """Return the row of a stage whose inputs do not exist yet."""
+def _later_row(out: Location, needed: str, first: DryRunRow) -> DryRunRow:
+    """Return the row of a stage whose inputs do not exist yet: it needs the stage `needed`, behind `first`."""
     if first.action == "refuse":
         return DryRunRow(out.name, "–", f"not reached: {first.stage} is refused")
     holds = next((name for name in (MANIFEST_NAME, PLAN_NAME) if (out / name).exists()), None)
     if holds is None:
-        return DryRunRow(out.name, "run", f"not started; needs {first.stage}")
+        return DryRunRow(out.name, "run", f"not started; needs {needed}")
     state = "finished" if holds == MANIFEST_NAME else "begun"
-    return DryRunRow(out.name, "–", f"{state}; accepted only if the new {first.stage} is the one that it was made from")
+    return DryRunRow(out.name, "–", f"{state}; valid only if {needed} ends as the one that it was made from")
 
 
 def show_dry_run(rows: list[DryRunRow]) -> None:

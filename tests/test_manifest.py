@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from svgpipe.manifests.checkpoint import save_tensors
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.filesystem import write_atomic
 from svgpipe.manifests.manifest import (
@@ -203,3 +205,9 @@ def test_write_atomic_leaves_old_or_new(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="pulled plug"):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
+
+
+def test_weights_can_be_read_by_those_who_can_read_other_files(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save_tensors(tmp_path / "weights.safetensors", {"w": torch.zeros(2)})
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
