@@ -117,7 +117,8 @@ class Lock:
 
     def _sign_of_life(self) -> None:
         """Send one heartbeat, or notice that the lock was lost."""
-        # A full disk or an unreachable store must not end the run at once, whatever the client library raises.
+        # Every error is ignored here: a full disk or an unreachable store must not end the run at once. `check` ends it
+        # when the heartbeat is too old.
         with self._looking, suppress(Exception):
             owner = _read(self.path)
             if owner is None or owner.get("token") != self.token:

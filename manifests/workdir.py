@@ -54,7 +54,7 @@ class StageSpec(Generic[M]):
         fingerprints = {name: ref.fingerprint for name, ref in self.inputs.items()}
         return {"kind": self.kind.KIND, "config": self.config, "inputs": fingerprints}
 
-    def finished(self) -> M | None:
+    def _finished(self) -> M | None:
         """Return the manifest if the directory is finished with this config and these inputs; None without a manifest.
 
         Raises:
@@ -74,8 +74,8 @@ class StageSpec(Generic[M]):
         )
         return done
 
-    def state(self) -> WorkState:
-        """Return the state of the directory.
+    def state(self) -> tuple[WorkState, M | None]:
+        """Return the state of the directory, and the manifest if it is finished.
 
         Raises:
             MismatchError: it was begun or finished with another config or other inputs.
@@ -83,10 +83,10 @@ class StageSpec(Generic[M]):
         """
         if self.path.exists() and not self.path.is_dir():
             raise ArtifactError(f"{self.path}: expected a directory for {self.kind.NOUN}, found a file.")
-        if self.finished() is not None:
-            return "finished"
+        if (done := self._finished()) is not None:
+            return "finished", done
         if _holds_nothing(self.path):
-            return "new"
+            return "new", None
         if not (self.path / PLAN_NAME).exists():
             raise ArtifactError(
                 f"{self.path}: expected an empty or new directory for {self.kind.NOUN}, found files that are not "
@@ -97,7 +97,7 @@ class StageSpec(Generic[M]):
             f"{self.kind.NOUN}, half made, that was begun",
             "Use the same recipe and options, or give another output directory.",
         )
-        return "begun"
+        return "begun", None
 
     def _require_equal(self, found: Json, noun: str, what_to_do: str) -> None:
         may_change = {key: value for key, value in self.config.items() if key in self.kind.MAY_CHANGE}
@@ -140,8 +140,7 @@ class WorkDir(Generic[M]):
         self._lock: Lock | None = None
         self.spec, self.path = spec, spec.path
         self._started = time.monotonic()
-        spec.state()
-        self.finished: M | None = spec.finished()
+        self.finished: M | None = spec.state()[1]
         if self.finished is None:
             make_directory(self.path)
             self._lock = Lock(self.path)
@@ -153,11 +152,11 @@ class WorkDir(Generic[M]):
 
     def _begin(self) -> None:
         # The previous owner of the lock may have begun or finished the work.
-        state = self.spec.state()
-        if state == "finished":
-            self.finished = self.spec.finished()
+        state, self.finished = self.spec.state()
+        if self.finished is not None:
             self.close()
-        elif state == "new":
+            return
+        if state == "new":
             write_json(self.path / PLAN_NAME, self.spec.plan)
         remove_partials(self.path)
 

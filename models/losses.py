@@ -216,7 +216,7 @@ def generator_loss(
         last_layer: weight that the adaptive weight is computed at.
         discriminator_weight: weight of the adversarial loss.
         discriminator_on: whether the adversarial loss counts at this step.
-        count: number of images of the whole batch, of which x and r are the local slice.
+        count: number of images of the whole batch; x and r hold the images of this process.
         total: sums over the processes.
     """
     count = count or len(x)

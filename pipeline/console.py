@@ -46,7 +46,7 @@ class ConsoleProgress:
             self._bars.stop()
 
     def begin(self, task: str, total: int, done: int = 0) -> None:
-        """Start a task of `total` items, of which `done` were done before."""
+        """Start a task of `total` items. An earlier run finished `done` of them."""
         again = task == self._name
         self._name, self._total, self._done, self._last = task, total, done, time.monotonic()
         self._began_at, self._began_done, self._note = self._last, done, ""

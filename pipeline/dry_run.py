@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import MismatchError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME
@@ -41,8 +42,7 @@ def dry_run(recipe: Recipe, workdir: Location, options: RunOptions) -> list[DryR
         UsageError: no image folder is given, or it holds no images.
         ArtifactError: a damaged manifest.
     """
-    source = options.source or recipe.source
-    if source == DEMO_SOURCE and not source_folder(source, workdir).exists():
+    if recipe.source == DEMO_SOURCE and not source_folder(recipe.source, workdir).exists():
         rows = [DryRunRow(STAGES[0], "run", "not started; the demo's photographs are written first")]
     else:
         rows = []
@@ -57,11 +57,11 @@ def dry_run(recipe: Recipe, workdir: Location, options: RunOptions) -> list[DryR
 def _specs(recipe: Recipe, workdir: Location, options: RunOptions) -> Iterator[StageSpec[Any]]:
     """Yield the spec of each stage. Its inputs must be finished before it is taken."""
     tars, encoder, cache, model, evaluation = (workdir / name for name in STAGES)
-    images = source_folder(options.source or recipe.source, workdir)
+    images = source_folder(recipe.source, workdir)
     yield shard_spec(images, scan(images)[1], tars, recipe.shard)
     shards = ShardSet.open(tars)
     yield autoencoder_spec(shards, encoder, recipe.autoencoder)
-    yield cache_spec(shards, encoder, cache, recipe.extract)
+    yield cache_spec(shards, AutoencoderManifest.read(encoder).as_input(encoder), cache, recipe.extract)
     yield diffusion_spec(FeatureCache(cache), model, recipe.diffusion)
     reference = shard_reference(shards)
     yield EvaluationPlan.resolve(model, encoder, reference, evaluation, recipe.evaluation, guide=options.guide).spec
@@ -70,7 +70,7 @@ def _specs(recipe: Recipe, workdir: Location, options: RunOptions) -> Iterator[S
 def _row(spec: StageSpec[Any]) -> DryRunRow:
     name = spec.path.name
     try:
-        state = spec.state()
+        state, _ = spec.state()
     except MismatchError as error:
         return DryRunRow(name, "refuse", str(error))
     if state == "finished":

@@ -39,7 +39,6 @@ class RunOptions:
     """Options of `svgpipe run` that are not part of the recipe.
 
     Attributes:
-        source: image folder; None: the recipe's.
         resources: workers that extract and sample.
         trainers: training workers; None: train in this process.
         address: Ray cluster; None: this machine, with Ray only if needed.
@@ -52,7 +51,6 @@ class RunOptions:
         png: also write the samples as .png files.
     """
 
-    source: str | None = None
     resources: Resources = field(default_factory=Resources)
     trainers: Resources | None = None
     address: str | None = None
@@ -75,7 +73,7 @@ def run_recipe(recipe: Recipe, workdir: Location, options: RunOptions, progress:
         UsageError: no image folder is given.
         SvgpipeError: a stage failed.
     """
-    images = _write_demo_source(options.source or recipe.source, workdir)
+    images = _write_demo_source(recipe.source, workdir)
     tars, encoder, cache, model, evaluation = (workdir / name for name in STAGES)
     _stage(tars, progress, lambda: shard(images, tars, recipe.shard, progress=progress))
     shards = ShardSet.open(tars)

@@ -78,8 +78,9 @@ def run(
         overrides, holdout=holdout, store_dtype=store_dtype, steps=steps, guidance=guidance, ema=ema
     )
     loaded = load_recipe(recipe, changed)
+    if source is not None:
+        loaded = loaded.model_copy(update={"source": source})
     options = RunOptions(
-        source=source,
         resources=resources_of(workers, cpus_per_worker, gpus_per_worker),
         trainers=None if train_workers is None else resources_of(train_workers, cpus_per_worker, gpus_per_worker),
         address=address,

@@ -68,6 +68,7 @@ def test_a_map_names_its_classes() -> None:
     drawn = scatter("map", [(0, 0), (1, 1), (5, 5), (6, 6)], ["cat", "cat", "dog & co", "dog & co"])
     assert "cat" in texts(drawn) and "dog &amp; co" in texts(drawn)
     assert all(f"fill: var(--series-{number})" in drawn.svg for number in (1, 2))
+    assert not re.search(r"<text[^>]*--series", drawn.svg)  # text has the ink's contrast
 
 
 def test_the_pdf_lies_beside_the_page(tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_charts_have_the_colours_of_the_light_page() -> None:
 
 @pytest.mark.parametrize("theme", themes(), ids=["light", "dark"])
 def test_pages_can_be_read_by_all(theme: dict[str, str]) -> None:
-    """Text has the contrast that WCAG AA asks for (4.5), graphics have 3; the colours of lines differ for everybody."""
+    """Text and graphics have the contrast of WCAG AA: 4.5 and 3. Everybody can tell the colours of lines apart."""
     paper, series = theme["paper"], [colour for name, colour in theme.items() if name.startswith("series")]
     assert min(contrast(theme[name], paper) for name in ("ink", "soft", "mark")) >= 4.5
     assert min(contrast(colour, paper) for colour in (*series, theme["graph"], theme["level"])) >= 3

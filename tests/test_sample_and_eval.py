@@ -271,6 +271,9 @@ def test_the_overview_has_a_row_per_set_and_a_column_per_class(finished: Finishe
         RealSets.of(shard_reference(finished.shards), finished.recipe.evaluation, report.image_size),
     )
     assert [row.label for row in found] == rows and all(len(row.images) == classes for row in found)
+    real, reconstructed = (np.stack(row.images) / 255 for row in found[:2])
+    errors = np.square(real[:, None] - reconstructed).mean((2, 3, 4))
+    assert errors.argmin(1).tolist() == list(range(classes))  # each is below its original
     for number, row in enumerate(found):
         for column, pixels in enumerate(row.images):
             left = overview.LABEL_WIDTH + column * step

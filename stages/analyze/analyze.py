@@ -55,9 +55,7 @@ class CacheAnalysis(FrozenModel):
     num_images: int
     distances: list[Distances]
     agreement: list[Agreement] = Field(description="Whole latents, at times from noise (0) to data (1).")
-    mean_parted: Estimate | None = Field(
-        description="Mean of `parted` over the times, most of which are near the noise."
-    )
+    mean_parted: Estimate | None = Field(description="Mean of `parted` over the times. Most times are near the noise.")
     map: list[MappedImage] = Field(description="t-SNE of pooled, standardised features.")
     straightness: Straightness | None
     not_measured: list[str]

@@ -92,21 +92,14 @@ def probe(
     """
     progress = progress or Silent()
     tested, training, test = _rows_of(cache, validation, rows)
-    device, classes = pick_device(), len(cache.classes)
-
-    def labels(source: FeatureCache, chosen: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(source.labels[chosen].astype(np.int64)).to(device)
-
-    def features(source: FeatureCache, chosen: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(pooled(source, chosen.tolist(), progress)).to(device)
-
-    y, y_test = labels(cache, training), labels(tested, test)
+    classes = len(cache.classes)
+    y, y_test = _labels(cache, training), _labels(tested, test)
     if len(y.unique()) < 2 or not len(test):
         raise ArtifactError(
             f"{cache.path}: expected training rows of at least two classes and a test row, "
             f"found {len(y.unique())} classes and {len(test)} test rows."
         )
-    x, x_test = features(cache, training), features(tested, test)
+    x, x_test = _features(cache, training, progress), _features(tested, test, progress)
     mean, std = x.mean(0), spread(x)
     x, x_test = (x - mean) / std, (x_test - mean) / std
     groups = channel_groups(cache)
@@ -126,6 +119,14 @@ def probe(
         most_frequent=_accuracy(torch.full_like(y_test, int(y.bincount().argmax())), y_test),
         groups=results,
     )
+
+
+def _labels(cache: FeatureCache, rows: NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(cache.labels[rows].astype(np.int64)).to(pick_device())
+
+
+def _features(cache: FeatureCache, rows: NDArray[np.int64], progress: Progress) -> Tensor:
+    return torch.from_numpy(pooled(cache, rows.tolist(), progress)).to(pick_device())
 
 
 def _rows_of(

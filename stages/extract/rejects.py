@@ -28,7 +28,7 @@ class TooManyRejectsError(SvgpipeError):
 
 
 class RejectTally:
-    """Counts rejects of a run over `total` rows, of which the fraction `limit` may be rejected."""
+    """Counts the rejects of a run. At most the fraction `limit` of its `total` rows may be rejected."""
 
     def __init__(self, total: int, limit: float) -> None:
         self.total, self.limit = total, limit

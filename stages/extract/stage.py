@@ -21,6 +21,7 @@ from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.manifest import InputRef
 from svgpipe.manifests.recipe import ExtractSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.store_spec import StoreSpec
@@ -75,7 +76,7 @@ def extract(
         ArtifactError: a damaged input, or a feature that is not finite.
     """
     encoder = AutoencoderManifest.read(autoencoder)
-    with WorkDir(cache_spec(shards, autoencoder, out, config)) as work:
+    with WorkDir(cache_spec(shards, encoder.as_input(autoencoder), out, config)) as work:
         require_same_alignment(autoencoder, out)
         if work.finished is not None:
             return work.finished
@@ -86,15 +87,10 @@ def extract(
 
 
 def cache_spec(
-    shards: ShardSet, autoencoder: Location, out: Location, config: ExtractSection
+    shards: ShardSet, autoencoder: InputRef, out: Location, config: ExtractSection
 ) -> StageSpec[CacheManifest]:
-    """Return what `extract` is asked to make.
-
-    Raises:
-        ArtifactError: the autoencoder is not finished.
-    """
-    encoder = AutoencoderManifest.read(autoencoder)
-    inputs = {"shards": shards.as_input(), "autoencoder": encoder.as_input(autoencoder)}
+    """Return what `extract` is asked to make."""
+    inputs = {"shards": shards.as_input(), "autoencoder": autoencoder}
     return StageSpec(out, CacheManifest, config.model_dump(mode="json"), inputs)
 
 

@@ -18,7 +18,7 @@ class Progress(Protocol):
     """Receives the progress of a stage."""
 
     def begin(self, task: str, total: int, done: int = 0) -> None:
-        """Start a task of `total` items, of which `done` were finished by an earlier run."""
+        """Start a task of `total` items. An earlier run finished `done` of them."""
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count finished items; `note` is a short text next to the bar."""

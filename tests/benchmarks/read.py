@@ -5,8 +5,8 @@
 16x16x392 float16 rows, 200,704 bytes each, in outer shards of 256, with a warm page cache. The others:
 
 - numpy memmap gather: the limit, without checksums and chunks;
-- safetensors, reopened for every row, reading latent and label and collated by torch, like LightningDiT's latent loader
-  (its files are float32 and hold 10,000 rows; here float16 and 256, which is faster);
+- safetensors as in LightningDiT's latent loader: it opens the file for every row, reads latent and label, and torch
+  collates the rows (its files hold 10,000 rows in float32; here they hold 256 in float16, which is faster to read);
 - zarr-python's orthogonal indexing on the same store.
 
 All are measured in turns within one run, so that noise affects all of them. Medians; the last line is JSON.
