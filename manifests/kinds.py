@@ -37,10 +37,10 @@ def read_any(path: Location) -> Manifest:
 
 
 def artifacts_below(path: Location) -> list[Location]:
-    """Return `path` if it is an artifact, finished or not; otherwise the artifacts in it.
+    """Return `path` if it is an artifact, finished or not; otherwise the artifacts in it, in the order of the stages.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: there is none, or a manifest is damaged.
     """
     if not path.exists():
         raise ArtifactError(f"{path}: expected an svgpipe artifact, found no such directory.")
@@ -48,4 +48,11 @@ def artifacts_below(path: Location) -> list[Location]:
     artifacts = [p for p in candidates if (p / MANIFEST_NAME).exists() or (p / PLAN_NAME).exists()]
     if not artifacts:
         raise ArtifactError(f"{path}: expected an svgpipe artifact, found neither {MANIFEST_NAME} nor {PLAN_NAME}.")
-    return [path] if artifacts[0] == path else artifacts
+    return [path] if artifacts[0] == path else sorted(artifacts, key=_order)
+
+
+def _order(path: Location) -> int:
+    """Return the position of an artifact's stage; unknown kinds come last."""
+    name = MANIFEST_NAME if (path / MANIFEST_NAME).exists() else PLAN_NAME
+    kind = str(read_json(path / name).get("kind"))
+    return list(KINDS).index(kind) if kind in KINDS else len(KINDS)

@@ -22,6 +22,7 @@ class ProgressEntry:
 
     task: str
     total: int
+    unit: str  # what is counted, in the plural
     done: int
     began_at: float
     began_done: int  # done by earlier runs

@@ -22,7 +22,7 @@ class ConsoleProgress:
         self._bars: RichProgress | None = None
         self._task: TaskID | None = None
         self._name, self._total, self._done, self._last = "", 0, 0, 0.0
-        self._began_at, self._began_done, self._note = 0.0, 0, ""
+        self._unit, self._began_at, self._began_done, self._note = "", 0.0, 0, ""
 
     def __enter__(self) -> ConsoleProgress:
         if self.console.is_terminal:
@@ -30,6 +30,7 @@ class ConsoleProgress:
                 TextColumn("{task.description:<18}"),
                 BarColumn(),
                 MofNCompleteColumn(),
+                TextColumn("{task.fields[unit]}"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
@@ -45,18 +46,18 @@ class ConsoleProgress:
         if self._bars is not None:
             self._bars.stop()
 
-    def begin(self, task: str, total: int, done: int = 0) -> None:
-        """Start a task of `total` items. An earlier run finished `done` of them."""
+    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
+        """Start a task of `total` items, in the plural `unit`. An earlier run finished `done` of them."""
         again = task == self._name
         self._name, self._total, self._done, self._last = task, total, done, time.monotonic()
-        self._began_at, self._began_done, self._note = self._last, done, ""
+        self._unit, self._began_at, self._began_done, self._note = unit, self._last, done, ""
         if self._bars is not None and self._task is not None and again:
             self._bars.reset(self._task, total=total, completed=done)  # training went back to a checkpoint
         elif self._bars is not None:
-            self._task = self._bars.add_task(task, total=total, completed=done, note="")
+            self._task = self._bars.add_task(task, total=total, completed=done, unit=unit, note="")
         else:
             resumed = f" ({done} done before)" if done else ""
-            self.console.print(f"{task}: {total}{resumed}")
+            self.console.print(f"{task}: {total} {unit}{resumed}")
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count finished items, and show a short note."""
@@ -68,7 +69,9 @@ class ConsoleProgress:
                 self._bars.update(self._task, note=note)
         elif self._done >= self._total or time.monotonic() - self._last > LINE_EVERY_S:
             self._last = time.monotonic()
-            self.console.print(f"{self._name}: {self._done}/{self._total}  {self._note}{self._left()}".rstrip())
+            self.console.print(
+                f"{self._name}: {self._done}/{self._total} {self._unit}  {self._note}{self._left()}".rstrip()
+            )
 
     def _left(self) -> str:
         """Return the remaining time at the current pace."""

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from svgpipe.manifests.filesystem import Location
-from svgpipe.manifests.kinds import KINDS, artifacts_below, read_any
+from svgpipe.manifests.kinds import artifacts_below, read_any
 from svgpipe.manifests.lock import describe, owner_of
 from svgpipe.manifests.manifest import MANIFEST_NAME, Json, read_plan
 from svgpipe.manifests.metrics_file import METRICS_NAME, read_metrics
@@ -37,9 +37,7 @@ def status(path: Location) -> list[Json]:
     Raises:
         ArtifactError: there is no artifact, or one is damaged.
     """
-    entries = [_entry(place) for place in artifacts_below(path)]
-    order = list(KINDS)
-    return sorted(entries, key=lambda entry: order.index(entry["kind"]) if entry["kind"] in order else len(order))
+    return [_entry(place) for place in artifacts_below(path)]
 
 
 def _entry(path: Location) -> Json:
@@ -116,7 +114,7 @@ def _row(entry: Json) -> list[Any]:
         return [entry["name"], state, "", "", ""]
     bar = ProgressBar(total=max(1, progress["total"]), completed=progress["done"], width=12)
     left = progress["seconds_left"] if entry["state"] == "running" else None
-    words = f"{progress['task']} {progress['done']}/{progress['total']}"
+    words = f"{progress['task']} {progress['done']}/{progress['total']} {progress['unit']}"
     if progress["per_second"] is not None and entry["state"] == "running":
         words += f", {_number(progress['per_second'])}/s"
     return [entry["name"], state, words, bar, "" if left is None else _duration(left)]

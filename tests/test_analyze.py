@@ -24,7 +24,7 @@ from svgpipe.stages.analyze.velocity_agreement import _groups, _points, velocity
 from .conftest import Finished, Outcome
 
 
-def test_the_empirical_velocity_is_the_mean_of_what_could_have_led_there() -> None:
+def test_the_empirical_velocity_is_the_posterior_mean() -> None:
     data = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     z, t = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)), 0.4
     found = empirical_velocity(z, t, data)
@@ -53,7 +53,7 @@ def _blobs(apart: float, labels: Tensor, dims: int = 32) -> Tensor:
     return centres[labels] + torch.randn(len(labels), dims, generator=generator)
 
 
-def test_velocity_fields_part_where_classes_do() -> None:
+def test_velocity_fields_differ_between_classes() -> None:
     labels = torch.arange(90) % 3
     mixed, separate = (velocity_agreement(_blobs(apart, labels), labels, 20, 0) for apart in (0.0, 2.0))
     assert 0.85 < mixed.mean_parted.value < 1.15 and separate.mean_parted.value > 2
@@ -62,7 +62,7 @@ def test_velocity_fields_part_where_classes_do() -> None:
         assert found.within.value > found.between.value
 
 
-def test_a_class_far_smaller_than_the_others_does_not_make_their_fields_small() -> None:
+def test_small_classes_are_left_out_of_velocity_agreement() -> None:
     labels = torch.cat([torch.arange(90) % 3, torch.full((3,), 3)])
     found = velocity_agreement(_blobs(2.0, labels), labels, 20, 0)
     assert found.left_out == [3] and found.mean_parted.num_images == 3 * stage.POINTS_PER_CLASS
@@ -70,7 +70,7 @@ def test_a_class_far_smaller_than_the_others_does_not_make_their_fields_small() 
     assert without.left_out == [] and without.mean_parted == found.mean_parted
 
 
-def test_how_many_images_make_up_a_field() -> None:
+def test_effective_number_of_images_behind_a_field() -> None:
     """Near the noise all of half a class, near the data a single one; earlier in more dimensions."""
     labels = torch.arange(90) % 3
     few, many = (velocity_agreement(_blobs(0.5, labels, dims), labels, 20, 0).at_times for dims in (8, 4096))
@@ -82,7 +82,7 @@ def test_how_many_images_make_up_a_field() -> None:
     assert few[middle].rows.value > 0.9 * half and many[middle].rows.value < 2
 
 
-def test_how_far_fields_part_has_an_interval_over_the_points() -> None:
+def test_velocity_agreement_has_an_interval_over_the_points() -> None:
     """The ratio of two means is resampled as a whole, at all times jointly."""
     labels = torch.arange(90) % 3
     found = velocity_agreement(_blobs(0.7, labels), labels, 200, 0)
@@ -98,7 +98,7 @@ def test_how_far_fields_part_has_an_interval_over_the_points() -> None:
     assert without.low is None and without.value == pytest.approx(mean.value)
 
 
-def test_of_many_classes_some_fields_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_velocity_agreement_of_many_classes_uses_some(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.arange(240) % 8
     latents = _blobs(1.0, labels)
     whole = velocity_agreement(latents, labels, 20, 0)
@@ -117,7 +117,7 @@ def test_of_many_classes_some_fields_are_enough(monkeypatch: pytest.MonkeyPatch)
         assert a.between.value == pytest.approx(b.between.value, abs=0.15) and a.between != b.between
 
 
-def test_class_distances_where_classes_do_not_matter_and_where_they_do() -> None:
+def test_class_distances_of_separate_and_of_mixed_classes() -> None:
     labels = torch.arange(60) % 3
     mixed = class_distances("all", _blobs(0.0, labels), labels, 50, 0)
     assert mixed.ratio.low is not None and mixed.ratio.high is not None
@@ -202,7 +202,7 @@ def test_a_model_of_another_cache_is_refused(
     assert useless.code == 2 and "no --diffusion" in useless.err
 
 
-def test_images_that_do_not_differ_have_no_ratio_and_duplicates_do_no_harm() -> None:
+def test_class_distances_of_equal_images_and_of_duplicates() -> None:
     labels = torch.tensor([0, 0, 1, 1])
     with pytest.raises(ValueError, match="are all equal"):
         class_distances("residual", torch.eye(2)[labels], labels, 20, 0)
@@ -211,7 +211,7 @@ def test_images_that_do_not_differ_have_no_ratio_and_duplicates_do_no_harm() -> 
     assert found.ratio.low is not None and found.ratio.low <= found.ratio.value
 
 
-def test_velocity_agreement_is_that_of_every_pair_of_classes() -> None:
+def test_velocity_agreement_covers_every_pair_of_classes() -> None:
     latents = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(24) % 3
     groups = _groups(labels, 0)

@@ -69,7 +69,7 @@ def test_reads_equal_numpy_indexing(
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_data_loader_workers_read_after_the_parent_did(finished: Finished, method: str) -> None:
+def test_data_loader_workers_read_after_the_parent(finished: Finished, method: str) -> None:
     """A forked child must not use handles and threads of the parent; a hang is a failure."""
     cache = finished.cache
     expected = cache.read(range(len(cache)))
@@ -142,7 +142,7 @@ def test_writes_of_another_shape_are_refused(written: tuple[FeatureStore, np.nda
         store.write_unit(0, values[:4].astype(np.float32))
 
 
-def test_a_missing_shard_is_an_error_and_not_zeros(written: tuple[FeatureStore, np.ndarray], tmp_path: Path) -> None:
+def test_a_missing_shard_is_an_error_not_zeros(written: tuple[FeatureStore, np.ndarray], tmp_path: Path) -> None:
     store, values = written
     copy = tmp_path / "copy"
     shutil.copytree(str(store.path), copy)
@@ -224,7 +224,7 @@ def test_a_cache_survives_pickling(finished: Finished) -> None:
     np.testing.assert_array_equal(again.read([1]), cache.read([1]))
 
 
-def test_stores_that_are_not_there_or_not_the_manifests(finished: Finished, tmp_path: Path) -> None:
+def test_missing_stores_and_stores_of_another_cache(finished: Finished, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="expected a feature cache, found no such directory"):
         FeatureCache(tmp_path / "none")
     with pytest.raises(ArtifactError, match="expected a feature cache"):

@@ -32,7 +32,7 @@ def small(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_requantize_tells_what_it_costs(finished: Finished, small: Path) -> None:
+def test_requantize_reports_the_quantization_error(finished: Finished, small: Path) -> None:
     cache, other = finished.cache, FeatureCache(small)
     cost = json.loads((small / "cost.json").read_text())
     assert cost["bytes_ratio"] == other.manifest.num_bytes / cache.manifest.num_bytes < 0.5
@@ -52,7 +52,7 @@ def test_requantize_tells_what_it_costs(finished: Finished, small: Path) -> None
         np.testing.assert_array_equal(other.store.array(name), cache.store.array(name))
 
 
-def test_a_small_cache_is_as_good_as_any_other(
+def test_a_cache_smaller_than_a_batch_trains(
     finished: Finished, small: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     assert svgpipe("verify", small, "--deep").code == 0
@@ -82,7 +82,7 @@ def test_a_small_cache_is_as_good_as_any_other(
     assert "not one of" in wrong.err
 
 
-def test_a_cost_without_any_noise_can_be_written(small: Path) -> None:
+def test_a_quantization_without_error_can_be_written(small: Path) -> None:
     cache = FeatureCache(small)
     cost = measure_cost(cache, cache, autoencoder=None, diffusion=None)
     assert cost.backbone_snr is None
@@ -172,7 +172,7 @@ def test_the_page_holds_everything_in_itself(
     assert svgpipe("inspect", finished.root / "shards", "--html", page).code == 1
 
 
-def test_another_autoencoder_at_the_same_place_decodes_nothing(finished: Finished, tmp_path: Path) -> None:
+def test_an_autoencoder_replaced_at_the_same_path_is_refused(finished: Finished, tmp_path: Path) -> None:
     """Its pictures would be taken for those of the cache's own autoencoder."""
     for other, words in (("diffusion", "expected an autoencoder"), ("elsewhere", "no such directory")):
         moved = tmp_path / other
@@ -194,7 +194,7 @@ def test_another_autoencoder_at_the_same_place_decodes_nothing(finished: Finishe
     assert "was made with autoencoder" in sheet.missing[0]
 
 
-def test_distributions_are_of_more_than_what_is_shown(finished: Finished) -> None:
+def test_histograms_use_more_rows_than_the_sheet_shows(finished: Finished) -> None:
     sheet = contact_sheet(finished.cache, 3)
     assert len(sheet.rows) == 3
     assert sheet.histogram_rows == 36
@@ -220,9 +220,13 @@ def test_statistics_name_the_channels_that_are_off(finished: Finished, tmp_path:
     (warning,) = CacheStatistics.of(cache).warnings
     assert "2 of 116 channels" in warning
     assert warning.index("backbone 7 (mean +0.200") < warning.index("residual 3 (mean +0.000, std 0.900)")
+    assert "Calibrate over more images" in warning
+    config = {**cache.manifest.config, "calibration_images": cache.manifest.num_valid - cache.manifest.num_heldout}
+    cache.manifest = cache.manifest.model_copy(update={"config": config})
+    assert "used all training images" in CacheStatistics.of(cache).warnings[0]
 
 
-def test_stored_statistics_are_those_of_everything_written(finished: Finished) -> None:
+def test_stored_statistics_cover_all_valid_rows(finished: Finished) -> None:
     cache = finished.cache
     rows = np.flatnonzero(cache.valid)
     values = np.concatenate([cache.read(rows, view) for view in cache.views]).reshape(-1, 116).astype(np.float64)

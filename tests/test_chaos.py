@@ -70,7 +70,7 @@ def ray_workers(session: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_worker_then_the_driver_of_a_run_on_ray_are_killed(
+def test_extraction_on_ray_survives_a_killed_worker_and_a_killed_driver(
     finished: Finished, undisturbed: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     """The run continues without the worker. One process without Ray finishes what the driver leaves."""

@@ -44,7 +44,7 @@ def test_the_same_chart_is_drawn_in_the_same_bytes() -> None:
     assert curve("loss", [1, 2, 3], [3.0, 2.0, 1.0], "step") == curve("loss", [1, 2, 3], [3.0, 2.0, 1.0], "step")
 
 
-def test_names_of_levels_do_not_lie_on_each_other() -> None:
+def test_labels_of_horizontal_lines_do_not_overlap() -> None:
     """The ceiling is far above two levels that are close together, as for a good model."""
     levels = {"decoded noise": 400.0, "held-out real": 1.75, "reconstructions": 1.76}
     series = {"guidance 1": estimates(69.38, 12.26, 9.39)}
@@ -57,7 +57,7 @@ def test_names_of_levels_do_not_lie_on_each_other() -> None:
 
 
 @pytest.mark.parametrize("values", [(0.0, 0.0), (-3.0, -1.0), (1e-6, 1e9)])
-def test_any_numbers_can_be_drawn(values: tuple[float, float]) -> None:
+def test_charts_draw_any_numbers(values: tuple[float, float]) -> None:
     plain = [Estimate(value=value, num_images=9) for value in values]
     for joined in (True, False):
         assert "a" in texts(LineChart("t", "x", "y", ["p", "q"], {"a": plain}, {}, joined=joined).render())

@@ -24,7 +24,7 @@ STAGES = ("shards", "autoencoder", "cache", "diffusion", "evaluation")
 STAGE_COMMANDS = ("shard", "train-autoencoder", "extract", "train-diffusion", "sample-and-eval")
 
 
-def test_run_again_skips_everything(finished: Finished, photographs: Path, svgpipe: Callable[..., Outcome]) -> None:
+def test_a_second_run_skips_all_stages(finished: Finished, photographs: Path, svgpipe: Callable[..., Outcome]) -> None:
     before = {stage: (finished.root / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
     found = svgpipe("run", finished.recipe_file, "--workdir", finished.root, "--source", photographs)
     assert found.code == 0, found.err
@@ -49,7 +49,7 @@ def test_run_without_a_source(finished: Finished, tmp_path: Path, svgpipe: Calla
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_inspect_tells_every_artifacts_story(finished: Finished, svgpipe: Callable[..., Outcome], stage: str) -> None:
+def test_inspect_prints_every_artifact(finished: Finished, svgpipe: Callable[..., Outcome], stage: str) -> None:
     found = svgpipe("inspect", finished.root / stage)
     assert found.code == 0, found.err
     assert len(found.out.splitlines()) < 40
@@ -59,11 +59,11 @@ def test_inspect_tells_every_artifacts_story(finished: Finished, svgpipe: Callab
     assert as_json["facts"]
 
 
-def test_inspect_of_a_working_directory_and_of_nothing(
+def test_inspect_of_a_working_directory_and_of_an_empty_one(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     everything = json.loads(svgpipe("inspect", finished.root, "--json").out)
-    assert {Path(a["path"]).name for a in everything["artifacts"]} == set(STAGES)
+    assert [Path(a["path"]).name for a in everything["artifacts"]] == list(STAGES)
     found = svgpipe("inspect", tmp_path)
     assert found.code == 1
     assert "expected an svgpipe artifact" in found.err
@@ -90,7 +90,9 @@ def test_inspect_of_altered_work(finished: Finished, tmp_path: Path, svgpipe: Ca
     assert "altered after it was written" in found.err
 
 
-def test_a_manifest_of_a_newer_schema(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+def test_a_manifest_of_a_newer_schema_is_refused(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
     shutil.copytree(finished.root / "cache", tmp_path / "cache")
     path = tmp_path / "cache" / "manifest.json"
     path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))

@@ -46,7 +46,7 @@ def encoders() -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_node_and_an_encoder_are_killed_in_mid_run(
+def test_extraction_survives_a_killed_node_and_a_killed_worker(
     finished: Finished, undisturbed: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
     out, log = begin_calibrated(undisturbed, tmp_path / "cache"), tmp_path / "log"

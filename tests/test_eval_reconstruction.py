@@ -55,7 +55,7 @@ def heldout_pixels(finished: Finished) -> RGBArray:
     return load_images(shards, [int(row) for row in rows], 32)
 
 
-def test_the_images_are_those_of_the_autoencoder_on_and_off(evaluated: Path, finished: Finished) -> None:
+def test_both_reconstructions_equal_the_autoencoders(evaluated: Path, finished: Finished) -> None:
     model, _ = load_autoencoder(finished.root / "autoencoder")
     pixels = heldout_pixels(finished)
     for name, residual in (("reconstructions", True), ("without-residual", False)):
@@ -66,7 +66,7 @@ def test_the_images_are_those_of_the_autoencoder_on_and_off(evaluated: Path, fin
         assert np.abs(stored.astype(int) - expected.astype(int)).max() <= 1
 
 
-def test_off_means_the_mask_token_and_nothing_else(finished: Finished) -> None:
+def test_residual_off_replaces_the_residual_by_the_mask_token(finished: Finished) -> None:
     model, _ = load_autoencoder(finished.root / "autoencoder")
     images = as_unit_range(heldout_pixels(finished)[:2])
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_off_means_the_mask_token_and_nothing_else(finished: Finished) -> None:
     assert not torch.allclose(on[:, frozen:], off[:, frozen:])
 
 
-def test_the_figures_are_scikit_images_and_name_their_number(evaluated: Path, finished: Finished) -> None:
+def test_reconstruction_metrics_equal_scikit_image_and_count_their_images(evaluated: Path, finished: Finished) -> None:
     report = ReconstructionReport.read(evaluated)
     pixels = heldout_pixels(finished)
     assert [r.name for r in report.results] == ["reconstructions", "without-residual"]
@@ -126,7 +126,7 @@ def test_lpips_of_given_weights_is_measured(
     assert "LPIPS" in (out / "report.html").read_text()
 
 
-def test_other_batches_and_units_give_the_same(
+def test_batch_and_unit_sizes_do_not_change_results(
     evaluated: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     out = tmp_path / "other"
@@ -161,7 +161,7 @@ def test_an_autoencoder_without_residual_branch_is_off(
     assert any("this autoencoder has none" in reason for reason in report.not_measured)
 
 
-def test_columns_are_filled_from_the_classes_that_there_are() -> None:
+def test_overview_columns_use_the_classes_present() -> None:
     labels = np.array([0, 0, 0, 1, 1, 2])
     assert _spread_over_classes(labels, 8) == [0, 1, 2, 3, 4, 5]
     assert _spread_over_classes(labels, 4) == [0, 1, 3, 5]  # one of each, then more of the first
@@ -169,7 +169,7 @@ def test_columns_are_filled_from_the_classes_that_there_are() -> None:
     assert _spread_over_classes(np.zeros(20, np.int64), 8) == list(range(8))
 
 
-def test_what_was_decoded_and_measured_is_not_done_again(
+def test_decoded_and_measured_images_are_reused(
     evaluated: Path,
     finished: Finished,
     svgpipe: Callable[..., Outcome],
@@ -198,7 +198,7 @@ def test_what_was_decoded_and_measured_is_not_done_again(
     assert (out / "report.json").read_bytes() == (evaluated / "report.json").read_bytes()
 
 
-def test_again_it_is_found_and_verified_and_inspected(
+def test_a_second_run_finds_the_reconstruction_finished_and_it_verifies(
     evaluated: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     before = (evaluated / "report.json").read_bytes()
@@ -218,7 +218,7 @@ def test_again_it_is_found_and_verified_and_inspected(
     assert damaged.code == 1 and tar.name in damaged.out
 
 
-def test_what_cannot_be_evaluated_is_refused(
+def test_invalid_evaluations_are_refused(
     finished: Finished, photographs: Path, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     recipe = ("--recipe", finished.recipe_file)

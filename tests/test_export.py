@@ -59,7 +59,7 @@ def test_export_of_a_run_in_progress_and_of_one_checkpoint(
     assert "expected one of ema, ema-0.9, ema-0.5, raw" in unknown.err
 
 
-def test_a_killed_export_is_done_again(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+def test_a_killed_export_can_be_repeated(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     whole, left = tmp_path / "whole", tmp_path / "left"
     assert svgpipe("export", finished.root / "diffusion", "--out", whole).code == 0
     left.mkdir()

@@ -25,7 +25,7 @@ from .commands import Command
 from .conftest import SMALL_UNITS, STORE, Finished, Outcome, extract_args, tree_bytes, units_done
 
 
-def test_features_are_what_the_autoencoder_gives(finished: Finished) -> None:
+def test_cached_features_equal_the_autoencoders_latents(finished: Finished) -> None:
     """The slow reference: one image at a time, no Ray, no batches, no units."""
     cache, shards = finished.cache, finished.shards
     model, _ = load_autoencoder(finished.root / "autoencoder")
@@ -94,7 +94,7 @@ def test_damaged_images_keep_their_row_and_are_counted(
     np.testing.assert_allclose(a, b, rtol=5e-3, atol=5e-2)
 
 
-def test_a_record_that_outlived_its_shard_is_not_believed(
+def test_a_journal_record_without_its_shard_is_a_missing_unit(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     """After a partial restore or a manual clean-up, the journal lists other files than there are."""
@@ -150,7 +150,7 @@ def test_another_config_is_refused(
     assert tree_bytes(finished.root / "cache", "**/*") == before
 
 
-def test_inputs_that_are_not_there(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+def test_missing_inputs_are_reported(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     arguments = extract_args(finished, tmp_path / "out")
     arguments[4] = tmp_path / "none"
     found = svgpipe(*arguments)
@@ -171,7 +171,7 @@ def test_a_tar_cut_short_is_named(finished: Finished, tmp_path: Path, svgpipe: C
 
 
 @pytest.mark.slow
-def test_more_workers_than_the_machine_has_is_refused_and_does_not_hang(
+def test_too_many_workers_are_refused(
     finished: Finished, ray_session: None, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     found = svgpipe(*extract_args(finished, tmp_path / "out", "--workers", 99, "--cpus-per-worker", 1))

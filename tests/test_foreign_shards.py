@@ -144,7 +144,7 @@ def test_every_image_member_is_accounted_for(foreign: Path, tmp_path: Path, svgp
     assert "16 inputs = 7 usable + 9 rejected" in deep.out  # 9.jpg is out, label 7 is a class where none are named
 
 
-def test_they_are_extracted_like_our_own(
+def test_indexed_tars_are_extracted_like_sharded_ones(
     finished: Finished, foreign: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     pattern = f"{foreign}/train-{{0..1}}.tar"
@@ -182,7 +182,7 @@ def test_they_are_extracted_like_our_own(
         (b"#!/bin/sh\n" * 200, "expected a tar, found 2000 bytes of something else"),
     ],
 )
-def test_what_is_no_plain_tar_is_refused_with_the_reason(
+def test_files_other_than_plain_tars_are_refused(
     tmp_path: Path, svgpipe: Callable[..., Outcome], content: bytes, words: str
 ) -> None:
     (tmp_path / "a.tar").write_bytes(content)
@@ -192,7 +192,7 @@ def test_what_is_no_plain_tar_is_refused_with_the_reason(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_read_of_a_tar_is_accounted_for(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+def test_unreadable_parts_of_a_tar_are_counted(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     """tarfile silently ends at all of these."""
     members = [(f"{i}.png", image("PNG", i)) for i in range(3)]
     labels = [(f"{i}.cls", b"0") for i in range(3)]
@@ -245,7 +245,9 @@ def test_an_absurd_label_is_a_reject(tmp_path: Path, svgpipe: Callable[..., Outc
 @pytest.mark.parametrize(
     ("name", "words"), [("", "found a folder. Give its tars"), ("*.tar", "'*' is not expanded here")]
 )
-def test_what_names_no_tar_is_told_how(tmp_path: Path, svgpipe: Callable[..., Outcome], name: str, words: str) -> None:
+def test_patterns_without_a_tar_are_explained(
+    tmp_path: Path, svgpipe: Callable[..., Outcome], name: str, words: str
+) -> None:
     found = svgpipe("index", tmp_path / name, "--out", tmp_path / "out")
     assert found.code == 2
     assert words in found.err
@@ -297,7 +299,7 @@ def test_a_tar_of_the_held_out_split(finished: Finished, tmp_path: Path, svgpipe
 
 
 @given(st.text(st.characters(blacklist_categories=["Cs"]), max_size=30))
-def test_names_never_split_into_something_else(name: str) -> None:
+def test_split_names_keep_their_parts_and_are_safe(name: str) -> None:
     key, extension = split_name(name)
     assert name.lower().startswith(key.lower())
     assert "." not in key.rpartition("/")[2]
@@ -317,7 +319,7 @@ def test_names_never_split_into_something_else(name: str) -> None:
         (None, "found none"),
     ],
 )
-def test_class_names_that_cannot_be_meant(
+def test_invalid_class_names_are_refused(
     content: bytes | None, words: str, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     """Duplicate names would give two classes one number."""

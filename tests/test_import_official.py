@@ -159,7 +159,7 @@ def extracted(imported: Path, finished: Finished) -> Path:
     return out
 
 
-def test_every_key_is_used_or_left_aside_with_its_reason(imported: Path, official: Official) -> None:
+def test_every_key_is_used_or_listed_with_a_reason(imported: Path, official: Official) -> None:
     listing = json.loads((imported / "import.json").read_text())["imported"]
     autoencoder, diffusion = listing
     state = torch.load(official.folder / "diffusion.pt", weights_only=True)
@@ -180,7 +180,7 @@ def test_every_key_is_used_or_left_aside_with_its_reason(imported: Path, officia
     assert autoencoder["used"] + len(aside) == len(lightning["state_dict"])
 
 
-def test_the_transformer_is_the_same(imported: Path, official: Official) -> None:
+def test_an_exported_transformer_gives_the_same_output(imported: Path, official: Official) -> None:
     trained = open_diffusion(imported / "diffusion")
     assert trained.class_names == ["astronaut", "cat", "coffee"]
     x, t, y = torch.randn(2, 16, 196), torch.tensor([0.1, 0.9]), torch.tensor([0, 3])
@@ -278,7 +278,7 @@ def test_an_evaluation_measures_the_alignment_where_no_extraction_did(
     assert "reconstructions" in [r["name"] for r in report["results"]]
 
 
-def test_reconstructions_by_another_alignment_are_others(
+def test_reconstructions_depend_on_the_alignment(
     extracted: Path, imported: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     """A finished evaluation with the first alignment is not reused for the second one."""
@@ -297,7 +297,7 @@ def test_reconstructions_by_another_alignment_are_others(
         assert refused.code == 1 and "alignment" in refused.err and "9.0" in refused.err
 
 
-def test_an_alignment_that_was_measured_anew_is_not_mixed_with_the_first(
+def test_caches_of_two_measured_alignments_are_not_mixed(
     imported: Path, extracted: Path, finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     """The weights are the same, so only the alignment distinguishes the two imports."""
@@ -345,7 +345,7 @@ def test_every_layout_of_a_diffusion_file_is_sampled_from(
         torch.testing.assert_close(model(x, t, y), dit.eval()(x, t, y))
 
 
-def test_importing_again_finds_it_and_other_files_are_refused(
+def test_a_second_import_is_skipped_and_other_files_are_refused(
     imported: Path, official: Official, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     names = official.folder / "names.txt"
@@ -370,7 +370,7 @@ def test_importing_again_finds_it_and_other_files_are_refused(
 
 
 @pytest.mark.parametrize(("grid", "channels"), [(8, 196), (4, 100)])
-def test_a_transformer_of_other_latents_than_the_autoencoder_s_is_refused(
+def test_a_transformer_for_other_latents_than_the_autoencoder_is_refused(
     official: Official, svgpipe: Callable[..., Outcome], tmp_path: Path, grid: int, channels: int
 ) -> None:
     dit = DiT(grid=(grid, grid), in_channels=channels, num_classes=CLASSES, width=32, depth=1, heads=2)
@@ -414,7 +414,7 @@ class _Hostile:
         (lambda s: s.update({"mask_token": torch.zeros(1, RESIDUAL, 1).to_sparse()}), "mask_token: expected a dense"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(
+def test_mismatching_weights_are_refused_by_name(
     official: Official,
     svgpipe: Callable[..., Outcome],
     tmp_path: Path,
@@ -430,14 +430,14 @@ def test_what_does_not_fit_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_in_a_file_is_run(svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_pickled_code_is_not_executed(svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
     witness = tmp_path / "was-here"
     torch.save({"state_dict": {}, "extra": _Hostile(witness)}, tmp_path / "hostile.ckpt")
     done = svgpipe("import-official", "--autoencoder", tmp_path / "hostile.ckpt", "--out", tmp_path / "out")
     assert done.code == 1 and "posix.mkdir" in done.err and not witness.exists()
 
 
-def test_files_that_are_none_or_do_not_belong_together(
+def test_official_files_that_are_invalid_or_do_not_match(
     official: Official, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     autoencoder, diffusion = official.folder / "autoencoder.ckpt", official.folder / "diffusion.pt"
@@ -484,7 +484,7 @@ def test_published_sizes_are_recognised(
     assert (found.in_channels, found.width, found.depth, found.qk_norm) == (392, width, depth, qk_norm)
 
 
-def test_what_lies_beside_a_single_state_dict_is_listed(
+def test_other_entries_of_a_checkpoint_are_listed(
     official: Official, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     state = torch.load(official.folder / "diffusion.pt", weights_only=True)["ema"]
@@ -496,7 +496,7 @@ def test_what_lies_beside_a_single_state_dict_is_listed(
     assert diffusion["used"] == len(state) and list(diffusion["ignored"].values()) == [["args"]]
 
 
-def test_keys_that_timm_would_drop_without_a_word_are_told(official: Official) -> None:
+def test_keys_that_timm_would_drop_silently_are_reported(official: Official) -> None:
     state = torch.load(official.folder / "autoencoder.ckpt", weights_only=False)["state_dict"]
     for stray in ("encoder.projectors.0.weight", "encoder.blocks.0.rope_scale"):
         with pytest.raises(ValueError, match=f"1 keys have no place in an SVG autoencoder: {stray}"):

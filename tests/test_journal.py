@@ -23,7 +23,7 @@ def journal(tmp_path: Path) -> Journal:
     return journal
 
 
-def test_what_is_recorded_is_found_again(journal: Journal) -> None:
+def test_journal_records_are_read_back(journal: Journal) -> None:
     assert journal.read(2) == {"rows": 2}
     assert [file.name for file in journal.files(2)] == ["data/2.tar", "data/2.parquet"]
     assert journal.numbers() == [0, 1, 2, 3] and journal.missing(range(6)) == [4, 5]
@@ -34,7 +34,7 @@ def test_what_is_recorded_is_found_again(journal: Journal) -> None:
     assert journal.numbers() == [0, 1, 2, 3]
 
 
-def test_files_that_are_gone_or_cut_short_are_missing_units(journal: Journal, tmp_path: Path) -> None:
+def test_units_with_missing_or_truncated_files_are_missing(journal: Journal, tmp_path: Path) -> None:
     (tmp_path / "data/0.tar").unlink()
     (tmp_path / "data/2.parquet").write_bytes(b"cut")
     assert journal.missing(range(4)) == [0, 2]
@@ -61,7 +61,7 @@ def test_a_damaged_record_is_a_missing_unit(journal: Journal, content: str | Non
         journal.read(3)
 
 
-def test_a_file_that_is_not_there_cannot_be_recorded(journal: Journal) -> None:
+def test_a_missing_file_cannot_be_recorded(journal: Journal) -> None:
     with pytest.raises(ArtifactError, match="expected the file that was just written"):
         journal.record(7, {}, {"data/7.tar": None})
     assert not journal.has(7)

@@ -42,7 +42,7 @@ def held_elsewhere(folder: Path) -> Iterator[int]:
             process.kill()
 
 
-def test_a_living_owner_is_respected_and_named_and_a_killed_one_is_not(tmp_path: Path) -> None:
+def test_a_lock_of_a_living_owner_is_kept_and_of_a_killed_one_is_taken(tmp_path: Path) -> None:
     with (
         held_elsewhere(tmp_path) as pid,
         pytest.raises(BusyError, match=rf"in use by process {pid} of .* last sign of life \d+ s ago"),
@@ -53,7 +53,7 @@ def test_a_living_owner_is_respected_and_named_and_a_killed_one_is_not(tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_owner_on_another_host_counts_as_dead_only_when_silent(tmp_path: Path) -> None:
+def test_an_owner_on_another_host_is_dead_only_after_its_lock_expires(tmp_path: Path) -> None:
     elsewhere = {"token": "t", "host": "far", "pid": 1, "process": {"namespace": "far", "started": "1"}, "since": 0}
     (tmp_path / LOCK_NAME).write_text(json.dumps({**elsewhere, "beat_at": time.time() - module.STALE_S / 2}))
     with pytest.raises(BusyError, match="on far"):
@@ -63,7 +63,7 @@ def test_an_owner_on_another_host_counts_as_dead_only_when_silent(tmp_path: Path
         pass
 
 
-def test_a_process_number_that_was_given_to_another_process_does_not_keep_a_lock(tmp_path: Path) -> None:
+def test_a_reused_process_id_does_not_hold_a_lock(tmp_path: Path) -> None:
     mine = Lock(tmp_path)
     entry = json.loads((tmp_path / LOCK_NAME).read_text())
     mine.release()
@@ -95,7 +95,9 @@ def test_signs_of_life_are_written_and_a_lost_lock_is_noticed(tmp_path: Path, mo
     assert json.loads((tmp_path / LOCK_NAME).read_text())["token"] == "other"  # not ours to remove
 
 
-def test_who_was_frozen_looks_before_it_writes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_was_suspended_checks_its_lock_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No heartbeat runs here, as on a suspended host: `check` must notice the lost lock."""
     monkeypatch.setattr(module, "STALE_S", 0.4)
     with locked(tmp_path) as mine:
@@ -108,7 +110,7 @@ def test_who_was_frozen_looks_before_it_writes_again(tmp_path: Path, monkeypatch
             mine.check()
 
 
-def test_a_store_out_of_reach_ends_the_run_only_when_others_may_think_it_dead(
+def test_an_unreachable_store_ends_the_run_only_after_the_lock_expires(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreachable(path: Path) -> None:
@@ -125,7 +127,7 @@ def test_a_store_out_of_reach_ends_the_run_only_when_others_may_think_it_dead(
             mine.check()
 
 
-def test_a_process_that_proc_hides_is_not_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_hidden_by_proc_is_not_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with held_elsewhere(tmp_path) as pid:
         real = Path.read_text
 
@@ -141,14 +143,14 @@ def test_a_process_that_proc_hides_is_not_taken_for_dead(tmp_path: Path, monkeyp
         pass
 
 
-def test_a_lock_cut_short_by_a_full_disk_is_nobodys(tmp_path: Path) -> None:
+def test_a_truncated_lock_has_no_owner(tmp_path: Path) -> None:
     (tmp_path / LOCK_NAME).write_text('{"token": "abc"')
     with locked(tmp_path):
         pass
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_of_two_that_find_a_dead_owner_one_gets_the_lock(
+def test_one_of_two_processes_takes_the_lock_of_a_dead_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
 ) -> None:
     """The second one reads the dead owner's lock before the first one takes it over, and continues afterwards."""
@@ -173,7 +175,7 @@ def test_of_two_that_find_a_dead_owner_one_gets_the_lock(
     assert children(folder) == []
 
 
-def test_a_claim_of_a_process_that_died_is_no_obstacle(tmp_path: Path) -> None:
+def test_a_claim_of_a_dead_process_is_ignored(tmp_path: Path) -> None:
     dead = {"token": "t", "host": "far", "pid": 1, "process": {"namespace": "far"}, "since": 0, "beat_at": 0}
     (tmp_path / LOCK_NAME).write_text(json.dumps(dead))
     (tmp_path / f".{LOCK_NAME}.t.claim-0").write_text(json.dumps(dead))
@@ -182,7 +184,7 @@ def test_a_claim_of_a_process_that_died_is_no_obstacle(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_of_two_that_find_a_dead_claim_one_gets_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_two_processes_takes_a_dead_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one is about to write the lock when the second one, which also saw the dead claim, continues."""
     dead = {"token": "t", "host": "far", "pid": 1, "process": {"namespace": "far"}, "since": 0, "beat_at": 0}
     (tmp_path / LOCK_NAME).write_text(json.dumps(dead))

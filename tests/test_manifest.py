@@ -97,7 +97,7 @@ def test_damaged_or_foreign_manifests_are_refused(tmp_path: Path, change: dict[s
         ShardSetManifest.read(tmp_path)
 
 
-def test_missing_unfinished_and_unparsable(tmp_path: Path) -> None:
+def test_missing_unfinished_and_unparsable_manifests(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no such directory"):
         ShardSetManifest.read(tmp_path / "none")
     WorkDir(StageSpec(tmp_path / "begun", ShardSetManifest, {}, {})).close()
@@ -108,7 +108,9 @@ def test_missing_unfinished_and_unparsable(tmp_path: Path) -> None:
         ShardSetManifest.read(tmp_path / "begun")
 
 
-def test_what_only_says_how_to_work_may_change_between_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_that_do_not_change_results_may_change_at_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ShardSetManifest, "MAY_CHANGE", frozenset({"batch_size"}))
     WorkDir(StageSpec(tmp_path, ShardSetManifest, {"seed": 0, "batch_size": 8}, {})).close()
     (tmp_path / "shard-000000.tar").write_text("hours of work")
@@ -122,7 +124,7 @@ def test_what_only_says_how_to_work_may_change_between_runs(tmp_path: Path, monk
     assert WorkDir(StageSpec(tmp_path, ShardSetManifest, {"seed": 0, "batch_size": 1}, {})).finished == done
 
 
-def test_what_killed_writers_left_goes_when_work_begins_and_when_it_is_published(tmp_path: Path) -> None:
+def test_partial_files_of_killed_writers_are_removed_at_start_and_at_publishing(tmp_path: Path) -> None:
     """Metadata of a store, units and journal records, in any folder below."""
     out = tmp_path / "out"
     left = [out / ".plan.json.0.partial", out / "features" / ".zarr.json.0.partial"]
@@ -173,7 +175,7 @@ def test_a_work_directory_refuses_foreign_files(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_require_same_names_both_sides_and_the_lineage(tmp_path: Path) -> None:
+def test_mismatching_inputs_are_reported_with_their_lineage(tmp_path: Path) -> None:
     source = InputRef(kind="image-folder", fingerprint="one", path="p", config={"files": 3})
     mine = example(inputs={"source": source}).sealed()
     ref = mine.as_input(tmp_path / "mine")
@@ -207,7 +209,7 @@ def test_write_atomic_leaves_old_or_new(tmp_path: Path, monkeypatch: pytest.Monk
     assert path.read_bytes() == b"old"
 
 
-def test_weights_can_be_read_by_those_who_can_read_other_files(tmp_path: Path) -> None:
+def test_weight_files_have_the_usual_file_mode(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     save_tensors(tmp_path / "weights.safetensors", {"w": torch.zeros(2)})
     assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

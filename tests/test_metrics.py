@@ -37,7 +37,7 @@ def test_frechet_distance_against_the_closed_form() -> None:
 
 
 @pytest.mark.parametrize(("rows", "block"), [(20, 4096), (400, 4096), (400, 7)])
-def test_frechet_distance_is_torch_fidelitys(rows: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frechet_distance_equals_torch_fidelity(rows: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with fewer rows than dimensions, where covariances are singular, and in blocks."""
     monkeypatch.setattr(feature_distances, "BLOCK", block)
     torch.manual_seed(1)
@@ -81,7 +81,7 @@ def test_distances_of_resampled_rows_are_those_of_the_rows(count: int, dimension
     assert found == pytest.approx([frechet_distance(rows[pick], reference) for pick in chosen])
 
 
-def test_precision_and_recall_are_torch_fidelitys() -> None:
+def test_precision_and_recall_equal_torch_fidelity() -> None:
     samples, reference = gaussians(60, 90)
     expected = prc_features_to_metric(
         samples * 0.5, reference, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False
@@ -107,7 +107,7 @@ def test_large_tables_of_distances_are_made_in_parts(monkeypatch: pytest.MonkeyP
     assert torch.equal(covered(samples, reference, ball_radii(reference)), whole)
 
 
-def test_precision_and_recall_of_very_many_images_are_those_of_some(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_and_recall_use_a_subset_of_very_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """All pairs of images are compared; the results say how many images they are over."""
     samples, reference = gaussians(60, 90)
     monkeypatch.setattr(metrics, "MAX_BALLS", 30)
@@ -124,7 +124,7 @@ def test_precision_and_recall_of_very_many_images_are_those_of_some(monkeypatch:
     assert len(inside) == 30
 
 
-def test_inception_score_is_torch_fidelitys() -> None:
+def test_inception_score_equals_torch_fidelity() -> None:
     (logits,) = gaussians(200, dimensions=10)
     assert inception_score(3 * logits) == pytest.approx(isc_features_to_metric(3 * logits)[KEY_METRIC_ISC_MEAN])
     assert inception_score(torch.zeros(5, 10)) == pytest.approx(1)
@@ -144,7 +144,7 @@ def test_the_interval_of_a_mean_is_two_standard_errors() -> None:
     assert mean_estimate(values, replicates=0, seed=0).low is None
 
 
-def test_the_interval_of_a_distance_covers_other_draws() -> None:
+def test_the_interval_of_a_distance_covers_new_draws() -> None:
     """The distances of other sets of the same size and origin nearly always fall into the interval of the first one."""
     reference, *sets = gaussians(3000, *[200] * 30)
     comparison = Comparison(Features(reference), replicates=200, seed=0)
@@ -161,7 +161,7 @@ def test_the_interval_of_a_distance_covers_other_draws() -> None:
     assert estimate(2.0, [], 5).model_dump() == {"value": 2.0, "low": None, "high": None, "num_images": 5}
 
 
-def test_what_cannot_be_measured_is_none() -> None:
+def test_metrics_that_cannot_be_computed_are_none() -> None:
     reference, few = gaussians(20, 3)
     found = Comparison(Features(reference), replicates=2, seed=0).measure(Features(few))
     assert found["inception_score"] is None
@@ -170,7 +170,7 @@ def test_what_cannot_be_measured_is_none() -> None:
     assert found["class_accuracy"] is None
 
 
-def test_the_kernel_distances_interval_is_as_wide_as_other_samples_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_distance_interval_matches_the_spread_of_new_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if one subset holds all images, or a few images represent all."""
     reference, *samples = gaussians(80, *[80] * 200)
     monkeypatch.setattr(metrics, "KERNEL_SUBSETS", 1)
@@ -184,7 +184,7 @@ def test_the_kernel_distances_interval_is_as_wide_as_other_samples_differ(monkey
     assert without is not None and without.low is None
 
 
-def test_what_an_image_adds_to_the_kernel_distance_is_its_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_influence_of_an_image_on_the_kernel_distance_is_its_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaving out row i changes the unbiased distance of n rows by about -(influence - mean) / (n - 1)."""
     monkeypatch.setattr(feature_distances, "BLOCK", 7)
     rows, reference = (x.double() for x in gaussians(20, 30))
@@ -201,14 +201,14 @@ def test_what_an_image_adds_to_the_kernel_distance_is_its_derivative(monkeypatch
     assert np.linalg.norm(moved) == pytest.approx(float(first_order.norm()), rel=0.2)
 
 
-def test_the_interval_of_a_mean_stays_within_its_values() -> None:
+def test_the_interval_of_a_mean_lies_within_its_values() -> None:
     values = torch.tensor([1.0] * 5 + [0.0])
     found, opposite = mean_estimate(values, 100, 0), mean_estimate(1 - values, 100, 0)
     assert found.high == 1 and found.low is not None and 0.3 < found.low < 5 / 6
     assert opposite.low == 0 and opposite.high is not None and 1 / 6 < opposite.high < 0.7
 
 
-def test_a_share_has_an_interval_where_all_hit() -> None:
+def test_wilson_interval_of_all_hits() -> None:
     """Six hits of six say little about the seventh sample."""
     reference = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(40) % 2

@@ -105,7 +105,7 @@ def test_default_dinov3_has_the_published_size() -> None:
         ({"name": "vit_tiny_patch16_224", "input_size": 224, "feature_level": 1}, "expected null for a ViT"),
     ],
 )
-def test_backbones_that_cannot_be(arguments: dict[str, object], words: str) -> None:
+def test_impossible_backbones_are_refused(arguments: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Backbone(**arguments)  # type: ignore[arg-type]
 
@@ -163,7 +163,7 @@ def test_evaluation_features_do_not_depend_on_their_batch() -> None:
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-4)
 
 
-def test_training_tracks_what_evaluation_then_uses() -> None:
+def test_evaluation_uses_the_averages_that_training_tracks() -> None:
     alignment = Alignment().train()
     frozen, residual = torch.randn(4, 6, 3, 3) * 2 + 1, torch.randn(4, 2, 3, 3)
     for _ in range(3):
@@ -171,7 +171,7 @@ def test_training_tracks_what_evaluation_then_uses() -> None:
     torch.testing.assert_close(alignment.eval()(frozen, residual), trained)
 
 
-def test_parts_that_do_not_fit_are_named() -> None:
+def test_mismatching_parts_of_an_export_are_named() -> None:
     backbone = build_backbone(LITE, 32)
     residual = ResidualEncoder(image_size=32, patch_size=8, channels=4, depth=1, width=32, heads=2)
     with pytest.raises(ValueError, match=r"expected 116 latent channels .* found 64"):
@@ -236,7 +236,7 @@ def test_a_new_dit_outputs_zero_on_any_grid() -> None:
     assert torch.equal(out, torch.zeros_like(out))
 
 
-def test_dit_refuses_what_it_cannot_do() -> None:
+def test_dit_refuses_unsupported_arguments() -> None:
     with pytest.raises(ValueError, match=r"expected tokens x channels \(15, 6\), found \(16, 6\)"):
         tiny_dit()(torch.zeros(1, 16, 6), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(ValueError, match="multiple of heads 3"):
@@ -312,6 +312,6 @@ def test_weights_with_a_classifier_fit_a_backbone_without(name: str, tmp_path: P
     torch.testing.assert_close(found, expected)
 
 
-def test_a_tag_that_timm_does_not_know_is_a_mistake_in_the_name() -> None:
+def test_an_unknown_timm_tag_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"resnet18\.nonsense"):
         own_input("resnet18.nonsense")

@@ -164,7 +164,7 @@ def test_shards_are_written_and_read_there(
     assert svgpipe("verify", out, "--deep").code == 0
 
 
-def test_one_owner_at_a_time_there_too(bucket: Location) -> None:
+def test_object_stores_allow_one_owner_at_a_time(bucket: Location) -> None:
     folder = bucket / "locked"
     with locked(folder), pytest.raises(BusyError, match="in use by process"):
         Lock(folder)
@@ -175,7 +175,7 @@ def test_one_owner_at_a_time_there_too(bucket: Location) -> None:
     assert (folder / "once").read_bytes() == b"1"
 
 
-def test_ranges_may_end_after_the_object(bucket: Location) -> None:
+def test_byte_ranges_may_end_after_the_object(bucket: Location) -> None:
     write_atomic(bucket / "ten", b"0123456789")
     assert read_range(bucket / "ten", 2, 3) == b"234"
     assert read_range(bucket / "ten", 8, 5) == b"89"
@@ -183,7 +183,7 @@ def test_ranges_may_end_after_the_object(bucket: Location) -> None:
     assert read_range(bucket / "ten", 50, 5) == b""
 
 
-def test_neighbouring_images_come_in_few_requests(
+def test_neighbouring_images_are_read_in_few_requests(
     uploaded: Location, finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A unit's images, some of one tar twice and out of order, as bytes and as errors."""
@@ -207,7 +207,7 @@ def test_neighbouring_images_come_in_few_requests(
     assert isinstance(other, ArtifactError) and "was altered or truncated" in str(other)
 
 
-def test_roots_that_cannot_work_are_refused(bucket: Location, svgpipe: Callable[..., Outcome]) -> None:
+def test_unusable_locations_are_refused(bucket: Location, svgpipe: Callable[..., Outcome]) -> None:
     with pytest.raises(UsageError, match=r"expected a path, s3://… or gs://…, found scheme 'ftp'"):
         location("ftp://host/x")
     with pytest.raises(UsageError, match=r'needs gcsfs. Install it with `pip install "svgpipe\[gcs\]"`'):

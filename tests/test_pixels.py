@@ -12,14 +12,14 @@ LEVELS = torch.arange(256, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("off", [-0.49, -0.1, 0.0, 0.1, 0.49])
-def test_pixels_are_rounded_to_the_nearest_level_never_cut(off: float) -> None:
+def test_pixels_are_rounded_to_the_nearest_level(off: float) -> None:
     images = ((LEVELS + off) / 127.5 - 1).float().view(1, 1, 16, 16).expand(1, 3, 16, 16)
     found = as_pixels(images)
     assert found.shape == (1, 16, 16, 3) and found.dtype == np.uint8
     np.testing.assert_array_equal(found[0, ..., 1].ravel(), np.arange(256))
 
 
-def test_pixels_beyond_the_range_stay_at_its_ends_and_come_back() -> None:
+def test_pixels_out_of_range_are_clipped() -> None:
     images = torch.tensor([-9.0, -1.01, 1.01, 9.0]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
     assert as_pixels(images)[0, ..., 0].tolist() == [[0, 0], [255, 255]]
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), dtype=np.uint8)

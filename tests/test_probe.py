@@ -33,7 +33,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[train], y[train], x[test], y[test]
 
 
-def test_the_linear_probe_is_scikit_learns_softmax_regression(digits: tuple[Tensor, ...]) -> None:
+def test_the_linear_probe_equals_scikit_learns_softmax_regression(digits: tuple[Tensor, ...]) -> None:
     x, y, x_test, _ = digits
     decay = 1e-3
     ours = fit_linear(x, y, 10, decay)
@@ -54,7 +54,7 @@ def test_the_linear_probe_does_not_depend_on_the_blocks(
     torch.testing.assert_close(fit_linear(x, y, 10, 1e-2)(x_test).softmax(1), whole, atol=1e-2, rtol=0)
 
 
-def test_neighbours_vote_as_scikit_learns(digits: tuple[Tensor, ...]) -> None:
+def test_nearest_neighbours_equal_scikit_learn(digits: tuple[Tensor, ...]) -> None:
     x, y, x_test, _ = digits
 
     def weights(distances: np.ndarray) -> np.ndarray:
@@ -66,7 +66,7 @@ def test_neighbours_vote_as_scikit_learns(digits: tuple[Tensor, ...]) -> None:
     np.testing.assert_allclose((found / found.sum(1, keepdim=True)).numpy(), expected, atol=1e-3)
 
 
-def test_neighbours_of_many_rows_are_found_in_parts(
+def test_nearest_neighbours_do_not_depend_on_the_block_size(
     digits: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, y, x_test, _ = digits
@@ -75,12 +75,12 @@ def test_neighbours_of_many_rows_are_found_in_parts(
     torch.testing.assert_close(knn_votes(x, y, x_test, 10, 20), whole, rtol=1e-4, atol=1e-3)  # as products round
 
 
-def test_more_neighbours_than_rows_are_all_rows() -> None:
+def test_more_neighbours_than_rows_uses_all_rows() -> None:
     votes = knn_votes(torch.eye(2), torch.tensor([0, 1]), torch.tensor([[1.0, 0.1]]), 2, 20)
     assert votes.argmax(1).tolist() == [0]
 
 
-def test_a_share_without_a_miss_still_has_an_interval() -> None:
+def test_a_fraction_of_one_has_an_interval() -> None:
     found = share_estimate(torch.ones(256, dtype=torch.bool))
     assert found.value == 1 and found.low is not None and 0.98 < found.low < 0.99  # 1 - 1.96²/(n + 1.96²)
 
@@ -135,7 +135,9 @@ def test_probe_with_a_validation_cache(finished: Finished, svgpipe: Callable[...
     assert found["groups"][0]["linear"]["value"] > 0.8
 
 
-def test_what_cannot_be_probed_is_refused(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_caches_that_cannot_be_probed_are_refused(
+    finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
     cache = finished.root / "cache"
     same = svgpipe("probe", cache, "--validation", cache)
     assert same.code == 2 and "holds images of" in same.err

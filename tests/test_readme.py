@@ -102,7 +102,7 @@ def test_own_images_are_run_as_written(
     assert len(list((tmp_path / "work" / "more" / "png").rglob("*.png"))) == 2 * 48
 
 
-def test_what_is_named_exists() -> None:
+def test_files_and_links_in_readmes_exist() -> None:
     top = TEXTS["README.md"]
     for name in builtin_names():
         assert f"`{name}`" in top or f"`-{name.rsplit('-', 1)[-1]}`" in top

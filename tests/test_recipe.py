@@ -134,7 +134,7 @@ def forgotten() -> Iterator[None]:
 
 @pytest.mark.usefixtures("forgotten")
 @pytest.mark.parametrize(("instructions", "dtype"), [({"amx_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")])
-def test_precision_auto_is_what_the_processor_has(
+def test_precision_auto_follows_the_processor(
     monkeypatch: pytest.MonkeyPatch, instructions: dict[str, bool], dtype: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

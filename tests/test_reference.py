@@ -99,7 +99,7 @@ def test_a_folder_is_known_by_its_content(photographs: Path, tmp_path: Path) -> 
             require_decodable(damaged.train, Journal(tmp_path), Silent())
 
 
-def test_images_of_a_folder_that_are_not_measured_against_need_not_be_whole(
+def test_reference_folder_images_that_are_not_drawn_may_be_damaged(
     finished: Finished, photographs: Path, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     """The page does not show them either."""
@@ -113,7 +113,7 @@ def test_images_of_a_folder_that_are_not_measured_against_need_not_be_whole(
     assert Report.read(out).reference.num_images == 12 and "Real images" in (out / "report.html").read_text()
 
 
-def test_images_that_nobody_decoded_are_looked_at_before_anything_is_drawn(
+def test_reference_images_are_checked_before_sampling(
     finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     """As in existing tars that were indexed by their headers: one image is truncated."""
@@ -135,7 +135,7 @@ def test_images_that_nobody_decoded_are_looked_at_before_anything_is_drawn(
     assert was_decoded(ShardSet.open(tmp_path / "whole")) and was_decoded(finished.shards)
 
 
-def test_what_is_no_reference_is_refused(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_invalid_references_are_refused(finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path) -> None:
     def refused(reference: Path, *more: object) -> Outcome:
         return svgpipe(*eval_args(finished, reference, tmp_path / "out", *more))
 

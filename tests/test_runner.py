@@ -187,14 +187,14 @@ def test_a_local_run_that_fails_leaves_no_thread() -> None:
         (Resources(gpus_per_worker=0), {"CPU": 8, "GPU": 4}, (1, 0.0)),
     ],
 )
-def test_defaults_are_what_the_cluster_has(
+def test_default_workers_follow_the_resources_of_the_cluster(
     asked: Resources, cluster: dict[str, float], expected: tuple[int, float]
 ) -> None:
     found = asked.resolved(cluster)
     assert (found.num_workers, found.gpus_per_worker) == expected
 
 
-def test_what_the_cluster_does_not_have_is_refused() -> None:
+def test_resources_that_the_cluster_lacks_are_refused() -> None:
     with pytest.raises(UsageError, match=r"500 workers of 1 CPUs need 500\.5 CPUs"):
         Resources(500, 1.0).resolved({"CPU": 2.0}).require({"CPU": 2.0}, beside=0.5)
     with pytest.raises(UsageError, match="2 workers of 1 GPUs need 2, but Ray has 1"):

@@ -115,7 +115,9 @@ def test_decoded_images_are_webdataset_tars_of_those_latents(finished: Finished)
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
 
 
-def test_images_for_other_evaluators(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+def test_samples_are_written_as_npz_and_png(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
     """Exports of a finished evaluation; nothing is computed again."""
     out = tmp_path / "evaluation"
     shutil.copytree(finished.root / "evaluation", out)
@@ -164,7 +166,7 @@ def test_a_report_that_was_altered_is_not_shown(
     assert (out / "report.json").read_text() == before and svgpipe("verify", out, "--deep").code == 0
 
 
-def test_records_of_another_form_are_no_crash(
+def test_journal_records_of_another_form_are_missing_units(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     for folder in ("evaluation", "latents"):
@@ -328,7 +330,7 @@ def page_of(finished: Finished, out: Path, monkeypatch: pytest.MonkeyPatch, chos
     return report_page.render_report(out, *places).read_text()
 
 
-def test_guidances_stand_side_by_side_where_steps_do_not_vary(
+def test_the_report_compares_guidance_if_steps_do_not_vary(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = page_of(finished, tmp_path / "out", monkeypatch, [SETTINGS[1], SETTINGS[3]])
@@ -342,7 +344,7 @@ def test_a_single_setting_is_shown_once(finished: Finished, tmp_path: Path, monk
     assert "Best setting: <strong>1 step</strong>." in page
 
 
-def test_an_autoencoder_that_was_never_trained_has_a_page(
+def test_the_page_shows_zero_steps_of_an_untrained_autoencoder(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     untrained = AutoencoderManifest.read(finished.root / "autoencoder").model_copy(update={"steps": 0})
@@ -356,14 +358,14 @@ def test_the_chart_runs_from_few_steps_to_many(finished: Finished) -> None:
 
 
 @pytest.mark.parametrize(("ceiling", "logarithmic"), [(40.0, False), (400.0, True)])
-def test_the_chart_is_logarithmic_where_the_ceiling_is_far_above(ceiling: float, logarithmic: bool) -> None:
+def test_the_chart_is_logarithmic_if_the_ceiling_is_far_above(ceiling: float, logarithmic: bool) -> None:
     series = {"guidance 1": [Estimate(value=value, num_images=9) for value in (12.26, 6.57)]}
     zero = {"guidance 1": [Estimate(value=value, num_images=9) for value in (0.0, 9.0)]}
     assert report_page._far_apart(series, {"decoded noise": ceiling, "held-out real": 1.7}) == logarithmic
     assert not report_page._far_apart(zero, {"decoded noise": ceiling})
 
 
-def test_of_one_number_of_steps_the_chart_runs_over_guidance(finished: Finished) -> None:
+def test_with_one_number_of_steps_the_chart_shows_guidance(finished: Finished) -> None:
     samples = [r for r in Report.read(finished.root / "evaluation").results if r.role == "samples"][::2]
     found = report_page._distance_chart(samples[::-1], {})
     assert found is not None and found.xs == [1.0, 1.5]
@@ -371,7 +373,7 @@ def test_of_one_number_of_steps_the_chart_runs_over_guidance(finished: Finished)
     assert report_page._distance_chart(samples[:1], {}) is None
 
 
-def test_the_papers_figures_stand_in_the_page_as_the_papers(finished: Finished) -> None:
+def test_the_page_cites_the_papers_figures_as_such(finished: Finished) -> None:
     page = (finished.root / "evaluation" / "report.html").read_text()
     table = page[page.index("What the paper reports") :]
     words = " ".join(re.sub(r"<[^>]+>", " ", table[: table.index("</table>")]).split())
@@ -429,7 +431,7 @@ def drawn_by_a_worker(finished: Finished, *, guided: bool = False, **changes: ob
     return worker(LatentsUnit(len(settings) - 1, 0)).latents.astype(np.float32)
 
 
-def test_bfloat16_weights_change_nothing_that_autocast_does_not(finished: Finished) -> None:
+def test_bfloat16_weights_equal_autocast(finished: Finished) -> None:
     model = open_diffusion(finished.root / "diffusion").load()
     settings = SamplerSettings(2, 1.5, "euler", "constant", 0.15, 0, "bfloat16", "ema")
     expected = sample_latents(model, range(4), settings, torch.device("cpu"))
@@ -452,7 +454,7 @@ def test_compiled_models_draw_the_same(finished: Finished, precision: str, toler
         np.testing.assert_allclose(found, eager, atol=tolerance * np.abs(eager).max())
 
 
-def test_another_layout_gives_the_same_numbers(
+def test_another_unit_and_batch_size_gives_the_same_metrics(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     """With fewer samples this would fail: of six samples, one 8-bit level of one pixel is some parts in a thousand."""
@@ -505,7 +507,7 @@ def test_an_interrupted_sweep_resumes(finished: Finished, tmp_path: Path, svgpip
 
 
 @pytest.mark.parametrize("held", [0, 6])
-def test_a_kill_while_a_store_is_described_costs_nothing(
+def test_a_kill_while_zarr_metadata_is_written_loses_nothing(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int
 ) -> None:
     """For any last file that was written, of a new store and of a growing one."""
@@ -588,7 +590,7 @@ def test_sweeps_that_agree_share_their_latents(
     assert "bytes, found 7" in svgpipe("verify", tmp_path / "same", "--deep").out
 
 
-def test_without_guidance_its_mode_and_guide_do_not_matter(finished: Finished) -> None:
+def test_without_guidance_mode_and_guide_are_ignored(finished: Finished) -> None:
     """Such sweeps share latents. Not cfg_star, which changes the first steps at any guidance."""
     model = open_diffusion(finished.root / "diffusion")
     config = finished.recipe.evaluation.model_copy(update={"steps": [2], "guidance": [1.0, 1.5]})
@@ -615,7 +617,7 @@ def test_without_guidance_its_mode_and_guide_do_not_matter(finished: Finished) -
     assert star_key != key and not np.array_equal(star, latents)
 
 
-def test_guidance_that_acts_at_no_time_is_said_to(
+def test_guidance_that_acts_at_no_step_is_reported(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     """Two steps at a shift of 0.15 are at t = 0 and 0.13."""
@@ -629,7 +631,7 @@ def test_guidance_that_acts_at_no_time_is_said_to(
     assert settings.acts and not replace(settings, solver="euler").acts  # the second evaluation is at t = 1
 
 
-def test_latents_that_are_damaged_within_are_named(
+def test_damaged_latents_of_the_right_size_are_named(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     shutil.copytree(finished.root / "latents", tmp_path / "latents")
@@ -771,7 +773,7 @@ def test_features_are_not_shared_between_input_sizes(finished: Finished, tmp_pat
     assert not torch.allclose(kept[64], kept[96], rtol=0.1)
 
 
-def test_features_are_found_by_content_never_by_name(finished: Finished, tmp_path: Path) -> None:
+def test_features_are_found_by_content_not_by_name(finished: Finished, tmp_path: Path) -> None:
     """Other images or weights under the same name are measured; the same ones under another path are not."""
     images = decoded_images(finished.root / "evaluation", "reconstructions")
     fewer = ImageSet(images.refs[:4], images.size)
@@ -793,7 +795,7 @@ def test_features_are_found_by_content_never_by_name(finished: Finished, tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["altered", "cut", "no record"])
-def test_features_that_were_altered_are_found_anew(finished: Finished, tmp_path: Path, damage: str) -> None:
+def test_altered_features_are_computed_again(finished: Finished, tmp_path: Path, damage: str) -> None:
     images = decoded_images(finished.root / "evaluation", "reconstructions")
     extractor = load_extractor(
         ExtractorSection(kind="backbone"), build_backbone(finished.recipe.autoencoder.backbone, 32)
@@ -808,7 +810,7 @@ def test_features_that_were_altered_are_found_anew(finished: Finished, tmp_path:
     assert file.read_bytes() == whole
 
 
-def test_figures_that_were_altered_are_computed_anew(tmp_path: Path) -> None:
+def test_altered_figures_are_computed_again(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     assert journal.kept(0, "key", lambda: {"psnr": [23.5]}) == {"psnr": [23.5]}
     assert journal.kept(0, "key", lambda: {"psnr": [0.0]}) == {"psnr": [23.5]}
@@ -817,7 +819,7 @@ def test_figures_that_were_altered_are_computed_anew(tmp_path: Path) -> None:
     assert journal.kept(0, "key", lambda: {"psnr": [24.0]}) == {"psnr": [24.0]}
 
 
-def test_features_of_a_large_set_are_kept_part_by_part(
+def test_features_of_a_large_set_are_stored_in_parts(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = decoded_images(finished.root / "evaluation", "reconstructions")
@@ -843,7 +845,7 @@ def test_features_of_a_large_set_are_kept_part_by_part(
     assert sorted(path.suffix for path in tmp_path.rglob("*") if path.is_file()) == [".json", ".safetensors"]
 
 
-def test_features_that_killed_evaluations_left_half_written_go(finished: Finished, tmp_path: Path) -> None:
+def test_partial_features_of_killed_evaluations_are_removed(finished: Finished, tmp_path: Path) -> None:
     """Files that another evaluation may be writing are kept."""
     images = decoded_images(finished.root / "evaluation", "reconstructions")
     extractor = load_extractor(
@@ -876,7 +878,7 @@ def test_features_that_killed_evaluations_left_half_written_go(finished: Finishe
         ),
     ],
 )
-def test_what_cannot_be_evaluated(
+def test_models_that_cannot_be_evaluated_are_refused(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], change: str, code: int, words: list[str]
 ) -> None:
     found = svgpipe(*eval_args(finished, tmp_path / "out", "--set", change))
@@ -885,7 +887,7 @@ def test_what_cannot_be_evaluated(
         assert word in found.err
 
 
-def test_an_image_that_cannot_be_evaluated_is_named(finished: Finished, tmp_path: Path) -> None:
+def test_unreadable_reference_images_are_named(finished: Finished, tmp_path: Path) -> None:
     ref = finished.shards.usable("train")[0]
     (tmp_path / "cut.jpg").write_bytes(cut := ref.read()[:200])
     damaged = replace(ref, tar=tmp_path / "cut.jpg", offset=0, size=len(cut), sha256=sha256(cut).hexdigest())

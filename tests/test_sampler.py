@@ -37,7 +37,7 @@ def test_straight_flows_need_one_step() -> None:
     torch.testing.assert_close(out, data)
 
 
-def test_guidance_is_one_forward_of_both_halves_and_none_at_one() -> None:
+def test_guidance_runs_both_halves_in_one_forward_and_is_skipped_at_one() -> None:
     calls: list[list[int]] = []
 
     def velocity(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def test_guidance_is_one_forward_of_both_halves_and_none_at_one() -> None:
     assert calls == [[1, 2], [1, 2]]
 
 
-def test_flow_refuses_what_does_not_exist() -> None:
+def test_flow_refuses_unknown_options() -> None:
     z0, y = torch.zeros(1, 1, 1), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="expected one of euler, heun, multistep"):
         sample(lambda z, t, y: z, z0, y, null_label=1, steps=1, shift=1.0, solver="rk4")  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ def constant_velocities(calls: list[list[int]]) -> Velocity:
     return velocity
 
 
-def test_an_interval_costs_the_unconditional_half_only_within() -> None:
+def test_interval_guidance_runs_the_unconditional_half_only_within_the_interval() -> None:
     """Four steps at t = 0, 0.25, 0.5, 0.75; the two in the middle are guided."""
     calls: list[list[int]] = []
     z0, y = torch.zeros(1, 1, 1, dtype=torch.float64), torch.tensor([1])
@@ -118,7 +118,7 @@ def test_the_unconditional_half_is_skipped_wherever_guidance_is_one(mode: str, g
     assert calls == [[1, 5] if both else [1] for both in guided]
 
 
-def test_autoguidance_asks_the_worse_model_at_the_same_label() -> None:
+def test_autoguidance_gives_the_guide_the_same_label() -> None:
     calls: list[list[int]] = []
     good = constant_velocities([])
 
@@ -135,7 +135,7 @@ def test_autoguidance_asks_the_worse_model_at_the_same_label() -> None:
     assert not calls
 
 
-def test_multistep_takes_an_euler_step_where_guidance_jumps() -> None:
+def test_multistep_takes_an_euler_step_if_guidance_jumps() -> None:
     """Otherwise a velocity from before the jump would be extrapolated; exact for piecewise constant velocities."""
     z0, y = torch.zeros(1, 1, 1, dtype=torch.float64), torch.tensor([1])
     found = [

@@ -110,7 +110,7 @@ def test_every_input_is_stored_or_rejected_with_a_reason(
     assert {ref.path: ref.label for ref in refs}["good/rgb.png"] == 1
 
 
-def test_images_come_out_upright_rgb_and_unclipped(zoo: Path) -> None:
+def test_decoded_images_are_upright_rgb(zoo: Path) -> None:
     def pixels(name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         return to_array(decode_image((zoo / "good" / name).read_bytes()))
 
@@ -125,7 +125,7 @@ def test_images_come_out_upright_rgb_and_unclipped(zoo: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(10))
-def test_every_exif_orientation_is_turned_as_pillow_turns_it(orientation: int) -> None:
+def test_exif_orientations_equal_pillow(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     buffer = io.BytesIO()
@@ -318,7 +318,7 @@ def test_sources_that_cannot_be_sharded(
         assert word in found.err
 
 
-def test_opening_damaged_sets(photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+def test_damaged_shard_sets_are_refused(photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     out = tmp_path / "out"
     assert svgpipe("shard", photographs, "--out", out, "--workers", 1, "--set", "shard.images_per_shard=9").code == 0
     assert len(ShardSet.open(f"{out}/shard-{{000000..000002}}.tar").rows) == 27

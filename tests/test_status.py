@@ -19,14 +19,14 @@ from .commands import Command
 from .conftest import Finished, Outcome
 
 
-def test_time_left_follows_from_the_pace_of_this_run() -> None:
+def test_time_left_uses_the_speed_of_this_run() -> None:
     """A resumed task: items of an earlier run do not count for the pace."""
-    entry = ProgressEntry("train", total=100, done=60, began_at=1000, began_done=40, updated_at=1010)
+    entry = ProgressEntry("train", total=100, unit="steps", done=60, began_at=1000, began_done=40, updated_at=1010)
     assert (entry.per_second, entry.seconds_left) == (2.0, 20.0)
-    assert ProgressEntry("train", 100, 40, 1000, 40, 1010).seconds_left is None
+    assert ProgressEntry("train", 100, "steps", 40, 1000, 40, 1010).seconds_left is None
 
 
-def test_what_cannot_be_read_is_no_progress(tmp_path: Path) -> None:
+def test_unreadable_progress_is_none(tmp_path: Path) -> None:
     assert read_progress(tmp_path) is None
     (tmp_path / "progress.json").write_text('{"task":')
     assert read_progress(tmp_path) is None
@@ -73,7 +73,7 @@ def test_a_running_and_a_killed_training(finished: Finished, tmp_path: Path, svg
     assert "not running and not finished; run the same command to resume" in stopped.out
 
 
-def test_nothing_to_tell(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+def test_status_of_an_empty_directory(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     found = svgpipe("status", tmp_path)
     assert found.code == 1
     assert "expected an svgpipe artifact" in found.err

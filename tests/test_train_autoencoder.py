@@ -62,7 +62,7 @@ def test_an_epoch_holds_every_training_image_once(finished: Finished) -> None:
     assert not torch.equal(first, second)
 
 
-def test_what_training_leaves(finished: Finished) -> None:
+def test_files_of_a_finished_training(finished: Finished) -> None:
     folder = finished.root / "autoencoder"
     manifest = AutoencoderManifest.read(folder)
     assert (manifest.steps, manifest.grid, manifest.frozen_channels, manifest.residual_channels) == (6, (4, 4), 112, 4)
@@ -78,14 +78,14 @@ def test_what_training_leaves(finished: Finished) -> None:
         assert grid.size == (4 * 32, 2 * 32)
 
 
-def test_held_out_psnr_is_that_of_the_published_weights(finished: Finished) -> None:
+def test_held_out_psnr_uses_the_published_weights(finished: Finished) -> None:
     model, manifest = load_autoencoder(finished.root / "autoencoder")
     rows = np.flatnonzero(finished.shards.rows.heldout)
     pixels = load_images(finished.shards, [int(rows[i]) for i in np.linspace(0, 5, 4).round().astype(int)], 32)
     assert manifest.heldout_psnr == pytest.approx(psnr(pixels, reconstruct(model, pixels, 3)).mean(), abs=0.02)
 
 
-def test_frozen_scalars_are_those_of_the_training_images(finished: Finished) -> None:
+def test_alignment_scalars_are_measured_on_training_images(finished: Finished) -> None:
     model, manifest = load_autoencoder(finished.root / "autoencoder")
     rows = np.flatnonzero(~finished.shards.rows.heldout)
     chosen = [int(rows[i]) for i in np.linspace(0, len(rows) - 1, 16).round().astype(int)]
@@ -134,7 +134,7 @@ def test_a_backbone_from_a_file_lies_beside_the_autoencoder(
     assert "backbone.safetensors" in svgpipe("verify", tmp_path / "autoencoder", "--deep").out
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_loaded(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     out = tmp_path / "out"
@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         (["autoencoder.perceptual.levels=[]"], 2, ["perceptual.levels"]),
     ],
 )
-def test_what_cannot_be_trained(
+def test_data_that_cannot_be_trained_on_is_refused(
     finished: Finished,
     tmp_path: Path,
     svgpipe: Callable[..., Outcome],
@@ -195,7 +195,7 @@ def test_weights_of_another_shape_are_named(
         assert word in found.err
 
 
-def test_a_refused_command_can_be_run_again_with_better_options(
+def test_a_refused_command_leaves_nothing_behind(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     """The error says which option to change; doing so must not conflict with files of the refused run."""

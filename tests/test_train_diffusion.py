@@ -136,7 +136,7 @@ def test_training_needs_the_cache_and_nothing_else(finished: Finished, tmp_path:
     assert same_weights(alone / "out", finished.root / "diffusion")
 
 
-def test_what_training_leaves(finished: Finished) -> None:
+def test_files_of_a_finished_training(finished: Finished) -> None:
     folder = finished.root / "diffusion"
     manifest = DiffusionManifest.read(folder)
     assert (manifest.steps, manifest.grid, manifest.channels) == (12, (4, 4), 116)
@@ -214,7 +214,7 @@ def without_clocks(folder: Path) -> list[dict[str, float]]:
     ("option", "tolerance"),
     [("accumulate=3", 1e-6), ("accumulate=4", 1e-6), ("activation_checkpointing=true", 0)],
 )
-def test_parts_and_recomputation_change_rounding_at_most(
+def test_accumulation_and_activation_checkpointing_change_rounding_only(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], option: str, tolerance: float
 ) -> None:
     """Including parts of uneven size: six samples in four parts.

@@ -27,7 +27,7 @@ ALONE = ProcessGroup(torch.device("cpu"))
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**40), st.integers(0, 10**7), st.lists(st.integers(0, 300), min_size=1, max_size=9))
-def test_what_a_sample_meets_does_not_depend_on_its_company(seed: int, step: int, positions: list[int]) -> None:
+def test_a_sample_does_not_depend_on_its_batch(seed: int, step: int, positions: list[int]) -> None:
     cpu = torch.device("cpu")
     together = draws_at(seed, step, positions, 4, 3, cpu)
     for i, position in enumerate(positions):
@@ -47,7 +47,7 @@ def test_draws_are_normal_uniform_and_differ_between_steps() -> None:
     assert not torch.equal(found.noise, draws_at(3, 6, range(400), 16, 8, torch.device("cpu")).noise)
 
 
-def test_averages_forget_the_initial_weights() -> None:
+def test_averages_are_warmed_up() -> None:
     """Closed form for weights that jump from 0 to 1: the remaining weight of 0 is the product of the decays."""
     assert [warmed_decay(0.9999, n) for n in (0, 8, 10**6)] == [0.1, 0.5, 0.9999]
     model = torch.nn.Linear(1, 1, bias=False)
@@ -66,7 +66,9 @@ def test_averages_forget_the_initial_weights() -> None:
 @pytest.mark.parametrize(
     ("keep", "every", "kept"), [(2, None, [40, 44]), (1, 12, [12, 24, 36, 44]), (3, 20, [20, 36, 40, 44])]
 )
-def test_which_checkpoints_are_kept(tmp_path: Path, keep: int, every: int | None, kept: list[int]) -> None:
+def test_keep_every_and_the_latest_checkpoints_are_kept(
+    tmp_path: Path, keep: int, every: int | None, kept: list[int]
+) -> None:
     store = CheckpointStore(tmp_path, keep, every)
     for step in range(4, 48, 4):
         store.save(Checkpoint(step, {"raw": {"w": torch.full((2,), float(step))}}, {}))
@@ -77,7 +79,7 @@ def test_which_checkpoints_are_kept(tmp_path: Path, keep: int, every: int | None
     assert newest.groups["raw"]["w"].tolist() == [44, 44]
 
 
-def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_background_checkpoint_holds_the_state_at_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training changes the weights while the thread writes them."""
     monkeypatch.setattr(retry, "WAITS_S", (0.0,))
     store = CheckpointStore(tmp_path)
@@ -108,14 +110,14 @@ def test_the_guard_names_losses_and_parameters(tmp_path: Path) -> None:
     assert "The last good checkpoint is" in text
 
 
-def test_losses_fall_into_the_bucket_of_their_time() -> None:
+def test_losses_are_averaged_per_bucket_of_time() -> None:
     gauge = LossByTime(torch.device("cpu"))
     gauge.add(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.0, 0.05, 1.0]))
     gauge.add(torch.tensor([7.0]), torch.tensor([0.5]))
     assert gauge.means() == {"loss_t0": 2.0, "loss_t9": 5.0, "loss_t5": 7.0}
 
 
-def test_gradient_norms_are_torchs() -> None:
+def test_gradient_norms_equal_torch() -> None:
     torch.manual_seed(0)
     parameters = [
         torch.nn.Parameter(torch.zeros(3, 4)),

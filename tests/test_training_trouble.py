@@ -97,7 +97,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
         subprocess.run(["umount", str(disk)], check=True)  # nothing holds a file open, after errors neither
 
 
-def test_a_disk_too_full_for_the_final_weights_loses_no_step(
+def test_a_full_disk_at_the_final_weights_loses_no_step(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten steps, a checkpoint every fourth: the last two are saved before the weights are written."""
@@ -148,7 +148,7 @@ def test_ctrl_c_twice_stops_in_the_middle_of_a_step(
     assert [entry["step"] for entry in read_json(latest)["checkpoints"]] == [1]
 
 
-def test_a_batch_larger_than_the_data_is_told(
+def test_a_batch_larger_than_the_data_is_reported(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     found = svgpipe(*train_args(finished, tmp_path / "out", "--set", "diffusion.batch_size=70"))

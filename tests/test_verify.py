@@ -95,7 +95,7 @@ MENDED_TOGETHER = [
 ]
 
 
-def test_everything_that_was_made_is_whole(finished: Finished, svgpipe: Callable[..., Outcome]) -> None:
+def test_all_artifacts_of_the_pipeline_verify(finished: Finished, svgpipe: Callable[..., Outcome]) -> None:
     found = svgpipe("verify", finished.root, "--deep")
     assert found.code == 0, found.out
     assert found.out.count("whole (every byte was read)") == 5
@@ -117,7 +117,7 @@ def test_damage_is_named(
 
 
 @pytest.mark.parametrize("damages", MENDED_TOGETHER, ids=lambda d: "+".join(one.__name__ for one in d))
-def test_damage_is_mended_to_the_published_bytes(
+def test_repair_restores_the_published_bytes(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], damages: list[Callable[[Path], None]]
 ) -> None:
     cache = tmp_path / "cache"
@@ -137,7 +137,7 @@ def test_damage_is_mended_to_the_published_bytes(
     assert svgpipe("verify", cache, "--deep").code == 0
 
 
-def test_only_the_units_named_are_made_again(
+def test_repair_computes_only_the_damaged_units(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     cache = tmp_path / "cache"
@@ -152,9 +152,7 @@ def test_only_the_units_named_are_made_again(
     assert "repaired" not in again.out
 
 
-def test_a_repair_that_was_killed_is_taken_up(
-    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
-) -> None:
+def test_a_killed_repair_resumes(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     """State after a kill: the damaged unit is forgotten, the manifest is moved aside, and nobody may read the cache."""
     cache = tmp_path / "cache"
     shutil.copytree(finished.root / "cache", cache)
@@ -168,7 +166,7 @@ def test_a_repair_that_was_killed_is_taken_up(
     assert FeatureCache(cache).manifest.fingerprint == finished.cache.manifest.fingerprint
 
 
-def test_a_repair_killed_before_it_took_the_cache_apart_begins_anew(
+def test_a_repair_killed_before_its_first_change_starts_again(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     cache = tmp_path / "cache"
@@ -184,9 +182,7 @@ def test_a_repair_killed_before_it_took_the_cache_apart_begins_anew(
     assert not (cache / "manifest.before-repair.json").exists()
 
 
-def test_repair_does_not_begin_where_the_images_were_altered(
-    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
-) -> None:
+def test_repair_refuses_altered_images(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     """Altered images would be rejected, and zeros would replace their features."""
     cache, shards = tmp_path / "cache", tmp_path / "shards"
     shutil.copytree(finished.root / "cache", cache)
@@ -202,7 +198,7 @@ def test_repair_does_not_begin_where_the_images_were_altered(
     assert tree_bytes(cache, "**/*") == before
 
 
-def test_repair_wants_the_inputs_that_the_cache_was_made_from(
+def test_repair_refuses_inputs_other_than_those_of_the_cache(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     cache = tmp_path / "cache"

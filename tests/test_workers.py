@@ -87,7 +87,7 @@ def require_workers_end(session: int) -> None:
 
 
 @given(st.integers(0, 200), st.integers(1, 9))
-def test_shares_make_up_the_whole(count: int, size: int) -> None:
+def test_slices_of_the_workers_cover_the_batch(count: int, size: int) -> None:
     group = [ProcessGroup(CPU, rank, size) for rank in range(size)]
     assert [place for member in group for place in member.local_slice(count)] == list(range(count))
     lengths = [len(member.local_slice(count)) for member in group]
@@ -95,7 +95,7 @@ def test_shares_make_up_the_whole(count: int, size: int) -> None:
     assert {member.largest_slice(count) for member in group} == {max(lengths)}
 
 
-def test_batch_norm_and_alignment_by_totals_are_torchs() -> None:
+def test_batch_norm_and_alignment_over_workers_equal_torch() -> None:
     """The code path of several processes, run by one: values, gradients, and tracked statistics."""
     torch.manual_seed(0)
     x = torch.randn(5, 3, 4, 4, requires_grad=True)
@@ -143,7 +143,7 @@ def test_a_killed_worker_is_replaced_and_one_process_continues(
 
 
 @pytest.mark.slow
-def test_what_one_process_began_two_continue_with_the_model_spread_over_them(
+def test_fsdp2_on_two_workers_resumes_a_run_of_one_process(
     finished: Finished, ray_session: None, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     out = tmp_path / "out"
@@ -163,7 +163,7 @@ def test_what_one_process_began_two_continue_with_the_model_spread_over_them(
 
 
 @pytest.mark.slow
-def test_an_autoencoder_begun_by_two_is_finished_by_one(
+def test_one_process_resumes_an_autoencoder_of_two_workers(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     """The discriminator is active before and after; everything is killed in between."""
@@ -177,7 +177,7 @@ def test_an_autoencoder_begun_by_two_is_finished_by_one(
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_workers_start_needs_no_step_to_finish(finished: Finished, tmp_path: Path) -> None:
+def test_ctrl_c_while_workers_start_stops_at_once(finished: Finished, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     process = Command(diffusion_args(finished, out, *TWO), log)
     process.wait_for(lambda: bool(training_workers(process.pid)))  # which are loading torch by now
@@ -188,7 +188,7 @@ def test_ctrl_c_while_workers_start_needs_no_step_to_finish(finished: Finished, 
     require_workers_end(process.pid)
 
 
-def test_a_starter_that_is_frozen_is_not_written_for() -> None:
+def test_workers_do_not_write_for_a_suspended_driver() -> None:
     """When it wakes, another process may hold its lock."""
     event_queue = EventQueue()
     event_queue.require_reader()
@@ -235,7 +235,7 @@ def test_checkpoints_of_different_steps_are_never_mixed(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_workers_cannot_do_is_told_like_anywhere(
+def test_errors_of_workers_are_reported_as_without_ray(
     finished: Finished,
     ray_session: None,
     tmp_path: Path,

@@ -162,7 +162,7 @@ def _analyze_one(
     features = torch.from_numpy(pooled(cache, rows.tolist(), progress))
     features = (features - features.mean(0)) / spread(features)
     groups, missing = channel_groups(cache), list[str]()
-    progress.begin("analyze", len(groups) + 2 + (trained is not None))
+    progress.begin("analyze", len(groups) + 2 + (trained is not None), "measurements")
     distances = []
     for name, channels in groups.items():
         try:

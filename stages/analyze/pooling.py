@@ -35,7 +35,7 @@ def pooled(cache: FeatureCache, rows: Sequence[int], progress: Progress | None =
         ArtifactError: a shard is missing or damaged.
     """
     progress = progress or Silent()
-    progress.begin("read", len(rows))
+    progress.begin("read", len(rows), "images")
     blocks = [rows[start : start + BLOCK_ROWS] for start in range(0, len(rows), BLOCK_ROWS)]
     means: list[NDArray[np.float32]] = []
     with ThreadPoolExecutor(READERS) as readers:

@@ -103,7 +103,7 @@ def probe(
     mean, std = x.mean(0), spread(x)
     x, x_test = (x - mean) / std, (x_test - mean) / std
     groups = channel_groups(cache)
-    progress.begin("probe", len(groups))
+    progress.begin("probe", len(groups), "channel groups")
     results = []
     for name, channels in groups.items():
         results.append(_probe_group(name, x[:, channels], y, x_test[:, channels], y_test, classes, seed))

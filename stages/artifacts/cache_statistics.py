@@ -25,6 +25,7 @@ class CacheStatistics:
     eigenvalues: NDArray[np.float64]  # (C,) of the covariance, largest first
     effective_rank: float
     frozen_channels: int
+    calibrated_on_all: bool  # whether calibration used all training images
 
     @classmethod
     def of(cls, cache: FeatureCache) -> CacheStatistics:
@@ -48,6 +49,7 @@ class CacheStatistics:
             eigenvalues=np.clip(np.linalg.eigvalsh(covariance)[::-1], 0, None),
             effective_rank=effective_rank(covariance),
             frozen_channels=cache.manifest.frozen_channels,
+            calibrated_on_all=(cache.valid & ~cache.heldout).sum() <= cache.manifest.config["calibration_images"],
         )
 
     def name_of(self, channel: int) -> str:
@@ -73,9 +75,14 @@ class CacheStatistics:
             return []
         worst = ", ".join(f"{self.name_of(c)} (mean {self.mean[c]:+.3f}, std {self.std[c]:.3f})" for c in off[:NAMED])
         more = f" and {len(off) - NAMED} more" if len(off) > NAMED else ""
+        advice = (
+            "Calibration used all training images; held-out images and flips differ from them."
+            if self.calibrated_on_all
+            else "Calibrate over more images (extract.calibration_images)."
+        )
         return [
             f"{len(off)} of {len(self.mean)} channels are not normalised (|mean| > {MEAN_LIMIT} or std "
-            f"outside {STD_LOW}–{STD_HIGH}): {worst}{more}. Calibrate over more images (extract.calibration_images)."
+            f"outside {STD_LOW}–{STD_HIGH}): {worst}{more}. {advice}"
         ]
 
 

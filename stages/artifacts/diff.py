@@ -69,7 +69,7 @@ def diff(
     frozen, channels = a.frozen_channels, a.feature_shape[2]
     groups = [("backbone", slice(0, frozen))] + ([("residual", slice(frozen, channels))] if frozen < channels else [])
     tallies = [_Tally(name) for name, _ in groups]
-    progress.begin("diff", len(chosen) * len(views))
+    progress.begin("diff", len(chosen) * len(views), "images")
     for view in views:
         for start in range(0, len(chosen), BLOCK_ROWS):
             block = chosen[start : start + BLOCK_ROWS]

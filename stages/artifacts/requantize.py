@@ -76,7 +76,7 @@ def requantize(
         spec = before.model_copy(update={"store_dtype": dtype}).spec
         store = FeatureStore.create(out, spec, calibration.mean, calibration.std, calibration.scale)
         missing = journal.missing(range(spec.num_units))
-        progress.begin("requantize", spec.num_units, spec.num_units - len(missing))
+        progress.begin("requantize", spec.num_units, "units", spec.num_units - len(missing))
         places = (absolute(place) for place in (source, out))
         convert = _Convert(*(FeatureStore(place, s) for place, s in zip(places, (before.spec, spec), strict=True)))
         for _ in map_in_processes(convert, missing, processes or cpu_count()):

@@ -61,7 +61,7 @@ def _verify_shards(path: Location, manifest: Any, *, deep: bool, progress: Progr
     assert isinstance(manifest, ShardSetManifest)
     if manifest.content != ShardSetManifest.content_of(manifest.shards):
         yield finding(path / MANIFEST_NAME, "the list of tars is not the one that was published")
-    progress.begin("verify", len(manifest.shards))
+    progress.begin("verify", len(manifest.shards), "tars")
     for shard in manifest.shards:
         tar, index = tar_of(path, shard), index_of(path, shard)
         size = file_size(tar)
@@ -123,7 +123,7 @@ def _verify_checkpoints(path: Location, deep: bool) -> Findings:
 
 def _verify_autoencoder(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Findings:
     assert isinstance(manifest, AutoencoderManifest)
-    progress.begin("verify", 1)
+    progress.begin("verify", 1, "autoencoders")
     yield from _verify_tensors(path / AUTOENCODER_FILE, manifest.content, deep)
     if manifest.config["backbone"]["weights"] == "beside" or (path / BACKBONE_FILE).exists():
         yield from _verify_backbone(path, manifest, deep)
@@ -154,7 +154,7 @@ def _verify_backbone(path: Location, manifest: AutoencoderManifest, deep: bool) 
 
 def _verify_diffusion(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Findings:
     assert isinstance(manifest, DiffusionManifest)
-    progress.begin("verify", len(manifest.content))
+    progress.begin("verify", len(manifest.content), "files")
     for name, sha256 in manifest.content.items():
         yield from _verify_tensors(path / name, sha256, deep)
         progress.advance()
@@ -187,7 +187,7 @@ def _verify_images(
     """Yield problems of decoded images. `published` tells whether these are the published hashes of a set's tars."""
     decode = Journal(path, "journal/decode")
     names = decode.names()
-    progress.begin("verify", len(names))
+    progress.begin("verify", len(names), "tars")
     tars: dict[str, list[str]] = {}
     for name in names:
         try:

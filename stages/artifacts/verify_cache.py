@@ -90,7 +90,7 @@ def verify_cache(
 
 
 def _verify_units(check: _UnitCheck, units: list[int], progress: Progress, processes: int | None) -> Iterator[Finding]:
-    progress.begin("verify", len(units))
+    progress.begin("verify", len(units), "units")
     num_bytes = len(units) * np.prod(check.store.spec.shape_of(0)) * (2 if check.store.spec.dtype == "float16" else 1)
     workers = min(processes or cpu_count(), int(num_bytes // BYTES_PER_PROCESS) + 1) if check.deep else 1
     for findings in map_in_processes(check, units, workers):

@@ -99,7 +99,7 @@ def decode(
     # Hashes are checked, because an altered image would be measured as if it were a sample.
     wanted = {unit.name: unit for unit in units}
     missing = [wanted[name] for name in journal.missing(list(wanted), deep=True)]
-    progress.begin("decode", len(units), len(units) - len(missing))
+    progress.begin("decode", len(units), "tars", len(units) - len(missing))
     steps = Steps(
         ReadForDecoding(options.size),
         partial(_Decode, options=replace(options, autoencoder=absolute(options.autoencoder))),

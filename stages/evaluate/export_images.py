@@ -50,7 +50,7 @@ def export_png(evaluation: Location, progress: Progress) -> list[Location]:
         folder = evaluation / "png" / name
         make_directory(folder)
         remove_partials(folder, idle_s=ABANDONED_S)
-        progress.begin(f"png {name}", len(images))
+        progress.begin(f"png {name}", len(images), "images")
         for number, ref in enumerate(images.refs):
             path = folder / f"{number:08d}.png"
             if file_size(path) != ref.size:
@@ -79,7 +79,7 @@ def _write_npz(path: Location, images: ImageSet, progress: Progress) -> Location
     Returns:
         The path.
     """
-    progress.begin(f"npz {path.stem}", len(images))
+    progress.begin(f"npz {path.stem}", len(images), "images")
     if _is_whole(path):
         progress.advance(len(images))
         return path

@@ -61,13 +61,13 @@ def measure(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]], pro
         The numbers of the report.
     """
     work = _Measurement(plan, _image_sets(plan, images))
-    progress.begin("measure", len(work.sets))
+    progress.begin("measure", len(work.sets), "image sets")
     for name in work.sets:
         work.extracted(name)
         progress.advance(1, name)
     names = [*work.sampled, *(line for line in BASELINES if line in work.sets)]
     journal = Journal(plan.out, "journal/compare")  # the intervals of 50,000 images take minutes
-    progress.begin("compare", len(names))
+    progress.begin("compare", len(names), "image sets")
     results = []
     for number, name in enumerate(names):
         measured = journal.kept(number, work.key(name), functools.partial(work.measured, name))

@@ -265,7 +265,7 @@ def _measure(
     config, originals, pool = plan.config, plan.originals, plan.pool
     reference = extracted(pool, originals, plan.extractor, config.batch_size)
     comparison = Comparison(Features(reference[POOLED]), config.bootstrap, config.seed)
-    progress.begin("measure", len(sets) * len(originals))
+    progress.begin("measure", len(sets) * len(originals), "images")
     results = []
     for number, (name, images) in enumerate(sets.items()):
         means = {

@@ -193,7 +193,7 @@ def _look(refs: Sequence[ImageRef], progress: Progress) -> Json:
             where = f"{ref.tar}: {ref.key}" if in_tar else str(ref.tar)
             raise ArtifactError(f"{where}: cannot be measured: {error}. {what}") from error
 
-    progress.begin("check images", len(refs))
+    progress.begin("check images", len(refs), "images")
     with ThreadPoolExecutor(READERS) as readers:
         for start in range(0, len(refs), LOOKED_AT_ONCE):
             for _ in readers.map(look, refs[start : start + LOOKED_AT_ONCE]):

@@ -81,9 +81,9 @@ def sample_sweep(plan: EvaluationPlan, runner: Runner, progress: Progress) -> li
             for number, store in enumerate(stores)
             for unit in store.journal.missing(range(store.count))
         ]
-        total = sum(store.count for store in stores)
-        progress.begin("sample", total, total - len(missing))
         specs = [store.store.spec for store in stores]
+        total = sum(store.count * store.store.spec.unit_rows for store in stores)
+        progress.begin("sample", total, "latents", total - sum(specs[unit.setting].unit_rows for unit in missing))
         steps = Steps(
             pass_on,
             partial(
@@ -91,9 +91,8 @@ def sample_sweep(plan: EvaluationPlan, runner: Runner, progress: Progress) -> li
             ),
             WriteLatents([absolute(store.store.path) for store in stores], specs),
         )
-        in_all = sum(store.count * store.store.spec.unit_rows for store in stores)
-        for _ in runner.run(missing, steps):
-            progress.advance(1, f"{in_all} latents in all")
+        for sampled in runner.run(missing, steps):
+            progress.advance(specs[sampled.setting].unit_rows)
         return [store.sampled() for store in stores]
 
 

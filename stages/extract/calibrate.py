@@ -79,7 +79,7 @@ def measure_features(
     """
     size = options.batch_size
     units = [UnitRows(number, chosen[i : i + size]) for number, i in enumerate(range(0, len(chosen), size))]
-    progress.begin(name, len(chosen))
+    progress.begin(name, len(chosen), "images")
     # Merged in order. Results that come early are kept until their turn.
     early: dict[int, Moments] = {}
     total: Moments | None = None

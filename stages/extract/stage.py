@@ -153,7 +153,7 @@ class _Job:
         finished = journal.whole(range(spec.num_units))
         for unit, record in finished.items():
             tally.add(len(spec.rows_of(unit)), [reject["reason"] for reject in record.entry["rejects"]])
-        self.progress.begin("extract", spec.num_samples, tally.seen)
+        self.progress.begin("extract", spec.num_samples, "images", tally.seen)
         units = [UnitRows(unit, spec.rows_of(unit)) for unit in range(spec.num_units) if unit not in finished]
         options = replace(self.options, mean=calibration.mean, std=calibration.std, views=spec.views)
         steps = Steps(

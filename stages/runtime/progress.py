@@ -17,8 +17,8 @@ SAID = 5
 class Progress(Protocol):
     """Receives the progress of a stage."""
 
-    def begin(self, task: str, total: int, done: int = 0) -> None:
-        """Start a task of `total` items. An earlier run finished `done` of them."""
+    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
+        """Start a task of `total` items, in the plural `unit`. An earlier run finished `done` of them."""
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count finished items; `note` is a short text next to the bar."""
@@ -30,7 +30,7 @@ class Progress(Protocol):
 class Silent:
     """Shows nothing."""
 
-    def begin(self, task: str, total: int, done: int = 0) -> None: ...
+    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None: ...
 
     def advance(self, count: int = 1, note: str = "") -> None: ...
 
@@ -44,13 +44,13 @@ class Recorded:
         self.progress, self.directory = progress or Silent(), directory
         self._every_s = LOCAL_EVERY_S if isinstance(directory, Path) else REMOTE_EVERY_S
         now = time.time()
-        self.entry = ProgressEntry("", 0, 0, now, 0, now)
+        self.entry = ProgressEntry("", 0, "", 0, now, 0, now)
 
-    def begin(self, task: str, total: int, done: int = 0) -> None:
+    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
         now = time.time()
-        self.entry = ProgressEntry(task, total, done, now, done, now, said=self.entry.said)
+        self.entry = ProgressEntry(task, total, unit, done, now, done, now, said=self.entry.said)
         self.entry.write(self.directory)
-        self.progress.begin(task, total, done)
+        self.progress.begin(task, total, unit, done)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         now, before = time.time(), self.entry.updated_at

@@ -87,7 +87,7 @@ def shard(
         journal = Journal(out)
         missing = [jobs[number] for number in journal.missing(range(len(jobs)))]
         progress = Recorded(progress, out)
-        progress.begin("shard", len(jobs), len(jobs) - len(missing))
+        progress.begin("shard", len(jobs), "tars", len(jobs) - len(missing))
         for _ in map_in_processes(write_shard, missing, processes or cpu_count()):
             progress.advance()
         return _publish(work, class_names, files, [journal.read(job.number) for job in jobs])

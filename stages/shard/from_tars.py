@@ -105,7 +105,7 @@ def index_tars(
         make_directory(out / "index")
         missing = journal.missing(range(len(splits)))
         progress = Recorded(progress, out)
-        progress.begin("index", len(splits), len(splits) - len(missing))
+        progress.begin("index", len(splits), "tars", len(splits) - len(missing))
         jobs = [_Scan(str(splits[i][0]), i, str(absolute(out)), config) for i in missing]
         for note in map_in_processes(_Scan.__call__, jobs, processes or cpu_count()):
             if note:

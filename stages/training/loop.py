@@ -137,7 +137,7 @@ class TrainingRun(ABC, Generic[B, S, R]):
             InterruptedRunError: the user stopped the run; the state is saved.
         """
         config = self.config
-        self.supervisor.begin(f"train-{self.section}", config.steps, self.step)
+        self.supervisor.begin(f"train-{self.section}", config.steps, "steps", self.step)
         batches = self.batches()
         self._since, reported_memory = time.monotonic(), False
         with self.supervisor.stop_requests() as stop:
