@@ -190,6 +190,18 @@ def file_size(path: Location) -> int | None:
         return None
 
 
+def file_version(path: Location) -> str:
+    """Return a text that changes when the file is written: modification time in ns, or the object's ETag.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if isinstance(path, Path):
+        return str(path.stat().st_mtime_ns)
+    facts = path.fs.info(path.path)
+    return str(facts.get("ETag") or facts.get("etag") or facts.get("LastModified") or facts.get("mtime"))
+
+
 def read_range(path: Location, offset: int, size: int) -> bytes:
     """Return `size` bytes from `offset` on, fewer at the end of the file: one seek and read, or one range request.
 

@@ -2,6 +2,7 @@
 
     key, label, offset, size, sha256, path    of the image member, in tar order
     reject                                    reason why the row is unusable, or null; absent if no row is rejected
+    damaged                                   whether the image is a damaged JPEG that was kept; absent if there is none
 
 The label is −1 if a rejected row has no known label.
 """
@@ -31,6 +32,7 @@ _SCHEMA = pa.schema(
 )
 INDEX_COLUMNS = tuple(_SCHEMA.names)
 REJECT = pa.field("reject", pa.string())
+DAMAGED = pa.field("damaged", pa.bool_())
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class ImageRef:
     label: int
     path: str = ""
     reject: str | None = None
+    damaged: bool = False
 
     def read(self) -> bytes:
         """Return the bytes of the image.
@@ -56,7 +59,7 @@ class ImageRef:
 
 
 def write_index(path: Location, refs: Iterable[ImageRef]) -> str:
-    """Write the index of one tar atomically, with a column `reject` only if some row has a reason.
+    """Write the index of one tar atomically, with the columns `reject` and `damaged` only if some row has a value.
 
     Returns:
         sha256 of the file.
@@ -66,6 +69,8 @@ def write_index(path: Location, refs: Iterable[ImageRef]) -> str:
     table = pa.table(columns, schema=_SCHEMA)
     if any(ref.reject is not None for ref in rows):
         table = table.append_column(REJECT, pa.array([ref.reject for ref in rows], pa.string()))
+    if any(ref.damaged for ref in rows):
+        table = table.append_column(DAMAGED, pa.array([ref.damaged for ref in rows], pa.bool_()))
     buffer = io.BytesIO()
     parquet.write_table(table, buffer)
     write_atomic(path, buffer.getvalue())
@@ -73,7 +78,7 @@ def write_index(path: Location, refs: Iterable[ImageRef]) -> str:
 
 
 def read_index(path: Location, num_images: int | None, columns: Sequence[str] = INDEX_COLUMNS) -> pa.Table:
-    """Return columns of the index of one tar, and `reject` if it exists.
+    """Return columns of the index of one tar, and `reject` and `damaged` if they exist.
 
     Raises:
         ArtifactError: the index is missing, unreadable, or has another number of rows than `num_images`.
@@ -82,7 +87,7 @@ def read_index(path: Location, num_images: int | None, columns: Sequence[str] = 
         with path.open("rb") as file:
             source = parquet.ParquetFile(file)
             names = set(source.schema_arrow.names)
-            wanted = [name for name in (*columns, REJECT.name) if name in names]
+            wanted = [name for name in (*columns, REJECT.name, DAMAGED.name) if name in names]
             table = source.read(columns=wanted, use_threads=False)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: expected the index of its tar, found none.") from error

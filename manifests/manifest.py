@@ -119,13 +119,15 @@ class Manifest(FrozenModel):
     """Fields that all manifests share.
 
     Subclasses set `KIND` and `NOUN`. `OUTSIDE_IDENTITY` lists fields in which two equal artifacts may differ, such as
-    times and per-file lists that a content digest covers. `MAY_CHANGE` lists config keys that a resumed run may change.
+    times and per-file lists that a content digest covers. `MAY_CHANGE` lists config keys that a later run may
+    change, and `LATE` those that it may change until the artifact is finished.
     """
 
     KIND: ClassVar[str]
     NOUN: ClassVar[str]  # with its article, for messages: "a shard set"
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset()
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()  # config keys that do not change the result
+    LATE: ClassVar[frozenset[str]] = frozenset()  # config keys that only the last step of a stage reads
     _SHARED_OUTSIDE: ClassVar[frozenset[str]] = frozenset(
         {"svgpipe_version", "finished_at", "seconds", "inputs", "fingerprint"}
     )

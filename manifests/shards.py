@@ -22,7 +22,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -33,8 +33,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from .errors import ArtifactError, UsageError
-from .filesystem import Location, absolute, file_sha256, file_size, location, staged
-from .index import ImageRef, read_index, refs_of_table, write_index
+from .filesystem import Location, absolute, file_sha256, file_size, file_version, location, staged
+from .index import DAMAGED, REJECT, ImageRef, read_index, refs_of_table, write_index
 from .manifest import MANIFEST_NAME, FrozenModel, InputRef, Manifest, digest
 
 Split = Literal["train", "heldout"]
@@ -52,6 +52,7 @@ class ShardFile(FrozenModel):
     sha256: str
     index_sha256: str
     index: str | None = Field(None, description="Path below the set's directory; null: the tar's name with .parquet.")
+    version: str | None = Field(None, description="Of an existing tar: `file_version` when it was indexed.")
 
     @property
     def files(self) -> dict[str, str]:
@@ -89,6 +90,7 @@ class ShardSetManifest(Manifest):
     KIND: ClassVar[str] = "shard-set"
     NOUN: ClassVar[str] = "a shard set"
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"shards"})
+    LATE: ClassVar[frozenset[str]] = frozenset({"class_names"})
 
     kind: Literal["shard-set"] = "shard-set"
     class_names: list[str]
@@ -113,6 +115,7 @@ class Rows:
     label: NDArray[np.int32]  # −1 if rejected and unknown
     heldout: NDArray[np.bool_]
     rejected: NDArray[np.bool_]  # unusable, as found when it was indexed
+    damaged: NDArray[np.bool_]  # a damaged JPEG that was kept
 
     def __len__(self) -> int:
         return len(self.label)
@@ -196,18 +199,24 @@ class ShardSet:
         return ShardSet(absolute(self.directory), self.manifest, self.shards)
 
     def check_files(self) -> None:
-        """Check the sizes of all tars.
+        """Check the sizes of all tars. Existing tars that were written since they were indexed are hashed.
 
         Raises:
-            ArtifactError: a tar is missing or has another size.
+            ArtifactError: a tar is missing, has another size, or other content.
         """
         for shard in self.shards:
-            size = file_size(tar_of(self.directory, shard))
+            tar = tar_of(self.directory, shard)
+            size = file_size(tar)
             if size != shard.num_bytes:
                 found = "none" if size is None else f"{size} bytes"
                 raise ArtifactError(
-                    f"{tar_of(self.directory, shard)}: expected a tar of {shard.num_bytes} bytes, found {found}. "
+                    f"{tar}: expected a tar of {shard.num_bytes} bytes, found {found}. "
                     "Restore it, or make the shard set again in a new directory."
+                )
+            if shard.version not in (None, file_version(tar)) and (sha256 := file_sha256(tar)) != shard.sha256:
+                raise ArtifactError(
+                    f"{tar}: was changed after it was indexed: expected sha256 {shard.sha256[:12]}, found "
+                    f"{sha256[:12]}. Its labels may be others now. Index the tars again, into a new directory."
                 )
 
     def as_input(self) -> InputRef:
@@ -235,16 +244,13 @@ class ShardSet:
             ArtifactError: an index is missing or altered.
         """
         labels: list[NDArray[Any]] = [np.zeros(0, np.int32)]
-        rejected = [np.zeros(0, np.bool_)]
+        rejected, damaged = [np.zeros(0, np.bool_)], [np.zeros(0, np.bool_)]
         for shard in self.shards:
             table = read_index(index_of(self.directory, shard), shard.num_images, ["label"])
             # By DLPack, because pyarrow's to_numpy imports pandas.
             labels.append(np.from_dlpack(table["label"].combine_chunks()))
-            if "reject" in table.column_names:
-                flags = table["reject"].is_valid().combine_chunks().cast(pa.uint8())
-                rejected.append(np.from_dlpack(flags).astype(np.bool_))
-            else:
-                rejected.append(np.zeros(len(table), np.bool_))
+            rejected.append(_flags(table, REJECT.name))
+            damaged.append(_flags(table, DAMAGED.name))
         pa.default_memory_pool().release_unused()  # memory of up to a thousand indexes
         counts = np.diff(self._starts)
         heldout = np.asarray([shard.split == "heldout" for shard in self.shards], np.bool_)
@@ -253,6 +259,7 @@ class ShardSet:
             label=np.concatenate(labels).astype(np.int32),
             heldout=np.repeat(heldout, counts),
             rejected=np.concatenate(rejected),
+            damaged=np.concatenate(damaged),
         )
 
     def refs(self, rows: Iterable[int]) -> list[ImageRef]:
@@ -302,6 +309,15 @@ class ShardSet:
         return self.refs([row])[0].read()
 
 
+def _flags(table: pa.Table, column: str) -> NDArray[np.bool_]:
+    """Return whether a row has a value other than null and false in an optional column."""
+    if column not in table.column_names:
+        return np.zeros(len(table), np.bool_)
+    values = table[column].combine_chunks()
+    flags = values if pa.types.is_boolean(values.type) else values.is_valid()
+    return np.from_dlpack(flags.cast(pa.uint8())).astype(np.bool_)
+
+
 def _as_arrow(values: NDArray[np.int64]) -> pa.Array:
     """Avoid pa.array: it imports pandas, 70 MB per process, to check for pandas types.
 
@@ -335,6 +351,7 @@ class TarImage:
     extension: str
     label: int
     path: str = ""
+    damaged: bool = False
 
 
 def write_tar(tar_path: Location, images: Iterable[TarImage], split: Split) -> ShardFile:
@@ -350,9 +367,8 @@ def write_tar(tar_path: Location, images: Iterable[TarImage], split: Split) -> S
                 offset = tar.offset + tarfile.BLOCKSIZE
                 _append(tar, image)
                 sha256 = hashlib.sha256(image.data).hexdigest()
-                refs.append(
-                    ImageRef(tar_path, offset, len(image.data), sha256, image.key, image.label, path=image.path)
-                )
+                ref = ImageRef(tar_path, offset, len(image.data), sha256, image.key, image.label, image.path)
+                refs.append(replace(ref, damaged=image.damaged))
         index_sha256 = write_index(tar_path.with_suffix(".parquet"), refs)
         sha256, num_bytes = file_sha256(partial), partial.stat().st_size
     return ShardFile(

@@ -71,6 +71,7 @@ class StageSpec(Generic[M]):
             made,
             f"a finished {noun} (fingerprint {done.fingerprint[:12]}) that was made",
             "Use the same recipe and options (did you forget --recipe or --set?), or give another output directory.",
+            self.kind.MAY_CHANGE,
         )
         return done
 
@@ -96,12 +97,13 @@ class StageSpec(Generic[M]):
             read_plan(self.path),
             f"{self.kind.NOUN}, half made, that was begun",
             "Use the same recipe and options, or give another output directory.",
+            self.kind.MAY_CHANGE | self.kind.LATE,
         )
         return "begun", None
 
-    def _require_equal(self, found: Json, noun: str, what_to_do: str) -> None:
-        may_change = {key: value for key, value in self.config.items() if key in self.kind.MAY_CHANGE}
-        lines = differing_fields({**found, "config": {**found["config"], **may_change}}, self.plan)
+    def _require_equal(self, found: Json, noun: str, what_to_do: str, may_change: frozenset[str]) -> None:
+        changed = {key: value for key, value in self.config.items() if key in may_change}
+        lines = differing_fields({**found, "config": {**found["config"], **changed}}, self.plan)
         if lines:
             raise MismatchError(
                 f"{self.path}: holds {noun} differently "
@@ -156,7 +158,7 @@ class WorkDir(Generic[M]):
         if self.finished is not None:
             self.close()
             return
-        if state == "new":
+        if state == "new" or read_plan(self.path) != self.spec.plan:
             write_json(self.path / PLAN_NAME, self.spec.plan)
         remove_partials(self.path)
 

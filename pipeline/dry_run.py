@@ -18,7 +18,8 @@ from svgpipe.manifests.workdir import StageSpec
 from svgpipe.stages.evaluate.plan import EvaluationPlan
 from svgpipe.stages.evaluate.reference import shard_reference
 from svgpipe.stages.extract.stage import cache_spec
-from svgpipe.stages.shard.from_folder import scan, shard_spec
+from svgpipe.stages.shard.from_folder import shard_spec
+from svgpipe.stages.shard.sources import require_unchanged, scan
 from svgpipe.stages.train_autoencoder.stage import autoencoder_spec
 from svgpipe.stages.train_diffusion.stage import diffusion_spec
 
@@ -40,7 +41,7 @@ def dry_run(recipe: Recipe, workdir: Location, options: RunOptions) -> list[DryR
 
     Raises:
         UsageError: no image folder is given, or it holds no images.
-        ArtifactError: a damaged manifest.
+        ArtifactError: a damaged manifest, or an image that was changed after it was sharded.
     """
     if recipe.source == DEMO_SOURCE and not source_folder(recipe.source, workdir).exists():
         rows = [DryRunRow(STAGES[0], "run", "not started; the demo's photographs are written first")]
@@ -58,7 +59,9 @@ def _specs(recipe: Recipe, workdir: Location, options: RunOptions) -> Iterator[S
     """Yield the spec of each stage. Its inputs must be finished before it is taken."""
     tars, encoder, cache, model, evaluation = (workdir / name for name in STAGES)
     images = source_folder(recipe.source, workdir)
-    yield shard_spec(images, scan(images)[1], tars, recipe.shard)
+    files = scan(images)[1]
+    yield shard_spec(images, files, tars, recipe.shard)
+    require_unchanged(tars, images, files, record=False)
     shards = ShardSet.open(tars)
     yield autoencoder_spec(shards, encoder, recipe.autoencoder)
     yield cache_spec(shards, AutoencoderManifest.read(encoder).as_input(encoder), cache, recipe.extract)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -98,13 +99,22 @@ def _shard_facts(path: Location, manifest: Any) -> Json:
     labels = np.bincount(rows.label[~rows.rejected], minlength=len(manifest.class_names))  # rejects may have none
     rejects = [json.loads(line) for line in (path / "rejected.jsonl").read_text().splitlines()]
     return {
-        "images": f"{manifest.num_images} in {len(manifest.shards)} tars, {manifest.num_heldout} held out",
+        "images": f"{manifest.num_images} in {len(manifest.shards)} tars, {manifest.num_heldout} held out"
+        + (f", {rows.damaged.sum()} damaged JPEGs kept" if rows.damaged.any() else ""),
         "inputs": f"{manifest.num_inputs} = {manifest.num_images} stored + {manifest.num_rejected} rejected",
         "rejected because": dict(Counter(r["reason"] for r in rejects).most_common(5)),
         "classes": f"{len(manifest.class_names)}: {_some(manifest.class_names)}",
         "images per class": f"{labels.min()} to {labels.max()}",
+        **_classes_without_images(manifest.class_names, rows.label[~rows.rejected & ~rows.heldout]),
         "bytes": sum(shard.num_bytes for shard in manifest.shards),
     }
+
+
+def _classes_without_images(names: list[str], labels: NDArray[np.int32]) -> Json:
+    """Return a fact if some class has no training image."""
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
+    some = _some([f"{index} ({names[index]})" for index in empty.tolist()])
+    return {"classes without training images": f"{len(empty)} of {len(names)}: {some}"} if len(empty) else {}
 
 
 def _autoencoder_facts(path: Location, manifest: Any) -> Json:

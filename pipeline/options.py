@@ -41,6 +41,9 @@ HoldoutOption = Annotated[
         "--holdout", metavar="FRACTION", min=0, max=0.99, help="Fraction of every class kept out of training."
     ),
 ]
+KeepDamagedOption = Annotated[
+    bool, typer.Option("--keep-damaged", help="Keep damaged JPEGs, a part of which may be grey.")
+]
 ShardsOption = Annotated[
     str,
     typer.Option("--shards", metavar="DIR", help="Shard set, or tars of it: 'DIR/shard-{000000..000009}.tar'."),
@@ -123,6 +126,7 @@ def overrides_with(
     overrides: list[str] | None,
     *,
     holdout: float | None = None,
+    keep_damaged: bool = False,
     store_dtype: str | None = None,
     steps: str | None = None,
     guidance: str | None = None,
@@ -131,6 +135,7 @@ def overrides_with(
     """Return the values of --set, followed by those of options that stand for a key of the recipe."""
     values = {
         "shard.holdout": holdout,
+        "shard.keep_damaged": keep_damaged or None,
         "extract.store_dtype": store_dtype,
         "evaluation.steps": None if steps is None else f"[{steps}]",
         "evaluation.guidance": None if guidance is None else f"[{guidance}]",
@@ -148,14 +153,14 @@ def read_class_names(path: Path | None) -> list[str] | None:
     if path is None:
         return None
     try:
-        names = path.read_text(encoding="utf-8").splitlines()
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: expected a file with one class name per line, in UTF-8, found none.") from error
     if not names:
         raise UsageError(f"{path}: expected one class name per line, found an empty file.")
     first: dict[str, int] = {}
     for number, name in enumerate(names, 1):
-        if not name.strip():
+        if not name:
             raise UsageError(f"{path}: expected a class name in every line, found none in line {number}.")
         if name in first:
             raise UsageError(

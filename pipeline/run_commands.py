@@ -20,6 +20,7 @@ from .options import (
     GuidanceOption,
     GuideOption,
     HoldoutOption,
+    KeepDamagedOption,
     MaxRejectsOption,
     NpzOption,
     PngOption,
@@ -52,6 +53,7 @@ def run(
     overrides: SetOption = None,
     dry_run: DryRunOption = False,
     holdout: HoldoutOption = None,
+    keep_damaged: KeepDamagedOption = False,
     store_dtype: StoreDtypeOption = None,
     max_rejects: MaxRejectsOption = 0.001,
     steps: StepsOption = None,
@@ -75,7 +77,13 @@ def run(
     from .run import RunOptions, run_recipe
 
     changed = overrides_with(
-        overrides, holdout=holdout, store_dtype=store_dtype, steps=steps, guidance=guidance, ema=ema
+        overrides,
+        holdout=holdout,
+        keep_damaged=keep_damaged,
+        store_dtype=store_dtype,
+        steps=steps,
+        guidance=guidance,
+        ema=ema,
     )
     loaded = load_recipe(recipe, changed)
     if source is not None:

@@ -27,6 +27,7 @@ from .options import (
     GuidanceOption,
     GuideOption,
     HoldoutOption,
+    KeepDamagedOption,
     MaxRejectsOption,
     NpzOption,
     OutOption,
@@ -62,12 +63,13 @@ def shard(
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     holdout: HoldoutOption = None,
+    keep_damaged: KeepDamagedOption = False,
     workers: ProcessesOption = None,
 ) -> None:
     """Pack an image folder into WebDataset tars with an index."""
     from svgpipe.stages.shard.from_folder import shard as run_stage
 
-    config = load_recipe(recipe, overrides_with(overrides, holdout=holdout)).shard
+    config = load_recipe(recipe, overrides_with(overrides, holdout=holdout, keep_damaged=keep_damaged)).shard
     with ConsoleProgress() as progress:
         manifest = run_stage(source, location(out), config, processes=workers, progress=progress)
     typer.echo(_shard_set_line(out, manifest))
@@ -75,26 +77,35 @@ def shard(
 
 @app.command(rich_help_panel=STAGES)
 def index(
-    tars: Annotated[str, typer.Argument(help="Existing tars: 'path/train-{0000..1023}.tar'.")],
+    tars: Annotated[list[str], typer.Argument(help="Existing tars: 'path/train-{0000..1023}.tar', or several paths.")],
     out: OutOption,
     heldout: Annotated[
         str | None, typer.Option("--heldout", metavar="TARS", help="Tars of images kept out of training.")
     ] = None,
     label_field: Annotated[
-        str, typer.Option("--label-field", metavar="NAME", help="Label in KEY.json; a.b is nested.")
-    ] = "label",
+        str | None,
+        typer.Option(
+            "--label-field",
+            metavar="NAME",
+            help="Take labels from this field of KEY.json (a.b is nested). Default: KEY.cls, or `label` in KEY.json.",
+        ),
+    ] = None,
     class_names: Annotated[
         Path | None, typer.Option("--class-names", metavar="FILE", help="Class names, one per line.")
     ] = None,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every image now, not only its header.")] = False,
+    keep_damaged: KeepDamagedOption = False,
     workers: ProcessesOption = None,
 ) -> None:
     """Index existing WebDataset tars in place."""
     from svgpipe.stages.shard.from_tars import IndexConfig, index_tars
+    from svgpipe.stages.shard.tar_members import ScanOptions
 
     names = read_class_names(class_names)
-    config = IndexConfig(label_field, None if names is None else tuple(names), decode)
-    train, held_out = expand(tars), [] if heldout is None else expand(heldout)
+    scan = ScanOptions(label_field, decode or keep_damaged, keep_damaged)
+    config = IndexConfig(scan, None if names is None else tuple(names))
+    train = [tar for pattern in tars for tar in expand(pattern)]
+    held_out = [] if heldout is None else expand(heldout)
     with ConsoleProgress() as progress:
         manifest = index_tars(train, held_out, location(out), config, processes=workers, progress=progress)
     typer.echo(_shard_set_line(out, manifest))

@@ -21,12 +21,13 @@ import pytest
 import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from svgpipe.manifests import shards as shards_module
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.stages.images.decode import RejectedImageError, decode_image, to_array
+from svgpipe.stages.images.folder import visible_files, visible_folders
 
 from .commands import run_and_kill
 from .conftest import Finished, Outcome, tree_bytes, write_crops
@@ -94,7 +95,7 @@ def test_every_input_is_stored_or_rejected_with_a_reason(
     reasons = {r["path"]: r["reason"] for r in rejects}
     assert reasons["bad/empty.jpg"] == "empty file (0 bytes)"
     assert "not a JPEG" in reasons["bad/text.png"]
-    assert "undecodable" in reasons["bad/truncated.jpg"]
+    assert reasons["bad/truncated.jpg"] == "undecodable: Truncated File Read"
     assert reasons["bad/animated.webp"] == "animated: 2 frames"
     assert "extension .txt" in reasons["bad/notes.txt"]
     assert "too large: " in reasons["bad/bomb.png"]
@@ -296,7 +297,9 @@ def test_a_finished_set_is_left_alone_and_another_source_is_refused(
         ([], 2, ["found nothing"]),
         (["empty/"], 2, ["expected class folders"]),
         (["a/x.png", "b/"], 2, ["images of class 'b'", "found none"]),
-        (["a/x.png", "b/broken.png"], 1, ["class 'b'", "all were rejected", "not a JPEG"]),
+        (["a/x.png", "b/notes.txt"], 2, ["images of class 'b'", "found 1 other files"]),
+        (["a/broken.png", "b/broken.png"], 1, ["all 2 files were rejected", "not a JPEG"]),
+        (["train/a/x.png", "val/a/x.png"], 2, ["found splits (train, val) that hold folders", "source/train"]),
     ],
 )
 def test_sources_that_cannot_be_sharded(
@@ -307,7 +310,7 @@ def test_sources_that_cannot_be_sharded(
         path = source / name if layout != ["empty/"] else source
         if name.endswith("/"):
             path.mkdir(parents=True, exist_ok=True)
-        elif "broken" in name:
+        elif "broken" in name or name.endswith(".txt"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("broken")
         else:
@@ -363,3 +366,101 @@ def test_threads_share_an_opened_set(finished: Finished, monkeypatch: pytest.Mon
     finally:
         sys.setswitchinterval(before)
     assert found == [ref.key for ref in finished.shards.refs(rows)]
+
+
+def test_a_class_without_a_usable_image_is_named(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    source = tmp_path / "source"
+    save(source / "a" / "x.png", Image.fromarray(PIXELS))
+    (source / "b").mkdir()
+    (source / "b" / "broken.png").write_text("broken")
+    found = svgpipe("shard", source, "--out", tmp_path / "out", "--workers", 1)
+    assert found.code == 0 and "1 of 2 classes have no training images: 1 (b)" in found.err
+    assert ShardSet.open(tmp_path / "out").manifest.class_names == ["a", "b"]
+
+
+def swap(one: Path, other: Path) -> None:
+    """Swap two files and give both the size of the longer one. JPEG decoders ignore what follows the end marker."""
+    first, second = one.read_bytes(), other.read_bytes()
+    size = max(len(first), len(second))
+    one.write_bytes(second.ljust(size, b"\0"))
+    other.write_bytes(first.ljust(size, b"\0"))
+
+
+def test_swapped_files_of_one_size_are_noticed(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    """With their old modification times too: restored by tools such as tar and rsync. Touched files are the same."""
+    source = write_crops(tmp_path / "source", per_class=4)
+    one, other = source / "cat" / "00.jpg", source / "coffee" / "00.jpg"
+    swap(one, other)
+    swap(one, other)  # now of one size
+    command = ["shard", source, "--out", tmp_path / "out", "--workers", 1]
+    assert svgpipe(*command).code == 0
+    times = {path: path.stat().st_mtime_ns for path in (one, other)}
+    for path in source.rglob("*"):
+        os.utime(path, ns=(7, 7))
+    assert svgpipe(*command).code == 0
+    recorded = (tmp_path / "out" / "sources.parquet").read_bytes()
+    swap(one, other)
+    for path, time_ns in times.items():
+        os.utime(path, ns=(time_ns, time_ns))
+    refused = svgpipe(*command)
+    assert refused.code == 1 and "2 of 12 source files were changed after they were sharded, as" in refused.err
+    assert str(one) in refused.err and (tmp_path / "out" / "sources.parquet").read_bytes() == recorded
+
+
+def test_a_file_that_changed_during_an_interrupted_run_is_sharded_again(
+    tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    source, out = write_crops(tmp_path / "source", per_class=4), tmp_path / "out"
+    one, other = source / "cat" / "00.jpg", source / "coffee" / "00.jpg"
+    swap(one, other)
+    command = ["shard", source, "--workers", 1, "--set", "shard.images_per_shard=4", "--out"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("svgpipe.stages.shard.from_folder.publish_shards", None)  # all tars are written, none published
+        with pytest.raises(TypeError):
+            svgpipe(*command, out)
+    swap(one, other)
+    found = svgpipe(*command, out)
+    assert found.code == 0, found.err
+    assert "was changed after it was sharded; its tar is written again" in found.err
+    assert svgpipe(*command, tmp_path / "anew").code == 0
+    assert tree_bytes(out, "*.tar", "*.parquet") == tree_bytes(tmp_path / "anew", "*.tar", "*.parquet")
+
+
+def test_folders_are_listed_with_links_and_without_hidden_files(tmp_path: Path) -> None:
+    (tmp_path / "a" / ".ipynb_checkpoints").mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("a/1.jpg", "a/._1.jpg", "a/.ipynb_checkpoints/1.jpg", "elsewhere/2.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "linked").symlink_to(elsewhere)
+    (source / "a").symlink_to(tmp_path / "a")
+    (source / "a" / "around").symlink_to(source)  # leads back to the folder that holds it
+    (source / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    found = sorted(os.path.relpath(entry.path, source) for entry in visible_files(source))
+    assert found == ["a/1.jpg", "gone.jpg", "linked/2.jpg"]
+    assert visible_folders(source) == ["a", "linked"]
+
+
+def test_large_metadata_is_no_reason_to_reject_pixels() -> None:
+    """Pillow limits texts and colour profiles of PNG files to 1 MB."""
+    picture = Image.fromarray(PIXELS)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("prompt", "a" * 3_000_000, zip=True)
+    for options in ({"pnginfo": text}, {"icc_profile": bytes(3_000_000)}):
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG", **options)
+        np.testing.assert_array_equal(to_array(decode_image(buffer.getvalue())), PIXELS)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_pixels_equal_pillow(mode: str, subsampling: int, progressive: bool) -> None:
+    picture = Image.fromarray(PIXELS).convert(mode)
+    for quality in (50, 75, 90, 98):
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=quality, subsampling=subsampling, progressive=progressive)
+        expected = np.asarray(Image.open(buffer).convert("RGB"))
+        np.testing.assert_array_equal(to_array(decode_image(buffer.getvalue())), expected)

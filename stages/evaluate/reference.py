@@ -25,6 +25,7 @@ from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardSet
 
 from ..images.decode import EXTENSIONS, RejectedImageError, decode_image
+from ..images.folder import visible_files
 from ..runtime.progress import Progress
 from ..runtime.selection import choose_evenly
 from .features import INCEPTION
@@ -115,12 +116,17 @@ def shard_reference(shards: ShardSet) -> Reference:
 
 
 def _folder(directory: Path) -> Reference:
-    """Return every image below a folder, sorted by path. Classes are the folders, if no image lies outside them.
+    """Return every image below a folder, sorted by path, as `svgpipe shard` finds them.
+
+    Classes are the folders, if no image lies outside them.
+
+    Returns:
+        The reference.
 
     Raises:
         ArtifactError: there are artifacts, or fewer than two images.
     """
-    below = list(directory.rglob("*"))
+    below = [Path(entry.path) for entry in visible_files(directory)]
     if artifact := next((path.parent for path in below if path.name == MANIFEST_NAME and _is_ours(path)), None):
         raise ArtifactError(
             f"{directory}: expected a shard set or a folder of images, found a folder with svgpipe's artifacts "
@@ -184,7 +190,7 @@ def _look(refs: Sequence[ImageRef], progress: Progress) -> Json:
 
     def look(ref: ImageRef) -> None:
         try:
-            decode_image(ref.read())
+            decode_image(ref.read(), damaged=ref.damaged)
         except RejectedImageError as error:
             in_tar = ref.tar.suffix == ".tar"
             what = (

@@ -98,7 +98,8 @@ class ReadImages:
                     raise RejectedImageError(ref.reject)
                 data = _again_if_altered(ref, next(datas))
                 with watch.phase("decode"):
-                    pixels[row] = to_array(centre_crop(decode_image(data), self.image_size))
+                    image = decode_image(data, damaged=ref.damaged)
+                    pixels[row] = to_array(centre_crop(image, self.image_size))
             except RejectedImageError as error:
                 rejects.append(Reject(row, str(ref.tar), ref.offset, ref.key, str(error)))
         return UnitPixels(unit.unit, pixels, tuple(rejects), (watch.timing(),))

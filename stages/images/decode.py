@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.index import ImageRef
@@ -19,6 +20,8 @@ RGBArray = NDArray[np.uint8]
 # `catch_warnings` changes the filters of all threads, and several threads decode at a time.
 IGNORED_WARNINGS = r"PIL\.|svgpipe\.stages\.images\.decode$"
 warnings.filterwarnings("ignore", module=IGNORED_WARNINGS)
+# Colour profiles and texts of PNG files may be large. Pillow's limits, 1 MB and 64 MB, would reject good pixels.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26, 1 << 28
 FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow opens MPO, two pictures in one JPEG, as JPEG
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 MAX_ASPECT_RATIO = 100  # longer side / shorter side
@@ -40,7 +43,11 @@ class RejectedImageError(ArtifactError):
     """An image that cannot be used. The message is the reason in the records."""
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+class DamagedImageError(RejectedImageError):
+    """A JPEG that can be decoded, but not completely: a part of its pixels may be grey or wrong."""
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, damaged: bool = False) -> Image.Image:
     """Decode to an upright 8-bit RGB image.
 
     EXIF orientation is applied. Transparency is composed over white. 16-bit grey is scaled, not clipped. CMYK, palette
@@ -49,29 +56,68 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Args:
         data: content of a JPEG, PNG or WebP file.
         max_pixels: larger images are rejected.
+        damaged: decode what can be decoded of a damaged JPEG.
 
     Returns:
         The image.
 
     Raises:
+        DamagedImageError: a JPEG is truncated or corrupt.
         RejectedImageError: empty, unreadable, truncated, animated, or larger than `max_pixels`.
     """
     with _rejecting():
         image = _open(data, max_pixels)
+        turn = _turn(image)
+        if image.format in ("JPEG", "MPO"):
+            image = _decode_jpeg(data, image, damaged)
         image.load()
-        return _to_rgb(_upright(image))
+        image = _to_rgb(image)
+        return image if turn is None else image.transpose(turn)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Return the image turned by its EXIF orientation. Unreadable metadata is ignored.
+def decode_or_keep(data: bytes, *, keep_damaged: bool, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, bool]:
+    """Return the decoded image, and whether it is a damaged JPEG that was kept.
+
+    Raises:
+        DamagedImageError: a JPEG is damaged, and `keep_damaged` is not set.
+        RejectedImageError: see `decode_image`.
+    """
+    try:
+        return decode_image(data, max_pixels=max_pixels), False
+    except DamagedImageError:
+        if not keep_damaged:
+            raise
+    return decode_image(data, max_pixels=max_pixels, damaged=True), True
+
+
+def _decode_jpeg(data: bytes, image: Image.Image, damaged: bool) -> Image.Image:
+    """Decode with libjpeg-turbo. Pillow decodes corrupt data without an error if there is an end marker.
+
+    Returns:
+        The image as it is stored, not turned.
+
+    Raises:
+        DamagedImageError: libjpeg warns about the data.
+    """
+    cmyk = image.mode == "CMYK"  # converted by Pillow, which knows Adobe's inverted form
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "CMYK" if cmyk else "RGB", strict=not damaged)
+    except ValueError as error:
+        if str(error).startswith("tjDecompressHeader"):  # unusual chroma subsampling, which only Pillow decodes
+            return image
+        raise DamagedImageError(f"damaged: {error}") from error
+    return image if cmyk else Image.fromarray(pixels)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return how to turn an image upright by its EXIF orientation; None if unknown. Unreadable metadata is ignored.
 
     Pillow's exif_transpose is not used: it rewrites the metadata and fails if another entry is damaged.
     """
     try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # a damaged block can raise any error in its parser
-        return image
-    return image if turn is None else image.transpose(turn)
+        return None
 
 
 def decode_member(ref: ImageRef) -> Image.Image:
@@ -81,7 +127,7 @@ def decode_member(ref: ImageRef) -> Image.Image:
         ArtifactError: it cannot be decoded.
     """
     try:
-        return decode_image(ref.read())
+        return decode_image(ref.read(), damaged=ref.damaged)
     except RejectedImageError as error:
         raise ArtifactError(
             f"{ref.tar}: {ref.key}: cannot be evaluated: {error}. Index with --decode, or remove the image."

@@ -94,7 +94,7 @@ class TrainingImages(IterableDataset[Tensor]):
 
     def _augment(self, ref: ImageRef, epoch: int) -> RGBArray:
         try:
-            image = decode_image(call_with_retries(ref.read))
+            image = decode_image(call_with_retries(ref.read), damaged=ref.damaged)
         except RejectedImageError as error:
             raise ArtifactError(
                 f"{ref.tar}: image {ref.key}: {error}. Shard the source again, or index its tars with --decode."
@@ -142,5 +142,6 @@ def _plain_errors(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
 
 def load_images(shards: ShardSet, rows: Sequence[int], size: int) -> RGBArray:
     """Return (N,S,S,3) uint8 ADM centre crops of the given rows."""
-    crops = [to_array(centre_crop(decode_image(shards.read_image(row)), size)) for row in rows]
+    refs = shards.refs(rows)
+    crops = [to_array(centre_crop(decode_image(ref.read(), damaged=ref.damaged), size)) for ref in refs]
     return np.stack(crops) if crops else np.zeros((0, size, size, 3), np.uint8)

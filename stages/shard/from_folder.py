@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -24,20 +23,13 @@ from svgpipe.manifests.recipe import ShardSection
 from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split, TarImage, shard_name, write_tar
 from svgpipe.manifests.workdir import StageSpec, WorkDir
 
-from ..images.decode import EXTENSIONS, RejectedImageError, centre_crop, decode_image, encode_png, to_array
+from ..images.decode import EXTENSIONS, RejectedImageError, centre_crop, decode_or_keep, encode_png, to_array
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import cpu_count
+from .labels import empty_classes, order_warning
 from .publish import printable, publish_shards
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One input file; `label` is None outside a class folder."""
-
-    path: str  # relative to the source
-    size: int
-    label: int | None
+from .sources import ReadFile, SourceFile, require_unchanged, scan, write_sources
 
 
 @dataclass(frozen=True)
@@ -50,8 +42,7 @@ class ShardJob:
     files: tuple[SourceFile, ...]
     source: str
     out: str
-    crop: int | None
-    max_pixels: int
+    config: ShardSection
 
 
 def shard(
@@ -75,22 +66,24 @@ def shard(
         The manifest of the shard set.
 
     Raises:
-        UsageError: no such folder, no class folder, or a class without a file.
+        UsageError: see `scan`; or `out` lies inside `source`.
         MismatchError: `out` holds the shards of another source or config.
-        ArtifactError: every image of a class was rejected.
+        ArtifactError: every image was rejected, or files of a finished set were changed.
     """
     class_names, files = scan(source)
     with WorkDir(shard_spec(source, files, out, config)) as work:
         if work.finished is not None:
+            require_unchanged(out, source, files, record=True)
             return work.finished
-        jobs = list(assign_shards(files, source, out, config))
-        journal = Journal(out)
-        missing = [jobs[number] for number in journal.missing(range(len(jobs)))]
         progress = Recorded(progress, out)
+        if (warning := order_warning(class_names)) is not None:
+            progress.say(warning)
+        jobs = list(assign_shards(files, source, out, config))
+        missing = _missing(jobs, Journal(out), progress)
         progress.begin("shard", len(jobs), "tars", len(jobs) - len(missing))
         for _ in map_in_processes(write_shard, missing, processes or cpu_count()):
             progress.advance()
-        return _publish(work, class_names, files, [journal.read(job.number) for job in jobs])
+        return _publish(work, class_names, jobs, progress)
 
 
 def shard_spec(
@@ -106,47 +99,6 @@ def shard_spec(
     listing = digest([[f.path, f.size] for f in files])
     origin = InputRef(kind="image-folder", fingerprint=listing, path=str(source), config={"files": len(files)})
     return StageSpec(out, ShardSetManifest, config.model_dump(mode="json"), {"source": origin})
-
-
-def scan(source: Path) -> tuple[list[str], list[SourceFile]]:
-    """Return class names and all non-hidden files below `source`, both sorted.
-
-    Raises:
-        UsageError: no such folder, no class folder, or a class without a file.
-    """
-    if not source.is_dir():
-        raise UsageError(f"{source}: expected a folder of class folders, found {_what(source)}.")
-    class_names = sorted(e.name for e in os.scandir(source) if e.is_dir() and not e.name.startswith("."))
-    if not class_names:
-        raise UsageError(f"{source}: expected class folders (class/image.jpg), found none.")
-    files = [SourceFile(e.name, _size(e), None) for e in os.scandir(source) if _counts(e)]
-    for label, name in enumerate(class_names):
-        own = [SourceFile(os.path.relpath(e.path, source), _size(e), label) for e in _walk(source / name)]
-        if not own:
-            raise UsageError(f"{source / name}: expected images of class {name!r}, found none. Remove the folder.")
-        files += own
-    return class_names, sorted(files, key=lambda f: f.path)
-
-
-def _what(path: Path) -> str:
-    return "a file" if path.exists() else "nothing"
-
-
-def _counts(entry: os.DirEntry[str]) -> bool:
-    # A broken symbolic link is an input that cannot be read, and is rejected with that reason.
-    return not entry.name.startswith(".") and not entry.is_dir()
-
-
-def _size(entry: os.DirEntry[str]) -> int:
-    return entry.stat(follow_symlinks=entry.is_file()).st_size
-
-
-def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
-    for entry in os.scandir(folder):
-        if entry.is_dir() and not entry.name.startswith("."):
-            yield from _walk(Path(entry.path))
-        elif _counts(entry):
-            yield entry
 
 
 def assign_shards(files: Sequence[SourceFile], source: Path, out: Location, config: ShardSection) -> Iterator[ShardJob]:
@@ -170,34 +122,72 @@ def assign_shards(files: Sequence[SourceFile], source: Path, out: Location, conf
         members.sort(key=order)
         for start in range(0, len(members), config.images_per_shard):
             chunk = tuple(members[start : start + config.images_per_shard])
-            yield ShardJob(number, split, first_key, chunk, str(source), str(out), config.crop, config.max_pixels)
+            yield ShardJob(number, split, first_key, chunk, str(source), str(out), config)
             number, first_key = number + 1, first_key + len(chunk)
+
+
+def _missing(jobs: Sequence[ShardJob], journal: Journal, progress: Progress) -> list[ShardJob]:
+    """Return the tars to write: without a record, or made from files that were changed since."""
+    whole = journal.whole([job.number for job in jobs])
+    missing = []
+    for job in jobs:
+        record = whole.get(job.number)
+        changed = None if record is None else _changed(job, record.entry["sources"])
+        if changed is not None:
+            progress.say(f"{changed}: was changed after it was sharded; its tar is written again")
+        if record is None or changed is not None:
+            missing.append(job)
+    return missing
+
+
+def _changed(job: ShardJob, sources: Sequence[Json]) -> Path | None:
+    """Return a file that was changed since its tar was written; None if there is none."""
+    source = Path(job.source)
+    pairs = zip(job.files, sources, strict=True)
+    return next((source / file.path for file, read in pairs if not ReadFile(**read).is_still(file, source)), None)
 
 
 def write_shard(job: ShardJob) -> None:
     """Write one tar, then its index, then its journal record."""
     out = location(job.out)
     rejects: list[dict[str, str]] = []
+    sources: list[Json] = []
     labels: Counter[str] = Counter()
 
     def images() -> Iterator[TarImage]:
         for position, file in enumerate(job.files):
+            sha256 = ""
             try:
-                data, extension = _load(job, file)
+                data = _read(job, file)
+                sha256 = hashlib.sha256(data).hexdigest()
+                image = _image(job, file, f"{job.first_key + position:08d}", data)
             except RejectedImageError as error:
                 rejects.append({"path": printable(file.path), "reason": str(error)})
-                continue
-            assert file.label is not None
-            labels[str(file.label)] += 1
-            yield TarImage(f"{job.first_key + position:08d}", data, extension, file.label, printable(file.path))
+            else:
+                labels[str(file.label)] += 1
+                yield image
+            finally:
+                sources.append(asdict(ReadFile(file.path, file.size, file.modified_ns, sha256)))
 
     entry = write_tar(out / shard_name(job.number), images(), job.split)
-    record = {"shard": entry.model_dump(), "rejected": rejects, "labels": labels}
+    record = {"shard": entry.model_dump(), "rejected": rejects, "labels": labels, "sources": sources}
     Journal(out).record(job.number, record, entry.files)
 
 
-def _load(job: ShardJob, file: SourceFile) -> tuple[bytes, str]:
-    """Return the bytes to store and their extension.
+def _read(job: ShardJob, file: SourceFile) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        RejectedImageError: it cannot be read.
+    """
+    try:
+        return (Path(job.source) / file.path).read_bytes()
+    except OSError as error:
+        raise RejectedImageError(f"unreadable: {error.strerror}") from error
+
+
+def _image(job: ShardJob, file: SourceFile, key: str, data: bytes) -> TarImage:
+    """Return the image to store.
 
     Raises:
         RejectedImageError: the image cannot be used.
@@ -207,36 +197,47 @@ def _load(job: ShardJob, file: SourceFile) -> tuple[bytes, str]:
     suffix = Path(file.path).suffix.lower()
     if suffix not in EXTENSIONS:
         raise RejectedImageError(f"extension {suffix or '(none)'} is not one of {', '.join(EXTENSIONS)}")
-    try:
-        data = (Path(job.source) / file.path).read_bytes()
-    except OSError as error:
-        raise RejectedImageError(f"unreadable: {error.strerror}") from error
-    image = decode_image(data, max_pixels=job.max_pixels)
-    if job.crop is not None:
-        return encode_png(to_array(centre_crop(image, job.crop))), "png"
+    image, damaged = decode_or_keep(data, keep_damaged=job.config.keep_damaged, max_pixels=job.config.max_pixels)
+    path = printable(file.path)
+    if job.config.crop is not None:
+        return TarImage(key, encode_png(to_array(centre_crop(image, job.config.crop))), "png", file.label, path)
     with Image.open(io.BytesIO(data)) as header:
-        return data, {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}.get(
-            str(header.format), EXTENSIONS[suffix]
-        )
+        kinds = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+        extension = kinds.get(str(header.format), EXTENSIONS[suffix])
+    return TarImage(key, data, extension, file.label, path, damaged)
 
 
 def _publish(
-    work: WorkDir[ShardSetManifest],
-    class_names: list[str],
-    files: Sequence[SourceFile],
-    records: Sequence[Json],
+    work: WorkDir[ShardSetManifest], class_names: list[str], jobs: Sequence[ShardJob], progress: Progress
 ) -> ShardSetManifest:
+    """Publish the set, with a warning for classes without a training image.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        ArtifactError: every image was rejected.
+        AssertionError: an input is neither stored nor rejected.
+    """
+    journal = Journal(work.path)
+    records = [journal.read(job.number) for job in jobs]
     shards = [ShardFile.model_validate(record["shard"]) for record in records]
     rejects = [reject for record in records for reject in record["rejected"]]
-    stored = sum((Counter(record["labels"]) for record in records), Counter[str]())
-    empty = [name for label, name in enumerate(class_names) if not stored[str(label)]]
-    if empty:
-        reason = next((r for r in rejects if r["path"].startswith(empty[0] + os.sep)), {"reason": "unknown"})
-        raise ArtifactError(
-            f"{work.path}: class {empty[0]!r}: expected at least one usable image, but all were rejected "
-            f"({reason['reason']}). Remove the class folder and shard into a new directory."
-        )
+    sources = [ReadFile(**read) for record in records for read in record["sources"]]
     num_images = sum(shard.num_images for shard in shards)
-    if num_images + len(rejects) != len(files):
-        raise AssertionError(f"{len(files)} inputs, but {num_images} stored and {len(rejects)} rejected")
-    return publish_shards(work, class_names, shards, rejects, len(files))
+    if num_images + len(rejects) != len(sources):
+        raise AssertionError(f"{len(sources)} inputs, but {num_images} stored and {len(rejects)} rejected")
+    if num_images == 0:
+        raise ArtifactError(
+            f"{work.path}: expected at least one usable image, but all {len(rejects)} files were rejected "
+            f"({rejects[0]['path']}: {rejects[0]['reason']})."
+        )
+    trained = (
+        Counter[str](record["labels"]) for job, record in zip(jobs, records, strict=True) if job.split == "train"
+    )
+    stored = sum(trained, Counter[str]())
+    warning = empty_classes(class_names, [stored[str(label)] for label in range(len(class_names))])
+    if warning is not None:
+        progress.say(warning)
+    write_sources(work.path, sources)
+    return publish_shards(work, class_names, shards, rejects, len(sources))
