@@ -11,9 +11,8 @@ rejected.jsonl            row, tar, offset, key, reason; samples = valid + rejec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import zarr
@@ -22,7 +21,7 @@ from pydantic import Field
 
 from .errors import ArtifactError
 from .feature_store import FeatureStore, Values
-from .filesystem import Location, location
+from .filesystem import Location, absolute, location
 from .manifest import Json, Manifest, digest
 from .store_spec import StoreDtype, StoreSpec
 
@@ -82,9 +81,8 @@ class CacheManifest(Manifest):
         return digest([list(unit_hashes), {name: digest(store.array(name).tolist()) for name in names}])
 
 
-@dataclass(frozen=True)
-class CachedRow:
-    """One sample of a cache."""
+class CachedRow(NamedTuple):
+    """One sample of a cache. torch's DataLoader collates it."""
 
     features: Values  # (row, column, channel), normalised, view `original`
     label: int
@@ -105,9 +103,9 @@ class FeatureCache(Sequence[CachedRow]):
         """Open the cache at `path`.
 
         Raises:
-                ArtifactError: there is no finished cache, or its arrays do not match its manifest.
+            ArtifactError: there is no finished cache, or its arrays do not match its manifest.
         """
-        self.path = location(path)
+        self.path = absolute(location(path))
         self.manifest = CacheManifest.read(self.path)
         self.store = FeatureStore.open(self.path)
         spec, expected = self.store.spec, self.manifest.spec
@@ -160,6 +158,12 @@ class FeatureCache(Sequence[CachedRow]):
     def heldout_rows(self) -> NDArray[np.int64]:
         """(n,) held-out rows that are valid."""
         return np.flatnonzero(self.valid & self.heldout)
+
+    @property
+    def untrained_classes(self) -> list[int]:
+        """Class indexes without a row for training."""
+        counts = np.bincount(self.labels[self.training_rows], minlength=len(self.classes))
+        return np.flatnonzero(counts == 0).tolist()
 
     @cached_property
     def channel_mean(self) -> NDArray[np.float32]:

@@ -89,7 +89,9 @@ class DiffusionManifest(Manifest):
 
     KIND: ClassVar[str] = "diffusion"
     NOUN: ClassVar[str] = "a diffusion model"
-    OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"heldout_loss", "num_parameters", "origin"})
+    OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset(
+        {"heldout_loss", "num_parameters", "origin", "untrained_classes"}
+    )
 
     kind: Literal["diffusion"] = "diffusion"
     steps: int = Field(description="Training steps; 0 for an imported model, whose file does not say.")
@@ -98,6 +100,7 @@ class DiffusionManifest(Manifest):
     class_names: list[str]
     content: dict[str, str] = Field(description="sha256 of each safetensors file.")
     num_parameters: int
+    untrained_classes: list[int] = Field([], description="Class indexes without training images; never sampled.")
     heldout_loss: float | None = None
     origin: str | None = Field(None, description="Imported: source file and its sha256.")
 

@@ -34,6 +34,7 @@ class SamplerInfo(FrozenModel):
     weights: str = Field(description="ema-DECAY or raw.")
     labels: str = Field(description="equal (same number per class) or drawn.")
     guide: str | None = Field(description="Autoguidance: weights, step and hash of the worse model; null: none.")
+    classes: list[int] | None = Field(None, description="Class indexes that are sampled; null: all.")
 
 
 class ReferenceInfo(FrozenModel):

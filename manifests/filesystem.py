@@ -65,7 +65,7 @@ def location(where: str | Location) -> Location:
 
 def absolute(path: Location) -> Location:
     """Return the same place as an absolute path, for processes with another current directory."""
-    return path.resolve() if isinstance(path, Path) else path
+    return path.absolute() if isinstance(path, Path) else path
 
 
 def make_directory(path: Location) -> None:

@@ -151,14 +151,14 @@ class ShardSet:
         """
         text = str(spec)
         if not text.endswith(".tar"):
-            directory = location(text)
+            directory = absolute(location(text))
             manifest = ShardSetManifest.read(directory)
             return cls._checked(directory, manifest, manifest.shards)
         paths = expand(text)
         directories = {str(p.parent) for p in paths}
         if len(directories) != 1:
             raise UsageError(f"{text}: expected tars of one directory, found {len(directories)} directories.")
-        directory = paths[0].parent
+        directory = absolute(paths[0].parent)
         if paths[0].exists() and not (directory / MANIFEST_NAME).exists():
             raise ArtifactError(
                 f"{directory}: expected a shard set, found tars without {MANIFEST_NAME}. To use existing tars, index "

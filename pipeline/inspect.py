@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -97,6 +96,7 @@ def _shard_facts(path: Location, manifest: Any) -> Json:
     assert isinstance(manifest, ShardSetManifest)
     rows = ShardSet.open(path).rows
     labels = np.bincount(rows.label[~rows.rejected], minlength=len(manifest.class_names))  # rejects may have none
+    trained = np.bincount(rows.label[~rows.rejected & ~rows.heldout], minlength=len(labels))
     rejects = [json.loads(line) for line in (path / "rejected.jsonl").read_text().splitlines()]
     return {
         "images": f"{manifest.num_images} in {len(manifest.shards)} tars, {manifest.num_heldout} held out"
@@ -105,16 +105,15 @@ def _shard_facts(path: Location, manifest: Any) -> Json:
         "rejected because": dict(Counter(r["reason"] for r in rejects).most_common(5)),
         "classes": f"{len(manifest.class_names)}: {_some(manifest.class_names)}",
         "images per class": f"{labels.min()} to {labels.max()}",
-        **_classes_without_images(manifest.class_names, rows.label[~rows.rejected & ~rows.heldout]),
+        **_classes_without_images(manifest.class_names, np.flatnonzero(trained == 0).tolist()),
         "bytes": sum(shard.num_bytes for shard in manifest.shards),
     }
 
 
-def _classes_without_images(names: list[str], labels: NDArray[np.int32]) -> Json:
+def _classes_without_images(names: list[str], empty: list[int]) -> Json:
     """Return a fact if some class has no training image."""
-    empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
-    some = _some([f"{index} ({names[index]})" for index in empty.tolist()])
-    return {"classes without training images": f"{len(empty)} of {len(names)}: {some}"} if len(empty) else {}
+    some = _some([f"{index} ({names[index]})" for index in empty])
+    return {"classes without training images": f"{len(empty)} of {len(names)}: {some}"} if empty else {}
 
 
 def _autoencoder_facts(path: Location, manifest: Any) -> Json:
@@ -141,6 +140,7 @@ def _cache_facts(path: Location, manifest: Any) -> Json:
         "views": cache.views,
         "backbone": f"{manifest.backbone}, weights {manifest.backbone_weights}",
         "classes": f"{len(cache.classes)}: {_some(cache.classes)}",
+        **_classes_without_images(cache.classes, cache.untrained_classes),
         "bytes": manifest.num_bytes,
         "stored mean, most distant from 0": round(float(statistics.mean[np.abs(statistics.mean).argmax()]), 4),
         "stored std": f"{statistics.std.min():.4f} to {statistics.std.max():.4f}",
@@ -156,6 +156,7 @@ def _diffusion_facts(path: Location, manifest: Any) -> Json:
         "parameters": manifest.num_parameters,
         "tokens": f"{manifest.grid[0]}x{manifest.grid[1]} of {manifest.channels} channels",
         "classes": f"{len(manifest.class_names)}: {_some(manifest.class_names)}",
+        **_classes_without_images(manifest.class_names, manifest.untrained_classes),
         "steps": manifest.steps,
         "held-out loss": manifest.heldout_loss,
     }

@@ -6,6 +6,7 @@ import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import FeatureStore
+from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.store_spec import StoreSpec
 from svgpipe.stages.extract.quantization import int8_scales
 
@@ -236,3 +238,23 @@ def test_missing_stores_and_stores_of_another_cache(finished: Finished, tmp_path
     shutil.rmtree(copy / "features")
     with pytest.raises(ArtifactError, match="expected a Zarr v3 group"):
         FeatureCache(copy)
+
+
+def test_artifacts_are_read_after_the_current_directory_changed(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished.root)
+    cache, shards = FeatureCache("cache"), ShardSet.open("shards")
+    some = ShardSet.open("shards/shard-{000000..000001}.tar")
+    monkeypatch.chdir("/")
+    np.testing.assert_array_equal(cache.read([1, 0]), finished.cache.read([1, 0]))
+    assert shards.read_image(0) == some.read_image(0) == finished.shards.read_image(0)
+    assert ShardSet.of_input(some.as_input()).read_image(0) == shards.read_image(0)
+
+
+def test_a_data_loader_collates_the_rows_of_a_cache(finished: Finished) -> None:
+    cache = finished.cache
+    batch = next(iter(DataLoader(cast("Dataset[Any]", cache), batch_size=4)))
+    np.testing.assert_array_equal(batch.features.numpy(), cache.read(range(4)))
+    assert batch.label.tolist() == cache.labels[:4].tolist() and batch.valid.all()
+    assert list(batch.class_name) == [cache.classes[label] for label in cache.labels[:4]]

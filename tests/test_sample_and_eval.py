@@ -77,7 +77,7 @@ def test_noise_and_labels_depend_on_seed_and_index_only() -> None:
     torch.testing.assert_close(initial_noise(5, [3], 4, 3)[0], together[3], rtol=0, atol=0)
     assert not torch.equal(initial_noise(6, [3], 4, 3)[0], together[3])
     assert not torch.equal(together[0], together[1])
-    assert labels_of(range(7), 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert labels_of(range(7), range(3)).tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert abs(initial_noise(0, range(50), 16, 16).std().item() - 1) < 0.02
 
 
@@ -500,7 +500,9 @@ def test_an_interrupted_sweep_resumes(finished: Finished, tmp_path: Path, svgpip
     kept = (pool / first / "journal" / "unit-000000.json").stat().st_mtime_ns
     found = svgpipe(*eval_args(finished, out))
     assert found.code == 0, found.err
-    assert "(5 done before)" in found.err and "(8 done before)" in found.err  # all but three units, and four tars
+    assert (
+        "(20 done before)" in found.err and "(8 done before)" in found.err
+    )  # all but three units of four latents, and four tars
     assert (pool / first / "journal" / "unit-000000.json").stat().st_mtime_ns == kept
     patterns = ("evaluation/images/**/*", "evaluation/report.json", "latents/**/features/c/**/*")
     assert tree_bytes(tmp_path, *patterns) == tree_bytes(finished.root, *patterns)
@@ -513,7 +515,7 @@ def test_a_kill_while_zarr_metadata_is_written_loses_nothing(
     """For any last file that was written, of a new store and of a growing one."""
     model = open_diffusion(finished.root / "diffusion")
     setting = SamplerSettings(2, 1.0, "euler", "constant", 0.15, 0, "float32", "ema", "drawn")
-    expected = labels_of(range(12), 3, setting).tolist()
+    expected = setting.labels_of(range(12), 3).tolist()
     written, kills = 0, 0
     for last in range(100):
         path = tmp_path / str(last)
@@ -566,14 +568,14 @@ def test_sweeps_that_agree_share_their_latents(
     more = ["--steps", "2", "--guidance", "1.0", "--set", "evaluation.reference_images=20"]
     same = svgpipe(*eval_args(finished, tmp_path / "same", *more))
     assert same.code == 0, same.err
-    assert "sample: 2 (2 done before)" in same.err
+    assert "sample: 8 latents (8 done before)" in same.err
     larger = svgpipe(*eval_args(finished, tmp_path / "larger", *more, "--set", "evaluation.num_samples=11"))
     assert larger.code == 0, larger.err
-    assert "sample: 3 (2 done before)" in larger.err
+    assert "sample: 12 latents (8 done before)" in larger.err
     units = ["--set", "evaluation.num_samples=11", "--set", "evaluation.unit_rows=5"]
     cut_otherwise = svgpipe(*eval_args(finished, tmp_path / "units", *more, *units))
     assert cut_otherwise.code == 0, cut_otherwise.err
-    assert "sample: 3 (3 done before)" in cut_otherwise.err
+    assert "sample: 12 latents (12 done before)" in cut_otherwise.err
     ones, others = (decoded_images(tmp_path / name, SETTINGS[1]) for name in ("larger", "units"))
     for i in range(11):  # units of another size make other batches, and other rounding
         assert np.abs(others.pixels(i).astype(int) - ones.pixels(i).astype(int)).max() <= 1
@@ -657,7 +659,7 @@ def test_autoguidance_by_a_checkpoint(finished: Finished, tmp_path: Path, svgpip
     assert sampler.guide is not None and sampler.guide.startswith("ema-0.9 of step 8, ")
     store = FeatureStore.open(latents_of(tmp_path / "out", manifest.settings[0]))
     labels = torch.from_numpy(store.array("label")[:6]).long()
-    assert torch.equal(labels, labels_of(range(6), 3, SamplerSettings(**sampler.model_dump())))
+    assert torch.equal(labels, SamplerSettings(**sampler.model_dump()).labels_of(range(6), 3))
     good, weak = (open_diffusion(place).load() for place in (finished.root / "diffusion", guide))
     z, before = initial_noise(0, range(6), 16, 116), None
     grid = time_grid(3, sampler.time_shift)
@@ -689,12 +691,12 @@ def test_a_guide_that_does_not_belong_is_refused(finished: Finished, tmp_path: P
 
 def test_labels_are_equal_per_class_or_drawn() -> None:
     drawn = SamplerSettings(1, 1.0, "euler", "constant", 1.0, 7, "float32", "ema", labels="drawn")
-    labels = labels_of(range(600), 3, drawn)
-    assert labels_of([5, 2], 3, drawn).tolist() == labels[[5, 2]].tolist()
+    labels = drawn.labels_of(range(600), 3)
+    assert drawn.labels_of([5, 2], 3).tolist() == labels[[5, 2]].tolist()
     counts = torch.bincount(labels).tolist()
     assert counts != [200, 200, 200]
     assert all(150 < count < 250 for count in counts)
-    assert torch.bincount(labels_of(range(600), 3)).tolist() == [200, 200, 200]
+    assert torch.bincount(labels_of(range(600), range(3))).tolist() == [200, 200, 200]
 
 
 def test_a_decoder_that_does_not_belong_is_refused(

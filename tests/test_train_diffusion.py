@@ -19,10 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.checkpoint import DiffusionManifest
+from svgpipe.manifests.evaluation import Report
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.recipe import ScheduleSection
+from svgpipe.stages.evaluate.decode_latents import decoded_images
+from svgpipe.stages.networks.diffusion import open_diffusion
 from svgpipe.stages.runtime import retry
 from svgpipe.stages.train_diffusion.data import batch_at
 from svgpipe.stages.training.optimizer import learning_rate
@@ -336,3 +340,28 @@ def test_a_cache_that_lost_a_shard_stops_with_its_name(
     found = svgpipe(*arguments)
     assert found.code == 1
     assert f"{copy}/features/c/1/0/0/0/0: cannot read features: no such shard was written" in found.err
+
+
+def test_classes_without_training_images_are_not_sampled(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """All images of class 1 are held out here."""
+    shutil.copytree(finished.root / "cache", tmp_path / "cache")
+    cache = FeatureCache(tmp_path / "cache")
+    cache.store.put("heldout", cache.heldout | (cache.labels == 1), "sample")
+    assert FeatureCache(tmp_path / "cache").untrained_classes == [1] and cache.untrained_classes == []
+    out = tmp_path / "diffusion"
+    found = svgpipe(*train_args(finished, out, "--cache", tmp_path / "cache"))
+    assert found.code == 0, found.err
+    assert "1 of 3 classes have no training images: 1 (cat)" in found.err
+    checkpoint = max((out / "checkpoints").glob("step-*"))
+    assert open_diffusion(checkpoint).classes == open_diffusion(out).classes == (0, 2)
+    assert "1 of 3: 1 (cat)" in svgpipe("inspect", out).out
+    options = ("--autoencoder", finished.root / "autoencoder", "--recipe", finished.recipe_file, "--npz")
+    sampled = ("--steps", 1, "--guidance", 1.0, "--reference", finished.root / "shards")
+    found = svgpipe("sample-and-eval", "--diffusion", out, "--out", tmp_path / "evaluation", *options, *sampled)
+    assert found.code == 0, found.err
+    report = Report.read(tmp_path / "evaluation")
+    assert report.results[0].sampler is not None and report.results[0].sampler.classes == [0, 2]
+    samples = decoded_images(tmp_path / "evaluation", report.results[0].name)
+    assert samples.labels[:4].tolist() == [0, 2, 0, 2]

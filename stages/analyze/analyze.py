@@ -218,7 +218,8 @@ def _straightness(
         missing.append("curvature of sampling paths: no model of this cache was given (--diffusion)")
         return None
     name = trained.weights_name(weights)
-    result = straightness(trained.load(name).to(pick_device()), trained.described(name), RESAMPLINGS, seed)
+    model = trained.load(name).to(pick_device())
+    result = straightness(model, trained.described(name), RESAMPLINGS, seed, trained.classes)
     progress.advance(1, "straightness")
     return result
 

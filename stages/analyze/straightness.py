@@ -5,6 +5,8 @@ Legend: B samples, T tokens, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -36,15 +38,17 @@ class Straightness(FrozenModel):
 
 
 @torch.no_grad()
-def straightness(model: DiT, weights: str, replicates: int, seed: int) -> Straightness:
-    """Measure samples 0 to 63, with the classes in turn. `model` must be in eval mode on the device that computes.
+def straightness(
+    model: DiT, weights: str, replicates: int, seed: int, classes: Sequence[int] | None = None
+) -> Straightness:
+    """Measure samples 0 to 63, with `classes` (None: all) in turn. `model` is in eval mode on the computing device.
 
     Returns:
         Deviations from straight paths.
     """
     deviations, curvatures, one_steps = [], [], []
     for start in range(0, SAMPLES, BATCH):
-        path, velocities = _trajectory(model, range(start, start + BATCH), seed)
+        path, velocities = _trajectory(model, range(start, start + BATCH), seed, classes)
         chord = path[-1] - path[0]
         length = _norm(chord).clamp_min(1e-12)  # an untrained model does not move
         times = time_grid(STEPS, 1.0).to(chord.device)
@@ -65,11 +69,13 @@ def straightness(model: DiT, weights: str, replicates: int, seed: int) -> Straig
     )
 
 
-def _trajectory(model: DiT, indices: range, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+def _trajectory(
+    model: DiT, indices: range, seed: int, classes: Sequence[int] | None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Return (B,T,C) points at the STEPS + 1 times, and velocities at all but the last."""
     device = next(model.parameters()).device
     z = initial_noise(seed, indices, model.grid[0] * model.grid[1], model.in_channels).to(device)
-    labels = labels_of(indices, model.num_classes).to(device)
+    labels = labels_of(indices, range(model.num_classes) if classes is None else classes).to(device)
     path, velocities = [z], []
     grid = time_grid(STEPS, 1.0).tolist()
     for step in range(STEPS):

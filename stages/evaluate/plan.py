@@ -56,6 +56,7 @@ class Sampler:
                 weights=self.model.weights_name(config.weights),
                 labels=config.labels,
                 guide=None if self.guide is None else self.guide.described(config.guide_weights),
+                classes=self.model.classes,
             )
             for scale in config.guidance
             for steps in config.steps

@@ -28,7 +28,7 @@ from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.store_spec import StoreSpec
 
 from ..networks.diffusion import TrainedDiffusion
-from ..networks.sampling import SamplerSettings, keep_as_computed, labels_of, sample_latents
+from ..networks.sampling import SamplerSettings, keep_as_computed, sample_latents
 from ..runtime.device import is_compiled, warn_if_imitated
 from ..runtime.progress import Progress
 from ..runtime.runner import Runner, Steps
@@ -132,7 +132,7 @@ def _prepare(
         return store
     spec = StoreSpec(rows, ("original",), model.grid, model.channels, unit_rows, tuple(model.class_names))
     store = FeatureStore.create(path, spec, *model.statistics())
-    labels = labels_of(range(rows), len(model.class_names), setting)
+    labels = setting.labels_of(range(rows), len(model.class_names))
     store.put("label", labels.numpy().astype(np.int32), "sample")
     store.put("valid", np.ones(rows, bool), "sample")
     store.describe({DESCRIPTION: asdict(setting.deciding), "model": model.made_from})

@@ -27,7 +27,6 @@ from svgpipe.manifests.shards import ShardFile
 from svgpipe.manifests.workdir import WorkDir
 
 from ..extract.align import align_for_evaluation, needs_alignment
-from ..networks.sampling import labels_of
 from ..runtime.progress import Progress, Recorded
 from ..runtime.runner import LocalRunner, Runner
 from .decode_latents import DecoderOptions, ImageJob, decode
@@ -128,7 +127,7 @@ def _image_jobs(plan: EvaluationPlan, sampled: Sequence[SampledLatents], can_enc
             one.setting.name,
             count,
             store=one.store.path,
-            labels=labels_of(range(count), len(plan.class_names), one.setting).tolist(),
+            labels=one.setting.labels_of(range(count), len(plan.class_names)).tolist(),
         )
         for one in sampled
     ]

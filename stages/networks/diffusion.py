@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +40,12 @@ class TrainedDiffusion:
     cache: str  # fingerprint of the cache it was trained on
     made_from: str
     autoencoder: str | None = None  # imported model, which has no cache: fingerprint of the autoencoder of its latents
+    untrained_classes: tuple[int, ...] = ()
+
+    @property
+    def classes(self) -> tuple[int, ...] | None:
+        """Class indexes that the model was trained on; None: all."""
+        return trained_classes(len(self.class_names), self.untrained_classes)
 
     def weights_name(self, weights: str = EMA) -> str:
         """Return the name of the weights `ema`, `ema-DECAY` or `raw` of this model.
@@ -107,6 +114,7 @@ def open_diffusion(source: Location) -> TrainedDiffusion:
             latents.fingerprint,
             f"diffusion {manifest.fingerprint}",
             latents.inputs["autoencoder"].fingerprint if latents.kind == OFFICIAL_LATENTS else None,
+            tuple(manifest.untrained_classes),
         )
     run, wanted = (source.parent.parent, source.name) if source.parent.name == "checkpoints" else (source, None)
     entry = CheckpointStore(run / "checkpoints").entry(wanted)
@@ -124,7 +132,14 @@ def open_diffusion(source: Location) -> TrainedDiffusion:
         {weights_file(group): sha256 for group, sha256 in entry["files"].items()},
         plan["inputs"]["cache"],
         f"step {entry['step']} of a run on cache {plan['inputs']['cache']}",
+        untrained_classes=tuple(values.get("untrained_classes", ())),
     )
+
+
+def trained_classes(num_classes: int, untrained: Sequence[int]) -> tuple[int, ...] | None:
+    """Return the class indexes that may be sampled; None if these are all."""
+    without = set(untrained)
+    return tuple(c for c in range(num_classes) if c not in without) if without else None
 
 
 def build_dit(config: DiTSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> DiT:

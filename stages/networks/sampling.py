@@ -34,6 +34,7 @@ class SamplerSettings:
     weights: str
     labels: Labels = "equal"
     guide: str | None = None
+    classes: tuple[int, ...] | None = None  # that are sampled; None: all
 
     @property
     def name(self) -> str:
@@ -46,6 +47,11 @@ class SamplerSettings:
         guidance, times = Guidance(self.guidance, self.guidance_mode), time_grid(self.steps, self.time_shift).tolist()
         evaluations = [*enumerate(times[:-1]), *(enumerate(times[1:]) if self.solver == "heun" else ())]
         return any(guidance.weights(step, self.steps, t) != (1, 0) for step, t in evaluations)
+
+    def labels_of(self, indices: Sequence[int], num_classes: int) -> Tensor:
+        """Return (B,) int64 labels of samples."""
+        classes = range(num_classes) if self.classes is None else self.classes
+        return labels_of(indices, classes, self.seed if self.labels == "drawn" else None)
 
     @property
     def deciding(self) -> SamplerSettings:
@@ -69,12 +75,13 @@ def initial_noise(seed: int, indices: Sequence[int], tokens: int, channels: int)
     return torch.stack([torch.randn(tokens, channels, generator=generator(seed, "sample", i)) for i in indices])
 
 
-def labels_of(indices: Sequence[int], num_classes: int, settings: SamplerSettings | None = None) -> Tensor:
-    """Return (B,) int64 labels: classes in turn, so that all are equally frequent; or drawn from (seed, index)."""
-    if settings is None or settings.labels == "equal":
-        return torch.tensor([i % num_classes for i in indices], dtype=torch.int64)
-    drawn = [torch.randint(num_classes, (1,), generator=generator(settings.seed, "label", i)) for i in indices]
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *drawn])
+def labels_of(indices: Sequence[int], classes: Sequence[int], seed: int | None = None) -> Tensor:
+    """Return (B,) int64 labels: `classes` in turn, so that all are equally frequent; or drawn from (seed, index)."""
+    if seed is None:
+        positions = [i % len(classes) for i in indices]
+    else:
+        positions = [int(torch.randint(len(classes), (1,), generator=generator(seed, "label", i))) for i in indices]
+    return torch.tensor([classes[position] for position in positions], dtype=torch.int64)
 
 
 @torch.no_grad()  # not inference mode: tensors that a sharded model gathers could not be trained on afterwards
@@ -87,7 +94,7 @@ def sample_latents(
         return sample(
             model,
             noise.to(device),
-            labels_of(indices, model.num_classes, settings).to(device),
+            settings.labels_of(indices, model.num_classes).to(device),
             null_label=model.null_label,
             steps=settings.steps,
             shift=settings.time_shift,

@@ -21,7 +21,8 @@ from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.dit import DiT
 from svgpipe.models.feature_distances import frechet_distance, nearest_class_accuracy
 
-from ..networks.sampling import SamplerSettings, labels_of, sample_latents
+from ..networks.diffusion import trained_classes
+from ..networks.sampling import SamplerSettings, sample_latents
 from ..runtime.retry import Say, call_with_retries
 from ..runtime.selection import evenly_spread
 from ..training.distributed import ProcessGroup
@@ -65,14 +66,34 @@ class LatentQuality:
     def measure(self, model: DiT) -> dict[str, float]:
         """Return `latent_fd` and `latent_accuracy` of samples, and of real rows with the suffix `_real`."""
         count = self.config.quality_samples
-        samples = sample_in_training(model, count, self.config, self.group, keep=lambda latents: latents.mean(1)).cpu()
-        quality = self._compare(samples, samples, labels_of(range(count), model.num_classes))
+        settings = settings_in_training(self.config, self.cache)
+        samples = sample_in_training(
+            model, count, settings, self.config, self.group, keep=lambda latents: latents.mean(1)
+        ).cpu()
+        quality = self._compare(samples, samples, settings.labels_of(range(count), model.num_classes))
         return quality | {f"{name}_real": value for name, value in self.real.items()}
+
+
+def settings_in_training(config: DiffusionSection, cache: FeatureCache) -> SamplerSettings:
+    """Return the settings of samples that are drawn during training."""
+    classes = trained_classes(len(cache.classes), cache.untrained_classes)
+    return SamplerSettings(
+        config.sample_steps,
+        1.0,
+        "euler",
+        "constant",
+        config.sample_shift,
+        0,
+        config.precision,
+        EMA,
+        classes=classes,
+    )
 
 
 def sample_in_training(
     model: DiT,
     count: int,
+    settings: SamplerSettings,
     config: DiffusionSection,
     group: ProcessGroup,
     keep: Callable[[Tensor], Tensor] = lambda latents: latents,
@@ -82,16 +103,14 @@ def sample_in_training(
     Args:
         model: the model.
         count: number of samples.
-        config: sampling settings, and batch size.
+        settings: of the sampler.
+        config: batch size.
         group: processes that train the model.
         keep: (B,T,C) float32 latents → (B,…), the part to return.
 
     Returns:
         (count,…) on the group's device.
     """
-    settings = SamplerSettings(
-        config.sample_steps, 1.0, "euler", "constant", config.sample_shift, 0, config.precision, EMA
-    )
     # All processes gather a sharded model at once, so each samples as many; surplus samples are dropped.
     mine, size = group.local_slice(count), -(-config.batch_size // config.accumulate)
     end = mine.start + group.largest_slice(count)

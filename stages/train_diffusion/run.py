@@ -29,7 +29,7 @@ from ..training.distributed import ProcessGroup, Strategy
 from ..training.loop import TrainingRun
 from ..training.supervisor import Supervisor
 from .data import CacheBatches
-from .latent_quality import LatentQuality, sample_in_training
+from .latent_quality import LatentQuality, sample_in_training, settings_in_training
 from .loss import LossByTime, heldout_loss
 from .trainer import FlowTrainer, Step
 
@@ -83,6 +83,12 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
             say(f"a batch of {self.config.batch_size} is larger than the {len(rows)} rows: some rows occur twice in it")
         if not (cache.valid & cache.heldout).any():
             say("no held-out rows in this cache: held-out loss is not measured (svgpipe shard --holdout)")
+        if empty := cache.untrained_classes:
+            names = ", ".join(f"{label} ({cache.classes[label]})" for label in empty[:5])
+            say(
+                f"warning: {len(empty)} of {len(cache.classes)} classes have no training images: {names}"
+                f"{', …' if len(empty) > 5 else ''}. They are not sampled."
+            )
         return rows
 
     def _load_decoder(self) -> Decode | None:
@@ -98,6 +104,10 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         arrays = {"channel_mean": self.cache.channel_mean, "channel_std": self.cache.channel_std}
         return {name: torch.from_numpy(values.copy()) for name, values in arrays.items()}
 
+    @property
+    def _described(self) -> dict[str, list[Any]]:
+        return {"class_names": self.cache.classes, "untrained_classes": self.cache.untrained_classes}
+
     def load(self, saved: Checkpoint) -> None:
         self.trainer.load(saved.groups)
         if self.group.is_main:  # sums since the last line of the log, over all processes
@@ -107,7 +117,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         groups = {**self.trainer.state(), "statistics": self.statistics}
         groups["window"] = {"loss_by_time": self.group.sum(self.by_time.sums)}
         grid, channels = self.trainer.model.grid, self.trainer.model.in_channels
-        return Checkpoint(self.step, groups, {"grid": grid, "channels": channels, "class_names": self.cache.classes})
+        return Checkpoint(self.step, groups, self._described | {"grid": grid, "channels": channels})
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         share = self.group.local_slice(self.config.batch_size)
@@ -167,7 +177,8 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         """Write a sheet of samples of the first EMA weights, if there is a decoder."""
         if self.decoder is None:
             return
-        latents = sample_in_training(self.trainer.averages[0], GRID_SAMPLES, self.config, self.group)
+        settings = settings_in_training(self.config, self.cache)
+        latents = sample_in_training(self.trainer.averages[0], GRID_SAMPLES, settings, self.config, self.group)
         if self.log is None or self.decode is None:
             return
         shape = (GRID_SAMPLES, *self.cache.manifest.feature_shape)
@@ -201,8 +212,8 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
             steps=self.config.steps,
             grid=self.trainer.model.grid,
             channels=self.trainer.model.in_channels,
-            class_names=self.cache.classes,
             content=content,
             num_parameters=sum(p.numel() for p in self.trainer.parameters),
+            **self._described,
             heldout_loss=loss,
         )
