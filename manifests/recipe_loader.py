@@ -6,7 +6,6 @@ differences. An unknown key is an error that names the nearest valid key.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import types
 import typing
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from .errors import UsageError
 from .recipe import Recipe, Section
+from .yaml_values import parse_value, parse_yaml
 
 YAML_SUFFIXES = {".yaml", ".yml"}
 
@@ -115,10 +115,7 @@ def _read_source(name_or_file: str) -> tuple[dict[str, Any], str]:
         near = difflib.get_close_matches(name_or_file, names, 1, 0.3)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UsageError(f"recipe {name_or_file!r}: expected one of {', '.join(names)} or a .yaml file.{hint}")
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{where}: expected YAML, found something else: {error}") from error
+    raw = parse_yaml(text, where)
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
@@ -130,10 +127,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator or not name:
         raise UsageError(f"--set {override!r}: expected section.key=value, for example diffusion.steps=1000.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {override!r}: the value is not YAML: {error}") from error
+    value = parse_value(text, f"--set {override!r}")
     target = raw
     *sections, key = name.split(".")
     for section in sections:
@@ -144,10 +138,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         copy = dict(inner)
         target[section] = copy
         target = copy
-    # YAML 1.1 reads 1e-4 as a string. Unquoted numbers in this form are converted.
-    if isinstance(value, str) and value == text.strip():
-        with contextlib.suppress(ValueError):
-            value = float(value)
     target[key] = value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -125,6 +126,7 @@ HtmlOption = Annotated[str | None, typer.Option("--html", metavar="FILE", help="
 def overrides_with(
     overrides: list[str] | None,
     *,
+    source: str | None = None,
     holdout: float | None = None,
     keep_damaged: bool = False,
     store_dtype: str | None = None,
@@ -134,6 +136,7 @@ def overrides_with(
 ) -> list[str]:
     """Return the values of --set, followed by those of options that stand for a key of the recipe."""
     values = {
+        "source": None if source is None else json.dumps(source),  # quoted
         "shard.holdout": holdout,
         "shard.keep_damaged": keep_damaged or None,
         "extract.store_dtype": store_dtype,

@@ -74,10 +74,12 @@ def run(
     """Run all stages in order. Finished, unchanged stages are skipped."""
     from .dry_run import dry_run as find_actions
     from .dry_run import show_dry_run
+    from .preflight import check_before_run
     from .run import RunOptions, run_recipe
 
     changed = overrides_with(
         overrides,
+        source=source,
         holdout=holdout,
         keep_damaged=keep_damaged,
         store_dtype=store_dtype,
@@ -86,8 +88,6 @@ def run(
         ema=ema,
     )
     loaded = load_recipe(recipe, changed)
-    if source is not None:
-        loaded = loaded.model_copy(update={"source": source})
     options = RunOptions(
         resources=resources_of(workers, cpus_per_worker, gpus_per_worker),
         trainers=None if train_workers is None else resources_of(train_workers, cpus_per_worker, gpus_per_worker),
@@ -100,6 +100,7 @@ def run(
         npz=npz,
         png=png,
     )
+    check_before_run(loaded, location(workdir), options, weights=not dry_run)
     if dry_run:
         show_dry_run(find_actions(loaded, location(workdir), options))
         return

@@ -229,3 +229,32 @@ def test_help_groups_the_commands(svgpipe: Callable[..., Outcome]) -> None:
     places = [text.index(f" {title} ─") for title in titles]
     assert places == sorted(places)
     assert "--install-completion" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--set", "evaluation.guidance_mode=sideways"], "evaluation.guidance_mode: "),
+        (["--ema", "0.99"], "evaluation.weights: weights '0.99': expected one of ema, ema-0.9, ema-0.5, raw"),
+        (["--set", "evaluation.extractor.weights=none.pth"], "none.pth: expected a weight file, found none"),
+        (
+            ["--set", "autoencoder.perceptual.kind=lpips-vgg", "--set", "autoencoder.perceptual.vgg_weights=no.pth"],
+            "no.pth",
+        ),
+        (["--set", "autoencoder.backbone.name=resnet_17"], "resnet_17"),
+        (["--guide", "nowhere"], "nowhere: expected a diffusion model"),
+    ],
+)
+def test_run_checks_all_sections_before_the_first_stage(
+    finished: Finished,
+    photographs: Path,
+    tmp_path: Path,
+    svgpipe: Callable[..., Outcome],
+    options: list[str],
+    words: str,
+) -> None:
+    if "evaluation.extractor.weights=none.pth" in options:
+        options = [*options, "--set", "evaluation.extractor.kind=inception"]
+    found = svgpipe("run", finished.recipe_file, "--source", photographs, "--workdir", tmp_path / "work", *options)
+    assert found.code in (1, 2) and words in found.err
+    assert not (tmp_path / "work").exists()

@@ -66,6 +66,18 @@ def test_recipes_are_frozen() -> None:
         ("diffusion.steps={", ["not YAML"]),
         ("name.first=x", ["name is a value"]),
         ("evaluation.solver=rk4", ["evaluation.solver", "euler", "rk4"]),
+        ("diffusion.steps=true", ["diffusion.steps: expected a number, found True"]),
+        ("diffusion.steps=010", ["diffusion.steps: expected a number, found '010'"]),
+        ("diffusion.steps=1:30", ["diffusion.steps: expected a number, found '1:30'"]),
+        ("diffusion.steps=1_000", ["diffusion.steps: expected a number, found '1_000'"]),
+        ("diffusion.steps=0x10", ["diffusion.steps: expected a number, found '0x10'"]),
+        ('diffusion.steps="7"', ["diffusion.steps: expected a number, found '7'"]),
+        ("diffusion.steps=7 # few", ["diffusion.steps: expected a number, found '7 # few'"]),
+        ("evaluation.steps=[5, true]", ["evaluation.steps: expected a number"]),
+        ("evaluation.steps=[5] # few", ["expected one value, found '# few' after it"]),
+        ("shard.keep_damaged=1", ["shard.keep_damaged: expected true or false, found 1"]),
+        ("shard.keep_damaged=yes", ["shard.keep_damaged: expected true or false, found 'yes'"]),
+        ("name=3", ["name: expected a text, found 3"]),
     ],
 )
 def test_refused_overrides_say_what_is_wrong(override: str, words: list[str]) -> None:
@@ -82,7 +94,10 @@ def test_unknown_names_and_files(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "none.yaml"))
     broken = tmp_path / "broken.yaml"
     broken.write_text("diffusion: [")
-    with pytest.raises(UsageError, match="expected YAML"):
+    with pytest.raises(UsageError, match="expected valid YAML"):
+        load_recipe(str(broken))
+    broken.write_text("diffusion: {steps: 5}\nname: x\ndiffusion: {depth: 2}\n")
+    with pytest.raises(UsageError, match="'diffusion' is given twice, in lines 1 and 3"):
         load_recipe(str(broken))
     broken.write_text("- a\n- b\n")
     with pytest.raises(UsageError, match="expected sections"):
@@ -160,3 +175,18 @@ def test_every_setting_has_a_description() -> None:
             else:
                 assert field.description, f"{section.__name__}.{name}"
     assert len(sections) > 10
+
+
+def test_values_are_read_as_written() -> None:
+    overrides = [
+        "evaluation.steps=5",
+        "evaluation.guidance=1",
+        "source=photos #1: new",
+        "diffusion.clip_grad_norm=1e-1",
+        "diffusion.compile=false",
+        "shard.crop=null",
+    ]
+    recipe = load_recipe("demo", overrides)
+    assert recipe.evaluation.steps == (5,) and recipe.evaluation.guidance == (1.0,)
+    assert recipe.source == "photos #1: new" and recipe.diffusion.clip_grad_norm == 0.1
+    assert recipe.diffusion.compile is False and recipe.shard.crop is None

@@ -23,6 +23,22 @@ from .features import Extractor, load_extractor, weight_inputs
 from .reference import RealSets, Reference, require_extractor
 
 
+def require_guidance(config: EvaluationSection, *, guided: bool) -> None:
+    """Check the guidance mode.
+
+    Raises:
+        UsageError: it is unknown, or makes no sense with a guide.
+    """
+    try:
+        guidance = Guidance(1.0, config.guidance_mode)
+    except ValueError as error:
+        raise UsageError(f"evaluation.guidance_mode: {error}") from error
+    if guided and guidance.kind == "cfg_star":
+        raise UsageError(
+            "evaluation.guidance_mode: cfg_star needs unconditional velocities, which a guide does not have."
+        )
+
+
 @dataclass(frozen=True)
 class Sampler:
     """The diffusion model, and the worse model that guides it, if any."""
@@ -36,14 +52,7 @@ class Sampler:
         Raises:
             UsageError: an unknown guidance mode, or one that makes no sense with a guide.
         """
-        try:
-            guidance = Guidance(1.0, config.guidance_mode)
-        except ValueError as error:
-            raise UsageError(f"evaluation.guidance_mode: {error}") from error
-        if self.guide is not None and guidance.kind == "cfg_star":
-            raise UsageError(
-                "evaluation.guidance_mode: cfg_star needs unconditional velocities, which a guide does not have."
-            )
+        require_guidance(config, guided=self.guide is not None)
         return [
             SamplerSettings(
                 steps=steps,
