@@ -96,12 +96,13 @@ def _later_row(out: Location, needed: str, first: DryRunRow) -> DryRunRow:
     return DryRunRow(out.name, "–", f"{state}; valid only if {needed} ends as the one that it was made from")
 
 
-def show_dry_run(rows: list[DryRunRow]) -> None:
-    """Print the rows.
+def show_dry_run(recipe: Recipe, workdir: Location, options: RunOptions) -> None:
+    """Print what `run_recipe` would do.
 
     Raises:
         MismatchError: `run` would refuse a stage.
     """
+    rows = dry_run(recipe, workdir, options)
     table = new_table("", "stage", "action", "why")
     for row in rows:
         table.add_row(row.stage, row.action, row.why.splitlines()[0] if row.action != "refuse" else "see below")

@@ -72,7 +72,6 @@ def run(
     wandb: WandbOption = None,
 ) -> None:
     """Run all stages in order. Finished, unchanged stages are skipped."""
-    from .dry_run import dry_run as find_actions
     from .dry_run import show_dry_run
     from .preflight import check_before_run
     from .run import RunOptions, run_recipe
@@ -102,7 +101,7 @@ def run(
     )
     check_before_run(loaded, location(workdir), options, weights=not dry_run)
     if dry_run:
-        show_dry_run(find_actions(loaded, location(workdir), options))
+        show_dry_run(loaded, location(workdir), options)
         return
     with ConsoleProgress() as progress:
         report = run_recipe(loaded, location(workdir), options, progress)
