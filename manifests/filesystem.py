@@ -26,8 +26,8 @@ from .errors import UsageError, first_line
 
 Location: TypeAlias = Path | UPath
 
-# Python package and pip extra of each scheme.
-SCHEMES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
+# Python package of each scheme.
+SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}
 # Gap between two ranges up to which they are read in one request, and maximum size of a request.
 RANGE_GAP_BYTES, RANGE_BLOCK_BYTES = 1 << 20, 64 << 20
 ABANDONED_S = 3600.0  # a temporary file without writes for this long belongs to a killed writer
@@ -56,9 +56,9 @@ def location(where: str | Location) -> Location:
         return Path(rest)
     if scheme not in SCHEMES:
         raise UsageError(f"{text}: expected a path, s3://… or gs://…, found scheme {scheme!r}.")
-    package, extra = SCHEMES[scheme]
+    package = SCHEMES[scheme]
     if importlib.util.find_spec(package) is None:
-        raise UsageError(f'{text}: needs {package}. Install it with `pip install "svgpipe[{extra}]"`.')
+        raise UsageError(f"{text}: needs {package}. Install it with `pip install {package}`.")
     # A cached listing would hide what other processes have written since.
     return UPath(text, use_listings_cache=False)
 

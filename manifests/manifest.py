@@ -35,7 +35,7 @@ Json = dict[str, Any]
 def svgpipe_version() -> str:
     """Return the version of the installed svgpipe, or 'unknown' in a bare checkout."""
     try:
-        return metadata.version("svgpipe")
+        return metadata.version("svgpipe-diffusion")
     except metadata.PackageNotFoundError:
         return "unknown"
 

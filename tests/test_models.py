@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.recipe import BackboneSection
 from svgpipe.models import attention
 from svgpipe.models.attention import attend
@@ -23,7 +24,8 @@ from svgpipe.models.dit import DiT
 from svgpipe.models.flow import shift_time
 from svgpipe.models.losses import LPIPS, BackbonePerceptual, PatchDiscriminator
 from svgpipe.models.residual import Alignment, ResidualEncoder
-from svgpipe.stages.networks.autoencoder import build_backbone, read_weight_file
+from svgpipe.stages.networks.autoencoder import build_backbone
+from svgpipe.stages.networks.weight_files import read_weight_file
 
 LITE = BackboneSection(
     name="tf_efficientnet_lite0.in1k",
@@ -315,3 +317,41 @@ def test_weights_with_a_classifier_fit_a_backbone_without(name: str, tmp_path: P
 def test_an_unknown_timm_tag_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"resnet18\.nonsense"):
         own_input("resnet18.nonsense")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "a pointer of Git LFS. Run `git lfs pull`",
+        ),
+        (b"<!DOCTYPE html><html><body>Sign in</body></html>", "found a web page"),
+        (b"", "found an empty file"),
+        (b"PK\x03\x04 cut short", "not a readable weight file"),
+    ],
+)
+def test_files_that_are_no_weights_are_recognised(tmp_path: Path, content: bytes, words: str) -> None:
+    for name in ("a.pth", "a.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ArtifactError) as found:
+            read_weight_file(tmp_path / name)
+        assert words in str(found.value) and name in str(found.value)
+
+
+def test_wrappers_of_weights_are_removed_or_named(tmp_path: Path) -> None:
+    file, weights = tmp_path / "a.pth", {"a.weight": torch.ones(2), "b": torch.zeros(1)}
+    for prefix in ("module.", "_orig_mod.", "backbone.", "module._orig_mod."):
+        torch.save({"epoch": 3, "state_dict": {prefix + name: value for name, value in weights.items()}}, file)
+        assert list(read_weight_file(file)) == ["a.weight", "b"]
+    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, file)
+    assert list(read_weight_file(file)) == ["module.a", "b"]
+    torch.save({"model": weights, "model_ema": weights}, file)
+    with pytest.raises(ArtifactError, match=r"several sets of weights \(model, model_ema\)"):
+        read_weight_file(file)
+    torch.save({"epoch": 3, "net": weights}, file)
+    with pytest.raises(ArtifactError, match="found a dict with epoch, net"):
+        read_weight_file(file)
+    torch.save({"model": weights, "args": Path("x")}, file)
+    with pytest.raises(ArtifactError, match=r"holds Python objects other than tensors, .* Save the state dict alone"):
+        read_weight_file(file)

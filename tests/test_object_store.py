@@ -210,7 +210,7 @@ def test_neighbouring_images_are_read_in_few_requests(
 def test_unusable_locations_are_refused(bucket: Location, svgpipe: Callable[..., Outcome]) -> None:
     with pytest.raises(UsageError, match=r"expected a path, s3://… or gs://…, found scheme 'ftp'"):
         location("ftp://host/x")
-    with pytest.raises(UsageError, match=r'needs gcsfs. Install it with `pip install "svgpipe\[gcs\]"`'):
+    with pytest.raises(UsageError, match=r"needs gcsfs. Install it with `pip install gcsfs`"):
         location("gs://bucket/x")
     found = svgpipe("inspect", "s3://no-such-bucket-here/cache")
     assert found.code == 1

@@ -36,7 +36,7 @@ from svgpipe.models.sampler import time_grid
 from svgpipe.pipeline import overview
 from svgpipe.pipeline import report as report_page
 from svgpipe.pipeline.page import picture
-from svgpipe.stages.evaluate import measure_images
+from svgpipe.stages.evaluate import features, measure_images
 from svgpipe.stages.evaluate import sample_latents as latents_stage
 from svgpipe.stages.evaluate.cpu_tasks import LatentsUnit
 from svgpipe.stages.evaluate.decode_latents import decoded_images
@@ -48,6 +48,7 @@ from svgpipe.stages.images.decode import decode_image, to_array
 from svgpipe.stages.images.image_set import ImageSet
 from svgpipe.stages.networks.autoencoder import build_backbone, latent_decoder, state_digest
 from svgpipe.stages.networks.diffusion import open_diffusion
+from svgpipe.stages.networks.downloads import Download
 from svgpipe.stages.networks.sampling import SamplerSettings, initial_noise, keep_as_computed, labels_of, sample_latents
 
 from .commands import run_and_kill
@@ -719,7 +720,7 @@ def test_a_decoder_that_does_not_belong_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_inception_from_a_file_is_called_fid(
+def test_distances_are_called_fid_with_the_published_inception_weights(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The published file is not available here: one with the same layout and random weights replaces it."""
@@ -730,6 +731,12 @@ def test_inception_from_a_file_is_called_fid(
         torch.manual_seed(0)
         network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     torch.save(network.state_dict(), tmp_path / "inception.pth")
+    section = ExtractorSection(kind="inception", weights=str(tmp_path / "inception.pth"))
+    own = build_backbone(finished.recipe.autoencoder.backbone, 32)
+    other = "Fréchet distance with the Inception weights inception.pth (not FID)"
+    assert load_extractor(section, own).metric == other
+    published = Download("https://x.org/inception.pth", file_sha256(tmp_path / "inception.pth")[:8])
+    monkeypatch.setattr(features, "INCEPTION_WEIGHTS", published)
     change = ["--set", "evaluation.extractor.kind=inception", "--steps", "1", "--guidance", "1.0"]
     change += ["--pool", str(finished.root)]
     weights = ["--set", f"evaluation.extractor.weights={tmp_path / 'inception.pth'}"]

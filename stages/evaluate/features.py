@@ -27,8 +27,9 @@ from svgpipe.manifests.report_file import ExtractorInfo
 from svgpipe.models.backbone import Backbone, own_input
 
 from ..images.image_set import ImageSet
-from ..networks.autoencoder import build_backbone, read_weight_file, state_digest
+from ..networks.autoencoder import build_backbone, state_digest
 from ..networks.downloads import Download
+from ..networks.weight_files import read_weight_file
 from ..runtime.device import pick_device
 
 POOLED, LOGITS = "pooled", "logits"
@@ -135,10 +136,11 @@ def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "e
             f"Download {INCEPTION_WEIGHTS.url} and give it with --set {where}.weights=FILE, or measure in the "
             f"backbone's space with --set {where}.kind=backbone."
         ) from error
+    published = config.weights == "hub" or INCEPTION_WEIGHTS.is_file(Path(config.weights))
     return Extractor(
         module.eval(),
         INCEPTION_LAYERS,
-        "FID",
+        "FID" if published else f"Fréchet distance with the Inception weights {Path(config.weights).name} (not FID)",
         _record("inception", INCEPTION, module, INCEPTION_SIZE, "torch-fidelity"),
         int(INCEPTION_LAYERS[POOLED]),
     )

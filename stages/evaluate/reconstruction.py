@@ -36,8 +36,9 @@ from ..extract.align import align_for_evaluation, needs_alignment
 from ..images.decode import CROP, RGBArray, psnr
 from ..images.image_set import ImageSet
 from ..images.tensors import as_unit_range
-from ..networks.autoencoder import build_backbone, read_weight_file, state_digest
+from ..networks.autoencoder import build_backbone, state_digest
 from ..networks.perceptual import load_lpips
+from ..networks.weight_files import read_weight_file
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Recorded
 from ..runtime.runner import LocalRunner, Runner

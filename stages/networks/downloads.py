@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from svgpipe.manifests.filesystem import file_sha256
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,10 @@ class Download:
 
     url: str
     sha256: str
+
+    def is_file(self, path: Path) -> bool:
+        """Return whether a local file is this one."""
+        return file_sha256(path).startswith(self.sha256)
 
     def load(self) -> dict[str, Tensor]:
         """Return the tensors, from torch's cache folder if the file was downloaded before.

@@ -11,8 +11,8 @@ from svgpipe.manifests.recipe import PerceptualSection
 from svgpipe.models.autoencoder import Autoencoder
 from svgpipe.models.losses import LPIPS, BackbonePerceptual
 
-from .autoencoder import read_weight_file
 from .downloads import Download
+from .weight_files import read_weight_file
 
 VGG = Download("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af")
 LINEAR = Download(

@@ -92,7 +92,7 @@ def require_wandb() -> None:
         UsageError: it is not.
     """
     if importlib.util.find_spec("wandb") is None:
-        raise UsageError('--wandb: needs the package wandb. Install it with `pip install "svgpipe[wandb]"`.')
+        raise UsageError("--wandb: needs the package wandb. Install it with `pip install wandb`.")
 
 
 def _wandb_run(directory: Location, project: str) -> Any:
