@@ -105,8 +105,8 @@ class FeatureCache(Sequence[CachedRow]):
         Raises:
             ArtifactError: there is no finished cache, or its arrays do not match its manifest.
         """
-        self.path = absolute(location(path))
-        self.manifest = CacheManifest.read(self.path)
+        self.manifest = CacheManifest.read(location(path))
+        self.path = absolute(location(path))  # the current directory may change
         self.store = FeatureStore.open(self.path)
         spec, expected = self.store.spec, self.manifest.spec
         if spec != expected:

@@ -151,20 +151,19 @@ class ShardSet:
         """
         text = str(spec)
         if not text.endswith(".tar"):
-            directory = absolute(location(text))
-            manifest = ShardSetManifest.read(directory)
-            return cls._checked(directory, manifest, manifest.shards)
+            manifest = ShardSetManifest.read(location(text))
+            return cls._checked(absolute(location(text)), manifest, manifest.shards)
         paths = expand(text)
         directories = {str(p.parent) for p in paths}
         if len(directories) != 1:
             raise UsageError(f"{text}: expected tars of one directory, found {len(directories)} directories.")
-        directory = absolute(paths[0].parent)
+        directory = paths[0].parent
         if paths[0].exists() and not (directory / MANIFEST_NAME).exists():
             raise ArtifactError(
                 f"{directory}: expected a shard set, found tars without {MANIFEST_NAME}. To use existing tars, index "
                 f"them once with `svgpipe index '{text}' --out DIR`, then give DIR."
             )
-        return cls._some(directory, [p.name for p in paths])
+        return cls._some(absolute(directory), [p.name for p in paths])
 
     @classmethod
     def of_input(cls, ref: InputRef) -> ShardSet:

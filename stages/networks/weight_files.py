@@ -39,8 +39,8 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
             first_line(error)
             if "weights_only" not in str(error)
             else (
-                "it is damaged, or holds Python objects other than tensors, which are not loaded because that could run "
-                "code. Save the state dict alone."
+                "it is damaged, or holds Python objects other than tensors, which are not loaded because that could "
+                "run code. Save the state dict alone."
             )
         )
         raise ArtifactError(f"{path}: not a readable weight file: {why}") from error

@@ -172,7 +172,8 @@ class _Launch(Generic[R]):
     def _relay(self, events: list[tuple[str, Any]]) -> None:
         for name, arguments in events:
             if name == "begin":
-                self.left = arguments[1] - arguments[2]
+                _, total, _, done = arguments
+                self.left = total - done
             elif name == "advance":
                 self.left -= arguments[0]
             if name == "start":
@@ -301,8 +302,8 @@ class _RemoteSupervisor:
         """Report that the workers have started."""
         self._post("start")
 
-    def begin(self, task: str, total: int, done: int = 0) -> None:
-        self._post("begin", task, total, done)
+    def begin(self, task: str, total: int, unit: str, done: int = 0) -> None:
+        self._post("begin", task, total, unit, done)
 
     def say(self, text: str) -> None:
         self._post("say", text)
