@@ -66,6 +66,7 @@ class AutoencoderManifest(Manifest):
 
     KIND: ClassVar[str] = "autoencoder"
     NOUN: ClassVar[str] = "an autoencoder"
+    GROWS: ClassVar[frozenset[str]] = frozenset({"steps"})
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"heldout_psnr", "reconstruction_grid", "origin"})
 
     kind: Literal["autoencoder"] = "autoencoder"
@@ -89,6 +90,7 @@ class DiffusionManifest(Manifest):
 
     KIND: ClassVar[str] = "diffusion"
     NOUN: ClassVar[str] = "a diffusion model"
+    GROWS: ClassVar[frozenset[str]] = frozenset({"steps"})
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset(
         {"heldout_loss", "num_parameters", "origin", "untrained_classes"}
     )

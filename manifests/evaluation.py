@@ -120,6 +120,7 @@ class EvaluationManifest(Manifest):
     NOUN: ClassVar[str] = "an evaluation"
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"latents"})
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"batch_size", "compile"})
+    HINT: ClassVar[str] = "`svgpipe sample-and-eval --out ANOTHER` measures other settings of the same model."
 
     kind: Literal["evaluation"] = "evaluation"
     num_samples: int

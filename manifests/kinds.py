@@ -47,7 +47,7 @@ def artifacts_below(path: Location) -> list[Location]:
     candidates = [path, *children(path)]
     artifacts = [p for p in candidates if (p / MANIFEST_NAME).exists() or (p / PLAN_NAME).exists()]
     if not artifacts:
-        raise ArtifactError(f"{path}: expected an svgpipe artifact, found neither {MANIFEST_NAME} nor {PLAN_NAME}.")
+        raise ArtifactError(f"{path}: expected an svgpipe artifact or a directory of artifacts, found neither.")
     return [path] if artifacts[0] == path else sorted(artifacts, key=_order)
 
 

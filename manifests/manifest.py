@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Mapping
 from importlib import metadata
@@ -90,6 +91,8 @@ def differing_fields(expected: object, found: object, prefix: str = "") -> list[
 
 
 def _shorten(value: object) -> str:
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
+        return value[:12]  # a fingerprint
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
@@ -120,7 +123,8 @@ class Manifest(FrozenModel):
 
     Subclasses set `KIND` and `NOUN`. `OUTSIDE_IDENTITY` lists fields in which two equal artifacts may differ, such as
     times and per-file lists that a content digest covers. `MAY_CHANGE` lists config keys that a later run may
-    change, and `LATE` those that it may change until the artifact is finished.
+    change, `LATE` those that it may change until the artifact is finished, and `GROWS` those whose number it may raise:
+    it continues the finished artifact.
     """
 
     KIND: ClassVar[str]
@@ -128,6 +132,8 @@ class Manifest(FrozenModel):
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset()
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()  # config keys that do not change the result
     LATE: ClassVar[frozenset[str]] = frozenset()  # config keys that only the last step of a stage reads
+    GROWS: ClassVar[frozenset[str]] = frozenset()  # config keys whose number a later run may raise
+    HINT: ClassVar[str] = ""  # what to do instead of changing a finished artifact
     _SHARED_OUTSIDE: ClassVar[frozenset[str]] = frozenset(
         {"svgpipe_version", "finished_at", "seconds", "inputs", "fingerprint"}
     )

@@ -54,7 +54,8 @@ class Section(BaseModel):
             if isinstance(one, bool) and bool not in kinds:
                 raise ValueError(f"expected {_named(kinds)}")
             if isinstance(one, str) and str not in kinds:
-                raise ValueError(f"expected {_named(kinds)}")
+                brackets = f" (several in brackets: [{one}])" if is_list and "," in one else ""
+                raise ValueError(f"expected {_named(kinds)}{brackets}")
             if isinstance(one, int | float) and not isinstance(one, bool) and not kinds & {int, float}:
                 raise ValueError(f"expected {_named(kinds)}")
         return values if is_list else value
@@ -335,7 +336,7 @@ class EvaluationSection(Section):
     """`svgpipe sample-and-eval`: a sweep of steps × guidance, decoded and measured."""
 
     steps: tuple[Annotated[int, Field(gt=0, le=100_000)], ...] = Field((25,), description="Numbers of sampling steps.")
-    guidance: tuple[float, ...] = Field((1.0,), description="Guidance scales; 1: no guidance.")
+    guidance: tuple[Annotated[float, Field(ge=0)], ...] = Field((1.0,), description="Guidance scales; 1: no guidance.")
     solver: Literal["euler", "heun", "multistep"] = Field(
         "euler", description="euler; heun: two evaluations per step; multistep: second order, one evaluation per step."
     )

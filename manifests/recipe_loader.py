@@ -36,19 +36,25 @@ def load_recipe(name_or_file: str | None, overrides: Sequence[str] = ()) -> Reci
     Raises:
         UsageError: no such recipe or file, not YAML, an unknown key, or an invalid value.
     """
-    raw, where = _read_with_base(name_or_file) if name_or_file is not None else ({}, "--set")
+    raw, where = _read_with_base(name_or_file) if name_or_file is not None else ({}, "recipe")
+    _refuse_unknown_keys(raw, Recipe, where)
     for override in overrides:
         _apply_override(raw, override)
-    _refuse_unknown_keys(raw, Recipe, where)
+    _refuse_unknown_keys(raw, Recipe, "--set")
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg'].removeprefix('Value error, ')}, "
-            f"found {_brief(e['input'])}"
-            for e in error.errors()
-        ]
-        raise UsageError(f"{where}: invalid recipe:\n  " + "\n  ".join(lines)) from error
+        given = {name.partition("=")[0] for name in overrides}
+        lines = [_explained(dict(one), where, given) for one in error.errors()]
+        raise UsageError("\n".join(lines)) from error
+
+
+def _explained(error: dict[str, Any], where: str, given: set[str]) -> str:
+    """Return one line for an invalid value, which begins with its origin: the file, or the command line."""
+    name = ".".join(str(part) for part in error["loc"] if not isinstance(part, int))
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
+    origin = "command line" if name in given else where
+    return f"{origin}: {name or 'recipe'}: {message}, found {_brief(error['input'])}"
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -146,14 +152,24 @@ def _refuse_unknown_keys(raw: dict[str, Any], model: type[BaseModel], where: str
         field = model.model_fields.get(key) if isinstance(key, str) else None
         if field is None:
             names = list(model.model_fields)
-            near = difflib.get_close_matches(str(key), names, 1, 0.4)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"expected one of {', '.join(names)}."
+            near = difflib.get_close_matches(str(key), names, 1, 0.5)
+            deeper = [f"{section}.{key}" for section in names if key in _keys_of(model, section)]
+            if deeper:
+                hint = f"did you mean {' or '.join(deeper)}?"
+            else:
+                hint = f"did you mean {prefix}{near[0]}?" if near else f"expected one of {', '.join(names)}."
             raise UsageError(f"{where}: unknown key {prefix}{key}; {hint}")
         inner = _section_of(field.annotation)
         if inner is not None:
             if not isinstance(value, dict):
                 raise UsageError(f"{where}: {prefix}{key}: expected a section with keys, found {_brief(value)}.")
             _refuse_unknown_keys(value, inner, where, f"{prefix}{key}.")
+
+
+def _keys_of(model: type[BaseModel], name: str) -> set[str]:
+    """Return the keys of a section; none if the field is a value."""
+    section = _section_of(model.model_fields[name].annotation)
+    return set() if section is None else set(section.model_fields)
 
 
 def _section_of(annotation: object) -> type[Section] | None:

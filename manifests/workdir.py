@@ -26,7 +26,10 @@ from .manifest import (
 from .progress_file import PROGRESS_NAME
 
 M = TypeVar("M", bound=Manifest)
-WorkState = Literal["new", "begun", "finished"]
+WorkState = Literal["new", "begun", "finished", "extended"]  # extended: finished, and to be continued
+INPUTS_DIFFER = (
+    "Inputs differ: the images or artifacts were changed, or others were given (--source, --shards, --cache)."
+)
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,14 @@ class StageSpec(Generic[M]):
         self._require_equal(
             made,
             f"a finished {noun} (fingerprint {done.fingerprint[:12]}) that was made",
-            "Use the same recipe and options (did you forget --recipe or --set?), or give another output directory.",
+            "Use the same recipe and options (did you forget --recipe, --set or --source?), or give another output "
+            "directory.",
             self.kind.MAY_CHANGE,
         )
         return done
 
     def state(self) -> tuple[WorkState, M | None]:
-        """Return the state of the directory, and the manifest if it is finished.
+        """Return the state of the directory, and the manifest if nothing is left to do.
 
         Raises:
             MismatchError: it was begun or finished with another config or other inputs.
@@ -85,7 +89,7 @@ class StageSpec(Generic[M]):
         if self.path.exists() and not self.path.is_dir():
             raise ArtifactError(f"{self.path}: expected a directory for {self.kind.NOUN}, found a file.")
         if (done := self._finished()) is not None:
-            return "finished", done
+            return ("extended", None) if self._grown(done.config) else ("finished", done)
         if _holds_nothing(self.path):
             return "new", None
         if not (self.path / PLAN_NAME).exists():
@@ -101,15 +105,22 @@ class StageSpec(Generic[M]):
         )
         return "begun", None
 
+    def _grown(self, config: Json) -> set[str]:
+        """Return the keys whose number is higher than in `config`."""
+        return {key for key in self.kind.GROWS if key in config and self.config[key] > config[key]}
+
     def _require_equal(self, found: Json, noun: str, what_to_do: str, may_change: frozenset[str]) -> None:
-        changed = {key: value for key, value in self.config.items() if key in may_change}
+        allowed = may_change | self._grown(found["config"])
+        changed = {key: value for key, value in self.config.items() if key in allowed}
         lines = differing_fields({**found, "config": {**found["config"], **changed}}, self.plan)
         if lines:
+            hints = [INPUTS_DIFFER] if any(line.startswith("inputs.") for line in lines) else []
+            hints += [what_to_do, *([self.kind.HINT] if self.kind.HINT else [])]
             raise MismatchError(
                 f"{self.path}: holds {noun} differently "
                 f"(there {digest(found)[:12]}, here {digest(self.plan)[:12]}).\n  "
                 + "\n  ".join(lines)
-                + f"\n{what_to_do}"
+                + f"\n{' '.join(hints)}"
             )
 
 
@@ -160,6 +171,8 @@ class WorkDir(Generic[M]):
             return
         if state == "new" or read_plan(self.path) != self.spec.plan:
             write_json(self.path / PLAN_NAME, self.spec.plan)
+        if state == "extended":  # unfinished from here on
+            (self.path / MANIFEST_NAME).unlink()
         remove_partials(self.path)
 
     def __enter__(self) -> Self:

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H W pixels, h w grid rows and columns.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -55,8 +56,8 @@ class Backbone(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"backbone: {error}") from error
         if not timm.is_model(name):
-            near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:3]
-            raise ValueError(f"backbone: expected a timm model name, found {name!r}; near: {near or 'none'}")
+            near = ", ".join(difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3)) or "none"
+            raise ValueError(f"backbone: expected a timm model name, found {name!r}; similar names: {near}")
         self.name, self.input_size = name, input_size
         kwargs = dict(model_kwargs or {})
         architecture = name.split(".")[0]

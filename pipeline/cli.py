@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from svgpipe.manifests.errors import SvgpipeError, memory_error
+from svgpipe.manifests.errors import InterruptedRunError, SvgpipeError, memory_error
 from svgpipe.manifests.filesystem import client_error
 from svgpipe.manifests.manifest import svgpipe_version
 
@@ -48,6 +48,8 @@ def _explain(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{where}no space left on the device. Finished work is kept; free space and run the command again."
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{where}{error.strerror}. Check the path and its permissions."
     return f"{where}{error.strerror or error}. Finished work is kept."
 
 
@@ -85,6 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
     _show_log()
     try:
         result = app(arguments, standalone_mode=False, prog_name="svgpipe")
+    except InterruptedRunError as error:
+        typer.echo(str(error), err=True)
+        return error.exit_code
     except SvgpipeError as error:
         typer.echo(f"error: {error}", err=True)
         return error.exit_code

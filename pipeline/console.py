@@ -8,8 +8,9 @@ from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 LINE_EVERY_S = 15.0
 
@@ -27,14 +28,15 @@ class ConsoleProgress:
     def __enter__(self) -> ConsoleProgress:
         if self.console.is_terminal:
             self._bars = RichProgress(
-                TextColumn("{task.description:<18}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=15)),
+                BarColumn(bar_width=10),
+                MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=7)),
+                TextColumn("{task.fields[unit]}", table_column=Column(no_wrap=True, min_width=5)),
+                TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+                TextColumn("left", table_column=Column(no_wrap=True, min_width=4)),
+                # The only column that is shortened on a narrow terminal.
+                TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+                expand=True,
                 console=self.console,
             )
             self._bars.start()

@@ -10,6 +10,7 @@ from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import MismatchError
 from svgpipe.manifests.filesystem import Location
+from svgpipe.manifests.lock import describe, owner_of
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME
 from svgpipe.manifests.progress_file import read_progress
 from svgpipe.manifests.recipe import Recipe
@@ -18,7 +19,7 @@ from svgpipe.manifests.workdir import StageSpec
 from svgpipe.stages.evaluate.plan import EvaluationPlan
 from svgpipe.stages.evaluate.reference import shard_reference
 from svgpipe.stages.extract.stage import cache_spec
-from svgpipe.stages.shard.from_folder import shard_spec
+from svgpipe.stages.shard.from_folder import shard_spec, spec_without_source
 from svgpipe.stages.shard.sources import require_unchanged, scan
 from svgpipe.stages.train_autoencoder.stage import autoencoder_spec
 from svgpipe.stages.train_diffusion.stage import diffusion_spec
@@ -32,7 +33,7 @@ class DryRunRow:
     """What `run` would do with one stage."""
 
     stage: str
-    action: str  # skip, resume, run, refuse
+    action: str  # skip, resume, run, refuse, unknown
     why: str
 
 
@@ -59,9 +60,13 @@ def _specs(recipe: Recipe, workdir: Location, options: RunOptions) -> Iterator[S
     """Yield the spec of each stage. Its inputs must be finished before it is taken."""
     tars, encoder, cache, model, evaluation = (workdir / name for name in STAGES)
     images = source_folder(recipe.source, workdir)
-    files = scan(images)[1]
-    yield shard_spec(images, files, tars, recipe.shard)
-    require_unchanged(tars, images, files, record=False)
+    kept = None if images.exists() else spec_without_source(tars, recipe.shard)
+    if kept is not None:
+        yield kept
+    else:
+        files = scan(images)[1]
+        yield shard_spec(images, files, tars, recipe.shard)
+        require_unchanged(tars, images, files, record=False)
     shards = ShardSet.open(tars)
     yield autoencoder_spec(shards, encoder, recipe.autoencoder)
     yield cache_spec(shards, AutoencoderManifest.read(encoder).as_input(encoder), cache, recipe.extract)
@@ -78,22 +83,26 @@ def _row(spec: StageSpec[Any]) -> DryRunRow:
         return DryRunRow(name, "refuse", str(error))
     if state == "finished":
         return DryRunRow(name, "skip", "finished, unchanged")
-    if state == "new":
+    if state == "extended":
+        return DryRunRow(name, "resume", "finished with fewer steps; continues from its last checkpoint")
+    progress, owner = read_progress(spec.path), owner_of(spec.path)
+    done = "" if progress is None else f": {progress.task} {progress.done} of {progress.total} {progress.unit}"
+    if owner is not None:
+        return DryRunRow(name, "refuse", f"{spec.path}: {describe(owner).rstrip('.')}{done}")
+    if state == "new" and progress is None:  # an evaluation has sampled into the pool before it writes here
         return DryRunRow(name, "run", "not started")
-    progress = read_progress(spec.path)
-    done = "" if progress is None else f": {progress.task} {progress.done} of {progress.total}"
     return DryRunRow(name, "resume", f"begun with the same config and inputs{done}")
 
 
 def _later_row(out: Location, needed: str, first: DryRunRow) -> DryRunRow:
     """Return the row of a stage whose inputs do not exist yet: it needs the stage `needed`, behind `first`."""
     if first.action == "refuse":
-        return DryRunRow(out.name, "–", f"not reached: {first.stage} is refused")
+        return DryRunRow(out.name, "unknown", f"not reached: {first.stage} is refused")
     holds = next((name for name in (MANIFEST_NAME, PLAN_NAME) if (out / name).exists()), None)
     if holds is None:
         return DryRunRow(out.name, "run", f"not started; needs {needed}")
     state = "finished" if holds == MANIFEST_NAME else "begun"
-    return DryRunRow(out.name, "–", f"{state}; valid only if {needed} ends as the one that it was made from")
+    return DryRunRow(out.name, "unknown", f"{state}; valid only if {needed} ends as the one that it was made from")
 
 
 def show_dry_run(recipe: Recipe, workdir: Location, options: RunOptions) -> None:

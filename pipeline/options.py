@@ -26,6 +26,9 @@ RecipeOption = Annotated[
         help="Built-in recipe or .yaml file. Without it, every setting has its default.",
     ),
 ]
+RequiredRecipeOption = Annotated[
+    str, typer.Option("--recipe", metavar="NAME|FILE", help="Built-in recipe or .yaml file.")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value. Repeatable.")
 ]

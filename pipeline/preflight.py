@@ -14,7 +14,7 @@ from svgpipe.stages.networks.diffusion import open_diffusion
 from svgpipe.stages.networks.perceptual import load_lpips
 from svgpipe.stages.training.metrics_log import require_wandb
 
-from .run import STAGES, RunOptions, source_folder
+from .run import STAGES, RunOptions, require_demo, source_folder
 
 
 def check_before_run(recipe: Recipe, workdir: Location, options: RunOptions, *, weights: bool) -> None:
@@ -32,6 +32,7 @@ def _check_settings(recipe: Recipe, workdir: Location, options: RunOptions) -> N
         ArtifactError: `--guide` is not a diffusion model.
     """
     source_folder(recipe.source, workdir)
+    require_demo(recipe.source, workdir)
     require_guidance(recipe.evaluation, guided=options.guide is not None)
     try:
         choose_weights(recipe.diffusion.ema_decays, recipe.evaluation.weights)

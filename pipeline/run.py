@@ -12,7 +12,7 @@ import typer
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location
-from svgpipe.manifests.manifest import MANIFEST_NAME, Manifest
+from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, Manifest
 from svgpipe.manifests.recipe import Recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.stages.evaluate.export_images import export_npz, export_png
@@ -118,8 +118,24 @@ def source_folder(source: str | None, workdir: Location) -> Path:
     return workdir / "photographs"
 
 
+def require_demo(source: str | None, workdir: Location) -> None:
+    """Check that a working directory was not made from other images, if the demo's photographs are asked for.
+
+    Raises:
+        UsageError: it was.
+    """
+    if source != DEMO_SOURCE or source_folder(source, workdir).exists():
+        return
+    if any((workdir / STAGES[0] / name).exists() for name in (MANIFEST_NAME, PLAN_NAME)):
+        raise UsageError(
+            f"{workdir}: was made from other images than the demo's photographs, which the recipe names as its "
+            "source. Give the image folder with --source DIR, or as `source:` in the recipe."
+        )
+
+
 def _write_demo_source(source: str | None, workdir: Location) -> Path:
     folder = source_folder(source, workdir)
+    require_demo(source, workdir)
     if source == DEMO_SOURCE:
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_photographs(folder)
@@ -131,3 +147,6 @@ def _stage(out: Location, progress: Progress, job: Callable[[], Manifest]) -> No
     manifest = job()
     state = "finished before, unchanged" if finished else f"finished in {manifest.seconds:.0f} s"
     progress.say(f"{out.name}: {state} ({manifest.fingerprint[:12]})")
+    rejected = getattr(manifest, "num_rejected", 0)
+    if rejected:
+        progress.say(f"{out.name}: warning: {rejected} images were rejected, see {out / 'rejected.jsonl'}")

@@ -35,6 +35,7 @@ from .options import (
     PoolOption,
     ProcessesOption,
     RecipeOption,
+    RequiredRecipeOption,
     SetOption,
     ShardsOption,
     StepsOption,
@@ -124,7 +125,7 @@ def _shard_set_line(out: str, manifest: ShardSetManifest) -> str:
 def train_autoencoder(
     shards: ShardsOption,
     out: OutOption,
-    recipe: RecipeOption = None,
+    recipe: RequiredRecipeOption,
     overrides: SetOption = None,
     workers: TrainersOption = None,
     cpus_per_worker: CpusOption = None,
@@ -184,7 +185,7 @@ def extract(
 def train_diffusion(
     cache: Annotated[str, typer.Option("--cache", metavar="DIR", help="Finished feature cache. Nothing else is read.")],
     out: OutOption,
-    recipe: RecipeOption = None,
+    recipe: RequiredRecipeOption,
     overrides: SetOption = None,
     autoencoder: Annotated[
         str | None,
@@ -232,7 +233,7 @@ def sample_and_eval(
         ),
     ],
     out: OutOption,
-    recipe: RecipeOption = None,
+    recipe: RequiredRecipeOption,
     overrides: SetOption = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,

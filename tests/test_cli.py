@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from svgpipe.manifests.checkpoint import CheckpointStore
+from svgpipe.manifests.lock import Lock
 from svgpipe.manifests.recipe_loader import builtin_names, load_recipe
 from svgpipe.pipeline.cli import main
 
@@ -75,7 +77,7 @@ def test_inspect_of_unfinished_work(finished: Finished, tmp_path: Path, svgpipe:
     found = svgpipe("inspect", tmp_path / "cache")
     assert "unfinished" in found.out
     assert "units finished" in found.out
-    for command in (["train-diffusion", "--cache", tmp_path / "cache", "--out", tmp_path / "out"],):
+    for command in (["train-diffusion", "--cache", tmp_path / "cache", "--out", tmp_path / "out", "--recipe", "demo"],):
         refused = svgpipe(*command)
         assert refused.code == 1
         assert "begun and not finished" in refused.err
@@ -96,7 +98,7 @@ def test_a_manifest_of_a_newer_schema_is_refused(
     shutil.copytree(finished.root / "cache", tmp_path / "cache")
     path = tmp_path / "cache" / "manifest.json"
     path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
-    found = svgpipe("train-diffusion", "--cache", tmp_path / "cache", "--out", tmp_path / "out")
+    found = svgpipe("train-diffusion", "--cache", tmp_path / "cache", "--out", tmp_path / "out", "--recipe", "demo")
     assert found.code == 1
     assert "schema 1 or older, found 2" in found.err
     assert "Upgrade svgpipe" in found.err
@@ -129,7 +131,7 @@ def test_a_full_disk_is_one_message(
 
     monkeypatch.setattr(CheckpointStore, "save", full)
     cache = ["--cache", finished.root / "cache", "--recipe", finished.recipe_file]
-    found = svgpipe("train-diffusion", *cache, "--out", tmp_path / "out")
+    found = svgpipe("train-diffusion", *cache, "--out", tmp_path / "out", "--recipe", "demo")
     assert found.code == 1
     assert "/data/step-00000004: no space left on the device" in found.err
 
@@ -147,7 +149,7 @@ def test_ctrl_c_inside_a_library_is_no_traceback(
 
     monkeypatch.setattr(CheckpointStore, "save", interrupted)
     cache = ["--cache", finished.root / "cache", "--recipe", finished.recipe_file]
-    found = svgpipe("train-diffusion", *cache, "--out", tmp_path / "out")
+    found = svgpipe("train-diffusion", *cache, "--out", tmp_path / "out", "--recipe", "demo")
     assert found.code == 130
     assert "the same command resumes" in found.err
 
@@ -179,7 +181,7 @@ def test_a_dry_run_of_a_finished_pipeline_skips_everything(
     assert actions(changed) == dict.fromkeys(STAGES[:4], "skip") | {"evaluation": "refuse"}
     assert "config.steps: [1, 2] there, [1, 3] here" in changed.err
     early = dry_run(svgpipe, finished.recipe_file, *work, "--holdout", "0.4")
-    assert actions(early) == {"shards": "refuse"} | dict.fromkeys(STAGES[1:], "–")
+    assert actions(early) == {"shards": "refuse"} | dict.fromkeys(STAGES[1:], "unknown")
     new = dry_run(svgpipe, finished.recipe_file, "--workdir", tmp_path / "new", "--source", photographs)
     assert new.code == 0
     assert actions(new) == dict.fromkeys(STAGES, "run")
@@ -194,7 +196,7 @@ def test_a_dry_run_of_a_stopped_pipeline_names_the_stage_that_resumes(
     shutil.rmtree(tmp_path / "work" / "evaluation")
     before = sorted((tmp_path / "work").rglob("*"))
     found = dry_run(svgpipe, finished.recipe_file, "--workdir", tmp_path / "work", "--source", photographs)
-    expected = {"shards": "skip", "autoencoder": "skip", "cache": "resume", "diffusion": "–", "evaluation": "run"}
+    expected = {"shards": "skip", "autoencoder": "skip", "cache": "resume", "diffusion": "unknown", "evaluation": "run"}
     assert actions(found) == expected
     assert sorted((tmp_path / "work").rglob("*")) == before
 
@@ -258,3 +260,40 @@ def test_run_checks_all_sections_before_the_first_stage(
     found = svgpipe("run", finished.recipe_file, "--source", photographs, "--workdir", tmp_path / "work", *options)
     assert found.code in (1, 2) and words in found.err
     assert not (tmp_path / "work").exists()
+
+
+def test_a_working_directory_of_other_images_is_not_the_demos(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """A printed recipe names the demo's photographs as its source."""
+    shutil.copytree(finished.root, tmp_path / "work")
+    for more in ([], ["--dry-run"]):
+        change = ["--set", "source=demo-photographs", *more]
+        refused = svgpipe("run", finished.recipe_file, "--workdir", tmp_path / "work", *change)
+        assert refused.code == 2 and "Give the image folder with --source DIR" in refused.err
+    assert not (tmp_path / "work" / "photographs").exists()
+
+
+def test_run_works_after_the_images_are_gone(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    run = ("run", finished.recipe_file, "--workdir", finished.root, "--source", tmp_path / "gone")
+    found = svgpipe(*run)
+    assert found.code == 0 and "not there any more; the finished shards" in found.err
+    assert actions(dry_run(svgpipe, *run[1:])) == dict.fromkeys(STAGES, "skip")
+    refused = svgpipe(*run, "--set", "shard.seed=3")
+    assert refused.code == 1 and "config.seed" in refused.err
+
+
+def test_a_dry_run_names_the_process_that_works(
+    finished: Finished, photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(finished.root, work)
+    (work / "cache" / "manifest.json").unlink()
+    run = (finished.recipe_file, "--workdir", work, "--source", photographs)
+    with contextlib.ExitStack() as locks:
+        locks.callback(Lock(work / "cache").release)
+        busy = dry_run(svgpipe, *run)
+    assert busy.code == 1 and actions(busy)["cache"] == "refuse" and f"in use by process {os.getpid()}" in busy.err
+    assert actions(dry_run(svgpipe, *run, "--set", "autoencoder.steps=9"))["autoencoder"] == "resume"

@@ -216,5 +216,8 @@ def test_unusable_locations_are_refused(bucket: Location, svgpipe: Callable[...,
     assert found.code == 1
     assert "s3://no-such-bucket-here/cache" in found.err
     started = time.monotonic()
-    assert svgpipe("train-diffusion", "--cache", bucket / "nothing", "--out", bucket / "model2").code == 1
+    assert (
+        svgpipe("train-diffusion", "--cache", bucket / "nothing", "--out", bucket / "model2", "--recipe", "demo").code
+        == 1
+    )
     assert time.monotonic() - started < 30

@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_loaded(
         (["autoencoder.perceptual.kind=lpips-vgg"], 1, ["could not download", "vgg_weights=FILE", "kind=backbone"]),
         (["autoencoder.perceptual.levels=[9]"], 2, ["levels: expected -5..4, found 9"]),
         (["autoencoder.backbone.name=tf_efficientnet_lite0.typo"], 2, ["autoencoder.backbone", "typo"]),
-        (["autoencoder.learning_rate=inf"], 2, ["learning_rate", "finite"]),
+        (["autoencoder.learning_rate=.inf"], 2, ["learning_rate", "finite"]),
         (["autoencoder.perceptual.levels=[]"], 2, ["perceptual.levels"]),
     ],
 )

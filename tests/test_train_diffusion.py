@@ -365,3 +365,42 @@ def test_classes_without_training_images_are_not_sampled(
     assert report.results[0].sampler is not None and report.results[0].sampler.classes == [0, 2]
     samples = decoded_images(tmp_path / "evaluation", report.results[0].name)
     assert samples.labels[:4].tolist() == [0, 2, 0, 2]
+
+
+def test_a_finished_training_continues_with_more_steps(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """It ends with the bits of a training that had all steps from the start. Fewer steps are refused."""
+    out = tmp_path / "diffusion"
+    first = svgpipe(*train_args(finished, out, "--set", "diffusion.steps=7"))
+    assert first.code == 0 and "7 steps of 6 rows: 1.4 epochs of 30 training rows" in first.err
+    before = DiffusionManifest.read(out)
+    found = svgpipe(*train_args(finished, out))
+    assert found.code == 0, found.err
+    assert "resumed at step 7" in found.err
+    assert DiffusionManifest.read(out).steps == 12 and before.fingerprint != DiffusionManifest.read(out).fingerprint
+    assert same_weights(out, finished.root / "diffusion")
+    fewer = svgpipe(*train_args(finished, out, "--set", "diffusion.steps=7"))
+    assert fewer.code == 1 and "config.steps: 12 there, 7 here" in fewer.err
+    other = svgpipe(*train_args(finished, out, "--set", "diffusion.steps=20", "--set", "diffusion.seed=9"))
+    assert other.code == 1 and "config.seed" in other.err and "config.steps" not in other.err
+    assert svgpipe("verify", out, "--deep").code == 0
+
+
+def test_an_extension_that_was_stopped_is_resumed(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    out = tmp_path / "diffusion"
+    shutil.copytree(finished.root / "diffusion", out)
+    more = train_args(finished, out, "--set", "diffusion.steps=50000")
+    process = Command(more, tmp_path / "log")
+    process.wait_for(lambda: read_json(out / "checkpoints" / "latest.json")["checkpoints"][-1]["step"] > 20)
+    process.send(signal.SIGINT)
+    assert process.wait() == 130 and "resumed at step 12" in process.text()
+    assert "error" not in process.text() and "The same command resumes" in process.text()
+    assert not (out / "manifest.json").exists()
+    fewer = svgpipe(*train_args(finished, out))
+    assert fewer.code == 1 and "config.steps: 50000 there, 12 here" in fewer.err
+    process = Command(train_args(finished, out, "--set", "diffusion.steps=50001"), tmp_path / "again")
+    process.wait_for(lambda: "resumed at step" in process.text())
+    process.kill_all()

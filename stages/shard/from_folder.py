@@ -18,7 +18,7 @@ from PIL import Image
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.filesystem import Location, location
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import InputRef, Json, digest
+from svgpipe.manifests.manifest import MANIFEST_NAME, InputRef, Json, digest
 from svgpipe.manifests.recipe import ShardSection
 from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split, TarImage, shard_name, write_tar
 from svgpipe.manifests.workdir import StageSpec, WorkDir
@@ -55,6 +55,8 @@ def shard(
 ) -> ShardSetManifest:
     """Write the shard set of `source` to `out`; run again to resume.
 
+    If `source` is gone, a finished set with the same config is used as it is.
+
     Args:
         source: folder of class folders. A class index is the position in the sorted names.
         out: directory to create or resume.
@@ -70,6 +72,11 @@ def shard(
         MismatchError: `out` holds the shards of another source or config.
         ArtifactError: every image was rejected, or files of a finished set were changed.
     """
+    kept = None if source.exists() else spec_without_source(out, config)
+    if kept is not None and (done := kept.state()[1]) is not None:
+        if progress is not None:
+            progress.say(f"{source}: not there any more; the finished shards in {out} are used")
+        return done
     class_names, files = scan(source)
     with WorkDir(shard_spec(source, files, out, config)) as work:
         if work.finished is not None:
@@ -124,6 +131,13 @@ def assign_shards(files: Sequence[SourceFile], source: Path, out: Location, conf
             chunk = tuple(members[start : start + config.images_per_shard])
             yield ShardJob(number, split, first_key, chunk, str(source), str(out), config)
             number, first_key = number + 1, first_key + len(chunk)
+
+
+def spec_without_source(out: Location, config: ShardSection) -> StageSpec[ShardSetManifest] | None:
+    """Return what a finished shard set was made from, with another config; None if it is not finished."""
+    if not (out / MANIFEST_NAME).exists():
+        return None
+    return StageSpec(out, ShardSetManifest, config.model_dump(mode="json"), ShardSetManifest.read(out).inputs)
 
 
 def _missing(jobs: Sequence[ShardJob], journal: Journal, progress: Progress) -> list[ShardJob]:

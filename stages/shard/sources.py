@@ -73,7 +73,10 @@ def scan(source: Path) -> tuple[list[str], list[SourceFile]]:
         raise UsageError(f"{source}: expected a folder of class folders, found {found}.")
     class_names = visible_folders(source)
     if not class_names:
-        raise UsageError(f"{source}: expected class folders (class/image.jpg), found none.")
+        images = sum(Path(entry.name).suffix.lower() in EXTENSIONS for entry in visible_files(source, below=False))
+        raise UsageError(
+            f"{source}: expected class folders (class/image.jpg), found none; {images} images lie directly in it."
+        )
     _require_no_splits(source, class_names)
     files = [_listed(entry, source, None) for entry in visible_files(source, below=False)]
     for label, name in enumerate(class_names):

@@ -57,6 +57,11 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
         self.backbone_weights = state_digest(model.backbone.state_dict())
         perceptual = load_perceptual(config.perceptual, model)
         self.trainer = AutoencoderTrainer(model, config, group, perceptual, self.last_good)
+        usable = shards.rows.label[~shards.rows.rejected & ~shards.rows.heldout].size
+        epochs = config.steps * config.batch_size / max(1, usable)
+        supervisor.say(
+            f"{config.steps} steps of {config.batch_size} images: {epochs:.3g} epochs of {usable} training images"
+        )
         self.resume(wandb_project)
         self.heldout = self._load_heldout() if group.is_main else None
 

@@ -70,9 +70,19 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         self.trainer = FlowTrainer(
             config, group, scale=cache.store.feature_scale, last_good=self.last_good, strategy=strategy, **sizes
         )
+        size, epochs = self.num_parameters / 1e6, config.steps * config.batch_size / len(self.rows)
+        supervisor.say(
+            f"{size:.1f} M parameters; {config.steps} steps of {config.batch_size} rows: {epochs:.3g} epochs of "
+            f"{len(self.rows)} training rows"
+        )
         self.decode = self._load_decoder() if group.is_main else None
         self.by_time = LossByTime(group.device)
         self.resume(wandb_project)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(p.numel() for p in self.trainer.parameters)
 
     def _training_rows(self) -> NDArray[np.int64]:
         cache, say = self.cache, self.supervisor.say
@@ -163,6 +173,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         """Measure samples of the first EMA weights in latent space."""
         if not self.config.quality_samples:
             return
+        self.supervisor.advance(0, f"sampling {self.config.quality_samples} latents to measure")
         quality = self.quality.measure(self.trainer.averages[0])
         if self.log is None or not quality:
             return
@@ -213,7 +224,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
             grid=self.trainer.model.grid,
             channels=self.trainer.model.in_channels,
             content=content,
-            num_parameters=sum(p.numel() for p in self.trainer.parameters),
+            num_parameters=self.num_parameters,
             **self._described,
             heldout_loss=loss,
         )

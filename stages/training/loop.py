@@ -186,6 +186,7 @@ class TrainingRun(ABC, Generic[B, S, R]):
             self.saver.wait()
             if self.log is not None:
                 self.log.close()
+            self.supervisor.say(f"step {self.step} is saved")
             self.group.barrier()  # the first process to leave ends the others
             raise InterruptedRunError(
                 f"{self.out}: stopped at step {self.step} of {self.config.steps}; saved. The same command resumes."
