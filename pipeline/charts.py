@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ STYLE: dict[str, Any] = {
     "savefig.facecolor": "none",
     "axes.axisbelow": True,
 }
+# Fonts for class names in other scripts; matplotlib's own has none.
+OTHER_SCRIPTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "IPAGothic", "Noto Sans", "Unifont")
 WIDE, SMALL, SQUARE = (4.8, 2.9), (3.2, 1.7), (4.4, 4.4)  # inches; readable on a phone
 CROWDED = 8  # more ticks have smaller labels
 LABEL_GAP = 0.07  # minimum distance of the names of levels, relative to the height
@@ -167,8 +170,11 @@ def scatter(title: str, points: Sequence[tuple[float, float]], names: Sequence[s
 def _new(size: tuple[float, float]) -> tuple[Figure, Axes]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import fontManager
 
-    with rc_context(STYLE):
+    installed = {font.name for font in fontManager.ttflist}
+    fonts = ["DejaVu Sans", *(name for name in OTHER_SCRIPTS if name in installed)]
+    with rc_context({**STYLE, "font.family": fonts}):
         figure = Figure(figsize=size, layout="constrained")
         return figure, figure.add_subplot()
 
@@ -178,7 +184,8 @@ def _finish(figure: Figure, title: str) -> Drawing:
     from matplotlib import rc_context
 
     svg, pdf = io.StringIO(), io.BytesIO()
-    with rc_context({**STYLE, "svg.hashsalt": title}):
+    with rc_context({**STYLE, "svg.hashsalt": title}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the page has its own fonts; a PDF shows a box
         figure.savefig(svg, format="svg", metadata={"Date": None})
         figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
     text = svg.getvalue()

@@ -71,6 +71,12 @@ def test_a_map_names_its_classes() -> None:
     assert not re.search(r"<text[^>]*--series", drawn.svg)  # text has the ink's contrast
 
 
+def test_class_names_of_any_script_are_drawn_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    drawn = scatter("map", [(0, 0), (1, 1), (5, 5), (6, 6)], ["猫", "猫", "собака", "собака"])
+    assert "猫" in texts(drawn) and "собака" in texts(drawn)
+    assert [str(warning.message) for warning in recwarn if "Glyph" in str(warning.message)] == []
+
+
 def test_the_pdf_lies_beside_the_page(tmp_path: Path) -> None:
     drawn = curve("diffusion: held-out loss", [1, 2], [2.0, 1.0], "step")
     drawn.save_beside(tmp_path / "report.html")

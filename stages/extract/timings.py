@@ -14,6 +14,7 @@ from typing import Any
 # Phases in order, by the role of the workers.
 PHASES = {"reader": ("read", "decode"), "encoder": ("encode", "wait"), "writer": ("statistics", "write")}
 BUSY = 0.9
+SHORT_S = 60.0  # seconds of all encoders; shorter runs are mostly start and end
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ def advice(workers: list[dict[str, Any]]) -> str:
     alive = total["encode"] + total["wait"]
     if alive == 0:
         return "nothing was encoded in this run"
+    if alive < SHORT_S:
+        return "too short to say what limits the rate"
     busy = total["encode"] / alive
     if busy >= BUSY:
         return f"encoders were busy {busy:.0%} of the time: more or faster encoders would help"
