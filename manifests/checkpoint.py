@@ -115,7 +115,7 @@ def save_tensors(path: Location, tensors: Mapping[str, Tensor]) -> str:
     """  # noqa: DOC501 - storage_error is a function
     try:
         with staged(path) as partial:
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial)
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt"})
             sha256 = file_sha256(partial)
     except (safetensors.SafetensorError, OSError) as error:
         raise storage_error(path, error) from error

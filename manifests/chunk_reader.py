@@ -9,8 +9,10 @@ forked process if the parent has used it. A test compares both readers.
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,23 @@ from .store_spec import StoreSpec, unit_file
 CRC_BYTES = 4
 ABSENT = 2**64 - 1  # offset and length of a chunk that was not written
 _ZSTD = Zstd()
-# Open files per reader; a random batch touches about one shard per row.
-FILES_KEPT = 256
+# Descriptors that are left to others, and the fewest that a reader keeps open.
+FILES_FREE, FILES_LEAST = 512, 64
+
+
+def files_to_keep(wanted: int) -> int:
+    """Return how many files a reader may keep open: `wanted`, if the limit of open files allows it.
+
+    A random batch touches about one shard per row, so all shards should stay open. The process's own limit is raised
+    as far as the system allows.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < (needed := wanted + FILES_FREE):
+        soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(FILES_LEAST, min(wanted, soft - FILES_FREE))
 
 
 class ChunkReader:
@@ -35,6 +52,7 @@ class ChunkReader:
     def __init__(self, path: Path, spec: StoreSpec) -> None:
         self.path, self.spec = path, spec
         self._files: OrderedDict[int, _ShardFile] = OrderedDict()
+        self._kept = files_to_keep(spec.num_units)
         self._turn = threading.Lock()
         self.pid = os.getpid()
 
@@ -63,7 +81,7 @@ class ChunkReader:
             path = unit_file(self.path, unit)
             assert isinstance(path, Path)
             file = self._files[unit] = _ShardFile(path, self.spec.unit_rows * len(self.spec.views))
-            if len(self._files) > FILES_KEPT:
+            if len(self._files) > self._kept:
                 self._files.popitem(last=False)[1].close()
         else:
             self._files.move_to_end(unit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.chunk_reader import files_to_keep
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.shards import ShardSet
@@ -258,3 +260,29 @@ def test_a_data_loader_collates_the_rows_of_a_cache(finished: Finished) -> None:
     np.testing.assert_array_equal(batch.features.numpy(), cache.read(range(4)))
     assert batch.label.tolist() == cache.labels[:4].tolist() and batch.valid.all()
     assert list(batch.class_name) == [cache.classes[label] for label in cache.labels[:4]]
+
+
+@pytest.mark.parametrize(
+    ("limits", "may_raise", "expected"),
+    [
+        ((1024, 1_048_576), True, 5005),
+        ((1024, 1_048_576), False, 512),
+        ((256, 256), True, 64),
+        ((9999, 9999), True, 5005),
+    ],
+)
+def test_open_files_are_bounded_by_the_limit_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], may_raise: bool, expected: int
+) -> None:
+    """A shuffled batch over 5,005 shards reopens no file where the system allows it."""
+    now = [limits]
+
+    def set_limit(_: int, new: tuple[int, int]) -> None:
+        if not may_raise:
+            raise ValueError("not allowed")
+        now[0] = new
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: now[0])
+    monkeypatch.setattr(resource, "setrlimit", set_limit)
+    assert files_to_keep(5005) == expected
+    assert now[0][0] <= limits[1]

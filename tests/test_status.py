@@ -101,6 +101,7 @@ def test_weights_and_biases_gets_what_is_logged(finished: Finished, tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr
     (file,) = out.glob("wandb/offline-run-*/*.wandb")
+    assert file.stem == f"run-{(out / 'wandb-id').read_text()}"  # a copy of the folder continues this run, no other
     content = file.read_bytes()
     for name in ("loss", "heldout_loss", "latent_fd", "loss_t0"):
         assert name.encode() in content

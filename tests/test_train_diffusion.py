@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -29,6 +30,8 @@ from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.networks.diffusion import open_diffusion
 from svgpipe.stages.runtime import retry
 from svgpipe.stages.train_diffusion.data import batch_at
+from svgpipe.stages.train_diffusion.loss import heldout_loss
+from svgpipe.stages.training.distributed import ProcessGroup
 from svgpipe.stages.training.optimizer import learning_rate
 
 from .commands import Command, run_and_kill
@@ -365,6 +368,23 @@ def test_classes_without_training_images_are_not_sampled(
     assert report.results[0].sampler is not None and report.results[0].sampler.classes == [0, 2]
     samples = decoded_images(tmp_path / "evaluation", report.results[0].name)
     assert samples.labels[:4].tolist() == [0, 2, 0, 2]
+
+
+def test_held_out_loss_is_measured_on_rows_of_all_classes(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a cache that is sorted by class, the first rows are the first classes."""
+    read: list[int] = []
+    real = FeatureCache.read
+
+    def recorded(self: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.float16]:
+        read.extend(rows.tolist())
+        return real(self, rows)
+
+    monkeypatch.setattr(FeatureCache, "read", recorded)
+    config = finished.recipe.diffusion.model_copy(update={"eval_rows": 3})
+    model = open_diffusion(finished.root / "diffusion").load()
+    assert heldout_loss(model, finished.cache, config, ProcessGroup(torch.device("cpu"), 0, 1)) is not None
+    held = finished.cache.heldout_rows
+    assert len(held) == 6 and read == held[[0, 2, 5]].tolist()
 
 
 def test_a_finished_training_continues_with_more_steps(

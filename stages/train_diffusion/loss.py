@@ -21,6 +21,7 @@ from svgpipe.models.seeds import seed_of
 
 from ..runtime.device import autocast, to_device
 from ..runtime.retry import Say, call_with_retries
+from ..runtime.selection import evenly_spread
 from ..training.distributed import ProcessGroup
 
 
@@ -39,11 +40,12 @@ def sample_losses(
 def heldout_loss(
     model: DiT, cache: FeatureCache, config: DiffusionSection, group: ProcessGroup, say: Say = lambda text: None
 ) -> float | None:
-    """Return the mean flow loss on the first `eval_rows` held-out rows, with fixed noise and times; None without any.
+    """Return the mean flow loss on `eval_rows` evenly spread held-out rows; None without any.
 
-    All processes of the group must call it. `say` receives messages about retries.
+    Noise and times are fixed. All processes of the group must call it. `say` receives messages about retries.
     """
-    held = cache.heldout_rows[: config.eval_rows]
+    held = cache.heldout_rows  # of a sorted set, the first rows would be the first classes
+    held = held[evenly_spread(len(held), config.eval_rows)]
     if not len(held):
         return None
     tokens, channels = model.grid[0] * model.grid[1], model.in_channels

@@ -128,6 +128,8 @@ class TrainingRun(ABC, Generic[B, S, R]):
             self.supervisor.say(f"resumed at step {saved.step}")
         if self.group.is_main:
             self.log = MetricsLog(self.out, self.step, wandb_project, ended=self.step >= self.config.steps)
+            if self.log.address is not None:
+                self.supervisor.say(f"Weights & Biases: {self.log.address}")
 
     def train(self) -> None:
         """Make steps until `config.steps`, with measurements and checkpoints.

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
 from svgpipe.manifests.errors import UsageError, first_line
 from svgpipe.manifests.filesystem import Location, write_atomic
-from svgpipe.manifests.manifest import digest, read_plan
+from svgpipe.manifests.manifest import read_plan
 from svgpipe.manifests.metrics_file import METRICS_NAME, read_metrics
 
 from ..runtime.retry import call_with_retries
+
+WANDB_ID_NAME = "wandb-id"
 
 
 class MetricsLog:
@@ -41,6 +44,11 @@ class MetricsLog:
         local = isinstance(directory, Path)
         self._file = self.path.open("a") if isinstance(self.path, Path) else None
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1) if local else None
+
+    @property
+    def address(self) -> str | None:
+        """Address of the page at Weights & Biases, if there is one."""
+        return None if self._wandb is None else self._wandb.url
 
     def write(self, step: int, **values: float) -> None:
         """Append one line with these scalars; `step` counts finished optimizer steps."""
@@ -96,7 +104,7 @@ def require_wandb() -> None:
 
 
 def _wandb_run(directory: Location, project: str) -> Any:
-    """Return the wandb run of this directory, the same one at every resume.
+    """Return the wandb run of this directory, the same one at every resume: its id lies in the directory.
 
     Raises:
         UsageError: wandb cannot start.
@@ -104,12 +112,14 @@ def _wandb_run(directory: Location, project: str) -> Any:
     require_wandb()
     import wandb
 
-    plan = read_plan(directory)
+    plan, kept = read_plan(directory), directory / WANDB_ID_NAME
+    if not kept.exists():
+        write_atomic(kept, uuid.uuid4().hex[:16].encode())
     try:
         return wandb.init(
             project=project,
             name=f"{directory.parent.name}/{directory.name}",
-            id=digest([str(directory), plan])[:16],
+            id=kept.read_bytes().decode(),
             resume="allow",
             dir=str(directory) if isinstance(directory, Path) else None,
             config=plan["config"],
