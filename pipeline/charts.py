@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -168,6 +169,7 @@ def scatter(title: str, points: Sequence[tuple[float, float]], names: Sequence[s
 
 
 def _new(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it reports a home directory without its cache folder
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.font_manager import fontManager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import sys
 from typing import Annotated
@@ -117,4 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
 def entry() -> None:
     """Run the console script."""
     stop_on_sigterm()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may not know "…" or a class name
     sys.exit(main())

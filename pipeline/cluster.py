@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
+import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
+
+from svgpipe.manifests.errors import SvgpipeError, UsageError, first_line
+
+CONNECT_S = 10.0
 
 if TYPE_CHECKING:
     from svgpipe.stages.runtime.resources import Resources
@@ -60,12 +67,39 @@ def stop_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def _require_reachable(address: str) -> None:
+    """Check the address of a cluster. Ray itself tries a closed port for minutes, without a message.
+
+    Raises:
+        UsageError: it is no address, or nothing answers there.
+    """
+    if address in ("auto", "local"):
+        return
+    parts = re.fullmatch(r"(?:ray://)?([^:/\s]+):([0-9]{1,5})", address)
+    if parts is None:
+        raise UsageError(
+            f"--address {address}: expected auto, local, HOST:PORT or ray://HOST:PORT. The address of Ray's dashboard "
+            "(http://…) is another one."
+        )
+    try:
+        socket.create_connection((parts[1], int(parts[2])), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"--address {address}: nothing answers there ({first_line(error)}). `ray start --head` prints the address "
+            "of a cluster; its usual port is 6379."
+        ) from error
+
+
 @contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
     """Connect Ray during the block. An existing connection is used and kept.
 
     Yields:
         Nothing.
+
+    Raises:
+        UsageError: see `_require_reachable`.
+        SvgpipeError: Ray does not start.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's log lines would interfere with the progress bars; its errors still arrive as exceptions.
@@ -77,14 +111,23 @@ def connected(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(
-        # Without an address, Ray would silently join the last cluster that was started on this machine.
-        address=address or os.environ.get("RAY_ADDRESS") or "local",
-        include_dashboard=False,
-        configure_logging=True,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    # Without an address, Ray would silently join the last cluster that was started on this machine.
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    _require_reachable(address)
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False,
+            configure_logging=True,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SvgpipeError(
+            f"Ray did not start or connect ({first_line(error)}). It needs space in "
+            f"{tempfile.gettempdir()} and /dev/shm, "
+            "and a writable home directory; with `--address auto`, a cluster that was started with `ray start --head`."
+        ) from error
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     stop_on_sigterm()  # again, because Ray has installed a handler that ends the process with native stack dumps

@@ -8,17 +8,21 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 
 from svgpipe.manifests.checkpoint import CheckpointStore
+from svgpipe.manifests.errors import SvgpipeError
 from svgpipe.manifests.lock import Lock
 from svgpipe.manifests.recipe_loader import builtin_names, load_recipe
 from svgpipe.pipeline.cli import main
+from svgpipe.pipeline.cluster import connected
 
 from .conftest import Finished, Outcome
 
@@ -297,3 +301,49 @@ def test_a_dry_run_names_the_process_that_works(
         busy = dry_run(svgpipe, *run)
     assert busy.code == 1 and actions(busy)["cache"] == "refuse" and f"in use by process {os.getpid()}" in busy.err
     assert actions(dry_run(svgpipe, *run, "--set", "autoencoder.steps=9"))["autoencoder"] == "resume"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_terminals_of_other_encodings(finished: Finished, encoding: str) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    script = Path(sys.executable).with_name("svgpipe")
+    commands: list[list[object]] = [["inspect", finished.root], ["sample-and-eval", "-h"]]
+    for command in commands:
+        found = subprocess.run([script, *map(str, command)], env=environment, capture_output=True)
+        assert found.returncode == 0 and found.stdout and b"Traceback" not in found.stderr, found.stderr
+        found.stdout.decode(encoding)
+
+
+def closed_port() -> str:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return str(unused.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("http://127.0.0.1:8265", "expected auto, local, HOST:PORT"),
+        ("nonsense", "expected auto, local, HOST:PORT"),
+        ("127.0.0.1:99999", "nothing answers there"),
+        ("127.0.0.1:", "nothing answers there"),
+        ("ray://127.0.0.1:", "nothing answers there"),
+    ],
+)
+def test_addresses_without_a_cluster_are_refused_at_once(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], address: str, words: str
+) -> None:
+    address += closed_port() if address.endswith(":") else ""
+    extract = ("extract", "--shards", finished.root / "shards", "--autoencoder", finished.root / "autoencoder")
+    found = svgpipe(*extract, "--recipe", finished.recipe_file, "--out", tmp_path / "out", "--address", address)
+    assert found.code == 2 and f"--address {address}: {words}" in found.err
+
+
+def test_a_ray_that_cannot_start_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise RuntimeError("Timed out waiting for file /full/ray/gcs_server_port\nmore")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(SvgpipeError, match=r"Timed out waiting for file .* It needs space in"), connected():
+        pass
