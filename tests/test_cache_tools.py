@@ -102,7 +102,7 @@ def test_int8_straight_from_extract(finished: Finished, tmp_path: Path, svgpipe:
     assert refused.code == 1
     assert 'config.store_dtype: "int8" there, "float16" here' in refused.err
     table = found.out
-    for word in ("encoder", "reader", "writer", "decode", "wait", "images/s once under way", "encoders"):
+    for word in ("encoder", "reader", "writer", "decode", "wait", "images/s once under way", "too short to say"):
         assert word in table
     timings = cache.manifest.timings
     assert {worker["role"] for worker in timings["workers"]} == {"encoder", "reader", "writer"}

@@ -158,7 +158,7 @@ def test_a_killed_repair_resumes(finished: Finished, tmp_path: Path, svgpipe: Ca
     shutil.copytree(finished.root / "cache", cache)
     (cache / "manifest.json").rename(cache / "manifest.before-repair.json")
     (cache / "journal" / "unit-000001.json").unlink()
-    refused = svgpipe("train-diffusion", "--cache", cache, "--out", tmp_path / "model")
+    refused = svgpipe("train-diffusion", "--cache", cache, "--out", tmp_path / "model", "--recipe", "demo")
     assert refused.code == 1
     assert "begun and not finished" in refused.err
     assert "unfinished: 4 of 5 units" in svgpipe("verify", cache).out
