@@ -4,6 +4,7 @@ A set that svgpipe wrote:
 
     shard-000000.tar        KEY.jpg|png|webp, KEY.cls (label as text), KEY.json (path of the source)
     shard-000000.parquet    its index, see index.py
+    heldout/shard-000009.tar, .parquet    the same for held-out images
     rejected.jsonl          path, reason; inputs = stored + rejected
     manifest.json           ShardSetManifest; a split is a range of tars, training tars first
 
@@ -33,11 +34,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from .errors import ArtifactError, UsageError
-from .filesystem import Location, absolute, file_sha256, file_size, file_version, location, staged
+from .filesystem import Location, absolute, file_sha256, file_size, file_version, location, make_directory, staged
 from .index import DAMAGED, REJECT, ImageRef, read_index, refs_of_table, write_index
 from .manifest import MANIFEST_NAME, FrozenModel, InputRef, Manifest, digest
 
 Split = Literal["train", "heldout"]
+HELDOUT_FOLDER = "heldout"
 # Open indexes per process: neighbouring units lie in the same tars.
 INDEXES_KEPT = 4
 
@@ -62,7 +64,7 @@ class ShardFile(FrozenModel):
 
 def tar_of(directory: Location, shard: ShardFile) -> Location:
     """Return the location of a tar of the set in `directory`."""
-    return location(shard.name) if "/" in shard.name else directory / shard.name
+    return directory / shard.name if shard.index is None else location(shard.name)
 
 
 def index_of(directory: Location, shard: ShardFile) -> Location:
@@ -154,16 +156,17 @@ class ShardSet:
             manifest = ShardSetManifest.read(location(text))
             return cls._checked(absolute(location(text)), manifest, manifest.shards)
         paths = expand(text)
-        directories = {str(p.parent) for p in paths}
+        places = [_place_of(path) for path in paths]
+        directories = {str(directory) for directory, _ in places}
         if len(directories) != 1:
             raise UsageError(f"{text}: expected tars of one directory, found {len(directories)} directories.")
-        directory = paths[0].parent
+        directory = places[0][0]
         if paths[0].exists() and not (directory / MANIFEST_NAME).exists():
             raise ArtifactError(
                 f"{directory}: expected a shard set, found tars without {MANIFEST_NAME}. To use existing tars, index "
                 f"them once with `svgpipe index '{text}' --out DIR`, then give DIR."
             )
-        return cls._some(absolute(directory), [p.name for p in paths])
+        return cls._some(absolute(directory), [name for _, name in places])
 
     @classmethod
     def of_input(cls, ref: InputRef) -> ShardSet:
@@ -308,6 +311,14 @@ class ShardSet:
         return self.refs([row])[0].read()
 
 
+def _place_of(tar: Location) -> tuple[Location, str]:
+    """Return the directory of the shard set of a tar, and the tar's name in it."""
+    folder = tar.parent
+    if folder.name == HELDOUT_FOLDER and not (folder / MANIFEST_NAME).exists():
+        return folder.parent, f"{HELDOUT_FOLDER}/{tar.name}"
+    return folder, tar.name
+
+
 def _flags(table: pa.Table, column: str) -> NDArray[np.bool_]:
     """Return whether a row has a value other than null and false in an optional column."""
     if column not in table.column_names:
@@ -353,13 +364,20 @@ class TarImage:
     damaged: bool = False
 
 
-def write_tar(tar_path: Location, images: Iterable[TarImage], split: Split) -> ShardFile:
+def write_tar(directory: Location, name: str, images: Iterable[TarImage], split: Split) -> ShardFile:
     """Write one tar and its index; the tar appears after its index. The bytes depend on `images` only.
+
+    Args:
+        directory: of the set.
+        name: of the tar in it.
+        images: in order.
+        split: recorded in the entry.
 
     Returns:
         The entry of the manifest.
     """
-    refs = []
+    refs, tar_path = [], directory / name
+    make_directory(tar_path.parent)
     with staged(tar_path) as partial:
         with tarfile.open(partial, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for image in images:
@@ -371,7 +389,7 @@ def write_tar(tar_path: Location, images: Iterable[TarImage], split: Split) -> S
         index_sha256 = write_index(tar_path.with_suffix(".parquet"), refs)
         sha256, num_bytes = file_sha256(partial), partial.stat().st_size
     return ShardFile(
-        name=tar_path.name,
+        name=name,
         split=split,
         num_images=len(refs),
         num_bytes=num_bytes,
@@ -388,6 +406,7 @@ def _append(tar: tarfile.TarFile, image: TarImage) -> None:
         tar.addfile(member, io.BytesIO(content))
 
 
-def shard_name(number: int) -> str:
-    """Return shard-000000.tar and so on."""
-    return f"shard-{number:06d}.tar"
+def shard_name(number: int, split: Split = "train") -> str:
+    """Return shard-000000.tar; heldout/shard-000009.tar for held-out images, which `*.tar` does not find."""
+    name = f"shard-{number:06d}.tar"
+    return f"{HELDOUT_FOLDER}/{name}" if split == "heldout" else name

@@ -37,7 +37,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
 
 def save(path: Path, image: Image.Image, **options: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **options)  # type: ignore[arg-type]
+    image.save(path, **options)
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_bytes_do_not_depend_on_workers(photographs: Path, tmp_path: Path, svgpi
     options = ["--set", "shard.images_per_shard=7", "--holdout", 0.2]
     for workers in (1, 2):
         assert svgpipe("shard", photographs, "--out", tmp_path / str(workers), "--workers", workers, *options).code == 0
-    one, two = (tree_bytes(tmp_path / n, "*.tar", "*.parquet", "rejected.jsonl") for n in "12")
+    one, two = (tree_bytes(tmp_path / n, "**/*.tar", "**/*.parquet", "rejected.jsonl") for n in "12")
     assert one == two
     assert len([name for name in one if name.endswith(".tar")]) == 6
 
@@ -188,6 +188,10 @@ def test_the_split_is_per_class_and_by_whole_tars(finished: Finished) -> None:
     assert np.bincount(shards.rows.label[shards.rows.heldout]).tolist() == [2, 2, 2]
     for i, shard in enumerate(shards.shards):
         assert set(shards.rows.heldout[shards.rows.shard == i]) == {shard.split == "heldout"}
+    # Other programs that read shards/*.tar do not train on held-out images.
+    assert sorted(shards.directory.glob("*.tar")) == shards.tars("train")
+    held = ShardSet.open(str(shards.tars("heldout")[0]))
+    assert held.rows.heldout.all() and held.directory == shards.directory
 
 
 def test_crop_stores_square_pngs(photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
@@ -212,7 +216,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, svgpipe: Callabl
     assert f"({done - 1} done before)" in resumed.err
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
     assert svgpipe("shard", source, "--out", tmp_path / "whole", *options).code == 0
-    patterns = ("*.tar", "*.parquet", "rejected.jsonl", "plan.json")
+    patterns = ("**/*.tar", "**/*.parquet", "rejected.jsonl", "plan.json")
     assert tree_bytes(out, *patterns) == tree_bytes(tmp_path / "whole", *patterns)
     assert not list(out.glob("*.partial"))
     assert ShardSet.open(out).manifest.fingerprint == ShardSet.open(tmp_path / "whole").manifest.fingerprint
@@ -242,7 +246,7 @@ def test_a_killed_worker_is_one_message_and_the_same_command_resumes(
     assert "Traceback" not in err
     assert svgpipe(*command).code == 0
     assert svgpipe("shard", source, "--out", tmp_path / "whole", *command[4:]).code == 0
-    assert tree_bytes(out, "*.tar", "*.parquet") == tree_bytes(tmp_path / "whole", "*.tar", "*.parquet")
+    assert tree_bytes(out, "**/*.tar", "**/*.parquet") == tree_bytes(tmp_path / "whole", "*.tar", "*.parquet")
 
 
 def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
@@ -423,7 +427,7 @@ def test_a_file_that_changed_during_an_interrupted_run_is_sharded_again(
     assert found.code == 0, found.err
     assert "was changed after it was sharded; its tar is written again" in found.err
     assert svgpipe(*command, tmp_path / "anew").code == 0
-    assert tree_bytes(out, "*.tar", "*.parquet") == tree_bytes(tmp_path / "anew", "*.tar", "*.parquet")
+    assert tree_bytes(out, "**/*.tar", "**/*.parquet") == tree_bytes(tmp_path / "anew", "*.tar", "*.parquet")
 
 
 def test_folders_are_listed_with_links_and_without_hidden_files(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ class WriteImages:
             for index, label, pixels in zip(unit.indices, unit.labels, decoded.images, strict=True)
         ]
         folder = f"images/{unit.set_name}"
-        shard = write_tar(self.out / folder / shard_name(unit.shard), members, "train")
+        shard = write_tar(self.out / folder, shard_name(unit.shard), members, "train")
         files = {f"{folder}/{name}": sha256 for name, sha256 in shard.files.items()}
         Journal(self.out, DECODE_JOURNAL).record(unit.name, {"set": unit.set_name, "shard": shard.model_dump()}, files)
         return unit.name

@@ -183,7 +183,7 @@ def write_shard(job: ShardJob) -> None:
             finally:
                 sources.append(asdict(ReadFile(file.path, file.size, file.modified_ns, sha256)))
 
-    entry = write_tar(out / shard_name(job.number), images(), job.split)
+    entry = write_tar(out, shard_name(job.number, job.split), images(), job.split)
     record = {"shard": entry.model_dump(), "rejected": rejects, "labels": labels, "sources": sources}
     Journal(out).record(job.number, record, entry.files)
 
