@@ -388,7 +388,13 @@ class Recipe(Section):
     """All settings of a pipeline: one section per stage, and the source of the images."""
 
     name: str = Field("custom", description="Name of the recipe.")
-    source: str | None = Field(None, description="Image folder. demo-photographs: the photographs of the demo.")
+    source: str | None = Field(
+        None,
+        description="Images: class folders, a tar, a zip or tables. demo-photographs: the photographs of the demo.",
+    )
+    heldout: str | None = Field(None, description="The same for images kept out of training; null: shard.holdout.")
+    heldout_labels: str | None = Field(None, description="Text file with the labels of heldout, if it has no classes.")
+    unlabelled: bool = Field(False, description="All images are one class.")
     shard: ShardSection = ShardSection()
     autoencoder: AutoencoderSection = AutoencoderSection()
     extract: ExtractSection = ExtractSection()

@@ -19,12 +19,14 @@ from svgpipe.manifests.workdir import StageSpec
 from svgpipe.stages.evaluate.plan import EvaluationPlan
 from svgpipe.stages.evaluate.reference import shard_reference
 from svgpipe.stages.extract.stage import cache_spec
-from svgpipe.stages.shard.from_folder import shard_spec, spec_without_source
-from svgpipe.stages.shard.sources import require_unchanged, scan
+from svgpipe.stages.shard.changes import require_unchanged
+from svgpipe.stages.shard.from_images import shard_spec, spec_without_source
+from svgpipe.stages.shard.scan import scan
 from svgpipe.stages.train_autoencoder.stage import autoencoder_spec
 from svgpipe.stages.train_diffusion.stage import diffusion_spec
 
-from .run import DEMO_SOURCE, STAGES, RunOptions, source_folder
+from .run import STAGES, RunOptions
+from .sources import DEMO_SOURCE, image_sources, source_folder
 from .tables import new_table, print_table
 
 
@@ -59,14 +61,14 @@ def dry_run(recipe: Recipe, workdir: Location, options: RunOptions) -> list[DryR
 def _specs(recipe: Recipe, workdir: Location, options: RunOptions) -> Iterator[StageSpec[Any]]:
     """Yield the spec of each stage. Its inputs must be finished before it is taken."""
     tars, encoder, cache, model, evaluation = (workdir / name for name in STAGES)
-    images = source_folder(recipe.source, workdir)
-    kept = None if images.exists() else spec_without_source(tars, recipe.shard)
+    images = image_sources(recipe, source_folder(recipe.source, workdir))
+    kept = None if images.train.exists() else spec_without_source(tars, recipe.shard)
     if kept is not None:
         yield kept
     else:
         files = scan(images)[1]
         yield shard_spec(images, files, tars, recipe.shard)
-        require_unchanged(tars, images, files, record=False)
+        require_unchanged(tars, files, record=False)
     shards = ShardSet.open(tars)
     yield autoencoder_spec(shards, encoder, recipe.autoencoder)
     yield cache_spec(shards, AutoencoderManifest.read(encoder).as_input(encoder), cache, recipe.extract)

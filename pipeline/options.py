@@ -45,6 +45,15 @@ HoldoutOption = Annotated[
         "--holdout", metavar="FRACTION", min=0, max=0.99, help="Fraction of every class kept out of training."
     ),
 ]
+SOURCE_HELP = "class folders, a tar or zip of them, or parquet/arrow tables"
+HeldoutOption = Annotated[
+    str | None, typer.Option("--heldout", metavar="SOURCE", help=f"Images kept out of training: {SOURCE_HELP}.")
+]
+HeldoutLabelsOption = Annotated[
+    str | None,
+    typer.Option("--heldout-labels", metavar="FILE", help="Labels of --heldout images that lie in no class folders."),
+]
+UnlabelledOption = Annotated[bool, typer.Option("--unlabelled", help="Ignore labels: all images are one class.")]
 KeepDamagedOption = Annotated[
     bool, typer.Option("--keep-damaged", help="Keep damaged JPEGs, a part of which may be grey.")
 ]
@@ -130,6 +139,9 @@ def overrides_with(
     overrides: list[str] | None,
     *,
     source: str | None = None,
+    heldout: str | None = None,
+    heldout_labels: str | None = None,
+    unlabelled: bool = False,
     holdout: float | None = None,
     keep_damaged: bool = False,
     store_dtype: str | None = None,
@@ -139,7 +151,10 @@ def overrides_with(
 ) -> list[str]:
     """Return the values of --set, followed by those of options that stand for a key of the recipe."""
     values = {
-        "source": None if source is None else json.dumps(source),  # quoted
+        "source": _quoted(source),
+        "heldout": _quoted(heldout),
+        "heldout_labels": _quoted(heldout_labels),
+        "unlabelled": unlabelled or None,
         "shard.holdout": holdout,
         "shard.keep_damaged": keep_damaged or None,
         "extract.store_dtype": store_dtype,
@@ -148,6 +163,10 @@ def overrides_with(
         "evaluation.weights": None if ema is None else f'"{ema}"',
     }
     return [*(overrides or []), *(f"{key}={value}" for key, value in values.items() if value is not None)]
+
+
+def _quoted(text: str | None) -> str | None:
+    return None if text is None else json.dumps(text)
 
 
 def read_class_names(path: Path | None) -> list[str] | None:

@@ -14,7 +14,8 @@ from svgpipe.stages.networks.diffusion import open_diffusion
 from svgpipe.stages.networks.perceptual import load_lpips
 from svgpipe.stages.training.metrics_log import require_wandb
 
-from .run import STAGES, RunOptions, require_demo, source_folder
+from .run import STAGES, RunOptions, require_demo
+from .sources import source_folder
 
 
 def check_before_run(recipe: Recipe, workdir: Location, options: RunOptions, *, weights: bool) -> None:

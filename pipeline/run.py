@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import typer
 
@@ -21,7 +20,7 @@ from svgpipe.stages.evaluate.stage import sample_and_eval
 from svgpipe.stages.extract.stage import MAX_REJECTS, extract
 from svgpipe.stages.runtime.progress import Progress
 from svgpipe.stages.runtime.resources import Resources
-from svgpipe.stages.shard.from_folder import shard
+from svgpipe.stages.shard.from_images import shard
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
 from svgpipe.stages.train_diffusion.stage import train_diffusion
 from svgpipe.stages.training.distributed import Strategy
@@ -29,8 +28,8 @@ from svgpipe.stages.training.distributed import Strategy
 from .cluster import runner_for, training_cluster
 from .demo import write_photographs
 from .report import render_report
+from .sources import DEMO_SOURCE, image_sources, source_folder
 
-DEMO_SOURCE = "demo-photographs"
 STAGES = ("shards", "autoencoder", "cache", "diffusion", "evaluation")  # directories in a working directory
 
 
@@ -73,7 +72,8 @@ def run_recipe(recipe: Recipe, workdir: Location, options: RunOptions, progress:
         UsageError: no image folder is given.
         SvgpipeError: a stage failed.
     """
-    images = _write_demo_source(recipe.source, workdir)
+    _write_demo_source(recipe.source, workdir)
+    images = image_sources(recipe, source_folder(recipe.source, workdir))
     tars, encoder, cache, model, evaluation = (workdir / name for name in STAGES)
     _stage(tars, progress, lambda: shard(images, tars, recipe.shard, progress=progress))
     shards = ShardSet.open(tars)
@@ -103,21 +103,6 @@ def export_samples(evaluation: Location, *, npz: bool, png: bool, progress: Prog
         typer.echo(f"images: {path}")
 
 
-def source_folder(source: str | None, workdir: Location) -> Path:
-    """Return the folder of the images. The one of the demo may not exist yet.
-
-    Raises:
-        UsageError: no folder is given, or the demo runs in an object store.
-    """
-    if source is None:
-        raise UsageError("no images: give a folder with --source DIR, or as `source:` in the recipe.")
-    if source != DEMO_SOURCE:
-        return Path(source)
-    if not isinstance(workdir, Path):
-        raise UsageError(f"{workdir}: the demo writes its photographs to the working directory; give a folder.")
-    return workdir / "photographs"
-
-
 def require_demo(source: str | None, workdir: Location) -> None:
     """Check that a working directory was not made from other images, if the demo's photographs are asked for.
 
@@ -133,13 +118,12 @@ def require_demo(source: str | None, workdir: Location) -> None:
         )
 
 
-def _write_demo_source(source: str | None, workdir: Location) -> Path:
+def _write_demo_source(source: str | None, workdir: Location) -> None:
     folder = source_folder(source, workdir)
     require_demo(source, workdir)
     if source == DEMO_SOURCE:
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_photographs(folder)
-    return folder
 
 
 def _stage(out: Location, progress: Progress, job: Callable[[], Manifest]) -> None:

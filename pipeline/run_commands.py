@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from svgpipe.manifests.filesystem import location
+from svgpipe.manifests.filesystem import Location, location
+from svgpipe.manifests.recipe import Recipe
 from svgpipe.manifests.recipe_loader import builtin_names, load_recipe, recipe_yaml
 
 from .console import ConsoleProgress
 from .options import (
     RUN,
+    SOURCE_HELP,
     AddressOption,
     CpusOption,
     EmaOption,
     GpusOption,
     GuidanceOption,
     GuideOption,
+    HeldoutLabelsOption,
+    HeldoutOption,
     HoldoutOption,
     KeepDamagedOption,
     MaxRejectsOption,
@@ -30,6 +34,7 @@ from .options import (
     StoreDtypeOption,
     StrategyOption,
     TrainWorkersOption,
+    UnlabelledOption,
     WandbOption,
     WorkdirOption,
     WorkersOption,
@@ -37,10 +42,13 @@ from .options import (
     resources_of,
 )
 
+if TYPE_CHECKING:
+    from .run import RunOptions
+
 app = typer.Typer()
 RecipeArgument = Annotated[str, typer.Argument(help="Built-in recipe or .yaml file.")]
 SourceOption = Annotated[
-    str | None, typer.Option("--source", metavar="DIR", help="Image folder. Default: the recipe's.")
+    str | None, typer.Option("--source", metavar="DIR", help=f"Images: {SOURCE_HELP}. Default: the recipe's.")
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print which stages would run, and why. Write nothing.")]
 
@@ -53,6 +61,9 @@ def run(
     overrides: SetOption = None,
     dry_run: DryRunOption = False,
     holdout: HoldoutOption = None,
+    heldout: HeldoutOption = None,
+    heldout_labels: HeldoutLabelsOption = None,
+    unlabelled: UnlabelledOption = False,
     keep_damaged: KeepDamagedOption = False,
     store_dtype: StoreDtypeOption = None,
     max_rejects: MaxRejectsOption = 0.001,
@@ -72,13 +83,14 @@ def run(
     wandb: WandbOption = None,
 ) -> None:
     """Run all stages in order. Finished, unchanged stages are skipped."""
-    from .dry_run import show_dry_run
-    from .preflight import check_before_run
-    from .run import RunOptions, run_recipe
+    from .run import RunOptions
 
     changed = overrides_with(
         overrides,
         source=source,
+        heldout=heldout,
+        heldout_labels=heldout_labels,
+        unlabelled=unlabelled,
         holdout=holdout,
         keep_damaged=keep_damaged,
         store_dtype=store_dtype,
@@ -86,7 +98,6 @@ def run(
         guidance=guidance,
         ema=ema,
     )
-    loaded = load_recipe(recipe, changed)
     options = RunOptions(
         resources=resources_of(workers, cpus_per_worker, gpus_per_worker),
         trainers=None if train_workers is None else resources_of(train_workers, cpus_per_worker, gpus_per_worker),
@@ -99,12 +110,20 @@ def run(
         npz=npz,
         png=png,
     )
-    check_before_run(loaded, location(workdir), options, weights=not dry_run)
+    _run(load_recipe(recipe, changed), location(workdir), options, dry_run)
+
+
+def _run(loaded: Recipe, workdir: Location, options: RunOptions, dry_run: bool) -> None:
+    from .dry_run import show_dry_run
+    from .preflight import check_before_run
+    from .run import run_recipe
+
+    check_before_run(loaded, workdir, options, weights=not dry_run)
     if dry_run:
-        show_dry_run(loaded, location(workdir), options)
+        show_dry_run(loaded, workdir, options)
         return
     with ConsoleProgress() as progress:
-        report = run_recipe(loaded, location(workdir), options, progress)
+        report = run_recipe(loaded, workdir, options, progress)
     typer.echo(f"report: {report}")
 
 

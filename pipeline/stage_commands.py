@@ -18,6 +18,7 @@ from svgpipe.manifests.shards import ShardSet, expand
 
 from .console import ConsoleProgress
 from .options import (
+    SOURCE_HELP,
     STAGES,
     AddressOption,
     AutoencoderOption,
@@ -26,6 +27,8 @@ from .options import (
     GpusOption,
     GuidanceOption,
     GuideOption,
+    HeldoutLabelsOption,
+    HeldoutOption,
     HoldoutOption,
     KeepDamagedOption,
     MaxRejectsOption,
@@ -42,6 +45,7 @@ from .options import (
     StoreDtypeOption,
     StrategyOption,
     TrainersOption,
+    UnlabelledOption,
     WandbOption,
     WorkersOption,
     overrides_with,
@@ -59,20 +63,34 @@ app = typer.Typer()
 
 @app.command(rich_help_panel=STAGES)
 def shard(
-    source: Annotated[Path, typer.Argument(help="Folder of class folders with JPEG, PNG or WebP images.")],
+    source: Annotated[str, typer.Argument(help=f"JPEG, PNG or WebP images: {SOURCE_HELP}.")],
     out: OutOption,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     holdout: HoldoutOption = None,
+    heldout: HeldoutOption = None,
+    heldout_labels: HeldoutLabelsOption = None,
+    unlabelled: UnlabelledOption = False,
     keep_damaged: KeepDamagedOption = False,
     workers: ProcessesOption = None,
 ) -> None:
-    """Pack an image folder into WebDataset tars with an index."""
-    from svgpipe.stages.shard.from_folder import shard as run_stage
+    """Pack images into WebDataset tars with an index. Archives are not unpacked."""
+    from svgpipe.stages.shard.from_images import shard as run_stage
 
-    config = load_recipe(recipe, overrides_with(overrides, holdout=holdout, keep_damaged=keep_damaged)).shard
+    from .sources import image_sources
+
+    changed = overrides_with(
+        overrides,
+        heldout=heldout,
+        heldout_labels=heldout_labels,
+        unlabelled=unlabelled,
+        holdout=holdout,
+        keep_damaged=keep_damaged,
+    )
+    loaded = load_recipe(recipe, changed)
+    sources = image_sources(loaded, Path(source))
     with ConsoleProgress() as progress:
-        manifest = run_stage(source, location(out), config, processes=workers, progress=progress)
+        manifest = run_stage(sources, location(out), loaded.shard, processes=workers, progress=progress)
     typer.echo(_shard_set_line(out, manifest))
 
 

@@ -37,7 +37,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
 
 def save(path: Path, image: Image.Image, **options: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **options)
+    image.save(path, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -419,7 +419,7 @@ def test_a_file_that_changed_during_an_interrupted_run_is_sharded_again(
     swap(one, other)
     command = ["shard", source, "--workers", 1, "--set", "shard.images_per_shard=4", "--out"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("svgpipe.stages.shard.from_folder.publish_shards", None)  # all tars are written, none published
+        patch.setattr("svgpipe.stages.shard.from_images.publish_shards", None)  # all tars are written, none published
         with pytest.raises(TypeError):
             svgpipe(*command, out)
     swap(one, other)

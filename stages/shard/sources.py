@@ -1,162 +1,182 @@
-"""Files of an image folder: what is there, and whether it is still what was sharded.
+"""Sources of images: folders, tars, zips, and Hugging Face tables. Lists their files, and reads one at a time.
 
-    sources.parquet    path (bytes), size, modified_ns, sha256 of every input file of a shard set, sorted by path
+    CLASS/NAME.jpg               a folder, or the same in a .tar or .zip; `train/` and `val/` in an archive are splits
+    CLASS.tar/NAME.jpg           a tar of class tars: ILSVRC2012_img_train.tar
+    *.parquet, *.arrow           rows with the bytes of an image and a label, see tables.py
 
-A file of another size or modification time is hashed before it counts as changed.
+Archives are not unpacked: images are read by their offset, in any order, by several processes.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
-import pyarrow as pa
-import pyarrow.parquet as parquet
-
-from svgpipe.manifests.errors import ArtifactError, UsageError
-from svgpipe.manifests.filesystem import Location, staged
+from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.filesystem import read_range
+from svgpipe.manifests.shards import Split
 
 from ..images.decode import EXTENSIONS
-from ..images.folder import visible_files, visible_folders
+from ..images.folder import visible_files
+from .entries import HELDOUT, SPLITS, TRAIN, Entry, Listing
+from .tables import TABLES, list_tables, read_row
 
-SOURCES_NAME = "sources.parquet"
-_SCHEMA = pa.schema([("path", pa.binary()), ("size", pa.int64()), ("modified_ns", pa.int64()), ("sha256", pa.string())])
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One input file; `label` is None outside a class folder."""
-
-    path: str  # relative to the source
-    size: int
-    modified_ns: int
-    label: int | None
+COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-@dataclass(frozen=True)
-class ReadFile:
-    """What was read of an input file; `sha256` is empty if it could not be read."""
-
-    path: str
-    size: int
-    modified_ns: int
-    sha256: str
-
-    def is_still(self, file: SourceFile, source: Path) -> bool:
-        """Return whether the file has the content that was read."""
-        if (self.size, self.modified_ns) == (file.size, file.modified_ns):
-            return True
-        return self.size == file.size and self.sha256 == sha256_of(source / file.path)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 (hex) of a file; an empty text if it cannot be read."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return ""
-
-
-def scan(source: Path) -> tuple[list[str], list[SourceFile]]:
-    """Return class names and all non-hidden files below `source`, both sorted.
-
-    Raises:
-        UsageError: no such folder, no class folder, a class without a file of an image's extension, or the folders are
-            splits that hold the class folders.
-    """
-    if not source.is_dir():
-        found = "a file" if source.exists() else "nothing"
-        raise UsageError(f"{source}: expected a folder of class folders, found {found}.")
-    class_names = visible_folders(source)
-    if not class_names:
-        images = sum(Path(entry.name).suffix.lower() in EXTENSIONS for entry in visible_files(source, below=False))
-        raise UsageError(
-            f"{source}: expected class folders (class/image.jpg), found none; {images} images lie directly in it."
-        )
-    _require_no_splits(source, class_names)
-    files = [_listed(entry, source, None) for entry in visible_files(source, below=False)]
-    for label, name in enumerate(class_names):
-        own = [_listed(entry, source, label) for entry in visible_files(source / name)]
-        if not any(Path(file.path).suffix.lower() in EXTENSIONS for file in own):
-            raise UsageError(
-                f"{source / name}: expected images of class {name!r} ({', '.join(EXTENSIONS)}), found "
-                f"{f'{len(own)} other files' if own else 'none'}. Remove the folder."
-            )
-        files += own
-    return class_names, sorted(files, key=lambda file: file.path)
-
-
-def _require_no_splits(source: Path, class_names: Sequence[str]) -> None:
-    """Check that the folders are not `train/` and `val/`, which hold the class folders: they would become classes.
-
-    Raises:
-        UsageError: they are.
-    """
-    if not all(name.lower() in SPLITS for name in class_names):
-        return
-    holders = [name for name in class_names if visible_folders(source / name)]
-    if holders and not any(True for name in holders for _ in visible_files(source / name, below=False)):
-        raise UsageError(
-            f"{source}: expected class folders, found splits ({', '.join(class_names)}) that hold folders. Give one of "
-            f"them, as in {source / holders[0]}."
-        )
-
-
-def _listed(entry: os.DirEntry[str], source: Path, label: int | None) -> SourceFile:
-    # A broken symbolic link is an input that cannot be read, and is rejected with that reason.
-    status = entry.stat(follow_symlinks=entry.is_file())
-    return SourceFile(os.path.relpath(entry.path, source), status.st_size, status.st_mtime_ns, label)
-
-
-def write_sources(out: Location, files: Iterable[ReadFile]) -> None:
-    """Write sources.parquet."""
-    rows = sorted(files, key=lambda file: file.path)
-    table = pa.table(
-        {
-            "path": [os.fsencode(row.path) for row in rows],
-            "size": [row.size for row in rows],
-            "modified_ns": [row.modified_ns for row in rows],
-            "sha256": [row.sha256 for row in rows],
-        },
-        schema=_SCHEMA,
-    )
-    with staged(out / SOURCES_NAME) as partial:
-        parquet.write_table(table, partial)
-
-
-def _read_sources(out: Location) -> Mapping[str, ReadFile]:
-    path = out / SOURCES_NAME
-    try:
-        with path.open("rb") as file:
-            rows = parquet.read_table(file, schema=_SCHEMA).to_pylist()
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: not a readable parquet file: {error}") from error
-    return {(name := os.fsdecode(row["path"])): ReadFile(**{**row, "path": name}) for row in rows}
-
-
-def require_unchanged(out: Location, source: Path, files: Sequence[SourceFile], *, record: bool) -> None:
-    """Check that the files of a finished shard set have their recorded content.
+def list_source(source: Path, split: Split) -> Listing:
+    """List a folder, tar, zip or table.
 
     Args:
-        out: the shard set.
-        source: the image folder.
-        files: what is there now; the paths and sizes are those of the set.
-        record: store new modification times, so that the next run need not hash these files.
+        source: path.
+        split: which images are wanted if an archive or a folder of tables holds several splits.
+
+    Returns:
+        Its files.
 
     Raises:
-        ArtifactError: a file was changed, or the record is damaged.
+        UsageError: it is none of these.
     """
-    recorded = _read_sources(out)
-    touched = [file for file in files if file.modified_ns != recorded[file.path].modified_ns]
-    changed = [file.path for file in touched if not recorded[file.path].is_still(file, source)]
-    if changed:
-        raise ArtifactError(
-            f"{out}: {len(changed)} of {len(files)} source files were changed after they were sharded, as "
-            f"{source / changed[0]}. Shard the folder into a new directory, or restore the files."
-        )
-    if touched and record:
-        write_sources(out, (ReadFile(f.path, f.size, f.modified_ns, recorded[f.path].sha256) for f in files))
+    if source.is_dir():
+        tables = _tables_in(source, split)
+        return list_tables(tables) if tables else Listing(list(_in_folder(source)))
+    if not source.exists():
+        raise UsageError(f"{source}: expected a folder of class folders, a tar, a zip or tables, found nothing.")
+    if source.name.endswith(COMPRESSED_TARS):
+        raise UsageError(f"{source}: is compressed, so its images cannot be read one by one. Decompress it first.")
+    if source.suffix in TABLES:
+        return list_tables([source])
+    if source.suffix == ".tar":
+        return Listing(_classified(list(_in_tar(source)), split))
+    if zipfile.is_zipfile(source):
+        return Listing(_classified(list(_in_zip(source)), split))
+    raise UsageError(f"{source}: expected a folder of class folders, a .tar, a .zip or tables, found another file.")
+
+
+def read_entry(origin: str, name: str, place: tuple[int, ...], size: int) -> bytes:
+    """Return the content of a file of a source.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    path = Path(origin)
+    if path.suffix in TABLES and place:
+        return read_row(path, place)
+    if path.suffix == ".tar" and place:
+        return read_range(path, place[0], size)
+    if not path.is_dir():
+        return _zip_of(origin).read(name)
+    return (path / name).read_bytes()
+
+
+def _in_folder(source: Path) -> Iterator[Entry]:
+    origin = str(source.absolute())
+    for entry in visible_files(source):
+        # A broken symbolic link is an input that cannot be read, and is rejected with that reason.
+        status = entry.stat(follow_symlinks=entry.is_file())
+        name = os.path.relpath(entry.path, source)
+        folder, slash, _ = name.partition(os.sep)
+        yield Entry(name, status.st_size, status.st_mtime_ns, folder if slash else None, origin)
+
+
+def _in_tar(source: Path) -> Iterator[Entry]:
+    origin, modified = str(source.absolute()), source.stat().st_mtime_ns
+    with _opened(source) as tar:
+        for member in tar:
+            if not member.isfile() or _is_hidden(member.name):
+                continue
+            if not member.name.endswith(".tar"):
+                yield Entry(member.name, member.size, modified, None, origin, (member.offset_data,))
+                continue
+            folder = PurePosixPath(member.name).stem
+            with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                for image in inner:
+                    if image.isfile() and not _is_hidden(image.name):
+                        name, offset = (
+                            f"{folder}/{PurePosixPath(image.name).name}",
+                            member.offset_data + image.offset_data,
+                        )
+                        yield Entry(name, image.size, modified, None, origin, (offset,))
+
+
+def _opened(source: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(source, mode="r:")
+    except tarfile.TarError as error:
+        raise UsageError(f"{source}: expected a tar, found something else ({error}).") from error
+
+
+def _in_zip(source: Path) -> Iterator[Entry]:
+    origin, modified = str(source.absolute()), source.stat().st_mtime_ns
+    for member in _zip_of(origin).infolist():
+        if not member.is_dir() and not _is_hidden(member.filename):
+            yield Entry(member.filename, member.file_size, modified, None, origin)
+
+
+class _SharedZip:
+    """An open zip. Threads take turns."""
+
+    def __init__(self, path: str) -> None:
+        self._zip, self._turn = zipfile.ZipFile(path), threading.Lock()
+        self.infolist = self._zip.infolist
+
+    def read(self, name: str) -> bytes:
+        with self._turn:
+            try:
+                return self._zip.read(name)
+            except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # damaged, encrypted, odd method
+                raise OSError(0, str(error)) from error
+
+
+@functools.lru_cache(maxsize=4)
+def _zip_of(path: str) -> _SharedZip:
+    return _SharedZip(path)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def _classified(entries: Sequence[Entry], split: Split) -> list[Entry]:
+    """Return the entries of one split with their classes.
+
+    Folders that hold everything are skipped, as `ILSVRC/Data/CLS-LOC/` of the Kaggle zip. The first folder below, or
+    below that of the split, is the class.
+    """
+    parts = {entry.name: PurePosixPath(entry.name).parts for entry in entries}
+    of_images = [parts[entry.name][:-1] for entry in entries if _is_image(entry.name)]
+    depth = 0
+    while of_images and len({folders[depth : depth + 1] for folders in of_images}) == 1 and of_images[0][depth:]:
+        depth += 1
+    tops = {folders[depth] for folders in of_images if len(folders) > depth}
+    wanted = tops
+    if tops and {top.lower() for top in tops} <= SPLITS:
+        names = TRAIN if split == "train" else HELDOUT
+        wanted, depth = {top for top in tops if top.lower() in names}, depth + 1
+        entries = [entry for entry in entries if len(p := parts[entry.name]) > depth and p[depth - 1] in wanted]
+    elif not tops and depth:  # all images lie in one folder, which is their class
+        depth -= 1
+    below = ((entry, parts[entry.name][depth:]) for entry in entries)
+    return [replace(entry, class_name=rest[0] if len(rest) > 1 else None) for entry, rest in below]
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in EXTENSIONS
+
+
+def _tables_in(folder: Path, split: Split) -> list[Path]:
+    """Return the tables of one split in a folder or in its `data/`: files are named SPLIT-00000-of-00001.parquet."""
+    for place in (folder, folder / "data"):
+        tables = sorted(path for path in place.glob("*") if path.suffix in TABLES) if place.is_dir() else []
+        if not tables:
+            continue
+        wanted = TRAIN if split == "train" else HELDOUT
+        chosen = [path for path in tables if path.name.partition("-")[0].lower() in wanted]
+        return chosen or [path for path in tables if path.name.partition("-")[0].lower() not in SPLITS]
+    return []

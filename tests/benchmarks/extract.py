@@ -34,7 +34,8 @@ from svgpipe.stages.images.stream import load_images
 from svgpipe.stages.runtime.device import pick_device
 from svgpipe.stages.runtime.ray_runner import RayRunner
 from svgpipe.stages.runtime.runner import LocalRunner
-from svgpipe.stages.shard.from_folder import shard
+from svgpipe.stages.shard.from_images import shard
+from svgpipe.stages.shard.scan import ImageSources
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
 
 UNIT = 32
@@ -97,7 +98,7 @@ def main() -> None:
     ratios: dict[str, list[float]] = {"local": [], "ray": []}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        shard(write_images(root / "images", arguments.images), root / "shards", recipe.shard)
+        shard(ImageSources(write_images(root / "images", arguments.images)), root / "shards", recipe.shard)
         shards = ShardSet.open(root / "shards")
         train_autoencoder(shards, root / "autoencoder", recipe.autoencoder)
         pixels = load_images(shards, range(0, len(shards), 2), 256)

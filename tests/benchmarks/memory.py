@@ -28,7 +28,8 @@ from svgpipe.manifests.shards import ShardSet
 from svgpipe.pipeline.cluster import connected
 from svgpipe.stages.extract.stage import extract
 from svgpipe.stages.runtime.ray_runner import RayRunner
-from svgpipe.stages.shard.from_folder import shard
+from svgpipe.stages.shard.from_images import shard
+from svgpipe.stages.shard.scan import ImageSources
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
 
 from .extract import write_images
@@ -89,7 +90,11 @@ def main() -> None:
     found: dict[int, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        shard(write_images(root / "images", 64), root / "shards", recipe.shard.model_copy(update={"crop": 64}))
+        shard(
+            ImageSources(write_images(root / "images", 64)),
+            root / "shards",
+            recipe.shard.model_copy(update={"crop": 64}),
+        )
         train_autoencoder(ShardSet.open(root / "shards"), root / "autoencoder", recipe.autoencoder)
         for rows in SIZES:
             command = [sys.executable, "-m", "tests.benchmarks.memory", "--measure", str(root), str(rows)]

@@ -22,7 +22,8 @@ from svgpipe.manifests.index import ImageRef, write_index
 from svgpipe.manifests.manifest import digest
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardFile, ShardSet, ShardSetManifest, shard_name
-from svgpipe.stages.shard.from_folder import shard
+from svgpipe.stages.shard.from_images import shard
+from svgpipe.stages.shard.scan import ImageSources
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
 
 from .extract import write_images
@@ -74,7 +75,7 @@ def main() -> None:
     recipe = load_recipe("demo", OVERRIDES)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        shard(write_images(root / "images", 32), root / "shards", recipe.shard)
+        shard(ImageSources(write_images(root / "images", 32)), root / "shards", recipe.shard)
         train_autoencoder(ShardSet.open(root / "shards"), root / "autoencoder", recipe.autoencoder)
         repeated(ShardSet.open(root / "shards"), root / "many", ROWS, TARS)
         command = [sys.executable, "-c", COMMAND, "plan"]

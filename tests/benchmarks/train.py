@@ -42,7 +42,8 @@ from svgpipe.stages.images.stream import load_images
 from svgpipe.stages.networks.autoencoder import build_autoencoder
 from svgpipe.stages.networks.perceptual import load_perceptual
 from svgpipe.stages.runtime.device import peak_memory, pick_device
-from svgpipe.stages.shard.from_folder import shard
+from svgpipe.stages.shard.from_images import shard
+from svgpipe.stages.shard.scan import ImageSources
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
 from svgpipe.stages.train_autoencoder.trainer import AutoencoderTrainer
 from svgpipe.stages.train_diffusion.data import CacheBatches
@@ -121,7 +122,7 @@ def peaks() -> dict[str, float]:
 
 
 def prepare(root: Path, recipe: Recipe) -> tuple[FeatureCache, ShardSet]:
-    shard(write_images(root / "images", IMAGES), root / "shards", recipe.shard)
+    shard(ImageSources(write_images(root / "images", IMAGES)), root / "shards", recipe.shard)
     shards = ShardSet.open(root / "shards")
     train_autoencoder(shards, root / "autoencoder", recipe.autoencoder)
     extract(shards, root / "autoencoder", root / "cache", recipe.extract)

@@ -1,4 +1,4 @@
-"""`svgpipe shard`: image folder to WebDataset tars with an index.
+"""`svgpipe shard`: image folder, archive or tables to WebDataset tars with an index.
 
 The content of every tar depends only on the file list and the config: not on the number of workers, the order of the
 file system, or interruptions.
@@ -27,9 +27,10 @@ from ..images.decode import EXTENSIONS, RejectedImageError, centre_crop, decode_
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import cpu_count
+from .changes import ReadFile, read_file, require_unchanged, write_sources
 from .labels import empty_classes, order_warning
 from .publish import printable, publish_shards
-from .sources import ReadFile, SourceFile, require_unchanged, scan, write_sources
+from .scan import ImageSources, SourceFile, scan
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,24 @@ class ShardJob:
     split: Split
     first_key: int
     files: tuple[SourceFile, ...]
-    source: str
     out: str
     config: ShardSection
 
 
 def shard(
-    source: Path,
+    sources: ImageSources,
     out: Location,
     config: ShardSection,
     *,
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> ShardSetManifest:
-    """Write the shard set of `source` to `out`; run again to resume.
+    """Write the shard set of images to `out`; run again to resume.
 
-    If `source` is gone, a finished set with the same config is used as it is.
+    If the images are gone, a finished set with the same config is used as it is.
 
     Args:
-        source: folder of class folders. A class index is the position in the sorted names.
+        sources: images. A class index is the position in the sorted names of the classes.
         out: directory to create or resume.
         config: section `shard` of a recipe.
         processes: number of processes; None: one per core.
@@ -68,24 +68,24 @@ def shard(
         The manifest of the shard set.
 
     Raises:
-        UsageError: see `scan`; or `out` lies inside `source`.
-        MismatchError: `out` holds the shards of another source or config.
+        UsageError: see `scan` and `shard_spec`.
+        MismatchError: `out` holds the shards of other images or another config.
         ArtifactError: every image was rejected, or files of a finished set were changed.
     """
-    kept = None if source.exists() else spec_without_source(out, config)
+    kept = None if sources.train.exists() else spec_without_source(out, config)
     if kept is not None and (done := kept.state()[1]) is not None:
         if progress is not None:
-            progress.say(f"{source}: not there any more; the finished shards in {out} are used")
+            progress.say(f"{sources.train}: not there any more; the finished shards in {out} are used")
         return done
-    class_names, files = scan(source)
-    with WorkDir(shard_spec(source, files, out, config)) as work:
+    class_names, files = scan(sources)
+    with WorkDir(shard_spec(sources, files, out, config)) as work:
         if work.finished is not None:
-            require_unchanged(out, source, files, record=True)
+            require_unchanged(out, files, record=True)
             return work.finished
         progress = Recorded(progress, out)
         if (warning := order_warning(class_names)) is not None:
             progress.say(warning)
-        jobs = list(assign_shards(files, source, out, config))
+        jobs = list(assign_shards(files, out, config))
         missing = _missing(jobs, Journal(out), progress)
         progress.begin("shard", len(jobs), "tars", len(jobs) - len(missing))
         for _ in map_in_processes(write_shard, missing, processes or cpu_count()):
@@ -94,30 +94,46 @@ def shard(
 
 
 def shard_spec(
-    source: Path, files: Sequence[SourceFile], out: Location, config: ShardSection
+    sources: ImageSources, files: Sequence[SourceFile], out: Location, config: ShardSection
 ) -> StageSpec[ShardSetManifest]:
     """Return what `shard` is asked to make.
 
     Raises:
-        UsageError: `out` lies inside `source`.
+        UsageError: `out` lies inside a source, or a fraction is to be held out although held-out images are given.
     """
-    if isinstance(out, Path) and out.resolve().is_relative_to(source.resolve()):
-        raise UsageError(f"{out}: expected a directory outside the source {source}, which would become a class of it.")
-    listing = digest([[f.path, f.size] for f in files])
-    origin = InputRef(kind="image-folder", fingerprint=listing, path=str(source), config={"files": len(files)})
-    return StageSpec(out, ShardSetManifest, config.model_dump(mode="json"), {"source": origin})
+    if config.holdout > 0 and sources.heldout is not None:
+        raise UsageError("expected either --holdout FRACTION (shard.holdout) or --heldout SOURCE, found both.")
+    inputs = {}
+    for name, path in sources:
+        if isinstance(out, Path) and out.resolve().is_relative_to(path.resolve()):
+            raise UsageError(
+                f"{out}: expected a directory outside the source {path}, which would become a class of it."
+            )
+        own = [file for file in files if file.heldout == (name == "heldout")]
+        listing: list[list[object]] = [[file.path, file.entry.size] for file in own]
+        if sources.unlabelled or sources.heldout_labels is not None:  # labels are not those of the folders
+            listing += [[file.path, file.label] for file in own]
+        config_of = {"files": len(own)}
+        inputs[name] = InputRef(kind="images", fingerprint=digest(listing), path=str(path), config=config_of)
+    return StageSpec(out, ShardSetManifest, config.model_dump(mode="json"), inputs)
 
 
-def assign_shards(files: Sequence[SourceFile], source: Path, out: Location, config: ShardSection) -> Iterator[ShardJob]:
-    """Yield the tars to write: held-out ones last. The order of images in a split depends only on the seed."""
+def assign_shards(files: Sequence[SourceFile], out: Location, config: ShardSection) -> Iterator[ShardJob]:
+    """Yield the tars to write: held-out ones last. The order of images in a split depends only on the seed.
 
-    def order(file: SourceFile) -> bytes:
-        return hashlib.sha256(f"{config.seed}/{file.path}".encode("utf-8", "surrogateescape")).digest()
+    Rows of a table that are read together stay together.
+    """
 
+    def order(file: SourceFile) -> tuple[bytes, tuple[int, ...]]:
+        text = f"{config.seed}/{file.entry.block or file.path}"
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest(), file.entry.place
+
+    given = [file for file in files if file.heldout]
+    files = [file for file in files if not file.heldout]
     by_class: dict[int | None, list[SourceFile]] = {}
     for file in sorted(files, key=order):
         by_class.setdefault(file.label, []).append(file)
-    splits: dict[Split, list[SourceFile]] = {"train": [], "heldout": []}
+    splits: dict[Split, list[SourceFile]] = {"train": [], "heldout": given}
     for label, members in by_class.items():
         count = round(config.holdout * len(members))
         if config.holdout > 0 and label is not None:
@@ -129,7 +145,7 @@ def assign_shards(files: Sequence[SourceFile], source: Path, out: Location, conf
         members.sort(key=order)
         for start in range(0, len(members), config.images_per_shard):
             chunk = tuple(members[start : start + config.images_per_shard])
-            yield ShardJob(number, split, first_key, chunk, str(source), str(out), config)
+            yield ShardJob(number, split, first_key, chunk, str(out), config)
             number, first_key = number + 1, first_key + len(chunk)
 
 
@@ -154,11 +170,10 @@ def _missing(jobs: Sequence[ShardJob], journal: Journal, progress: Progress) -> 
     return missing
 
 
-def _changed(job: ShardJob, sources: Sequence[Json]) -> Path | None:
-    """Return a file that was changed since its tar was written; None if there is none."""
-    source = Path(job.source)
+def _changed(job: ShardJob, sources: Sequence[Json]) -> str | None:
+    """Return the name of a file that was changed since its tar was written; None if there is none."""
     pairs = zip(job.files, sources, strict=True)
-    return next((source / file.path for file, read in pairs if not ReadFile(**read).is_still(file, source)), None)
+    return next((file.path for file, read in pairs if not ReadFile(**read).is_still(file)), None)
 
 
 def write_shard(job: ShardJob) -> None:
@@ -172,7 +187,7 @@ def write_shard(job: ShardJob) -> None:
         for position, file in enumerate(job.files):
             sha256 = ""
             try:
-                data = _read(job, file)
+                data = _read(file)
                 sha256 = hashlib.sha256(data).hexdigest()
                 image = _image(job, file, f"{job.first_key + position:08d}", data)
             except RejectedImageError as error:
@@ -181,21 +196,21 @@ def write_shard(job: ShardJob) -> None:
                 labels[str(file.label)] += 1
                 yield image
             finally:
-                sources.append(asdict(ReadFile(file.path, file.size, file.modified_ns, sha256)))
+                sources.append(asdict(ReadFile(file.path, file.entry.size, file.entry.modified_ns, sha256)))
 
     entry = write_tar(out, shard_name(job.number, job.split), images(), job.split)
     record = {"shard": entry.model_dump(), "rejected": rejects, "labels": labels, "sources": sources}
     Journal(out).record(job.number, record, entry.files)
 
 
-def _read(job: ShardJob, file: SourceFile) -> bytes:
+def _read(file: SourceFile) -> bytes:
     """Return the content of a file.
 
     Raises:
         RejectedImageError: it cannot be read.
     """
     try:
-        return (Path(job.source) / file.path).read_bytes()
+        return read_file(file)
     except OSError as error:
         raise RejectedImageError(f"unreadable: {error.strerror}") from error
 
@@ -207,9 +222,9 @@ def _image(job: ShardJob, file: SourceFile, key: str, data: bytes) -> TarImage:
         RejectedImageError: the image cannot be used.
     """
     if file.label is None:
-        raise RejectedImageError("not in a class folder")
+        raise RejectedImageError("not in a class folder" if file.entry.class_name is None else "not a training class")
     suffix = Path(file.path).suffix.lower()
-    if suffix not in EXTENSIONS:
+    if not file.entry.block and suffix not in EXTENSIONS:
         raise RejectedImageError(f"extension {suffix or '(none)'} is not one of {', '.join(EXTENSIONS)}")
     image, damaged = decode_or_keep(data, keep_damaged=job.config.keep_damaged, max_pixels=job.config.max_pixels)
     path = printable(file.path)
@@ -217,7 +232,7 @@ def _image(job: ShardJob, file: SourceFile, key: str, data: bytes) -> TarImage:
         return TarImage(key, encode_png(to_array(centre_crop(image, job.config.crop))), "png", file.label, path)
     with Image.open(io.BytesIO(data)) as header:
         kinds = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-        extension = kinds.get(str(header.format), EXTENSIONS[suffix])
+        extension = kinds[str(header.format)]
     return TarImage(key, data, extension, file.label, path, damaged)
 
 

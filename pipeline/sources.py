@@ -1,0 +1,43 @@
+"""Where the images of a run come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.filesystem import Location
+from svgpipe.manifests.recipe import Recipe
+
+if TYPE_CHECKING:
+    from svgpipe.stages.shard.scan import ImageSources
+
+DEMO_SOURCE = "demo-photographs"
+
+
+def source_folder(source: str | None, workdir: Location) -> Path:
+    """Return the place of the images. The folder of the demo may not exist yet.
+
+    Raises:
+        UsageError: no place is given, or the demo runs in an object store.
+    """
+    if source is None:
+        raise UsageError("no images: give a folder or archive with --source, or as `source:` in the recipe.")
+    if source != DEMO_SOURCE:
+        return Path(source)
+    if not isinstance(workdir, Path):
+        raise UsageError(f"{workdir}: the demo writes its photographs to the working directory; give a folder.")
+    return workdir / "photographs"
+
+
+def image_sources(recipe: Recipe, train: Path) -> ImageSources:
+    """Return the images in `train`, and the held-out ones of the recipe."""
+    from svgpipe.stages.shard.scan import ImageSources
+
+    heldout, labels = recipe.heldout, recipe.heldout_labels
+    return ImageSources(
+        train,
+        None if heldout is None else Path(heldout),
+        None if labels is None else Path(labels),
+        recipe.unlabelled,
+    )

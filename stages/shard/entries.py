@@ -1,0 +1,39 @@
+"""Files of a source of images, as they are listed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TRAIN, HELDOUT = frozenset({"train", "training"}), frozenset({"val", "valid", "validation"})
+SPLITS = TRAIN | HELDOUT | {"test", "testing"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of a source.
+
+    Attributes:
+        name: its name in the source.
+        size: in bytes; 0 for a row of a table.
+        modified_ns: of the file, or of the archive or table that holds it.
+        class_name: None if it lies in no class.
+        origin: folder, archive or table that holds it, absolute.
+        place: where it lies: offset in a tar; record batch and row of a table.
+        block: files of one block are read together; empty: this one is read alone.
+    """
+
+    name: str
+    size: int
+    modified_ns: int
+    class_name: str | None
+    origin: str
+    place: tuple[int, ...] = ()
+    block: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Files of a source, and its class names in label order (None: the sorted names of the classes)."""
+
+    entries: list[Entry]
+    class_names: list[str] | None = None

@@ -1,0 +1,301 @@
+"""`svgpipe shard` from the forms in which images are published: the same images give the same features."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.stages.shard.entries import Entry
+from svgpipe.stages.shard.sources import list_source, read_entry
+
+from .conftest import Finished, Outcome, write_crops
+
+Files = dict[str, bytes]  # CLASS/NAME → content
+CLASSES = ["astronaut", "cat", "coffee"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    folder = write_crops(tmp_path_factory.mktemp("crops") / "images", per_class=4)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def as_class_tars(files: Files, path: Path) -> Path:
+    """ILSVRC2012_img_train.tar: one tar per class inside, images without folders."""
+    with tarfile.open(path, "w") as outer:
+        for name in CLASSES:
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as tar:
+                for file, content in files.items():
+                    if file.startswith(f"{name}/"):
+                        add(tar, file.partition("/")[2], content)
+            add(outer, f"{name}.tar", inner.getvalue())
+    return path
+
+
+def as_tar(files: Files, path: Path) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for file, content in {**files, "photos.txt": b"a list", ".DS_Store": b"x"}.items():
+            add(tar, f"photos/{file}", content)
+    return path
+
+
+def as_kaggle_zip(files: Files, path: Path) -> Path:
+    """The zip of ImageNet at Kaggle: train in class folders, val and test flat."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for file, content in files.items():
+            archive.writestr(f"ILSVRC/Data/CLS-LOC/train/{file}", content)
+        for i, content in enumerate(list(files.values())[:2]):
+            archive.writestr(f"ILSVRC/Data/CLS-LOC/val/val_{i}.JPEG", content)
+            archive.writestr(f"ILSVRC/Data/CLS-LOC/test/test_{i}.JPEG", content)
+        archive.writestr("LOC_val_solution.csv", "ImageId,PredictionString")
+    return path
+
+
+def as_table(files: Files, names: list[str] | None = CLASSES) -> pa.Table:
+    """As `datasets` writes it: a struct of bytes and path, and a label whose names lie in the schema's metadata."""
+    labels = [CLASSES.index(file.partition("/")[0]) for file in files]
+    images = [{"bytes": content, "path": file.partition("/")[2]} for file, content in files.items()]
+    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    table = pa.table(
+        {"image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())])), "label": labels}
+    )
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def as_parquet(files: Files, path: Path) -> Path:
+    """imagenet-1k as it is published: SPLIT-00000-of-0000N.parquet in data/."""
+    (path / "data").mkdir(parents=True)
+    table = as_table(files)
+    for i in range(2):
+        part = table.slice(i * 6, 6)
+        parquet.write_table(part, path / "data" / f"train-{i:05d}-of-00002.parquet", row_group_size=4)
+    parquet.write_table(table.slice(0, 3), path / "data" / "validation-00000-of-00001.parquet")
+    parquet.write_table(table.slice(0, 1), path / "data" / "test-00000-of-00001.parquet")
+    return path
+
+
+def as_arrow(files: Files, path: Path) -> Path:
+    """`save_to_disk`: arrow streams beside JSON files."""
+    path.mkdir()
+    table = as_table(files)
+    with pa.OSFile(str(path / "data-00000-of-00001.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
+        out.write_table(table, max_chunksize=5)
+    (path / "state.json").write_text("{}")
+    return path
+
+
+FORMS: dict[str, Callable[[Files, Path], Path]] = {
+    "train.tar": as_class_tars,
+    "photos.tar": as_tar,
+    "imagenet.zip": as_kaggle_zip,
+    "parquet": as_parquet,
+    "arrow": as_arrow,
+}
+
+
+def stored(out: Path, split: str | None = None) -> dict[bytes, str]:
+    """Return the class name of every stored image, by its content."""
+    shards = ShardSet.open(out)
+    rows = np.flatnonzero(shards.rows.heldout) if split == "heldout" else range(len(shards))
+    return {ref.read(): shards.manifest.class_names[ref.label] for ref in shards.refs(rows)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_images_and_labels(
+    form: str, files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    source, out = FORMS[form](files, tmp_path / form), tmp_path / "out"
+    found = svgpipe("shard", source, "--out", out, "--workers", 1, "--set", "shard.images_per_shard=5")
+    assert found.code == 0, found.err
+    assert stored(out) == {content: name.partition("/")[0] for name, content in files.items()}
+    rejected = (out / "rejected.jsonl").read_text()
+    assert rejected.count("\n") == (1 if form == "photos.tar" else 0)
+    again = svgpipe("shard", source, "--out", out, "--workers", 1, "--set", "shard.images_per_shard=5")
+    assert again.code == 0
+    assert svgpipe("verify", out, "--deep").code == 0
+
+
+@pytest.mark.parametrize("form", ["train.tar", "parquet"])
+def test_archives_are_extracted_like_folders(
+    form: str, finished: Finished, files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    folder = tmp_path / "folder"
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    rows = []
+    for number, source in enumerate((folder, FORMS[form](files, tmp_path / form))):
+        shards, cache = tmp_path / f"shards{number}", tmp_path / f"cache{number}"
+        assert svgpipe("shard", source, "--out", shards, "--workers", 2).code == 0
+        options = ("--autoencoder", finished.root / "autoencoder", "--recipe", finished.recipe_file)
+        found = svgpipe("extract", "--shards", shards, "--out", cache, *options)
+        assert found.code == 0, found.err
+        opened, held = FeatureCache(cache), ShardSet.open(shards)
+        features = opened.denormalize(opened.read(range(len(opened))))
+        rows.append({ref.read(): (features[i], ref.label) for i, ref in enumerate(held.refs(range(len(held))))})
+    for content, (features, label) in rows[0].items():
+        other, other_label = rows[1][content]
+        np.testing.assert_allclose(other, features, atol=0.02)  # calibrated over other images of the set
+        assert other_label == label
+
+
+def test_official_held_out_images(files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    """From the same archive or folder, or another one; labels from Kaggle's file or from the class folders."""
+    first = dict(list(files.items())[:2])
+    expected = {content: name.partition("/")[0] for name, content in first.items()}
+    archive = as_kaggle_zip(files, tmp_path / "imagenet.zip")
+    (tmp_path / "LOC_val_solution.csv").write_text(
+        "ImageId,PredictionString\nval_0,astronaut 85 1 499 272\nval_1,astronaut 0 0 9 9 cat 3 3 9 9\n"
+    )
+    (tmp_path / "val.txt").write_text("val_1.JPEG 0\nval_0.JPEG astronaut\n")
+    (tmp_path / "ordered.txt").write_text("0\n0\n")
+    for i, labels in enumerate(("LOC_val_solution.csv", "val.txt", "ordered.txt")):
+        out = tmp_path / f"out{i}"
+        official = ("--heldout", archive, "--heldout-labels", tmp_path / labels)
+        found = svgpipe("shard", archive, "--out", out, "--workers", 1, *official)
+        assert found.code == 0, found.err
+        assert stored(out, "heldout") == expected and ShardSet.open(out).manifest.num_heldout == 2
+        assert len(stored(out)) == 12
+        assert sorted(path.name for path in out.glob("heldout/*.tar")) == ["shard-000001.tar"]
+    tables = as_parquet(files, tmp_path / "parquet")
+    found = svgpipe("shard", tables, "--heldout", tables, "--out", tmp_path / "tables", "--workers", 1)
+    assert found.code == 0 and ShardSet.open(tmp_path / "tables").manifest.num_heldout == 3
+    other = as_tar({**first, "dog/1.png": next(iter(files.values()))}, tmp_path / "val.tar")
+    found = svgpipe("shard", tables, "--heldout", other, "--out", tmp_path / "tar", "--workers", 1)
+    assert found.code == 0 and stored(tmp_path / "tar", "heldout") == expected
+    assert "not a training class" in (tmp_path / "tar" / "rejected.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--heldout", "flat.tar"], "images without a class. Give --heldout-labels FILE"),
+        (["--heldout", "flat.tar", "--heldout-labels", "short.txt"], "a label for each of 12 images, found 1 lines"),
+        (["--heldout", "flat.tar", "--heldout-labels", "devkit.txt"], "devkit begin at 1"),
+        (["--heldout", "flat.tar", "--heldout-labels", "none.txt"], "none.txt: expected a text file of labels"),
+        (["--heldout", "photos.tar", "--holdout", "0.2"], "expected either --holdout FRACTION"),
+        (["--heldout", "none.tar"], "none.tar: expected a folder of class folders, a tar, a zip or tables"),
+        (["--heldout", "short.txt"], "found another file"),
+        (["--heldout", "a.tar.gz"], "is compressed, so its images cannot be read one by one"),
+    ],
+)
+def test_held_out_images_that_cannot_be_used(
+    files: Files,
+    tmp_path: Path,
+    svgpipe: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    as_tar(files, tmp_path / "photos.tar")
+    with tarfile.open("flat.tar", "w") as tar:
+        for i, content in enumerate(files.values()):
+            add(tar, f"{i:02d}.jpg", content)
+    (tmp_path / "short.txt").write_text("0\n")
+    (tmp_path / "devkit.txt").write_text("490\n" * 12)
+    (tmp_path / "a.tar.gz").write_bytes(b"\x1f\x8b")
+    found = svgpipe("shard", "photos.tar", "--out", "out", *more)
+    assert found.code == 2 and words in found.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_without_labels_are_one_class(files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, content in enumerate(files.values()):
+        (flat / f"{i}.jpg").write_bytes(content)
+    refused = svgpipe("shard", flat, "--out", tmp_path / "out")
+    assert refused.code == 2 and "12 images lie in no class. To train without labels, add --unlabelled" in refused.err
+    command = ("shard", flat, "--unlabelled", "--holdout", 0.25, "--workers", 1, "--out", tmp_path / "out")
+    found = svgpipe(*command)
+    assert found.code == 0 and "12 images of 1 classes" in found.out
+    shards = ShardSet.open(tmp_path / "out")
+    assert shards.manifest.class_names == ["all"] and shards.manifest.num_heldout == 3
+    assert svgpipe(*command).code == 0
+    nested = as_tar(files, tmp_path / "photos.tar")
+    found = svgpipe("shard", nested, "--unlabelled", "--workers", 1, "--out", tmp_path / "nested")
+    assert found.code == 0 and "12 images of 1 classes" in found.out
+
+
+def test_rows_of_a_table_stay_together(files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    """A row group is read as a whole, so its images lie in one tar, or in two neighbours."""
+    table = as_table(
+        {f"{name}/{i}.jpg": content for i in range(8) for name, content in zip(CLASSES, files.values(), strict=False)}
+    )
+    parquet.write_table(table, tmp_path / "train.parquet", row_group_size=6)
+    options = ("--workers", 1, "--set", "shard.images_per_shard=6")
+    found = svgpipe("shard", tmp_path / "train.parquet", "--out", tmp_path / "out", *options)
+    assert found.code == 0, found.err
+    shards = ShardSet.open(tmp_path / "out")
+    groups = [
+        {ref.path.rpartition("-")[0] for ref in shards.refs(np.flatnonzero(shards.rows.shard == i))} for i in range(4)
+    ]
+    assert all(len(group) == 1 for group in groups) and len(set.union(*groups)) == 4
+
+
+def test_a_replaced_image_in_an_archive_is_noticed(
+    files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    for form in ("parquet", "train.tar"):
+        source, out = FORMS[form](files, tmp_path / form), tmp_path / f"{form}-out"
+        command = ("shard", source, "--out", out, "--workers", 1)
+        assert svgpipe(*command).code == 0
+        names = [name for name in files if name.startswith("cat/")][:2]
+        size = max(len(files[name]) for name in names)
+        padded = {**files, **{name: files[name].ljust(size, b"\0") for name in names}}
+        swapped = {**padded, names[0]: padded[names[1]], names[1]: padded[names[0]]}
+        assert swapped != padded
+        if form == "parquet":
+            parquet.write_table(
+                as_table(swapped).slice(0, 6), source / "data" / "train-00000-of-00002.parquet", row_group_size=4
+            )
+        else:
+            os.utime(FORMS[form](swapped, source), ns=(1, 1))
+        refused = svgpipe(*command)
+        assert refused.code == 1 and (
+            "were changed after they were sharded" in refused.err or "inputs.source" in refused.err
+        )
+
+
+def test_damaged_archives_are_one_message(files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    archive = as_kaggle_zip(files, tmp_path / "imagenet.zip")
+    content = archive.read_bytes()
+    place = content.index(next(iter(files.values()))[:64])
+    archive.write_bytes(content[: place + 20] + bytes(8) + content[place + 28 :])
+    found = svgpipe("shard", archive, "--out", tmp_path / "out", "--workers", 1)
+    assert found.code == 0 and "12 inputs = 11 usable + 1 rejected" in found.out
+    assert "unreadable: Bad CRC-32" in (tmp_path / "out" / "rejected.jsonl").read_text()
+    for name in ("a.tar", "a.parquet", "a.arrow", "a.zip"):
+        (tmp_path / name).write_bytes(b"nothing of the kind" * 60)
+        refused = svgpipe("shard", tmp_path / name, "--out", tmp_path / "none")
+        assert refused.code == 2 and f"{name}: expected" in refused.err
+    parquet.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "text.parquet")
+    refused = svgpipe("shard", tmp_path / "text.parquet", "--out", tmp_path / "none")
+    assert refused.code == 2 and "expected one column of images" in refused.err and "text: string" in refused.err
+
+
+def test_entries_are_read_in_any_order(files: Files, tmp_path: Path) -> None:
+    for form, make in FORMS.items():
+        entries: list[Entry] = [e for e in list_source(make(files, tmp_path / form), "train").entries if e.class_name]
+        found = {read_entry(e.origin, e.name, e.place, e.size): e.class_name for e in reversed(entries)}
+        assert found == {content: name.partition("/")[0] for name, content in files.items()}, form
