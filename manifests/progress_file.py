@@ -1,19 +1,30 @@
-"""progress.json: progress of a running stage, for `svgpipe status`. Deleted when the stage is finished.
+"""Progress of a stage, in its directory. Resume does not use it, and failed writes are ignored.
 
-Resume does not use it. It is written without fsync, and a failed write is ignored.
+progress.json    of a running stage, for `svgpipe status`; deleted when the stage is finished
+run.log          messages and errors of all runs, with their time; not in an object store, which cannot append
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .filesystem import Location
 
-PROGRESS_NAME = "progress.json"
+PROGRESS_NAME, LOG_NAME = "progress.json", "run.log"
+
+
+def append_log(directory: Location, text: str) -> None:
+    """Append lines to run.log."""
+    path = directory / LOG_NAME
+    if isinstance(path, Path):
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        with suppress(OSError), path.open("a", encoding="utf-8", errors="replace") as file:
+            file.writelines(f"{now} {line}\n" for line in text.splitlines())
 
 
 @dataclass

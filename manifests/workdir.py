@@ -23,7 +23,7 @@ from .manifest import (
     read_plan,
     write_json,
 )
-from .progress_file import PROGRESS_NAME
+from .progress_file import LOG_NAME, PROGRESS_NAME, append_log
 
 M = TypeVar("M", bound=Manifest)
 WorkState = Literal["new", "begun", "finished", "extended"]  # extended: finished, and to be continued
@@ -131,7 +131,7 @@ def _holds_nothing(path: Location) -> bool:
     """
     if not path.exists():
         return True
-    names = {entry.name for entry in children(path)} - {PLAN_NAME, LOCK_NAME, PROGRESS_NAME}
+    names = {entry.name for entry in children(path)} - {PLAN_NAME, LOCK_NAME, PROGRESS_NAME, LOG_NAME}
     return all(name.startswith(".") and name.endswith((".partial", ".claim")) for name in names)
 
 
@@ -178,9 +178,12 @@ class WorkDir(Generic[M]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
-            if kind is None and self._lock is not None:
+            if self._lock is not None and error is not None:
+                append_log(self.path, f"{type(error).__name__}: {error}")
+            elif self._lock is not None:
+                append_log(self.path, "finished")
                 (self.path / PROGRESS_NAME).unlink(missing_ok=True)
         finally:
             self.close()

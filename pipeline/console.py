@@ -59,7 +59,7 @@ class ConsoleProgress:
             self._task = self._bars.add_task(task, total=total, completed=done, unit=unit, note="")
         else:
             resumed = f" ({done} done before)" if done else ""
-            self.console.print(f"{task}: {total} {unit}{resumed}")
+            self._line(f"{task}: {total} {unit}{resumed}")
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count finished items, and show a short note."""
@@ -71,9 +71,7 @@ class ConsoleProgress:
                 self._bars.update(self._task, note=note)
         elif self._done >= self._total or time.monotonic() - self._last > LINE_EVERY_S:
             self._last = time.monotonic()
-            self.console.print(
-                f"{self._name}: {self._done}/{self._total} {self._unit}  {self._note}{self._left()}".rstrip()
-            )
+            self._line(f"{self._name}: {self._done}/{self._total} {self._unit}  {self._note}{self._left()}".rstrip())
 
     def _left(self) -> str:
         """Return the remaining time at the current pace."""
@@ -84,4 +82,8 @@ class ConsoleProgress:
 
     def say(self, text: str) -> None:
         """Print one line that stays."""
-        self.console.print(text, markup=False)
+        self._line(text)
+
+    def _line(self, text: str) -> None:
+        clock = "" if self.console.is_terminal else f"{time.strftime('%H:%M:%S')} "
+        self.console.print(f"{clock}{text}", markup=False)

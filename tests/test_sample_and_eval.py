@@ -342,7 +342,7 @@ def test_the_report_compares_guidance_if_steps_do_not_vary(
 def test_a_single_setting_is_shown_once(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = page_of(finished, tmp_path / "out", monkeypatch, SETTINGS[:1])
     assert "side by side" not in page and page.count("<figure ") == 6 + 6 + 6
-    assert "Best setting: <strong>1 step</strong>." in page
+    assert "Lowest distance: <strong>1 step</strong>." in page
 
 
 def test_the_page_shows_zero_steps_of_an_untrained_autoencoder(

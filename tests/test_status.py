@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,3 +107,23 @@ def test_weights_and_biases_gets_what_is_logged(finished: Finished, tmp_path: Pa
     for name in ("loss", "heldout_loss", "latent_fd", "loss_t0"):
         assert name.encode() in content
     assert [e["step"] for e in read_metrics(out / "metrics.jsonl") if "loss" in e] == list(range(1, 13))
+
+
+def test_every_run_is_logged_in_its_directory(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """A refused command leaves its error there too, and does not count as begun work."""
+    out = tmp_path / "out"
+    command = ["train-diffusion", "--cache", finished.root / "cache", "--out", out, "--recipe", finished.recipe_file]
+    refused = svgpipe(*command, "--set", "diffusion.model.depth=3", "--set", "diffusion.batch_size=1", "--workers", 2)
+    assert refused.code == 2
+    assert "UsageError: " in (out / "run.log").read_text()
+    found = svgpipe(*command)
+    assert found.code == 0, found.err
+    lines = (out / "run.log").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} ", line) for line in lines)
+    said = [line.partition(" ")[2] for line in lines]
+    assert "train-diffusion: 12 steps, 0 done before" in said and said[-1] == "finished"
+    assert any(line.startswith("train-diffusion: 12/12 steps  loss") for line in said)
+    assert any(line.startswith("step 12: held-out loss") for line in said)
+    assert re.search(r"^\d\d:\d\d:\d\d step 12: held-out loss", found.err, re.MULTILINE)
