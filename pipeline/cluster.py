@@ -108,12 +108,12 @@ def connected(address: str | None = None) -> Iterator[None]:
     import ray
     import ray.data  # noqa: F401
 
-    if ray.is_initialized():
-        yield
-        return
     # Without an address, Ray would silently join the last cluster that was started on this machine.
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     _require_reachable(address)
+    if ray.is_initialized():
+        yield
+        return
     try:
         ray.init(
             address=address,

@@ -274,9 +274,10 @@ def sample_and_eval(
     from .run import export_samples
 
     config = load_recipe(recipe, overrides_with(overrides, steps=steps, guidance=guidance, ema=ema)).evaluation
-    opened = open_reference(reference)
-    resources = resources_of(workers, cpus_per_worker, gpus_per_worker)
     model, decoder, directory = location(diffusion), location(autoencoder), location(out)
+    shared = directory.parent if pool is None else location(pool)
+    opened = open_reference(reference, count=config.reference_images, hashes=shared / "features" / "reference-hashes")
+    resources = resources_of(workers, cpus_per_worker, gpus_per_worker)
     with runner_for(resources, address) as runner, ConsoleProgress() as progress:
         run_stage(
             model,
@@ -285,7 +286,7 @@ def sample_and_eval(
             directory,
             config,
             guide=None if guide is None else location(guide),
-            pool=None if pool is None else location(pool),
+            pool=shared,
             runner=runner,
             progress=progress,
         )

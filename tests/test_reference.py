@@ -177,3 +177,31 @@ def test_invalid_references_are_refused(finished: Finished, svgpipe: Callable[..
     np.savez(tmp_path / "adm.npz", mu=np.zeros(1280), sigma=np.eye(1280))  # as wide as this extractor's by chance
     other = refused(tmp_path / "adm.npz")
     assert other.code == 2 and "of inception-v3-compat" in other.err and name in other.err
+
+
+def test_a_reference_folder_is_hashed_once(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a folder of which some images are measured, only these are read."""
+    folder = tmp_path / "folder"
+    shutil.copytree(photographs, folder)
+    read: list[str] = []
+    real = Path.read_bytes
+
+    def recorded(path: Path) -> bytes:
+        read.extend([path.name] if folder in path.parents else [])
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", recorded)
+    first = open_reference(str(folder), count=12, hashes=tmp_path / "hashes")
+    assert len(read) == len(first.train) == 12
+    read.clear()
+    again = open_reference(str(folder), count=12, hashes=tmp_path / "hashes")
+    assert read == [] and again.ref.fingerprint == first.ref.fingerprint
+    changed = Path(str(first.train[3].tar))
+    changed.write_bytes(real(changed) + b"more")
+    other = open_reference(str(folder), count=12, hashes=tmp_path / "hashes")
+    assert read == [changed.name] and other.ref.fingerprint != first.ref.fingerprint
+    (kept,) = (tmp_path / "hashes").iterdir()
+    kept.write_text("{")
+    read.clear()
+    assert open_reference(str(folder), count=12, hashes=tmp_path / "hashes").ref.fingerprint == other.ref.fingerprint
+    assert len(read) == 12

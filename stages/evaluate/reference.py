@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests.errors import ArtifactError, UsageError
-from svgpipe.manifests.filesystem import file_sha256, location
+from svgpipe.manifests.filesystem import Location, file_sha256, location
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.kinds import KINDS
@@ -29,6 +28,7 @@ from ..images.folder import visible_files
 from ..runtime.progress import Progress
 from ..runtime.selection import choose_evenly
 from .features import INCEPTION
+from .file_hashes import hashes_of
 
 MEAN, COVARIANCE, EXTRACTOR = "mu", "sigma", "extractor"
 READERS = 16
@@ -71,10 +71,15 @@ class Reference:
         }[self.kind]
 
 
-def open_reference(spec: str) -> Reference:
+def open_reference(spec: str, *, count: int | None = None, hashes: Location | None = None) -> Reference:
     """Open a shard set (its directory or tars), an image folder, or an .npz with `mu` and `sigma`.
 
     Images are not decoded, see `require_decodable`.
+
+    Args:
+        spec: path.
+        count: maximum number of images of a folder that are measured, evenly spread; None: all. Only these are hashed.
+        hashes: directory where the hashes of the images of folders are kept, so that each file is hashed once.
 
     Returns:
         The reference.
@@ -88,7 +93,7 @@ def open_reference(spec: str) -> Reference:
     directory = location(spec)
     finished = (directory / MANIFEST_NAME).exists() or (directory / PLAN_NAME).exists()
     if isinstance(directory, Path) and directory.is_dir() and not finished:
-        return _folder(directory)
+        return _folder(directory, count, hashes)
     return shard_reference(ShardSet.open(spec))
 
 
@@ -115,8 +120,8 @@ def shard_reference(shards: ShardSet) -> Reference:
     return reference
 
 
-def _folder(directory: Path) -> Reference:
-    """Return every image below a folder, sorted by path, as `svgpipe shard` finds them.
+def _folder(directory: Path, count: int | None, hashes: Location | None) -> Reference:
+    """Return `count` evenly spread images below a folder, in the order of their paths, as `svgpipe shard` finds them.
 
     Classes are the folders, if no image lies outside them.
 
@@ -138,16 +143,18 @@ def _folder(directory: Path) -> Reference:
             f"{directory}: expected a shard set, or a folder with at least two JPEG, PNG or WebP images; "
             f"found {len(paths)}."
         )
-    places = [path.relative_to(directory).parts for path in paths]
-    classes = sorted({parts[0] for parts in places}) if all(len(parts) > 1 for parts in places) else None
+    names = [path.relative_to(directory).as_posix() for path in paths]
+    classes = sorted({name.partition("/")[0] for name in names}) if all("/" in name for name in names) else None
     numbers = {name: number for number, name in enumerate(classes or [])}
-    with ThreadPoolExecutor(READERS) as readers:
-        looked = list(readers.map(_size_and_hash, paths))
+    chosen = choose_evenly(list(zip(names, paths, strict=True)), count)
+    looked = hashes_of(
+        dict(chosen), None if hashes is None else hashes / f"{digest(str(directory.absolute()))[:16]}.json"
+    )
     refs = [
-        ImageRef(path, 0, size, sha256, path.stem, 0 if classes is None else numbers[parts[0]])
-        for path, parts, (size, sha256) in zip(paths, places, looked, strict=True)
+        ImageRef(path, 0, looked[name].size, looked[name].sha256, path.stem, numbers.get(name.partition("/")[0], 0))
+        for name, path in chosen
     ]
-    content = digest([["/".join(parts), ref.sha256] for parts, ref in zip(places, refs, strict=True)])
+    content = digest([names, [[name, looked[name].sha256] for name, _ in chosen]])
     ref = InputRef(kind="image-folder", fingerprint=content, path=str(directory), config={"images": len(refs)})
     return Reference("folder", str(directory), ref, refs, class_names=classes)
 
@@ -158,11 +165,6 @@ def _is_ours(manifest: Path) -> bool:
         return read_json(manifest).get("kind") in KINDS
     except ArtifactError:
         return False
-
-
-def _size_and_hash(path: Path) -> tuple[int, str]:
-    data = path.read_bytes()
-    return len(data), hashlib.sha256(data).hexdigest()
 
 
 def was_decoded(shards: ShardSet | None) -> bool:
