@@ -29,7 +29,7 @@ from zarr.storage import MemoryStore
 
 from .chunk_reader import ChunkReader
 from .errors import ArtifactError, SvgpipeError, storage_error
-from .filesystem import Location, kvstore, make_directory, write_atomic, zarr_store
+from .filesystem import Location, children, kvstore, make_directory, write_atomic, zarr_store
 from .manifest import read_json, write_json
 from .store_spec import StoreSpec, unit_file
 
@@ -49,6 +49,11 @@ _tensorstore_pid: int | None = None
 
 def _forked_after_use() -> bool:
     return _tensorstore_pid is not None and _tensorstore_pid != os.getpid()
+
+
+def _open_group(path: Location) -> zarr.Group:
+    """Return the group, opened by the metadata of every array, so that lost metadata is noticed."""
+    return zarr.open_group(zarr_store(path), mode="r", zarr_format=3, use_consolidated=False)
 
 
 class FeatureStore:
@@ -117,7 +122,7 @@ class FeatureStore:
             ArtifactError: there is none.
         """
         try:
-            group = zarr.open_group(zarr_store(path), mode="r", zarr_format=3)
+            group = _open_group(path)
             features = group["features"]
             names = (group.attrs["class_names"], group.attrs["views"])
         except (FileNotFoundError, KeyError, ValueError) as error:
@@ -145,7 +150,7 @@ class FeatureStore:
             ArtifactError: there is no such array, or its checksum is wrong.
         """
         try:
-            array = self.group[name]
+            array = _open_group(self.path)[name]
             assert isinstance(array, zarr.Array)
             return np.asarray(array[...])
         except (KeyError, FileNotFoundError, ValueError) as error:
@@ -168,9 +173,15 @@ class FeatureStore:
         _write_files(self.path, files)
 
     def describe(self, attributes: Mapping[str, Any]) -> None:
-        """Add attributes to the group."""
+        """Add attributes to the group, and the metadata of its arrays.
+
+        With this consolidated metadata, zarr opens the group by one read, and does not look at other files in it.
+        """
         document = read_json(self.path / "zarr.json")
         document["attributes"] = {**document.get("attributes", {}), **attributes}
+        arrays = [child for child in children(self.path) if (child / "zarr.json").exists()]
+        metadata = {child.name: read_json(child / "zarr.json") for child in arrays}
+        document["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": metadata}
         write_json(self.path / "zarr.json", document)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import resource
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -184,6 +185,9 @@ def test_plain_zarr_and_tensorstore_open_it(finished: Finished) -> None:
     everything = cache.read(range(len(cache)))
     np.testing.assert_array_equal(np.asarray(features[:, 0]), everything)
     np.testing.assert_array_equal(other[:, 0].read().result(), everything)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # about files in the group that are not Zarr's
+        assert {name for name, _ in group.members()} == {"features", *cache.manifest.array_names}
     assert group.attrs["class_names"] == ["astronaut", "cat", "coffee"]
     assert group.attrs["svgpipe"]["fingerprint"] == cache.manifest.fingerprint  # type: ignore[index, call-overload]
 
