@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ArtifactError, MismatchError
-from .filesystem import Location, write_atomic
+from .filesystem import Location, location, write_atomic
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -109,8 +111,24 @@ class InputRef(FrozenModel):
     kind: str
     fingerprint: str
     path: str = Field(description="Location at that time; not part of any identity.")
+    relative: str | None = Field(None, description="The same, relative to the artifact that records it; null: remote.")
     config: Json
     inputs: dict[str, InputRef] = Field(default_factory=dict, description="Inputs of the input: the lineage.")
+
+    def recorded_by(self, artifact: Location) -> InputRef:
+        """Return the reference as the manifest of an artifact records it: absolute, and relative to the artifact."""
+        if not self.path or "://" in self.path or not isinstance(artifact, Path):
+            return self
+        there = Path(self.path).absolute()
+        return self.model_copy(update={"path": str(there), "relative": os.path.relpath(there, artifact.absolute())})
+
+    def place(self, artifact: Location) -> Location:
+        """Return where the input of an artifact lies: beside it, if both were moved together, or at its old place."""
+        if self.relative is not None and isinstance(artifact, Path):
+            beside = Path(os.path.normpath(artifact.absolute() / self.relative))
+            if beside.exists():
+                return beside
+        return location(self.path)
 
     def identity(self) -> Json:
         """Return what two references are compared by."""

@@ -169,13 +169,13 @@ class ShardSet:
         return cls._some(absolute(directory), [name for _, name in places])
 
     @classmethod
-    def of_input(cls, ref: InputRef) -> ShardSet:
-        """Open the shard set that an artifact recorded as its input. Raises the errors of `open`.
+    def of_input(cls, ref: InputRef, artifact: Location) -> ShardSet:
+        """Open the shard set that `artifact` recorded as its input. Raises the errors of `open`.
 
         Returns:
             The shard set.
         """
-        directory, only = location(ref.path), ref.config.get("only")
+        directory, only = ref.place(artifact), ref.config.get("only")
         return cls.open(directory) if only is None else cls._some(directory, only)
 
     @classmethod

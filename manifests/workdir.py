@@ -206,7 +206,8 @@ class WorkDir(Generic[M]):
     def completed(self, manifest: M) -> M:
         """Return the manifest with config, inputs, wall time and fingerprint."""
         seconds = round(time.monotonic() - self._started, 3)
-        update = {"config": self.spec.config, "inputs": dict(self.spec.inputs), "seconds": seconds}
+        inputs = {name: ref.recorded_by(self.path) for name, ref in self.spec.inputs.items()}
+        update = {"config": self.spec.config, "inputs": inputs, "seconds": seconds}
         return manifest.model_copy(update=update).sealed()
 
     def publish(self, manifest: M) -> M:

@@ -156,7 +156,8 @@ def requantize(
     with ConsoleProgress() as progress:
         run_stage(source, target, store_dtype, progress=progress)
     reference = FeatureCache(source)
-    where = location(autoencoder or reference.manifest.inputs["autoencoder"].path)
+    recorded = reference.manifest.inputs["autoencoder"].place(source)
+    where = recorded if autoencoder is None else location(autoencoder)
     cost = measure_cost(
         reference,
         FeatureCache(target),

@@ -255,7 +255,7 @@ def test_artifacts_are_read_after_the_current_directory_changed(
     monkeypatch.chdir("/")
     np.testing.assert_array_equal(cache.read([1, 0]), finished.cache.read([1, 0]))
     assert shards.read_image(0) == some.read_image(0) == finished.shards.read_image(0)
-    assert ShardSet.of_input(some.as_input()).read_image(0) == shards.read_image(0)
+    assert ShardSet.of_input(some.as_input(), finished.root).read_image(0) == shards.read_image(0)
 
 
 def test_a_data_loader_collates_the_rows_of_a_cache(finished: Finished) -> None:

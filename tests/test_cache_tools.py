@@ -242,3 +242,24 @@ def test_effective_rank_counts_equal_directions() -> None:
     assert effective_rank(np.eye(5)) == pytest.approx(5)
     assert effective_rank(np.diag([1.0, 1.0, 0.0, 0.0])) == pytest.approx(2)
     assert effective_rank(np.zeros((3, 3))) == 0
+
+
+def test_a_run_that_was_moved_keeps_its_links(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that was made with relative paths. The copy is used even while the original exists."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("shards", "autoencoder"):
+        shutil.copytree(finished.root / name, tmp_path / "here" / "work" / name)
+    options = ("--shards", "work/shards", "--autoencoder", "work/autoencoder", "--recipe", finished.recipe_file)
+    assert svgpipe("extract", *options, "--out", "work/cache").code == 0
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.chdir("/")
+    cache = FeatureCache(tmp_path / "there" / "work" / "cache")
+    sheet = contact_sheet(cache, 3)
+    assert sheet.missing == []
+    assert cache.manifest.inputs["shards"].place(cache.path) == tmp_path / "there" / "work" / "shards"
+    cache.store.unit_file(1).unlink()
+    repaired = svgpipe("repair", cache.path)
+    assert repaired.code == 0, repaired.err

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, SvgpipeError
-from svgpipe.manifests.filesystem import location
 from svgpipe.manifests.manifest import require_same
 from svgpipe.manifests.shards import ShardSet
 
@@ -144,7 +143,7 @@ def _histogram(cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.float
 def _sources(cache: FeatureCache, rows: Sequence[int], missing: list[str]) -> RGBArray | None:
     try:
         recorded = cache.manifest.inputs["shards"]
-        shards = ShardSet.of_input(recorded)
+        shards = ShardSet.of_input(recorded, cache.path)
         require_same(str(cache.path), recorded, shards.as_input(), what_to_do="")
         size = int(cache.manifest.inputs["autoencoder"].config["image_size"])
         return load_images(shards, rows, size)
@@ -156,7 +155,7 @@ def _sources(cache: FeatureCache, rows: Sequence[int], missing: list[str]) -> RG
 def _decoded(cache: FeatureCache, features: NDArray[np.float32], missing: list[str]) -> RGBArray | None:
     try:
         recorded = cache.manifest.inputs["autoencoder"]
-        place = location(recorded.path)
+        place = recorded.place(cache.path)
         # Another autoencoder may be there by now. Its images would be taken for those of the cache.
         require_same(str(cache.path), recorded, AutoencoderManifest.read(place).as_input(place), what_to_do="")
         decode = latent_decoder(place)

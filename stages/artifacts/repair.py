@@ -15,7 +15,7 @@ from svgpipe.manifests.calibration import Calibration
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.feature_store import FeatureStore
-from svgpipe.manifests.filesystem import Location, location, sync_directory
+from svgpipe.manifests.filesystem import Location, sync_directory
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.lock import locked
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, require_same, write_json
@@ -173,12 +173,12 @@ def _maker(
         require_same("the cache", manifest.inputs[name], ref, what_to_do=what)
 
     if "cache" in manifest.inputs:
-        source = location(manifest.inputs["cache"].path)
+        source = manifest.inputs["cache"].place(path)
         require("cache", CacheManifest.read(source).as_input(source))
         return lambda path: requantize(source, path, manifest.store_dtype, progress=progress)
     try:
-        opened = shards or ShardSet.of_input(manifest.inputs["shards"])
-        encoder = autoencoder or location(manifest.inputs["autoencoder"].path)
+        opened = shards or ShardSet.of_input(manifest.inputs["shards"], path)
+        encoder = autoencoder or manifest.inputs["autoencoder"].place(path)
         trained = AutoencoderManifest.read(encoder)
     except ArtifactError as error:
         raise ArtifactError(f"{error} If it was moved, give --shards or --autoencoder.") from error

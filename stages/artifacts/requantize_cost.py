@@ -108,7 +108,7 @@ def _decoded(
     one, two = (decode(cache.denormalize(cache.read(rows))) for cache in (reference, small))
     between = {"decoded_psnr": float(np.mean(np.minimum(psnr(one, two), 100.0)))}
     try:
-        shards = ShardSet.of_input(reference.manifest.inputs["shards"])
+        shards = ShardSet.of_input(reference.manifest.inputs["shards"], reference.path)
         source = load_images(shards, rows, encoder.image_size)
     except (ArtifactError, MismatchError, OSError) as error:
         missing.append(f"distance to the source images: {error}")

@@ -140,8 +140,10 @@ def publish_cache(work: WorkDir[CacheManifest], manifest: CacheManifest, store: 
         The manifest as written.
     """
     work.check_lock()
-    outside = {"finished_at", "seconds", "timings"}
-    store.describe({"svgpipe": work.completed(manifest).model_dump(mode="json", exclude=outside)})
+    complete = work.completed(manifest)
+    facts = complete.model_dump(mode="json", exclude={"finished_at", "seconds", "timings", "inputs"})
+    facts["inputs"] = {name: ref.fingerprint for name, ref in complete.inputs.items()}  # without their places
+    store.describe({"svgpipe": facts})
     return work.publish(manifest)
 
 

@@ -22,7 +22,6 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from svgpipe.manifests import FeatureCache
-from svgpipe.manifests.filesystem import location
 from svgpipe.stages.extract.quantization import int8_scales, signal_to_noise
 from svgpipe.stages.images.decode import psnr
 from svgpipe.stages.networks.autoencoder import latent_decoder
@@ -87,7 +86,7 @@ def main() -> None:
         "NF4, a scale per vector": lambda: nf4(values),
         **{f"float16 rounded to {bits} bits": partial(bit_round, values, bits) for bits in (6, 5, 4, 3)},
     }
-    decode = latent_decoder(location(cache.manifest.inputs["autoencoder"].path))
+    decode = latent_decoder(cache.manifest.inputs["autoencoder"].place(cache.path))
     expected = decode(cache.denormalize(values))
     found: dict[str, dict[str, float]] = {}
     for name, scheme in schemes.items():
