@@ -91,6 +91,23 @@ def _require_reachable(address: str) -> None:
 
 
 @contextmanager
+def _without_native_output() -> Iterator[None]:
+    """Discard what native code writes to stderr during the block: Ray prints a line about its own log level.
+
+    Yields:
+        Nothing.
+    """
+    stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nothing)
+
+
+@contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
     """Connect Ray during the block. An existing connection is used and kept.
 
@@ -115,13 +132,14 @@ def connected(address: str | None = None) -> Iterator[None]:
         yield
         return
     try:
-        ray.init(
-            address=address,
-            include_dashboard=False,
-            configure_logging=True,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        with _without_native_output():
+            ray.init(
+                address=address,
+                include_dashboard=False,
+                configure_logging=True,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
     except (OSError, RuntimeError, ValueError) as error:
         raise SvgpipeError(
             f"Ray did not start or connect ({first_line(error)}). It needs space in "

@@ -83,6 +83,7 @@ def test_extraction_on_ray_survives_a_killed_worker_and_a_killed_driver(
     command.send(signal.SIGKILL)
     command.wait()
     command.kill_all()
+    assert "logging.cc" not in command.text()  # no line of Ray's native code
     assert not (out / "manifest.json").exists()
     assert svgpipe(*extract_args(finished, out, *SMALL_UNITS)).code == 0
     require_undisturbed(out, undisturbed)

@@ -31,6 +31,7 @@ from svgpipe.manifests.shards import ShardSet
 
 from .commands import run_and_kill
 from .conftest import Finished, Outcome, extract_args
+from .test_foreign_shards import image, write
 
 UNITS = 5  # 36 rows by eight
 
@@ -221,3 +222,25 @@ def test_unusable_locations_are_refused(bucket: Location, svgpipe: Callable[...,
         == 1
     )
     assert time.monotonic() - started < 30
+
+
+def test_existing_tars_are_indexed_there_and_changes_are_noticed(
+    bucket: Location, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """By the object's ETag, which changes with its content."""
+    members = [(f"{i}.png", image("PNG", i)) for i in range(2)]
+    tar = bucket / "tars" / "a.tar"
+
+    def upload(*labels: bytes) -> None:
+        local = write(tmp_path / "a.tar", [*members, *((f"{i}.cls", label) for i, label in enumerate(labels))])
+        tar.write_bytes(local.read_bytes())
+
+    upload(b"0", b"1")
+    index = ("index", tar, "--out", tmp_path / "out")
+    for _ in range(2):
+        found = svgpipe(*index)
+        assert found.code == 0, found.err
+    assert ShardSet.open(tmp_path / "out").read_image(1) == members[1][1]
+    upload(b"1", b"0")
+    refused = svgpipe(*index)
+    assert refused.code == 1 and "was changed after it was indexed" in refused.err
