@@ -192,7 +192,7 @@ def test_official_held_out_images(files: Files, tmp_path: Path, svgpipe: Callabl
         (["--heldout", "flat.tar", "--heldout-labels", "short.txt"], "a label for each of 12 images, found 1 lines"),
         (["--heldout", "flat.tar", "--heldout-labels", "devkit.txt"], "devkit begin at 1"),
         (["--heldout", "flat.tar", "--heldout-labels", "none.txt"], "none.txt: expected a text file of labels"),
-        (["--heldout", "photos.tar", "--holdout", "0.2"], "expected either --holdout FRACTION"),
+        (["--heldout", "copy.tar", "--holdout", "0.2"], "expected either --holdout FRACTION"),
         (["--heldout", "none.tar"], "none.tar: expected a folder of class folders, a tar, a zip or tables"),
         (["--heldout", "short.txt"], "found another file"),
         (["--heldout", "a.tar.gz"], "is compressed, so its images cannot be read one by one"),
@@ -207,7 +207,8 @@ def test_held_out_images_that_cannot_be_used(
     words: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    as_tar(files, tmp_path / "photos.tar")
+    for name in ("photos.tar", "copy.tar"):
+        as_tar(files, tmp_path / name)
     with tarfile.open("flat.tar", "w") as tar:
         for i, content in enumerate(files.values()):
             add(tar, f"{i:02d}.jpg", content)
@@ -299,3 +300,98 @@ def test_entries_are_read_in_any_order(files: Files, tmp_path: Path) -> None:
         entries: list[Entry] = [e for e in list_source(make(files, tmp_path / form), "train").entries if e.class_name]
         found = {read_entry(e.origin, e.name, e.place, e.size): e.class_name for e in reversed(entries)}
         assert found == {content: name.partition("/")[0] for name, content in files.items()}, form
+
+
+def test_odd_members_of_archives_are_rejected_with_their_reason(
+    files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    names = [name for name in files if name.startswith("cat/")]
+    one, two = files[names[0]], files[names[1]]
+    with tarfile.open(tmp_path / "odd.tar", "w") as tar:
+        add(tar, "./cat/1.jpg", one)
+        add(tar, "./cat/2.jpg", one)
+        add(tar, "./cat/2.jpg", two)  # replaces the first one when the tar is unpacked
+        add(tar, "../cat/3.jpg", two)
+        link = tarfile.TarInfo("./cat/4.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "1.jpg"
+        tar.addfile(link)
+    found = svgpipe("shard", tmp_path / "odd.tar", "--out", tmp_path / "odd", "--workers", 1)
+    assert found.code == 0, found.err
+    reasons = {}
+    for line in (tmp_path / "odd" / "rejected.jsonl").read_text().splitlines():
+        reject = json.loads(line)
+        reasons[reject["path"].rpartition("/")[2]] = reject["reason"]
+    assert reasons["4.jpg"] == "not a file: a link or a special file"
+    assert reasons["2.jpg#1"] == "duplicate name: a later file of the archive has it too"
+    assert stored(tmp_path / "odd").keys() == {one, two}
+
+    whole = as_class_tars(files, tmp_path / "whole.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    cut = svgpipe("shard", tmp_path / "cut.tar", "--out", tmp_path / "cut", "--workers", 1)
+    assert cut.code == 2 and "cut.tar: " in cut.err and "damaged" in cut.err
+    with tarfile.open(tmp_path / "inner.tar", "w") as tar:
+        add(tar, "cat.tar", b"not a tar" * 100)
+        add(tar, "dog/1.jpg", one)
+        add(tar, "cow/1.jpg", two)
+    inner = svgpipe("shard", tmp_path / "inner.tar", "--out", tmp_path / "inner", "--workers", 1)
+    assert inner.code == 0 and "3 inputs = 2 usable + 1 rejected" in inner.out
+    assert "damaged tar of a class" in (tmp_path / "inner" / "rejected.jsonl").read_text()
+    with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        for content in (one, two):
+            archive.writestr("cat/1.jpg", content)
+        archive.writestr("dog/1.jpg", one)
+    found = svgpipe("shard", tmp_path / "two.zip", "--out", tmp_path / "two", "--workers", 1)
+    assert found.code == 0 and stored(tmp_path / "two") == {two: "cat", one: "dog"}
+
+
+def test_tables_of_other_label_orders_and_kinds(files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    """Each table has its own names; numbers without names keep their value; lists of labels are refused."""
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    first, second = dict(list(files.items())[:6]), dict(list(files.items())[6:])
+    parquet.write_table(as_table(first), folder / "train-0.parquet")
+    other = as_table(second)
+    features = {"image": {"_type": "Image"}, "label": {"names": CLASSES[::-1], "_type": "ClassLabel"}}
+    labels = pa.array([2 - label for label in other["label"].to_pylist()])
+    other = other.set_column(1, "label", labels)
+    other = other.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    parquet.write_table(other, folder / "train-1.parquet")
+    found = svgpipe("shard", folder, "--out", tmp_path / "both", "--workers", 1)
+    assert found.code == 0, found.err
+    assert stored(tmp_path / "both") == {content: name.partition("/")[0] for name, content in files.items()}
+
+    numbers = as_table(files).replace_schema_metadata(None)
+    large = pa.array([2 + 8 * (label > 0) for label in numbers["label"].to_pylist()])
+    parquet.write_table(numbers.set_column(1, "label", large), tmp_path / "numbers.parquet")
+    found = svgpipe("shard", tmp_path / "numbers.parquet", "--out", tmp_path / "numbers", "--workers", 1)
+    assert found.code == 0 and "9 of 11 classes have no training images: 0 (0), 1 (1), 3 (3)" in found.err
+    shards = ShardSet.open(tmp_path / "numbers")
+    assert set(shards.rows.label.tolist()) == {2, 10} and shards.manifest.class_names[10] == "10"
+    lists = numbers.set_column(1, "label", pa.array([[0, 1]] * len(numbers)))
+    parquet.write_table(lists, tmp_path / "lists.parquet")
+    refused = svgpipe("shard", tmp_path / "lists.parquet", "--out", tmp_path / "lists")
+    assert refused.code == 2 and "expected a number or a text as label, found [0, 1]" in refused.err
+    parquet.write_table(as_table(files).slice(0, 0), tmp_path / "none.parquet")
+    refused = svgpipe("shard", tmp_path / "none.parquet", "--out", tmp_path / "none")
+    assert refused.code == 2 and "none.parquet: expected images, found none" in refused.err
+
+
+def test_held_out_images_are_not_training_images(files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    archive = as_tar(files, tmp_path / "photos.tar")
+    same = svgpipe("shard", archive, "--heldout", archive, "--out", tmp_path / "same")
+    assert same.code == 2 and "expected images that are kept out of training" in same.err
+    copy = as_tar(dict(list(files.items())[:3]), tmp_path / "copy.tar")
+    copied = svgpipe("shard", archive, "--heldout", copy, "--out", tmp_path / "copied", "--workers", 1)
+    assert copied.code == 0 and "3 held-out images are also training images" in copied.err
+
+
+def test_a_stray_table_in_an_image_folder_is_one_more_file(
+    files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    folder = tmp_path / "folder"
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    parquet.write_table(as_table(files).slice(0, 2), folder / "train-0.parquet")
+    found = svgpipe("shard", folder, "--out", tmp_path / "out", "--workers", 1)
+    assert found.code == 0 and "13 inputs = 12 usable + 1 rejected" in found.out

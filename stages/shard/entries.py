@@ -20,6 +20,7 @@ class Entry:
         origin: folder, archive or table that holds it, absolute.
         place: where it lies: offset in a tar; record batch and row of a table.
         block: files of one block are read together; empty: this one is read alone.
+        problem: why it cannot be used, as found in the listing; empty: nothing is known.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Entry:
     origin: str
     place: tuple[int, ...] = ()
     block: str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,8 @@ def _read(file: SourceFile) -> bytes:
     Raises:
         RejectedImageError: it cannot be read.
     """
+    if file.entry.problem:
+        raise RejectedImageError(file.entry.problem)
     try:
         return read_file(file)
     except OSError as error:
@@ -234,6 +236,17 @@ def _image(job: ShardJob, file: SourceFile, key: str, data: bytes) -> TarImage:
         kinds = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
         extension = kinds[str(header.format)]
     return TarImage(key, data, extension, file.label, path, damaged)
+
+
+def _leaked(jobs: Sequence[ShardJob], sources: Sequence[ReadFile], rejected: set[str]) -> str | None:
+    """Return a warning if held-out images have the bytes of training images; None if none has."""
+    splits = [job.split for job in jobs for _ in job.files]
+    stored = [
+        (file, split) for file, split in zip(sources, splits, strict=True) if printable(file.path) not in rejected
+    ]
+    train = {file.sha256 for file, split in stored if split == "train"}
+    held = [file.path for file, split in stored if split == "heldout" and file.sha256 in train]
+    return f"warning: {len(held)} held-out images are also training images, as {held[0]}" if held else None
 
 
 def _publish(
@@ -267,6 +280,8 @@ def _publish(
     stored = sum(trained, Counter[str]())
     warning = empty_classes(class_names, [stored[str(label)] for label in range(len(class_names))])
     if warning is not None:
+        progress.say(warning)
+    if (warning := _leaked(jobs, sources, {reject["path"] for reject in rejects})) is not None:
         progress.say(warning)
     write_sources(work.path, sources)
     return publish_shards(work, class_names, shards, rejects, len(sources))

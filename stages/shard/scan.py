@@ -56,6 +56,8 @@ def scan(sources: ImageSources) -> tuple[list[str], list[SourceFile]]:
         UsageError: a source is missing or of another kind, there is no class, or a class has no image.
     """
     listing = list_source(sources.train, "train")
+    if not listing.entries and not sources.train.is_dir():
+        raise UsageError(f"{sources.train}: expected images, found none.")
     if sources.unlabelled:
         class_names = [UNLABELLED]
         files = [SourceFile(entry.name, 0, entry) for entry in listing.entries]
@@ -65,7 +67,7 @@ def scan(sources: ImageSources) -> tuple[list[str], list[SourceFile]]:
         files = [SourceFile(entry.name, _label(entry, labels), entry) for entry in listing.entries]
         _require_images(sources.train, class_names, files)
     if sources.heldout is not None:
-        files += _heldout(sources, class_names)
+        files += _heldout(sources, class_names, listing)
     return class_names, sorted(files, key=lambda file: file.path)
 
 
@@ -97,7 +99,7 @@ def _is_image(entry: Entry) -> bool:
 def _require_images(source: Path, class_names: Sequence[str], files: Sequence[SourceFile]) -> None:
     with_images = {file.label for file in files if _is_image(file.entry)}
     for label, name in enumerate(class_names):
-        if label not in with_images and not files[0].entry.block:
+        if label not in with_images and not any(file.entry.block for file in files[:1]):
             others = sum(file.label == label for file in files)
             raise UsageError(
                 f"{source / name}: expected images of class {name!r} ({', '.join(EXTENSIONS)}), found "
@@ -121,7 +123,7 @@ def _require_no_splits(source: Path, class_names: Sequence[str]) -> None:
         )
 
 
-def _heldout(sources: ImageSources, class_names: Sequence[str]) -> list[SourceFile]:
+def _heldout(sources: ImageSources, class_names: Sequence[str], train: Listing) -> list[SourceFile]:
     """Return the held-out files, with the classes of the training images.
 
     Raises:
@@ -133,6 +135,7 @@ def _heldout(sources: ImageSources, class_names: Sequence[str]) -> list[SourceFi
         entries = [replace(entry, class_name=UNLABELLED) for entry in entries]
     elif sources.heldout_labels is not None:
         entries = _labelled(entries, sources.heldout_labels, class_names)
+    _require_others(sources, entries, train)
     labels = {name: label for label, name in enumerate(class_names)}
     files = [SourceFile(f"heldout/{entry.name}", _label(entry, labels), entry, heldout=True) for entry in entries]
     if not any(file.label is not None for file in files):
@@ -143,6 +146,20 @@ def _heldout(sources: ImageSources, class_names: Sequence[str]) -> list[SourceFi
             f"{', '.join(found[:3]) or 'images without a class'}.{hint}"
         )
     return files
+
+
+def _require_others(sources: ImageSources, entries: Sequence[Entry], train: Listing) -> None:
+    """Check that the held-out images are not the training images.
+
+    Raises:
+        UsageError: they are in the same place.
+    """
+    trained = {(entry.origin, entry.name) for entry in train.entries}
+    if any((entry.origin, entry.name) in trained for entry in entries):
+        raise UsageError(
+            f"{sources.heldout}: expected images that are kept out of training, found images of {sources.train}. To "
+            "hold out a part of them, give --holdout FRACTION."
+        )
 
 
 def _labelled(entries: Sequence[Entry], file: Path, class_names: Sequence[str]) -> list[Entry]:

@@ -26,6 +26,7 @@ from ..images.decode import EXTENSIONS
 from ..images.folder import visible_files
 from .entries import HELDOUT, SPLITS, TRAIN, Entry, Listing
 from .tables import TABLES, list_tables, read_row
+from .tar_members import left_unread
 
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -44,8 +45,9 @@ def list_source(source: Path, split: Split) -> Listing:
         UsageError: it is none of these.
     """
     if source.is_dir():
-        tables = _tables_in(source, split)
-        return list_tables(tables) if tables else Listing(list(_in_folder(source)))
+        entries = list(_in_folder(source))
+        tables = [] if any(_is_image(entry.name) for entry in entries) else _tables_in(source, split)
+        return list_tables(tables) if tables else Listing(entries)
     if not source.exists():
         raise UsageError(f"{source}: expected a folder of class folders, a tar, a zip or tables, found nothing.")
     if source.name.endswith(COMPRESSED_TARS):
@@ -86,30 +88,45 @@ def _in_folder(source: Path) -> Iterator[Entry]:
 
 
 def _in_tar(source: Path) -> Iterator[Entry]:
+    """Yield the files of a tar, and of the tars in it, which are classes.
+
+    Raises:
+        UsageError: it is no tar, or is truncated or damaged.
+    """
     origin, modified = str(source.absolute()), source.stat().st_mtime_ns
-    with _opened(source) as tar:
-        for member in tar:
-            if not member.isfile() or _is_hidden(member.name):
-                continue
-            if not member.name.endswith(".tar"):
-                yield Entry(member.name, member.size, modified, None, origin, (member.offset_data,))
-                continue
-            folder = PurePosixPath(member.name).stem
-            with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
-                for image in inner:
-                    if image.isfile() and not _is_hidden(image.name):
-                        name, offset = (
-                            f"{folder}/{PurePosixPath(image.name).name}",
-                            member.offset_data + image.offset_data,
-                        )
-                        yield Entry(name, image.size, modified, None, origin, (offset,))
-
-
-def _opened(source: Path) -> tarfile.TarFile:
     try:
-        return tarfile.open(source, mode="r:")
-    except tarfile.TarError as error:
-        raise UsageError(f"{source}: expected a tar, found something else ({error}).") from error
+        with tarfile.open(source, mode="r:") as tar:
+            for member in tar:
+                if member.isdir() or _is_hidden(member.name):
+                    continue
+                if member.isfile() and member.name.endswith(".tar"):
+                    yield from _in_class_tar(tar, member, modified, origin)
+                else:
+                    place, problem = (member.offset_data,), _problem_of(member)
+                    yield Entry(member.name, member.size, modified, None, origin, place, problem=problem)
+            lost = left_unread(source, tar.offset, source.stat().st_size)
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise UsageError(f"{source}: expected a tar, found something else, or a damaged one ({error}).") from error
+    if lost is not None:
+        raise UsageError(f"{source}: is truncated or damaged: offset {lost[0]}: {lost[1]}. Download it again.")
+
+
+def _in_class_tar(tar: tarfile.TarFile, member: tarfile.TarInfo, modified: int, origin: str) -> Iterator[Entry]:
+    folder = PurePosixPath(member.name).with_suffix("").as_posix()
+    try:
+        with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+            for image in inner:
+                if not image.isdir() and not _is_hidden(image.name):
+                    name, place = f"{folder}/{image.name}", (member.offset_data + image.offset_data,)
+                    yield Entry(name, image.size, modified, None, origin, place, problem=_problem_of(image))
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        yield Entry(f"{member.name}", 0, modified, None, origin, problem=f"damaged tar of a class ({error})")
+
+
+def _problem_of(member: tarfile.TarInfo) -> str:
+    if not member.isfile():
+        return "not a file: a link or a special file"
+    return "sparse member: its bytes are not stored in one piece" if member.issparse() else ""
 
 
 def _in_zip(source: Path) -> Iterator[Entry]:
@@ -140,7 +157,8 @@ def _zip_of(path: str) -> _SharedZip:
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    parts = PurePosixPath(name).parts
+    return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in parts)
 
 
 def _classified(entries: Sequence[Entry], split: Split) -> list[Entry]:
@@ -162,8 +180,19 @@ def _classified(entries: Sequence[Entry], split: Split) -> list[Entry]:
         entries = [entry for entry in entries if len(p := parts[entry.name]) > depth and p[depth - 1] in wanted]
     elif not tops and depth:  # all images lie in one folder, which is their class
         depth -= 1
-    below = ((entry, parts[entry.name][depth:]) for entry in entries)
+    below = ((entry, PurePosixPath(entry.name).parts[depth:]) for entry in _without_duplicates(entries))
     return [replace(entry, class_name=rest[0] if len(rest) > 1 else None) for entry, rest in below]
+
+
+def _without_duplicates(entries: Sequence[Entry]) -> Iterator[Entry]:
+    """Yield all entries. Of several with one name, the last one counts, as when an archive is unpacked."""
+    last = {entry.name: number for number, entry in enumerate(entries)}
+    for number, entry in enumerate(entries):
+        if last[entry.name] == number:
+            yield entry
+        else:
+            problem = "duplicate name: a later file of the archive has it too"
+            yield replace(entry, name=f"{entry.name}#{number}", problem=problem)
 
 
 def _is_image(name: str) -> bool:

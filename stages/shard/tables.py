@@ -21,6 +21,7 @@ from svgpipe.manifests.errors import UsageError
 from .entries import Entry, Listing
 
 TABLES = (".parquet", ".arrow")
+MAX_CLASSES = 100_000  # more are not taken for classes that are numbered from 0
 LABELS = ("label", "labels", "fine_label", "class", "cls")
 
 
@@ -34,25 +35,41 @@ def list_tables(tables: Sequence[Path]) -> Listing:
         UsageError: a file is no such table, or has no column of images.
     """
     entries: list[Entry] = []
-    names: list[str] | None = None
+    first: list[str] | None = None
     for table in tables:
         schema = _schema_of(table)
         _, label = _columns_of(schema, table)
-        names = names or _class_names(schema, label)
+        names = _class_names(schema, label)  # of this table: another one may have another order
+        first = first or names
         modified, origin = table.stat().st_mtime_ns, str(table.absolute())
         for number, labels in enumerate(_labels(table, label)):
             block = f"{table.name}/{number:05d}"
             entries += [
-                Entry(f"{block}-{row:05d}", 0, modified, _class_of(value, names), origin, (number, row), block)
+                Entry(f"{block}-{row:05d}", 0, modified, _class_of(value, names, table), origin, (number, row), block)
                 for row, value in enumerate(labels)
             ]
-    return Listing(entries, names)
+    return Listing(entries, first or _numbers(entries))
 
 
-def _class_of(value: Any, names: list[str] | None) -> str | None:
-    """Return the class name of a label; None without one (-1 in test sets)."""
+def _numbers(entries: Sequence[Entry]) -> list[str] | None:
+    """Return the names 0, 1, … if all labels are numbers, so that they stay what they are; None otherwise."""
+    found = {entry.class_name for entry in entries if entry.class_name is not None}
+    if not found or not all(name.isdigit() for name in found):
+        return None
+    highest = max(int(name) for name in found)
+    return [str(number) for number in range(highest + 1)] if highest < MAX_CLASSES else None
+
+
+def _class_of(value: Any, names: list[str] | None, table: Path) -> str | None:
+    """Return the class name of a label; None without one (-1 in test sets).
+
+    Raises:
+        UsageError: it is neither a number nor a text.
+    """
     if value is None or (isinstance(value, int) and value < 0):
         return None
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise UsageError(f"{table}: expected a number or a text as label, found {repr(value)[:40]}.")
     if isinstance(value, int) and names is not None:
         return names[value] if value < len(names) else None
     return str(value)

@@ -96,7 +96,7 @@ def scan_tar(path: Location, size: int, options: ScanOptions) -> tuple[list[Memb
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     scan.add(tar, member)
-                lost = _left_unread(path, tar.offset, size)
+                lost = left_unread(path, tar.offset, size)
         except (tarfile.TarError, EOFError, ValueError) as error:
             lost = (0, "empty file (0 bytes): not even a tar's end marker") if size == 0 else None
             note = "" if lost else f"truncated or damaged after {len(scan.images)} images ({error}); they are kept"
@@ -109,7 +109,7 @@ def scan_tar(path: Location, size: int, options: ScanOptions) -> tuple[list[Memb
     return rows, note and f"{path}: {note}"
 
 
-def _left_unread(path: Location, offset: int, size: int) -> tuple[int, str] | None:
+def left_unread(path: Location, offset: int, size: int) -> tuple[int, str] | None:
     """Return where and why members may be lost, if the tar does not end properly: with zeros to the last byte.
 
     tarfile silently treats a damaged header, a cut between two members, and the first end of concatenated tars as the
