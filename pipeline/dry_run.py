@@ -62,7 +62,7 @@ def _specs(recipe: Recipe, workdir: Location, options: RunOptions) -> Iterator[S
     """Yield the spec of each stage. Its inputs must be finished before it is taken."""
     tars, encoder, cache, model, evaluation = (workdir / name for name in STAGES)
     images = image_sources(recipe, source_folder(recipe.source, workdir))
-    kept = None if images.train.exists() else spec_without_source(tars, recipe.shard)
+    kept = None if images.train.exists() else spec_without_source(images, tars, recipe.shard)
     if kept is not None:
         yield kept
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -178,9 +179,12 @@ def read_class_names(path: Path | None) -> list[str] | None:
     if path is None:
         return None
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: expected a file with one class name per line, in UTF-8, found none.") from error
+    # Not splitlines, which also splits at characters that names may hold.
+    names = [line.strip() for line in re.split(r"\r\n|\n|\r", text)]
+    names = names if names[-1] else names[:-1]
     if not names:
         raise UsageError(f"{path}: expected one class name per line, found an empty file.")
     first: dict[str, int] = {}

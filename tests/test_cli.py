@@ -281,12 +281,19 @@ def test_a_working_directory_of_other_images_is_not_the_demos(
 def test_run_works_after_the_images_are_gone(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    run = ("run", finished.recipe_file, "--workdir", finished.root, "--source", tmp_path / "gone")
+    work, gone = tmp_path / "work", tmp_path / "gone"
+    shutil.copytree(finished.root, work)
+    manifest = json.loads((work / "shards" / "manifest.json").read_text())
+    manifest["inputs"]["source"]["path"] = str(gone)  # a path is no part of the fingerprint
+    (work / "shards" / "manifest.json").write_text(json.dumps(manifest))
+    run = ("run", finished.recipe_file, "--workdir", work, "--source", gone)
     found = svgpipe(*run)
     assert found.code == 0 and "not there any more; the finished shards" in found.err
     assert actions(dry_run(svgpipe, *run[1:])) == dict.fromkeys(STAGES, "skip")
     refused = svgpipe(*run, "--set", "shard.seed=3")
     assert refused.code == 1 and "config.seed" in refused.err
+    other = svgpipe("run", finished.recipe_file, "--workdir", work, "--source", tmp_path / "typo")
+    assert other.code == 2 and "typo: expected a folder of class folders" in other.err
 
 
 def test_a_dry_run_names_the_process_that_works(

@@ -285,7 +285,7 @@ def test_damaged_archives_are_one_message(files: Files, tmp_path: Path, svgpipe:
     archive.write_bytes(content[: place + 20] + bytes(8) + content[place + 28 :])
     found = svgpipe("shard", archive, "--out", tmp_path / "out", "--workers", 1)
     assert found.code == 0 and "12 inputs = 11 usable + 1 rejected" in found.out
-    assert "unreadable: Bad CRC-32" in (tmp_path / "out" / "rejected.jsonl").read_text()
+    assert "Bad CRC-32" in (tmp_path / "out" / "rejected.jsonl").read_text()
     for name in ("a.tar", "a.parquet", "a.arrow", "a.zip"):
         (tmp_path / name).write_bytes(b"nothing of the kind" * 60)
         refused = svgpipe("shard", tmp_path / name, "--out", tmp_path / "none")
@@ -322,20 +322,28 @@ def test_odd_members_of_archives_are_rejected_with_their_reason(
         reject = json.loads(line)
         reasons[reject["path"].rpartition("/")[2]] = reject["reason"]
     assert reasons["4.jpg"] == "not a file: a link or a special file"
+    assert reasons["3.jpg"].startswith("unsafe name")
     assert reasons["2.jpg#1"] == "duplicate name: a later file of the archive has it too"
-    assert stored(tmp_path / "odd").keys() == {one, two}
+    assert stored(tmp_path / "odd") == {one: "cat", two: "cat"}
+    os.utime(tmp_path / "odd.tar", ns=(1, 1))
+    again = svgpipe("shard", tmp_path / "odd.tar", "--out", tmp_path / "odd", "--workers", 1)
+    assert again.code == 0, again.err  # touched, and unchanged
 
     whole = as_class_tars(files, tmp_path / "whole.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
     cut = svgpipe("shard", tmp_path / "cut.tar", "--out", tmp_path / "cut", "--workers", 1)
     assert cut.code == 2 and "cut.tar: " in cut.err and "damaged" in cut.err
-    with tarfile.open(tmp_path / "inner.tar", "w") as tar:
-        add(tar, "cat.tar", b"not a tar" * 100)
-        add(tar, "dog/1.jpg", one)
-        add(tar, "cow/1.jpg", two)
-    inner = svgpipe("shard", tmp_path / "inner.tar", "--out", tmp_path / "inner", "--workers", 1)
-    assert inner.code == 0 and "3 inputs = 2 usable + 1 rejected" in inner.out
-    assert "damaged tar of a class" in (tmp_path / "inner" / "rejected.jsonl").read_text()
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for i in range(3):
+            add(tar, f"{i}.jpg", one)
+    whole, end = buffer.getvalue(), (len(one) + 511) // 512 * 512 + 512
+    for content in (b"not a tar" * 100, whole[:end], whole[: end + 100], whole * 2, bytes(10240), b""):
+        with tarfile.open(tmp_path / "inner.tar", "w") as tar:
+            add(tar, "cat.tar", content)
+            add(tar, "dog/1.jpg", two)
+        inner = svgpipe("shard", tmp_path / "inner.tar", "--out", tmp_path / "inner", "--workers", 1)
+        assert inner.code == 2 and "its tar cat.tar is damaged or truncated" in inner.err, inner.err
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
         for content in (one, two):
             archive.writestr("cat/1.jpg", content)
@@ -395,3 +403,153 @@ def test_a_stray_table_in_an_image_folder_is_one_more_file(
     parquet.write_table(as_table(files).slice(0, 2), folder / "train-0.parquet")
     found = svgpipe("shard", folder, "--out", tmp_path / "out", "--workers", 1)
     assert found.code == 0 and "13 inputs = 12 usable + 1 rejected" in found.out
+
+
+def test_relabelled_tables_are_refused(files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    """Their images are the same, and only the labels or the names of the classes changed."""
+    table, place = as_table(files), tmp_path / "train.parquet"
+    parquet.write_table(table, place)
+    command = ("shard", place, "--out", tmp_path / "out", "--workers", 1)
+    assert svgpipe(*command).code == 0
+    labels = pa.array([(label + 1) % 3 for label in table["label"].to_pylist()])
+    for other in (table.set_column(1, "label", labels), as_table(files, CLASSES[::-1])):
+        parquet.write_table(other, place)
+        refused = svgpipe(*command)
+        assert refused.code == 1 and "inputs.source" in refused.err
+    parquet.write_table(table, place)
+    assert svgpipe(*command).code == 0
+
+
+def test_labels_of_held_out_images_are_matched_by_path(
+    files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    train = as_tar(files, tmp_path / "photos.tar")
+    contents = list(files.values())
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for i, name in enumerate(("a/1.png", "b/1.png", "im.1.png", "im.png")):
+            add(tar, name, contents[i])
+        add(tar, "notes.txt", b"x")
+    label_file = tmp_path / "labels.txt"
+
+    def held(text: str) -> Outcome:
+        label_file.write_text(text)
+        number = len(list(tmp_path.glob("out*")))
+        options = (
+            "--heldout",
+            tmp_path / "val.tar",
+            "--heldout-labels",
+            label_file,
+            "--out",
+            tmp_path / f"out{number}",
+        )
+        return svgpipe("shard", train, *options, "--workers", 1)
+
+    found = held("a/1.png cat\nb/1.png coffee\nim.1 astronaut\n")
+    assert found.code == 0, found.err
+    assert stored(tmp_path / "out0", "heldout") == dict(zip(contents, ("cat", "coffee", "astronaut"), strict=False))
+    rejected = (tmp_path / "out0" / "rejected.jsonl").read_text()
+    assert "notes.txt" in rejected and "im.png" in rejected
+    ambiguous = held("1.png cat\n")
+    assert ambiguous.code == 2 and "1.png means 2 images, as a/1.png and b/1.png. Give paths" in ambiguous.err
+    double = held("a/1.png cat\na/1.png coffee\n")
+    assert double.code == 2 and "a/1.png has two labels: cat and coffee" in double.err
+
+
+def test_class_names_of_several_words(files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    contents = list(files.values())
+    train = {"hot/1.jpg": contents[0], "hot dog/1.jpg": contents[1], "dog/1.jpg": contents[2]}
+    as_tar(train, tmp_path / "train.tar")
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for i in (3, 4):
+            add(tar, f"{i}.png", contents[i])
+    (tmp_path / "labels.txt").write_text("3.png hot dog\n4.png,dog\n")
+    official = ("--heldout", tmp_path / "val.tar", "--heldout-labels", tmp_path / "labels.txt")
+    found = svgpipe("shard", tmp_path / "train.tar", *official, "--out", tmp_path / "out", "--workers", 1)
+    assert found.code == 0, found.err
+    assert stored(tmp_path / "out", "heldout") == {contents[3]: "hot dog", contents[4]: "dog"}
+
+
+def test_splits_are_no_classes_whatever_lies_beside_them(
+    files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    image = next(iter(files.values()))
+    names = {"docs/logo.png": image, "logo.png": image}
+    names |= {f"{split}/{name}": content for split in ("train", "val") for name, content in files.items()}
+    as_tar(names, tmp_path / "splits.tar")
+    found = svgpipe("shard", tmp_path / "splits.tar", "--out", tmp_path / "tar", "--workers", 1)
+    assert found.code == 0 and "15 inputs = 12 usable + 3 rejected" in found.out
+    assert ShardSet.open(tmp_path / "tar").manifest.class_names == CLASSES
+    for place in ("splits", "above/imagenet"):
+        for name, content in names.items():
+            (tmp_path / place / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / place / name).write_bytes(content)
+    for place in ("splits", "above"):
+        refused = svgpipe("shard", tmp_path / place, "--out", tmp_path / "folder")
+        assert refused.code == 2 and "found a split that holds folders. Give " in refused.err
+
+
+def test_tables_are_found_by_their_split(files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    table = as_table(files)
+    for name in ("train.parquet", "validation.parquet"):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        parquet.write_table(table.slice(0, 6) if "train" in name else table.slice(6), tmp_path / "a" / name)
+    (tmp_path / "a" / "preview.png").write_bytes(next(iter(files.values())))
+    found = svgpipe("shard", tmp_path / "a", "--out", tmp_path / "out", "--workers", 1)
+    assert found.code == 0 and "6 inputs = 6 usable" in found.out
+    arrow = as_arrow(files, tmp_path / "b")
+    (arrow / "cache-1234.arrow").write_bytes((arrow / "data-00000-of-00001.arrow").read_bytes())
+    found = svgpipe("shard", arrow, "--out", tmp_path / "arrow", "--workers", 1)
+    assert found.code == 0 and "12 inputs = 12 usable" in found.out
+    (tmp_path / "c").mkdir()
+    parquet.write_table(table, tmp_path / "c" / "train-00000-of-00003.parquet")
+    refused = svgpipe("shard", tmp_path / "c", "--out", tmp_path / "none")
+    assert refused.code == 2 and "expected 3 tables, as train-00000-of-00003.parquet says, found 1" in refused.err
+    texts = table.set_column(1, "label", pa.array(["01", "1", "02"] * 4)).replace_schema_metadata(None)
+    parquet.write_table(texts, tmp_path / "texts.parquet")
+    found = svgpipe("shard", tmp_path / "texts.parquet", "--out", tmp_path / "texts", "--workers", 1)
+    assert found.code == 0 and ShardSet.open(tmp_path / "texts").manifest.class_names == ["01", "02", "1"]
+    content = (arrow / "data-00000-of-00001.arrow").read_bytes()
+    (tmp_path / "cut.arrow").write_bytes(content[: len(content) // 2])
+    refused = svgpipe("shard", tmp_path / "cut.arrow", "--out", tmp_path / "none")
+    assert refused.code == 2 and "cut.arrow: is truncated or damaged" in refused.err
+
+
+def test_a_source_that_was_never_there_is_an_error(
+    files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    archive = as_tar(files, tmp_path / "photos.tar")
+    assert svgpipe("shard", archive, "--out", tmp_path / "out", "--workers", 1).code == 0
+    wrong = svgpipe("shard", tmp_path / "typo.tar", "--out", tmp_path / "out")
+    assert wrong.code == 2 and "typo.tar: expected a folder of class folders" in wrong.err
+    archive.unlink()
+    gone = svgpipe("shard", archive, "--out", tmp_path / "out")
+    assert gone.code == 0 and "not there any more" in gone.err
+
+
+def test_pipes_and_looping_links_are_rejected(files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    (tmp_path / "T" / "cat").mkdir(parents=True)
+    (tmp_path / "T" / "cat" / "1.jpg").write_bytes(next(iter(files.values())))
+    os.mkfifo(tmp_path / "T" / "cat" / "pipe.jpg")
+    (tmp_path / "T" / "cat" / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "T" / "cat" / "gone.jpg").symlink_to("nowhere.jpg")
+    found = svgpipe("shard", tmp_path / "T", "--out", tmp_path / "out", "--workers", 1)
+    assert found.code == 0 and "4 inputs = 1 usable + 3 rejected" in found.out
+    rejected = (tmp_path / "out" / "rejected.jsonl").read_text()
+    assert "not a file: a pipe, socket or device" in rejected and "Too many levels of symbolic links" in rejected
+
+
+def test_damaged_members_of_compressed_zips_are_rejected(
+    files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    for kind in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        place = tmp_path / f"{kind}.zip"
+        with zipfile.ZipFile(place, "w", kind) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content + bytes(3000))
+            start = archive.infolist()[0].header_offset + 30 + len(next(iter(files)))
+        stored_bytes = bytearray(place.read_bytes())
+        stored_bytes[start : start + 20] = b"\xff" * 20
+        place.write_bytes(stored_bytes)
+        found = svgpipe("shard", place, "--out", tmp_path / str(kind), "--workers", 1)
+        assert found.code == 0 and "12 inputs = 11 usable + 1 rejected" in found.out, found.err
+        assert "unreadable: " in (tmp_path / str(kind) / "rejected.jsonl").read_text()

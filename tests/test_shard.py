@@ -303,7 +303,7 @@ def test_a_finished_set_is_left_alone_and_another_source_is_refused(
         (["a/x.png", "b/"], 2, ["images of class 'b'", "found none"]),
         (["a/x.png", "b/notes.txt"], 2, ["images of class 'b'", "found 1 other files"]),
         (["a/broken.png", "b/broken.png"], 1, ["all 2 files were rejected", "not a JPEG"]),
-        (["train/a/x.png", "val/a/x.png"], 2, ["found splits (train, val) that hold folders", "source/train"]),
+        (["train/a/x.png", "val/a/x.png"], 2, ["found a split that holds folders. Give ", "source/train"]),
     ],
 )
 def test_sources_that_cannot_be_sharded(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 def visible_folders(folder: Path) -> list[str]:
     """Return the sorted names of the folders directly in `folder`, links to folders included, without hidden ones."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in os.scandir(folder) if _is_folder(entry) and not entry.name.startswith("."))
 
 
 def visible_files(folder: Path, *, below: bool = True) -> Iterator[os.DirEntry[str]]:
@@ -29,10 +29,17 @@ def _walk(folder: Path, below: bool, above: frozenset[tuple[int, int]]) -> Itera
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
-        if not entry.is_dir():
+        if not _is_folder(entry):
             yield entry
         elif below and (identity := _identity(entry)) not in above:
             yield from _walk(Path(entry.path), below, above | {identity})
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _identity(place: Path | os.DirEntry[str]) -> tuple[int, int]:

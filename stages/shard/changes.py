@@ -44,7 +44,7 @@ class ReadFile:
 
 def _sha256_of(file: SourceFile) -> str:
     try:
-        return hashlib.sha256(read_file(file)).hexdigest()
+        return "" if file.entry.problem else hashlib.sha256(read_file(file)).hexdigest()
     except OSError:
         return ""
 

@@ -72,7 +72,7 @@ def shard(
         MismatchError: `out` holds the shards of other images or another config.
         ArtifactError: every image was rejected, or files of a finished set were changed.
     """
-    kept = None if sources.train.exists() else spec_without_source(out, config)
+    kept = None if sources.train.exists() else spec_without_source(sources, out, config)
     if kept is not None and (done := kept.state()[1]) is not None:
         if progress is not None:
             progress.say(f"{sources.train}: not there any more; the finished shards in {out} are used")
@@ -111,8 +111,8 @@ def shard_spec(
             )
         own = [file for file in files if file.heldout == (name == "heldout")]
         listing: list[list[object]] = [[file.path, file.entry.size] for file in own]
-        if sources.unlabelled or sources.heldout_labels is not None:  # labels are not those of the folders
-            listing += [[file.path, file.label] for file in own]
+        if sources.unlabelled or sources.heldout_labels is not None or any(file.entry.block for file in own[:1]):
+            listing += [[file.path, file.label, file.entry.class_name] for file in own]  # they are not those of folders
         config_of = {"files": len(own)}
         inputs[name] = InputRef(kind="images", fingerprint=digest(listing), path=str(path), config=config_of)
     return StageSpec(out, ShardSetManifest, config.model_dump(mode="json"), inputs)
@@ -149,11 +149,16 @@ def assign_shards(files: Sequence[SourceFile], out: Location, config: ShardSecti
             number, first_key = number + 1, first_key + len(chunk)
 
 
-def spec_without_source(out: Location, config: ShardSection) -> StageSpec[ShardSetManifest] | None:
-    """Return what a finished shard set was made from, with another config; None if it is not finished."""
+def spec_without_source(
+    sources: ImageSources, out: Location, config: ShardSection
+) -> StageSpec[ShardSetManifest] | None:
+    """Return what a finished shard set was made from, with another config; None if it was made from other sources."""
     if not (out / MANIFEST_NAME).exists():
         return None
-    return StageSpec(out, ShardSetManifest, config.model_dump(mode="json"), ShardSetManifest.read(out).inputs)
+    inputs = ShardSetManifest.read(out).inputs
+    if {name: str(path.absolute()) for name, path in sources} != {name: ref.path for name, ref in inputs.items()}:
+        return None
+    return StageSpec(out, ShardSetManifest, config.model_dump(mode="json"), inputs)
 
 
 def _missing(jobs: Sequence[ShardJob], journal: Journal, progress: Progress) -> list[ShardJob]:
@@ -214,7 +219,7 @@ def _read(file: SourceFile) -> bytes:
     try:
         return read_file(file)
     except OSError as error:
-        raise RejectedImageError(f"unreadable: {error.strerror}") from error
+        raise RejectedImageError(f"unreadable: {error.strerror or error}") from error
 
 
 def _image(job: ShardJob, file: SourceFile, key: str, data: bytes) -> TarImage:
@@ -224,7 +229,8 @@ def _image(job: ShardJob, file: SourceFile, key: str, data: bytes) -> TarImage:
         RejectedImageError: the image cannot be used.
     """
     if file.label is None:
-        raise RejectedImageError("not in a class folder" if file.entry.class_name is None else "not a training class")
+        no_class = "no label, or one without a name" if file.entry.block else "not in a class folder"
+        raise RejectedImageError(no_class if file.entry.class_name is None else "not a training class")
     suffix = Path(file.path).suffix.lower()
     if not file.entry.block and suffix not in EXTENSIONS:
         raise RejectedImageError(f"extension {suffix or '(none)'} is not one of {', '.join(EXTENSIONS)}")
@@ -271,8 +277,8 @@ def _publish(
         raise AssertionError(f"{len(sources)} inputs, but {num_images} stored and {len(rejects)} rejected")
     if num_images == 0:
         raise ArtifactError(
-            f"{work.path}: expected at least one usable image, but all {len(rejects)} files were rejected "
-            f"({rejects[0]['path']}: {rejects[0]['reason']})."
+            f"{work.path}: expected at least one usable image, but all {len(rejects)} files were rejected"
+            + (f" ({rejects[0]['path']}: {rejects[0]['reason']})." if rejects else ".")
         )
     trained = (
         Counter[str](record["labels"]) for job, record in zip(jobs, records, strict=True) if job.split == "train"

@@ -6,9 +6,11 @@ between tars, but not within one.
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -110,7 +112,7 @@ def _spec(
     splits: list[tuple[Location, Split]] = [*((tar, "train") for tar in train), *((tar, "heldout") for tar in heldout)]
     sizes = [_require_plain_tar(tar) for tar, _ in splits]
     splits = [(absolute(tar), split) for tar, split in splits]
-    if len({str(tar) for tar, _ in splits}) != len(splits):
+    if len({os.path.realpath(str(tar)) if isinstance(tar, Path) else str(tar) for tar, _ in splits}) != len(splits):
         raise UsageError("a tar is named twice, perhaps as training and as held-out images.")
     listing = [[str(tar), split, size] for (tar, split), size in zip(splits, sizes, strict=True)]
     origin = InputRef(kind="tars", fingerprint=digest(listing), path=str(splits[0][0]), config={"tars": len(splits)})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import csv
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -113,14 +114,20 @@ def _require_no_splits(source: Path, class_names: Sequence[str]) -> None:
     Raises:
         UsageError: they are.
     """
-    if not class_names or not all(name.lower() in SPLITS for name in class_names):
-        return
-    holders = [name for name in class_names if visible_folders(source / name)]
-    if holders and not any(True for name in holders for _ in visible_files(source / name, below=False)):
-        raise UsageError(
-            f"{source}: expected class folders, found splits ({', '.join(class_names)}) that hold folders. Give one of "
-            f"them, as in {source / holders[0]}."
-        )
+    for name in class_names:
+        # `train/` that holds folders; or `imagenet/train/`, one level too high.
+        inner = [f"{name}/{folder}" for folder in visible_folders(source / name)]
+        for split in [name, *inner]:
+            if _is_split(source / split):
+                raise UsageError(
+                    f"{source}: expected class folders, found a split that holds folders. Give {source / split}."
+                )
+
+
+def _is_split(folder: Path) -> bool:
+    if folder.name.lower() not in SPLITS or not visible_folders(folder):
+        return False
+    return not any(PurePosixPath(e.name).suffix.lower() in EXTENSIONS for e in visible_files(folder, below=False))
 
 
 def _heldout(sources: ImageSources, class_names: Sequence[str], train: Listing) -> list[SourceFile]:
@@ -137,7 +144,7 @@ def _heldout(sources: ImageSources, class_names: Sequence[str], train: Listing) 
         entries = _labelled(entries, sources.heldout_labels, class_names)
     _require_others(sources, entries, train)
     labels = {name: label for label, name in enumerate(class_names)}
-    files = [SourceFile(f"heldout/{entry.name}", _label(entry, labels), entry, heldout=True) for entry in entries]
+    files = [SourceFile(f"--heldout/{entry.name}", _label(entry, labels), entry, heldout=True) for entry in entries]
     if not any(file.label is not None for file in files):
         found = sorted({entry.class_name for entry in entries if entry.class_name is not None})
         hint = "" if found else " Give --heldout-labels FILE."
@@ -154,8 +161,9 @@ def _require_others(sources: ImageSources, entries: Sequence[Entry], train: List
     Raises:
         UsageError: they are in the same place.
     """
-    trained = {(entry.origin, entry.name) for entry in train.entries}
-    if any((entry.origin, entry.name) in trained for entry in entries):
+    places = {origin: os.path.realpath(origin) for origin in {entry.origin for entry in (*train.entries, *entries)}}
+    trained = {(places[entry.origin], entry.name) for entry in train.entries}
+    if any((places[entry.origin], entry.name) in trained for entry in entries):
         raise UsageError(
             f"{sources.heldout}: expected images that are kept out of training, found images of {sources.train}. To "
             "hold out a part of them, give --holdout FRACTION."
@@ -166,39 +174,64 @@ def _labelled(entries: Sequence[Entry], file: Path, class_names: Sequence[str]) 
     """Return the entries with the classes of a label file.
 
     Lines are `NAME LABEL`, or those of Kaggle's LOC_val_solution.csv, or one label per image in the order of the names.
-    A label is a class name, or a class number from 0.
+    NAME is a path in the source, a file name, or a file name without its extension. A label is a class name, or a class
+    number from 0.
 
     Raises:
-        UsageError: the file is missing or not of this form.
+        UsageError: the file is missing, not of this form, or names several images or labels at once.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        lines = [line.strip() for line in re.split(r"\r\n|\n|\r", file.read_text(encoding="utf-8-sig")) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: expected a text file of labels: {error}") from error
     images = sorted((entry for entry in entries if _is_image(entry)), key=lambda entry: entry.name)
-    rows = [row for row in csv.reader(text.replace(",", " ").splitlines(), delimiter=" ", skipinitialspace=True) if row]
-    if rows and rows[0][0] == "ImageId":
-        rows = rows[1:]
-    if rows and all(len(row) == 1 for row in rows):
-        if len(rows) != len(images):
-            raise UsageError(f"{file}: expected a label for each of {len(images)} images, found {len(rows)} lines.")
-        by_stem = {PurePosixPath(entry.name).stem: row[0] for entry, row in zip(images, rows, strict=True)}
+    if lines and lines[0].startswith("ImageId,"):
+        lines = lines[1:]
+    names = _names_of(images)
+    classes: dict[str, str] = {}
+    one_each = all(len(re.split(r"[,\s]", line)) == 1 for line in lines) or all(line in class_names for line in lines)
+    if one_each:
+        if len(lines) != len(images):
+            raise UsageError(f"{file}: expected a label for each of {len(images)} images, found {len(lines)} lines.")
+        classes = {entry.name: _required(line, class_names, file) for entry, line in zip(images, lines, strict=True)}
     else:
-        by_stem = {PurePosixPath(row[0]).stem: row[1] for row in rows if len(row) > 1}
-    classes = {label: _class_of(label, class_names, file) for label in set(by_stem.values())}
-    found = (by_stem.get(PurePosixPath(entry.name).stem) for entry in images)
-    return [
-        replace(entry, class_name=None if label is None else classes[label])
-        for entry, label in zip(images, found, strict=True)
-    ]
+        for line in lines:
+            name, *rest = re.split(r"[,\s]", line, maxsplit=1)
+            found = names.get(name, [])
+            if len(found) > 1:
+                raise UsageError(f"{file}: {name} means {len(found)} images, as {found[0]} and {found[1]}. Give paths.")
+            for image in found:
+                label = _required(rest[0].strip() if rest else "", class_names, file)
+                if classes.setdefault(image, label) != label:
+                    raise UsageError(f"{file}: {name} has two labels: {classes[image]} and {label}.")
+    return [replace(entry, class_name=classes.get(entry.name)) for entry in entries]
 
 
-def _class_of(label: str, class_names: Sequence[str], file: Path) -> str:
-    if label in class_names:
-        return label
-    if label.isdigit() and int(label) < len(class_names):
-        return class_names[int(label)]
-    raise UsageError(
-        f"{file}: expected a class name, or a number from 0 to {len(class_names) - 1}, found {label!r}. (The numbers "
-        "of ILSVRC's devkit begin at 1 and have another order; use Kaggle's LOC_val_solution.csv.)"
-    )
+def _names_of(images: Sequence[Entry]) -> dict[str, list[str]]:
+    """Return the images that a name may mean: by path, else by file name, else by file name without its extension."""
+    names: dict[str, list[str]] = {}
+    for form in (str, lambda name: PurePosixPath(name).name, lambda name: PurePosixPath(name).stem):
+        found: dict[str, list[str]] = {}
+        for entry in images:
+            found.setdefault(form(entry.name), []).append(entry.name)
+        names = found | names  # the exact form wins
+    return names
+
+
+def _class_of(label: str, class_names: Sequence[str]) -> str | None:
+    """Return the class of a label: all of it, or its first word as in Kaggle's file; None if there is none."""
+    for text in (label, *label.split()[:1]):
+        if text in class_names:
+            return text
+        if re.fullmatch(r"[0-9]{1,9}", text) and int(text) < len(class_names):
+            return class_names[int(text)]
+    return None
+
+
+def _required(label: str, class_names: Sequence[str], file: Path) -> str:
+    if (found := _class_of(label, class_names)) is None:
+        raise UsageError(
+            f"{file}: expected a class name, or a number from 0 to {len(class_names) - 1}, found {label!r}. (The "
+            "numbers of ILSVRC's devkit begin at 1 and have another order; use Kaggle's LOC_val_solution.csv.)"
+        )
+    return found

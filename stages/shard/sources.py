@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import stat
 import tarfile
 import threading
 import zipfile
@@ -18,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.errors import UsageError, first_line
 from svgpipe.manifests.filesystem import read_range
 from svgpipe.manifests.shards import Split
 
@@ -46,8 +48,11 @@ def list_source(source: Path, split: Split) -> Listing:
     """
     if source.is_dir():
         entries = list(_in_folder(source))
-        tables = [] if any(_is_image(entry.name) for entry in entries) else _tables_in(source, split)
-        return list_tables(tables) if tables else Listing(entries)
+        tables = _tables_in(source, split)
+        published = any(re.search(r"-[0-9]+-of-[0-9]+\.", path.name) for path in tables)
+        in_classes = any(_is_image(entry.name) and entry.class_name is not None for entry in entries)
+        use_tables = tables and (published or not in_classes)
+        return list_tables(tables) if use_tables else Listing(entries)
     if not source.exists():
         raise UsageError(f"{source}: expected a folder of class folders, a tar, a zip or tables, found nothing.")
     if source.name.endswith(COMPRESSED_TARS):
@@ -80,11 +85,16 @@ def read_entry(origin: str, name: str, place: tuple[int, ...], size: int) -> byt
 def _in_folder(source: Path) -> Iterator[Entry]:
     origin = str(source.absolute())
     for entry in visible_files(source):
-        # A broken symbolic link is an input that cannot be read, and is rejected with that reason.
-        status = entry.stat(follow_symlinks=entry.is_file())
+        path = Path(entry.path)
+        try:
+            status, problem = path.stat(), ""
+        except OSError as error:  # a link that leads to nothing, or to itself
+            status, problem = path.lstat(), f"unreadable: {error.strerror}"
+        if not problem and not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            problem = "not a file: a pipe, socket or device"
         name = os.path.relpath(entry.path, source)
         folder, slash, _ = name.partition(os.sep)
-        yield Entry(name, status.st_size, status.st_mtime_ns, folder if slash else None, origin)
+        yield Entry(name, status.st_size, status.st_mtime_ns, folder if slash else None, origin, problem=problem)
 
 
 def _in_tar(source: Path) -> Iterator[Entry]:
@@ -99,6 +109,8 @@ def _in_tar(source: Path) -> Iterator[Entry]:
             for member in tar:
                 if member.isdir() or _is_hidden(member.name):
                     continue
+                if member.isfile() and member.name.endswith(COMPRESSED_TARS):
+                    raise UsageError(f"{source}: its tar {member.name} is compressed. Decompress it first.")
                 if member.isfile() and member.name.endswith(".tar"):
                     yield from _in_class_tar(tar, member, modified, origin)
                 else:
@@ -112,18 +124,31 @@ def _in_tar(source: Path) -> Iterator[Entry]:
 
 
 def _in_class_tar(tar: tarfile.TarFile, member: tarfile.TarInfo, modified: int, origin: str) -> Iterator[Entry]:
-    folder = PurePosixPath(member.name).with_suffix("").as_posix()
+    """Yield the files of the tar of one class.
+
+    Raises:
+        UsageError: it is empty, truncated or damaged: the class, or a part of it, would vanish.
+    """
+    folder, start, empty = PurePosixPath(member.name).with_suffix("").as_posix(), member.offset_data, True
     try:
         with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
             for image in inner:
+                empty = empty and image.isdir()
                 if not image.isdir() and not _is_hidden(image.name):
-                    name, place = f"{folder}/{image.name}", (member.offset_data + image.offset_data,)
-                    yield Entry(name, image.size, modified, None, origin, place, problem=_problem_of(image))
+                    place, problem = (start + image.offset_data,), _problem_of(image)
+                    yield Entry(f"{folder}/{image.name}", image.size, modified, None, origin, place, problem=problem)
+            end = start + member.size
+            lost = left_unread(Path(origin), start + inner.offset, end)
+            why = "it is empty" if empty else "it has no end" if start + inner.offset >= end else lost and lost[1]
     except (tarfile.TarError, EOFError, ValueError) as error:
-        yield Entry(f"{member.name}", 0, modified, None, origin, problem=f"damaged tar of a class ({error})")
+        why = str(error)
+    if why:
+        raise UsageError(f"{origin}: its tar {member.name} is damaged or truncated ({why}). Download it again.")
 
 
 def _problem_of(member: tarfile.TarInfo) -> str:
+    if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+        return "unsafe name: an absolute path, or one that leads to a folder above"
     if not member.isfile():
         return "not a file: a link or a special file"
     return "sparse member: its bytes are not stored in one piece" if member.issparse() else ""
@@ -147,8 +172,8 @@ class _SharedZip:
         with self._turn:
             try:
                 return self._zip.read(name)
-            except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # damaged, encrypted, odd method
-                raise OSError(0, str(error)) from error
+            except Exception as error:  # damaged, encrypted, of an unknown method: each codec has its own errors
+                raise OSError(0, first_line(error)) from error
 
 
 @functools.lru_cache(maxsize=4)
@@ -173,15 +198,32 @@ def _classified(entries: Sequence[Entry], split: Split) -> list[Entry]:
     while of_images and len({folders[depth : depth + 1] for folders in of_images}) == 1 and of_images[0][depth:]:
         depth += 1
     tops = {folders[depth] for folders in of_images if len(folders) > depth}
-    wanted = tops
-    if tops and {top.lower() for top in tops} <= SPLITS:
-        names = TRAIN if split == "train" else HELDOUT
-        wanted, depth = {top for top in tops if top.lower() in names}, depth + 1
-        entries = [entry for entry in entries if len(p := parts[entry.name]) > depth and p[depth - 1] in wanted]
-    elif not tops and depth:  # all images lie in one folder, which is their class
+    splits = {folders[depth] for folders in of_images if len(folders) > depth + 1} & _of(tops, TRAIN | HELDOUT)
+    if splits or (tops and not tops - _of(tops, SPLITS)):
+        wanted, other = _of(tops, TRAIN if split == "train" else HELDOUT), _of(tops, SPLITS)
+        tops_of = {entry.name: parts[entry.name][depth : depth + 1] for entry in entries}
+        entries = [
+            entry for entry in entries if tops_of[entry.name] and not set(tops_of[entry.name]) & (other - wanted)
+        ]
+        inside = {entry.name for entry in entries if set(tops_of[entry.name]) & wanted}
+        found = [
+            replace(entry, class_name=_first_folder(entry, depth + 1) if entry.name in inside else None)
+            for entry in _without_duplicates(entries)
+        ]
+        return found if split == "train" else [entry for entry in found if entry.name in inside]
+    if not tops and depth:  # all images lie in one folder, which is their class
         depth -= 1
-    below = ((entry, PurePosixPath(entry.name).parts[depth:]) for entry in _without_duplicates(entries))
-    return [replace(entry, class_name=rest[0] if len(rest) > 1 else None) for entry, rest in below]
+    return [replace(entry, class_name=_first_folder(entry, depth)) for entry in _without_duplicates(entries)]
+
+
+def _of(names: set[str], kinds: frozenset[str]) -> set[str]:
+    return {name for name in names if name.lower() in kinds}
+
+
+def _first_folder(entry: Entry, depth: int) -> str | None:
+    """Return the folder at this depth, which is the class; None without one."""
+    rest = PurePosixPath(entry.name).parts[depth:]
+    return rest[0] if len(rest) > 1 and not entry.problem.startswith("unsafe") else None
 
 
 def _without_duplicates(entries: Sequence[Entry]) -> Iterator[Entry]:
@@ -200,12 +242,26 @@ def _is_image(name: str) -> bool:
 
 
 def _tables_in(folder: Path, split: Split) -> list[Path]:
-    """Return the tables of one split in a folder or in its `data/`: files are named SPLIT-00000-of-00001.parquet."""
+    """Return the tables of one split in a folder or in its `data/`: SPLIT-00000-of-00001.parquet, SPLIT.parquet.
+
+    Raises:
+        UsageError: some of the files that the names count are missing.
+    """
     for place in (folder, folder / "data"):
-        tables = sorted(path for path in place.glob("*") if path.suffix in TABLES) if place.is_dir() else []
+        found = sorted(path for path in place.glob("*") if path.suffix in TABLES) if place.is_dir() else []
+        tables = [path for path in found if not path.name.startswith(("cache-", "."))]  # caches of `datasets`
         if not tables:
             continue
         wanted = TRAIN if split == "train" else HELDOUT
-        chosen = [path for path in tables if path.name.partition("-")[0].lower() in wanted]
-        return chosen or [path for path in tables if path.name.partition("-")[0].lower() not in SPLITS]
+        chosen = [path for path in tables if split_word(path) in wanted]
+        chosen = chosen or [path for path in tables if split_word(path) not in SPLITS]
+        totals = {int(match[1]) for path in chosen if (match := re.search(r"-of-([0-9]+)\.", path.name))}
+        if len(totals) == 1 and len(chosen) != (total := totals.pop()):
+            raise UsageError(f"{place}: expected {total} tables, as {chosen[0].name} says, found {len(chosen)}.")
+        return chosen
     return []
+
+
+def split_word(table: Path) -> str:
+    """Return the first word of a file name: `train` of train-00000-of-00002.parquet and train_0.parquet."""
+    return re.split(r"[-_.]", table.name)[0].lower()

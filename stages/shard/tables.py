@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
-from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.errors import UsageError, first_line
 
 from .entries import Entry, Listing
 
@@ -36,6 +37,7 @@ def list_tables(tables: Sequence[Path]) -> Listing:
     """
     entries: list[Entry] = []
     first: list[str] | None = None
+    numbers = True
     for table in tables:
         schema = _schema_of(table)
         _, label = _columns_of(schema, table)
@@ -44,17 +46,18 @@ def list_tables(tables: Sequence[Path]) -> Listing:
         modified, origin = table.stat().st_mtime_ns, str(table.absolute())
         for number, labels in enumerate(_labels(table, label)):
             block = f"{table.name}/{number:05d}"
+            numbers = numbers and not any(isinstance(value, str) for value in labels)
             entries += [
                 Entry(f"{block}-{row:05d}", 0, modified, _class_of(value, names, table), origin, (number, row), block)
                 for row, value in enumerate(labels)
             ]
-    return Listing(entries, first or _numbers(entries))
+    return Listing(entries, first or (_numbers(entries) if numbers else None))
 
 
 def _numbers(entries: Sequence[Entry]) -> list[str] | None:
     """Return the names 0, 1, … if all labels are numbers, so that they stay what they are; None otherwise."""
     found = {entry.class_name for entry in entries if entry.class_name is not None}
-    if not found or not all(name.isdigit() for name in found):
+    if not found or not all(re.fullmatch(r"[0-9]+", name) for name in found):
         return None
     highest = max(int(name) for name in found)
     return [str(number) for number in range(highest + 1)] if highest < MAX_CLASSES else None
@@ -94,7 +97,18 @@ def _schema_of(table: Path) -> pa.Schema:
 
 
 def _labels(table: Path, label: str | None) -> Iterator[list[Any]]:
-    """Yield the labels of each record batch, or row group of a parquet file; None without a label column."""
+    """Yield the labels of each record batch, or row group of a parquet file; None without a label column.
+
+    Raises:
+        UsageError: the table is damaged.
+    """
+    try:
+        yield from _labels_in(table, label)
+    except (OSError, pa.ArrowException) as error:
+        raise UsageError(f"{table}: is truncated or damaged ({first_line(error)}). Download it again.") from error
+
+
+def _labels_in(table: Path, label: str | None) -> Iterator[list[Any]]:
     opened = _open(table)
     if isinstance(opened, parquet.ParquetFile):
         for group in range(opened.num_row_groups):
@@ -163,7 +177,10 @@ def read_row(table: Path, place: tuple[int, ...]) -> bytes:
         OSError: it has none.
     """
     number, row = place
-    value = _image_bytes(table, number)[row].as_py()
-    if value is None:
-        raise OSError(0, "the row holds no image bytes")
-    return bytes(value)
+    try:
+        value = _image_bytes(table, number)[row].as_py()
+    except pa.ArrowException as error:
+        raise OSError(0, first_line(error)) from error
+    if not isinstance(value, bytes):
+        raise OSError(0, f"the row holds no image bytes, but {type(value).__name__}")
+    return value

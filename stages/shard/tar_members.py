@@ -118,7 +118,7 @@ def left_unread(path: Location, offset: int, size: int) -> tuple[int, str] | Non
     if offset < size and read_range(path, offset, tarfile.BLOCKSIZE).strip(b"\0"):
         return offset, "no readable header, so everything after it in this tar is lost"
     for start in range(offset, size, SCAN_BYTES):
-        block = read_range(path, start, SCAN_BYTES)
+        block = read_range(path, start, min(SCAN_BYTES, size - start))
         if left := block.lstrip(b"\0"):
             at = start + len(block) - len(left)
             return at, "data after the tar's end marker is lost, as in concatenated tars"
