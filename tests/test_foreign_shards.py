@@ -505,3 +505,21 @@ def test_damaged_jpegs_are_rejected_or_kept(
     for source in (kept, indexed):
         found = svgpipe("extract", "--shards", source, "--out", source / "cache", *recipe)
         assert "3 samples = 3 valid + 0 rejected" in found.out, found.err
+
+
+def test_notes_about_tars_without_an_end_and_about_leaked_images(
+    tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    odd = "Screenshot\u202f1.png"  # a narrow space, as macOS writes it
+    members = [(odd, image("PNG", 0)), (odd.replace("png", "cls"), b"0"), ("1.png", image("PNG", 1)), ("1.cls", b"0")]
+    whole = write(tmp_path / "a.tar", members)
+    with tarfile.open(whole) as tar:
+        end = tar.getmember("1.png").offset
+    (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:end])
+    (tmp_path / "link.tar").symlink_to(whole)
+    same = svgpipe("index", whole, "--heldout", tmp_path / "link.tar", "--out", tmp_path / "same")
+    assert same.code == 2 and "named twice" in same.err
+    found = svgpipe("index", whole, "--heldout", tmp_path / "cut.tar", "--out", tmp_path / "out")
+    assert found.code == 0, found.err
+    assert "cut.tar: has no end marker; it may be cut off between two members" in found.err
+    assert "1 held-out images are also training images" in found.err and "3 usable + 0 rejected" in found.out

@@ -468,3 +468,11 @@ def test_jpeg_pixels_equal_pillow(mode: str, subsampling: int, progressive: bool
         picture.save(buffer, "JPEG", quality=quality, subsampling=subsampling, progressive=progressive)
         expected = np.asarray(Image.open(buffer).convert("RGB"))
         np.testing.assert_array_equal(to_array(decode_image(buffer.getvalue())), expected)
+
+
+def test_classes_that_look_alike_are_refused(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    for number, pair in enumerate((("café", "cafe\u0301"), (os.fsdecode(b"\xff"), os.fsdecode(b"\xfe")))):
+        for name in pair:
+            save(tmp_path / str(number) / name / "x.png", Image.fromarray(PIXELS))
+        refused = svgpipe("shard", tmp_path / str(number), "--out", tmp_path / "out")
+        assert refused.code == 2 and "found two that look alike" in refused.err

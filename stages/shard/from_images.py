@@ -29,7 +29,7 @@ from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import cpu_count
 from .changes import ReadFile, read_file, require_unchanged, write_sources
 from .labels import empty_classes, order_warning
-from .publish import printable, publish_shards
+from .publish import leaked_warning, printable, publish_shards
 from .scan import ImageSources, SourceFile, scan
 
 
@@ -251,8 +251,7 @@ def _leaked(jobs: Sequence[ShardJob], sources: Sequence[ReadFile], rejected: set
         (file, split) for file, split in zip(sources, splits, strict=True) if printable(file.path) not in rejected
     ]
     train = {file.sha256 for file, split in stored if split == "train"}
-    held = [file.path for file, split in stored if split == "heldout" and file.sha256 in train]
-    return f"warning: {len(held)} held-out images are also training images, as {held[0]}" if held else None
+    return leaked_warning(train, {file.sha256: file.path for file, split in stored if split == "heldout"})
 
 
 def _publish(

@@ -35,7 +35,7 @@ from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import cpu_count
 from .labels import Classes, LabelError, RawLabel, classes_of, empty_classes, order_warning
-from .publish import publish_shards
+from .publish import leaked_warning, publish_shards
 from .tar_members import Member, ScanOptions, scan_tar
 
 COMPRESSED = {
@@ -202,17 +202,21 @@ def _publish(
     classes = classes_of((row.label for rows in tars for row in rows if row.label is not None), config.class_names)
     shards, rejected = [], []
     counts = np.zeros(len(classes.names), np.int64)
+    train, heldout = dict[str, str](), dict[str, str]()
     for i, ((tar, split), entry, rows) in enumerate(zip(splits, entries, tars, strict=True)):
         refs = [_resolved(tar, row, classes) for row in rows]
         shards.append(_indexed(work.path, i, (tar, split), entry, refs))
         rejected += [_rejected(ref) for ref in refs if ref.reject is not None]
+        hashes = {ref.sha256: f"{tar}: {ref.key}" for ref in refs if ref.reject is None}
+        (train if split == "train" else heldout).update(hashes)
         if split == "train":
             np.add.at(counts, [ref.label for ref in refs if ref.reject is None], 1)
     rows_in_all = sum(shard.num_images for shard in shards)
     if rows_in_all == len(rejected):
         reason = rejected[0]["reason"] if rejected else "no member has an image's extension"
         raise ArtifactError(f"{splits[0][0]}: expected at least one usable image in {len(splits)} tars ({reason}).")
-    for warning in (order_warning(classes.names), empty_classes(classes.names, counts.tolist())):
+    leaked = leaked_warning(train, heldout)
+    for warning in (order_warning(classes.names), empty_classes(classes.names, counts.tolist()), leaked):
         if warning is not None:
             progress.say(warning)
     return publish_shards(work, classes.names, shards, rejected, rows_in_all)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from svgpipe.manifests.filesystem import remove_tree, write_atomic
 from svgpipe.manifests.journal import Journal
@@ -44,6 +44,17 @@ def publish_shards(
     published = work.publish(manifest)
     remove_tree(Journal(work.path).directory)
     return published
+
+
+def leaked_warning(train: Collection[str], heldout: Mapping[str, str]) -> str | None:
+    """Return a warning if held-out images have the bytes of training images; None if none has.
+
+    Args:
+        train: sha256 of the training images.
+        heldout: names of the held-out images by their sha256.
+    """
+    shared = [name for sha256, name in heldout.items() if sha256 in train]
+    return f"warning: {len(shared)} held-out images are also training images, as {shared[0]}" if shared else None
 
 
 def printable(name: str) -> str:

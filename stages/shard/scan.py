@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,7 @@ from svgpipe.manifests.errors import UsageError
 from ..images.decode import EXTENSIONS
 from ..images.folder import visible_files, visible_folders
 from .entries import SPLITS, Entry, Listing
+from .publish import printable
 from .sources import list_source
 
 UNLABELLED = "all"
@@ -90,7 +92,22 @@ def _class_names(source: Path, listing: Listing) -> list[str]:
             f"{source}: expected class folders (class/image.jpg), found none; {images} images lie in no class. To "
             "train without labels, add --unlabelled."
         )
+    _require_distinct(source, sorted(names))
     return sorted(names)
+
+
+def _require_distinct(source: Path, names: Sequence[str]) -> None:
+    """Check that no two classes look alike: names that are not UTF-8, or differ in the form of accents.
+
+    Raises:
+        UsageError: two of them do.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        shown = unicodedata.normalize("NFC", printable(name))
+        if shown in seen:
+            raise UsageError(f"{source}: expected distinct class names, found two that look alike: {shown!r}.")
+        seen[shown] = name
 
 
 def _is_image(entry: Entry) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import mimetypes
 import tarfile
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -97,6 +98,7 @@ def scan_tar(path: Location, size: int, options: ScanOptions) -> tuple[list[Memb
                 for member in tar:
                     scan.add(tar, member)
                 lost = left_unread(path, tar.offset, size)
+                note = "" if tar.offset < size else "has no end marker; it may be cut off between two members"
         except (tarfile.TarError, EOFError, ValueError) as error:
             lost = (0, "empty file (0 bytes): not even a tar's end marker") if size == 0 else None
             note = "" if lost else f"truncated or damaged after {len(scan.images)} images ({error}); they are kept"
@@ -241,7 +243,8 @@ def _is_media(extension: str) -> bool:
 
 def _reject_all_but_one(usable: list[Member]) -> None:
     """Keep the preferred image of one key; reject the others with its name."""
-    chosen = min(usable, key=lambda row: PREFERENCE.index(row.extension), default=None)
+    # Of two with one name, the later one, as when the tar is unpacked.
+    chosen = min(reversed(usable), key=lambda row: PREFERENCE.index(row.extension), default=None)
     for row in usable:
         if row is not chosen and chosen is not None:
             row.reject = f"duplicate key: {chosen.path} is the image of this key"
@@ -262,6 +265,6 @@ def unsafe(name: str) -> str | None:
         return "it contains a backslash"
     if ".." in PurePosixPath(name).parts:
         return "it leads to a folder above"
-    if not name.isprintable():
+    if any(not c.isprintable() and unicodedata.category(c) != "Zs" for c in name):  # some cameras write odd spaces
         return "it contains unprintable characters"
     return None
