@@ -56,7 +56,7 @@ HeldoutLabelsOption = Annotated[
 ]
 UnlabelledOption = Annotated[bool, typer.Option("--unlabelled", help="Ignore labels: all images are one class.")]
 KeepDamagedOption = Annotated[
-    bool, typer.Option("--keep-damaged", help="Keep damaged JPEGs, a part of which may be grey.")
+    bool, typer.Option("--keep-damaged", help="Keep damaged JPEGs. Parts of them may be grey.")
 ]
 ShardsOption = Annotated[
     str,

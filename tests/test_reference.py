@@ -180,7 +180,7 @@ def test_invalid_references_are_refused(finished: Finished, svgpipe: Callable[..
 
 
 def test_a_reference_folder_is_hashed_once(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a folder of which some images are measured, only these are read."""
+    """Only the images that are measured are read."""
     folder = tmp_path / "folder"
     shutil.copytree(photographs, folder)
     read: list[str] = []

@@ -251,7 +251,7 @@ def _leaked(jobs: Sequence[ShardJob], sources: Sequence[ReadFile], rejected: set
         (file, split) for file, split in zip(sources, splits, strict=True) if printable(file.path) not in rejected
     ]
     train = {file.sha256 for file, split in stored if split == "train"}
-    return leaked_warning(train, {file.sha256: file.path for file, split in stored if split == "heldout"})
+    return leaked_warning(train, ((file.sha256, file.path) for file, split in stored if split == "heldout"))
 
 
 def _publish(

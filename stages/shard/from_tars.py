@@ -202,15 +202,17 @@ def _publish(
     classes = classes_of((row.label for rows in tars for row in rows if row.label is not None), config.class_names)
     shards, rejected = [], []
     counts = np.zeros(len(classes.names), np.int64)
-    train, heldout = dict[str, str](), dict[str, str]()
+    train, heldout = set[str](), list[tuple[str, str]]()
     for i, ((tar, split), entry, rows) in enumerate(zip(splits, entries, tars, strict=True)):
         refs = [_resolved(tar, row, classes) for row in rows]
         shards.append(_indexed(work.path, i, (tar, split), entry, refs))
         rejected += [_rejected(ref) for ref in refs if ref.reject is not None]
-        hashes = {ref.sha256: f"{tar}: {ref.key}" for ref in refs if ref.reject is None}
-        (train if split == "train" else heldout).update(hashes)
+        usable = [ref for ref in refs if ref.reject is None]
         if split == "train":
-            np.add.at(counts, [ref.label for ref in refs if ref.reject is None], 1)
+            train.update(ref.sha256 for ref in usable)
+            np.add.at(counts, [ref.label for ref in usable], 1)
+        else:
+            heldout += [(ref.sha256, f"{tar}: {ref.key}") for ref in usable]
     rows_in_all = sum(shard.num_images for shard in shards)
     if rows_in_all == len(rejected):
         reason = rejected[0]["reason"] if rejected else "no member has an image's extension"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from svgpipe.manifests.filesystem import remove_tree, write_atomic
 from svgpipe.manifests.journal import Journal
@@ -46,14 +46,14 @@ def publish_shards(
     return published
 
 
-def leaked_warning(train: Collection[str], heldout: Mapping[str, str]) -> str | None:
+def leaked_warning(train: Collection[str], heldout: Iterable[tuple[str, str]]) -> str | None:
     """Return a warning if held-out images have the bytes of training images; None if none has.
 
     Args:
         train: sha256 of the training images.
-        heldout: names of the held-out images by their sha256.
+        heldout: sha256 and name of every held-out image.
     """
-    shared = [name for sha256, name in heldout.items() if sha256 in train]
+    shared = [name for sha256, name in heldout if sha256 in train]
     return f"warning: {len(shared)} held-out images are also training images, as {shared[0]}" if shared else None
 
 

@@ -90,7 +90,7 @@ def _in_folder(source: Path) -> Iterator[Entry]:
             status, problem = path.stat(), ""
         except OSError as error:  # a link that leads to nothing, or to itself
             status, problem = path.lstat(), f"unreadable: {error.strerror}"
-        if not problem and not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        if not problem and not stat.S_ISREG(status.st_mode):  # reading a pipe would block
             problem = "not a file: a pipe, socket or device"
         name = os.path.relpath(entry.path, source)
         folder, slash, _ = name.partition(os.sep)
@@ -176,8 +176,13 @@ class _SharedZip:
                 raise OSError(0, first_line(error)) from error
 
 
-@functools.lru_cache(maxsize=4)
 def _zip_of(path: str) -> _SharedZip:
+    return _opened_zip(path, Path(path).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _opened_zip(path: str, modified_ns: int) -> _SharedZip:
+    del modified_ns  # a replaced zip is opened again
     return _SharedZip(path)
 
 
@@ -192,38 +197,47 @@ def _classified(entries: Sequence[Entry], split: Split) -> list[Entry]:
     Folders that hold everything are skipped, as `ILSVRC/Data/CLS-LOC/` of the Kaggle zip. The first folder below, or
     below that of the split, is the class.
     """
-    parts = {entry.name: PurePosixPath(entry.name).parts for entry in entries}
-    of_images = [parts[entry.name][:-1] for entry in entries if _is_image(entry.name)]
+    entries = list(_without_duplicates(entries))
+    of_images = [_folders(entry) for entry in entries if _is_image(entry.name)]
     depth = 0
     while of_images and len({folders[depth : depth + 1] for folders in of_images}) == 1 and of_images[0][depth:]:
         depth += 1
     tops = {folders[depth] for folders in of_images if len(folders) > depth}
-    splits = {folders[depth] for folders in of_images if len(folders) > depth + 1} & _of(tops, TRAIN | HELDOUT)
-    if splits or (tops and not tops - _of(tops, SPLITS)):
-        wanted, other = _of(tops, TRAIN if split == "train" else HELDOUT), _of(tops, SPLITS)
-        tops_of = {entry.name: parts[entry.name][depth : depth + 1] for entry in entries}
-        entries = [
-            entry for entry in entries if tops_of[entry.name] and not set(tops_of[entry.name]) & (other - wanted)
-        ]
-        inside = {entry.name for entry in entries if set(tops_of[entry.name]) & wanted}
-        found = [
-            replace(entry, class_name=_first_folder(entry, depth + 1) if entry.name in inside else None)
-            for entry in _without_duplicates(entries)
-        ]
-        return found if split == "train" else [entry for entry in found if entry.name in inside]
+    with_folders = {folders[depth] for folders in of_images if len(folders) > depth + 1}
+    if with_folders & _of(tops, TRAIN | HELDOUT) or (tops and tops == _of(tops, SPLITS)):
+        return list(_of_split(entries, depth, _of(tops, SPLITS), split))
     if not tops and depth:  # all images lie in one folder, which is their class
         depth -= 1
-    return [replace(entry, class_name=_first_folder(entry, depth)) for entry in _without_duplicates(entries)]
+    return [replace(entry, class_name=_class_at(entry, depth)) for entry in entries]
+
+
+def _of_split(entries: Sequence[Entry], depth: int, splits: set[str], split: Split) -> Iterator[Entry]:
+    """Yield the entries of one split with their classes. Files outside of all splits count as training files.
+
+    Only lists and the like above the folder of the splits do not count.
+    """
+    wanted = _of(splits, TRAIN if split == "train" else HELDOUT)
+    for entry in entries:
+        folders = _folders(entry)
+        top = folders[depth] if len(folders) > depth else None
+        if top in wanted:
+            yield replace(entry, class_name=_class_at(entry, depth + 1))
+        elif top not in splits and split == "train" and (len(folders) >= depth or _is_image(entry.name)):
+            yield entry
+
+
+def _folders(entry: Entry) -> tuple[str, ...]:
+    return PurePosixPath(entry.name).parts[:-1]
 
 
 def _of(names: set[str], kinds: frozenset[str]) -> set[str]:
     return {name for name in names if name.lower() in kinds}
 
 
-def _first_folder(entry: Entry, depth: int) -> str | None:
+def _class_at(entry: Entry, depth: int) -> str | None:
     """Return the folder at this depth, which is the class; None without one."""
-    rest = PurePosixPath(entry.name).parts[depth:]
-    return rest[0] if len(rest) > 1 and not entry.problem.startswith("unsafe") else None
+    folders = _folders(entry)[depth:]
+    return folders[0] if folders and not entry.problem.startswith("unsafe") else None
 
 
 def _without_duplicates(entries: Sequence[Entry]) -> Iterator[Entry]:

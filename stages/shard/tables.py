@@ -158,8 +158,9 @@ def _class_names(schema: pa.Schema, label: str | None) -> list[str] | None:
 
 
 @functools.lru_cache(maxsize=2)
-def _image_bytes(table: Path, number: int) -> pa.Array:
+def _image_bytes(table: Path, modified_ns: int, number: int) -> pa.Array:
     """Return the image bytes of one record batch. The last two are kept: rows of a batch are read one after another."""
+    del modified_ns  # a replaced table is read again
     schema = _schema_of(table)
     image, _ = _columns_of(schema, table)
     opened = _open(table)
@@ -178,7 +179,7 @@ def read_row(table: Path, place: tuple[int, ...]) -> bytes:
     """
     number, row = place
     try:
-        value = _image_bytes(table, number)[row].as_py()
+        value = _image_bytes(table, table.stat().st_mtime_ns, number)[row].as_py()
     except pa.ArrowException as error:
         raise OSError(0, first_line(error)) from error
     if not isinstance(value, bytes):

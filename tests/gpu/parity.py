@@ -135,7 +135,7 @@ def training_step(setup: Setup) -> Iterator[Check]:
             name = f"one step, {precision}{', compiled' if compiled else ''}"
             yield Check(f"{name}: loss", abs(found[0] - loss) / loss, at_most=limit)
             yield Check(f"{name}: gradient norm", abs(found[1] - norm) / norm, at_most=limit)
-            # Adam's first step has the size of the learning rate, whatever the gradient: signs of tiny ones may differ.
+            # Adam's first step has the size of the learning rate for every gradient, so rounding may flip tiny ones.
             yield Check(f"{name}: weights", relative_error(found[2], weights), at_most=2e-2)
 
 
