@@ -43,12 +43,19 @@ def write_photographs(folder: Path) -> Path:
         with Image.open(source / file) as photograph:
             image = photograph.convert("RGB")
         rng = np.random.default_rng(number)
-        for i in range(CROPS_PER_PHOTOGRAPH):
-            box = _crop_box(image.size, rng)
+        for i, box in enumerate(_crop_boxes(image.size, rng)):
             crop = image.resize((CROP_SIZE, CROP_SIZE), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
             crop.save(partial / name / f"{i:04d}.png")
     partial.rename(folder)
     return folder
+
+
+def _crop_boxes(size: tuple[int, int], rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
+    """Return different boxes, so that no held-out crop is also a training crop."""
+    boxes: dict[tuple[int, int, int, int], None] = {}
+    while len(boxes) < CROPS_PER_PHOTOGRAPH:
+        boxes[_crop_box(size, rng)] = None
+    return list(boxes)
 
 
 def _crop_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
