@@ -18,7 +18,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from .errors import UsageError
-from .recipe import Recipe, Section
+from .recipe import Recipe
+from .section import Section
 from .yaml_values import parse_value, parse_yaml
 
 YAML_SUFFIXES = {".yaml", ".yml"}

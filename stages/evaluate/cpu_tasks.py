@@ -16,7 +16,8 @@ from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.shards import TarImage, shard_name, write_tar
+from svgpipe.manifests.shard_writer import TarImage, write_tar
+from svgpipe.manifests.shards import shard_name
 from svgpipe.manifests.store_spec import StoreSpec, unit_name
 
 from ..images.decode import RGBArray, centre_crop, decode_member, encode_png, to_array

@@ -20,7 +20,8 @@ from svgpipe.manifests.filesystem import Location, location
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import MANIFEST_NAME, InputRef, Json, digest
 from svgpipe.manifests.recipe import ShardSection
-from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split, TarImage, shard_name, write_tar
+from svgpipe.manifests.shard_writer import TarImage, write_tar
+from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split, shard_name
 from svgpipe.manifests.workdir import StageSpec, WorkDir
 
 from ..images.decode import EXTENSIONS, RejectedImageError, centre_crop, decode_or_keep, encode_png, to_array
