@@ -12,73 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
 from numpy.typing import ArrayLike, NDArray
-from pydantic import Field
 
+from .cache_creation import UNIT_ROWS, UNKNOWN, Options, create_cache
+from .cache_manifest import CacheManifest, Distribution
 from .errors import ArtifactError
 from .feature_store import FeatureStore, Values
 from .filesystem import Location, absolute, location
-from .manifest import Json, Manifest, digest
-from .store_spec import StoreDtype, StoreSpec
-
-STATISTICS = ("stored_mean", "stored_std", "stored_min", "stored_max", "stored_covariance")
-
-
-class CacheManifest(Manifest):
-    """What a feature cache holds and what it was made from."""
-
-    KIND: ClassVar[str] = "feature-cache"
-    NOUN: ClassVar[str] = "a feature cache"
-    OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"num_bytes", "timings"})
-
-    kind: Literal["feature-cache"] = "feature-cache"
-    num_samples: int
-    num_valid: int
-    num_rejected: int
-    num_heldout: int
-    feature_shape: tuple[int, int, int] = Field(description="rows, columns, channels")
-    frozen_channels: int
-    views: list[str]
-    store_dtype: StoreDtype = "float16"
-    unit_rows: int
-    class_names: list[str]
-    backbone: str
-    backbone_weights: str = Field(description="Weights as named in the recipe: hub, random, a file or a package.")
-    content: str = Field(description="sha256 over the hashes of all outer shards, labels and statistics.")
-    num_bytes: int
-    timings: Json = Field(default_factory=dict, description="Seconds per worker of the run that finished the cache.")
-
-    @property
-    def spec(self) -> StoreSpec:
-        """Shape of the store."""
-        rows, columns, channels = self.feature_shape
-        return StoreSpec(
-            num_samples=self.num_samples,
-            views=tuple(self.views),
-            grid=(rows, columns),
-            channels=channels,
-            unit_rows=self.unit_rows,
-            class_names=tuple(self.class_names),
-            dtype=self.store_dtype,
-        )
-
-    @property
-    def array_names(self) -> list[str]:
-        """Names of the small arrays of the store."""
-        scale = ["feature_scale"] if self.store_dtype == "int8" else []
-        return ["label", "valid", "heldout", "channel_mean", "channel_std", *scale, *STATISTICS]
-
-    @staticmethod
-    def content_of(store: FeatureStore, unit_hashes: Sequence[str]) -> str:
-        """Return the expected value of `content`: a digest over all outer shards and the small arrays."""
-        names = ["label", "valid", "heldout", "channel_mean", "channel_std"]
-        if store.spec.dtype == "int8":
-            names.append("feature_scale")
-        return digest([list(unit_hashes), {name: digest(store.array(name).tolist()) for name in names}])
 
 
 class CachedRow(NamedTuple):
@@ -115,6 +59,48 @@ class FeatureCache(Sequence[CachedRow]):
                 f"{expected.dtype}, found {spec.num_samples} of {(*spec.grid, spec.channels)} {spec.dtype}, or other "
                 "views or classes. The store was changed after its manifest was written."
             )
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Location,
+        features: Any,
+        labels: ArrayLike,
+        *,
+        class_names: Sequence[str] | None = None,
+        mean: ArrayLike | None = None,
+        std: ArrayLike | None = None,
+        heldout: ArrayLike | None = None,
+        distribution: Distribution = "point",
+        encoder: str = UNKNOWN,
+        unit_rows: int = UNIT_ROWS,
+    ) -> FeatureCache:
+        """Make a cache of features that were computed elsewhere. An interrupted call is made again from the start.
+
+        Args:
+            path: directory to create.
+            features: (n, row, column, channel), or (n, view, row, column, channel) with the views original and flip.
+                An array (NumPy, memmap, Zarr, HDF5, torch on the CPU), or an iterator of batches.
+            labels: (n,) class numbers from 0.
+            class_names: in label order; None: the numbers.
+            mean: subtracted from the features, one number or one per channel; None: measured on 4,096 training rows.
+            std: they are divided by it; required with `mean`, and both with an iterator.
+            heldout: (n,) True for rows that are kept out of training.
+            distribution: gaussian: the first half of the channels holds the means and the second half the standard
+                deviations of a posterior, and `mean` and `std` are those of the latents drawn from it.
+            encoder: what made the features, for pages.
+            unit_rows: rows per file.
+
+        Returns:
+            The cache.
+
+        Raises:
+            UsageError: labels, shapes or statistics do not fit, or `path` holds a cache.
+            ArtifactError: a feature is not finite.
+        """
+        options = Options(class_names, mean, std, heldout, distribution, encoder, unit_rows)
+        create_cache(path, features, labels, options)
+        return cls(path)
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -199,10 +185,18 @@ class FeatureCache(Sequence[CachedRow]):
         """Return rows in any order, duplicates allowed; see `FeatureStore.read`."""
         return self.store.read(indices, view)
 
+    def read_latents(self, indices: ArrayLike, view: str | ArrayLike = "original") -> Values:
+        """Return rows like `read`, as points: of a posterior cache the means alone."""
+        return self.read(indices, view)[..., : self.manifest.latent_shape[-1]]
+
     def read_stored(self, indices: ArrayLike, view: str | ArrayLike = "original") -> NDArray[Any]:
         """Return rows as stored, int8 or float16; see `FeatureStore.read_stored`."""
         return self.store.read_stored(indices, view)
 
     def denormalize(self, features: NDArray[Any]) -> NDArray[np.float32]:
-        """Return stored values (…, channel) as the float32 features that were encoded."""
-        return np.asarray(features, np.float32) * self.channel_std + self.channel_mean
+        """Return normalised values (…, channel) as the float32 features that were encoded.
+
+        Fewer channels are the first ones, such as latents of a posterior cache.
+        """
+        channels = features.shape[-1]
+        return np.asarray(features, np.float32) * self.channel_std[:channels] + self.channel_mean[:channels]

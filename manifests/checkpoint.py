@@ -24,9 +24,9 @@ from pydantic import Field
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from .errors import ArtifactError, UsageError, storage_error
+from .errors import ArtifactError, MismatchError, UsageError, storage_error
 from .filesystem import Location, children, file_sha256, make_directory, remove_tree, staged
-from .manifest import Json, Manifest, read_json, write_json
+from .manifest import InputRef, Json, Manifest, read_json, require_same, write_json
 
 AUTOENCODER_FILE = "autoencoder.safetensors"
 BACKBONE_FILE = "backbone.safetensors"
@@ -83,6 +83,33 @@ class AutoencoderManifest(Manifest):
     heldout_psnr: float | None = Field(None, description="dB, mean over held-out images; null without any.")
     reconstruction_grid: str | None = None
     origin: str | None = Field(None, description="Imported: source file and its sha256.")
+
+
+def require_decoder(
+    where: str, recorded: InputRef | None, shape: tuple[int, int, int], autoencoder: Location, what_to_do: str
+) -> AutoencoderManifest:
+    """Check that an autoencoder decodes some latents: it made them, or, if that is not recorded, has their shape.
+
+    Args:
+        where: of the latents, for messages.
+        recorded: autoencoder that made them; None: not recorded, as for features that others computed.
+        shape: rows, columns and channels of a latent.
+        autoencoder: the one that was given.
+        what_to_do: last sentence of the message.
+
+    Returns:
+        Its manifest.
+
+    Raises:
+        MismatchError: it does not.
+    """
+    encoder = AutoencoderManifest.read(autoencoder)
+    if recorded is not None:
+        require_same(where, recorded, encoder.as_input(autoencoder), what_to_do=what_to_do)
+    own = (*encoder.grid, encoder.frozen_channels + encoder.residual_channels)
+    if own != shape:
+        raise MismatchError(f"{where}: holds latents of {shape}, but {autoencoder} decodes {own}. {what_to_do}")
+    return encoder
 
 
 class DiffusionManifest(Manifest):

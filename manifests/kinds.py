@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .cache import CacheManifest
+from .cache_manifest import CacheManifest
 from .checkpoint import AutoencoderManifest, DiffusionManifest
 from .errors import ArtifactError
 from .evaluation import EvaluationManifest

@@ -151,6 +151,8 @@ class Manifest(FrozenModel):
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()  # config keys that do not change the result
     LATE: ClassVar[frozenset[str]] = frozenset()  # config keys that only the last step of a stage reads
     GROWS: ClassVar[frozenset[str]] = frozenset()  # config keys whose number a later run may raise
+    # Fields that older manifests do not have. At its default, such a field is not part of the identity.
+    ADDED: ClassVar[frozenset[str]] = frozenset()
     HINT: ClassVar[str] = ""  # what to do instead of changing a finished artifact
     _SHARED_OUTSIDE: ClassVar[frozenset[str]] = frozenset(
         {"svgpipe_version", "finished_at", "seconds", "inputs", "fingerprint"}
@@ -167,9 +169,22 @@ class Manifest(FrozenModel):
 
     def identity(self) -> Json:
         """Return the content of the fingerprint."""
-        fields = self.model_dump(mode="json", exclude=set(self._SHARED_OUTSIDE | self.OUTSIDE_IDENTITY))
+        unset = {name for name in self.ADDED if getattr(self, name) == type(self).model_fields[name].default}
+        fields = self.model_dump(mode="json", exclude={*self._SHARED_OUTSIDE, *self.OUTSIDE_IDENTITY, *unset})
         fields["inputs"] = {name: ref.fingerprint for name, ref in self.inputs.items()}
         return fields
+
+    def input(self, name: str) -> InputRef:
+        """Return the reference to an input.
+
+        Raises:
+            ArtifactError: none was recorded.
+        """
+        if name not in self.inputs:
+            raise ArtifactError(
+                f"no {name} recorded: {self.NOUN} with this manifest was not made from {name} by svgpipe."
+            )
+        return self.inputs[name]
 
     def sealed(self) -> Self:
         """Return the same manifest with its fingerprint."""

@@ -27,7 +27,9 @@ from .options import (
     GpusOption,
     HtmlOption,
     JsonOption,
+    MaxRejectsOption,
     OutOption,
+    ProcessesOption,
     RecipeOption,
     SetOption,
     ShardsOption,
@@ -156,12 +158,16 @@ def requantize(
     with ConsoleProgress() as progress:
         run_stage(source, target, store_dtype, progress=progress)
     reference = FeatureCache(source)
-    recorded = reference.manifest.inputs["autoencoder"].place(source)
-    where = recorded if autoencoder is None else location(autoencoder)
+    recorded = reference.manifest.inputs.get("autoencoder")
+    decoder = None if recorded is None else recorded.place(source)
+    if autoencoder is not None:
+        decoder = location(autoencoder)
+    elif decoder is not None and not (decoder / MANIFEST_NAME).exists():
+        decoder = None
     cost = measure_cost(
         reference,
         FeatureCache(target),
-        autoencoder=where if autoencoder or (where / MANIFEST_NAME).exists() else None,
+        autoencoder=decoder,
         diffusion=None if diffusion is None else location(diffusion),
     )
     write_json(target / COST_NAME, cost.model_dump(mode="json"))
@@ -211,6 +217,52 @@ def import_official(
         for reason, keys in imported.ignored.items():
             typer.echo(f"  not used: {len(keys)} {'entry' if len(keys) == 1 else 'entries'}, {keys[0]} …: {reason}")
     typer.echo("Official files hold no alignment. The first extraction or evaluation measures it.")
+
+
+@app.command(rich_help_panel=MEND)
+def import_latents(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Latents: .safetensors (LightningDiT), .npy with dataset.json (edm2, REPA; a .zip too), or class "
+            "folders of .npz (MAR)."
+        ),
+    ],
+    out: OutOption,
+    heldout: Annotated[
+        Path | None, typer.Option("--heldout", metavar="PATH", help="The same for rows kept out of training.")
+    ] = None,
+    class_names: Annotated[
+        Path | None, typer.Option("--class-names", metavar="FILE", help="Class names, one per line, in label order.")
+    ] = None,
+    factor: Annotated[
+        float | None,
+        typer.Option(
+            "--factor",
+            metavar="F",
+            help="Normalise by this factor, as 0.18215 for SD-VAE. Default: latents_stats.pt beside the latents, or "
+            "mean and standard deviation measured per channel.",
+        ),
+    ] = None,
+    encoder: Annotated[
+        str, typer.Option("--encoder", metavar="NAME", help="What made the latents, for pages.")
+    ] = "unknown",
+    max_rejects: MaxRejectsOption = 0.001,
+    workers: ProcessesOption = None,
+) -> None:
+    """Make a feature cache of latents that other programs computed."""
+    from svgpipe.stages.artifacts.import_latents import Import
+    from svgpipe.stages.artifacts.import_latents import import_latents as run_stage
+
+    wanted = Import(source, heldout, read_class_names(class_names), factor, encoder)
+    with ConsoleProgress() as progress:
+        manifest = run_stage(wanted, location(out), max_rejects=max_rejects, processes=workers, progress=progress)
+    rows, columns, channels = manifest.latent_shape
+    drawn = ", drawn from stored means and deviations" if manifest.distribution == "gaussian" else ""
+    typer.echo(
+        f"{out}: {manifest.num_samples} samples = {manifest.num_valid} valid + {manifest.num_rejected} rejected, "
+        f"{len(manifest.views)} views; latents {rows}x{columns}x{channels}{drawn}; {len(manifest.class_names)} classes"
+    )
 
 
 @app.command(rich_help_panel=LOOK)

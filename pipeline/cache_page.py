@@ -21,7 +21,7 @@ def render_cache(cache: FeatureCache, out: Location, samples: int = SAMPLES) -> 
     """Write the page of `cache` to `out`, with source images and reconstructions if their artifacts exist."""
     statistics = CacheStatistics.of(cache)
     sheet = contact_sheet(cache, samples)
-    channels, frozen = cache.shape[-1], statistics.frozen_channels
+    channels, frozen = len(statistics.mean), statistics.frozen_channels
     energy = np.cumsum(statistics.eigenvalues) / max(float(statistics.eigenvalues.sum()), 1e-12)
     order = list(range(1, channels + 1))
     pictures = [

@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from svgpipe.manifests.evaluation import Measured, Report, SamplerInfo
 from svgpipe.manifests.filesystem import Location
+from svgpipe.manifests.selection import choose_evenly
 from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.evaluate.measure_images import RECONSTRUCTIONS
 from svgpipe.stages.evaluate.reference import RealSets
 from svgpipe.stages.images.decode import RGBArray
 from svgpipe.stages.images.image_set import ImageSet
-from svgpipe.stages.runtime.selection import choose_evenly
 
 MAX_COLUMNS = 8
 TILE, GAP, LABEL_WIDTH = 96, 4, 160  # pixels

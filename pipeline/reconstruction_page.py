@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManifest, ReconstructionReport
+from svgpipe.manifests.selection import choose_evenly, evenly_spread
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.images.image_set import ImageSet
-from svgpipe.stages.runtime.selection import choose_evenly, evenly_spread
 
 from .page import Grid, lineage, picture, render
 from .tables import new_table, print_table, with_interval

@@ -13,11 +13,11 @@ from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report
 from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.recipe import EvaluationSection
+from svgpipe.manifests.selection import choose_evenly, evenly_spread
 from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.evaluate.measure_images import RECONSTRUCTIONS
 from svgpipe.stages.evaluate.reference import MIN_IMAGES, RealSets, Reference
 from svgpipe.stages.images.image_set import ImageSet
-from svgpipe.stages.runtime.selection import choose_evenly, evenly_spread
 
 from .charts import Drawing, LineChart, curve
 from .overview import overview_rows, overview_webp, sampler_of

@@ -17,7 +17,8 @@ from svgpipe.manifests.shards import ShardSet
 from svgpipe.stages.evaluate.export_images import export_npz, export_png
 from svgpipe.stages.evaluate.reference import shard_reference
 from svgpipe.stages.evaluate.stage import sample_and_eval
-from svgpipe.stages.extract.stage import MAX_REJECTS, extract
+from svgpipe.stages.extract.rejects import MAX_REJECTS
+from svgpipe.stages.extract.stage import extract
 from svgpipe.stages.runtime.progress import Progress
 from svgpipe.stages.runtime.resources import Resources
 from svgpipe.stages.shard.from_images import shard

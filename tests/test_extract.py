@@ -17,7 +17,7 @@ import yaml
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import FeatureStore
-from svgpipe.stages.extract.moments import Moments
+from svgpipe.manifests.moments import Moments
 from svgpipe.stages.images.stream import load_images
 from svgpipe.stages.networks.autoencoder import load_autoencoder
 

@@ -12,6 +12,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
+from svgpipe.manifests.selection import evenly_spread
 from svgpipe.models import feature_distances
 from svgpipe.models.feature_distances import (
     FrechetTarget,
@@ -23,7 +24,6 @@ from svgpipe.models.feature_distances import (
 from svgpipe.stages.evaluate import metrics
 from svgpipe.stages.evaluate.intervals import estimate, mean_estimate, picks
 from svgpipe.stages.evaluate.metrics import Comparison, Features, inception_score, kernel_distances
-from svgpipe.stages.runtime.selection import evenly_spread
 
 
 def test_frechet_distance_against_the_closed_form() -> None:

@@ -20,11 +20,11 @@ from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import FrozenModel
+from svgpipe.manifests.selection import evenly_spread
 
 from ..networks.diffusion import TrainedDiffusion, open_diffusion
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Silent
-from ..runtime.selection import evenly_spread
 from .class_distances import Distances, class_distances, tsne
 from .pooling import BACKBONE, BOTH, channel_groups, pooled, spread
 from .straightness import Straightness, straightness
@@ -147,7 +147,8 @@ def _is_of(model: TrainedDiffusion, cache: FeatureCache) -> bool:
 
 def _known_by(cache: FeatureCache, imported: bool) -> str:
     """Return the fingerprint of the cache, or, for an imported model, of the cache's autoencoder."""
-    return cache.manifest.inputs["autoencoder"].fingerprint if imported else cache.manifest.fingerprint
+    maker = cache.manifest.inputs.get("autoencoder") if imported else None
+    return cache.manifest.fingerprint if maker is None else maker.fingerprint
 
 
 def _analyze_one(
@@ -180,7 +181,7 @@ def _analyze_one(
         cache=str(cache.path),
         fingerprint=cache.manifest.fingerprint,
         backbone=cache.manifest.backbone,
-        shape=cache.manifest.feature_shape,
+        shape=cache.manifest.latent_shape,
         classes=[cache.classes[int(c)] for c in np.unique(cache.labels[rows])],
         num_images=len(rows),
         distances=distances,
@@ -200,7 +201,7 @@ def _agreement(
 ) -> tuple[list[Agreement], Estimate | None]:
     """Return `velocity_agreement`; nothing, and the reason in `missing`, if it cannot be measured."""
     try:
-        latents = torch.from_numpy(cache.read(rows).astype(np.float32)).flatten(1).to(pick_device())
+        latents = torch.from_numpy(cache.read_latents(rows).astype(np.float32)).flatten(1).to(pick_device())
         agreement, parted, left_out = velocity_agreement(latents, labels, RESAMPLINGS, seed)
     except ValueError as error:
         missing.append(str(error))

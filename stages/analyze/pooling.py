@@ -22,7 +22,7 @@ BACKBONE, RESIDUAL, BOTH = "backbone", "residual", "both"
 
 def channel_groups(cache: FeatureCache) -> dict[str, slice]:
     """Return the slices of backbone, residual and both; of the backbone alone for a cache without residual."""
-    frozen, channels = cache.manifest.frozen_channels, cache.shape[-1]
+    frozen, channels = cache.manifest.frozen_channels, cache.manifest.latent_shape[-1]
     if frozen == channels:
         return {BACKBONE: slice(0, frozen)}
     return {BACKBONE: slice(0, frozen), RESIDUAL: slice(frozen, channels), BOTH: slice(0, channels)}
@@ -39,10 +39,14 @@ def pooled(cache: FeatureCache, rows: Sequence[int], progress: Progress | None =
     blocks = [rows[start : start + BLOCK_ROWS] for start in range(0, len(rows), BLOCK_ROWS)]
     means: list[NDArray[np.float32]] = []
     with ThreadPoolExecutor(READERS) as readers:
-        for part in readers.map(lambda block: cache.read(block).mean(axis=(1, 2), dtype=np.float32), blocks):
+        for part in readers.map(lambda block: cache.read_latents(block).mean(axis=(1, 2), dtype=np.float32), blocks):
             means.append(part)
             progress.advance(len(part))
-    return cache.denormalize(np.concatenate(means)) if means else np.zeros((0, cache.shape[-1]), np.float32)
+    return (
+        cache.denormalize(np.concatenate(means))
+        if means
+        else np.zeros((0, cache.manifest.latent_shape[-1]), np.float32)
+    )
 
 
 def spread(features_nD: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.manifest import FrozenModel, InputRef, require_same
 from svgpipe.manifests.paper import PAPER_PROBES, PaperProbe
+from svgpipe.manifests.selection import evenly_spread
 from svgpipe.models.probes import fit_linear, knn_votes
 from svgpipe.models.seeds import generator
 
 from ..evaluate.intervals import share_estimate
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Silent
-from ..runtime.selection import evenly_spread
 from .pooling import channel_groups, pooled, spread
 
 NEIGHBOURS = 20
@@ -184,16 +184,22 @@ def _best_decay(x: Tensor, y: Tensor, num_classes: int, seed: int) -> float:
 
 def _require_comparable(cache: FeatureCache, validation: FeatureCache) -> None:
     ours, theirs = cache.manifest.inputs, validation.manifest.inputs
-    require_same(
-        str(validation.path),
-        theirs["autoencoder"],
-        ours["autoencoder"],
-        what_to_do="Extract both caches with the same autoencoder.",
-    )
+    same_source = "Extract both caches with the same autoencoder."
+    if "autoencoder" in ours or "autoencoder" in theirs:
+        validator = validation.manifest.input("autoencoder")
+        require_same(str(validation.path), validator, cache.manifest.input("autoencoder"), what_to_do=same_source)
+    if (expected := cache.manifest.latent_shape) != (found := validation.manifest.latent_shape):
+        raise MismatchError(f"{validation.path}: expected latents of {expected}, found {found}. {same_source}")
     require_same_alignment(validation.path, cache.path)
     not_heldout = bool((validation.valid & ~validation.heldout).any())  # held-out rows are never trained on
-    same = ours["shards"].fingerprint == theirs["shards"].fingerprint
-    if same or (not_heldout and _share_tars(ours["shards"], theirs["shards"])):
+    one, other = (
+        inputs.get("shards") or manifest.as_input(path)
+        for inputs, manifest, path in (
+            (ours, cache.manifest, cache.path),
+            (theirs, validation.manifest, validation.path),
+        )
+    )
+    if one.fingerprint == other.fingerprint or (not_heldout and _share_tars(one, other)):
         raise UsageError(
             f"{validation.path}: holds images of {cache.path} itself. Omit --validation to test on the held-out rows, "
             "or give a cache of other images."

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.manifest import FrozenModel
+from svgpipe.manifests.selection import evenly_spread
 from svgpipe.models.empirical_flow import empirical_velocity, posterior
 from svgpipe.models.seeds import generator
 
 from ..evaluate.intervals import estimate, mean_estimate, picks
-from ..runtime.selection import evenly_spread
 
 # Dense near the noise: with latents of 100,000 dimensions, a field soon points at a single image, from t = 0.02 on if
 # images have nothing in common.

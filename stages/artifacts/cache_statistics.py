@@ -16,7 +16,10 @@ NAMED = 8
 
 @dataclass(frozen=True)
 class CacheStatistics:
-    """Statistics of all stored values of valid rows and all views, in normalised units."""
+    """Statistics of all stored values of valid rows and all views, in normalised units.
+
+    Of a posterior cache, those of the means.
+    """
 
     mean: NDArray[np.float64]  # (C,) and so on
     std: NDArray[np.float64]
@@ -25,7 +28,7 @@ class CacheStatistics:
     eigenvalues: NDArray[np.float64]  # (C,) of the covariance, largest first
     effective_rank: float
     frozen_channels: int
-    calibrated_on_all: bool  # whether calibration used all training images
+    calibrated_on_all: bool | None  # whether calibration used all training images; None: the numbers were given
 
     @classmethod
     def of(cls, cache: FeatureCache) -> CacheStatistics:
@@ -37,10 +40,12 @@ class CacheStatistics:
         Raises:
             ArtifactError: an array is missing or damaged.
         """
+        channels, calibrated = cache.manifest.latent_shape[-1], cache.manifest.config["calibration_images"]
         arrays = {
-            name: cache.store.array(f"stored_{name}").astype(np.float64) for name in ("mean", "std", "min", "max")
+            name: cache.store.array(f"stored_{name}").astype(np.float64)[:channels]
+            for name in ("mean", "std", "min", "max")
         }
-        covariance = cache.store.array("stored_covariance")
+        covariance = cache.store.array("stored_covariance")[:channels, :channels]
         return cls(
             mean=arrays["mean"],
             std=arrays["std"],
@@ -49,7 +54,7 @@ class CacheStatistics:
             eigenvalues=np.clip(np.linalg.eigvalsh(covariance)[::-1], 0, None),
             effective_rank=effective_rank(covariance),
             frozen_channels=cache.manifest.frozen_channels,
-            calibrated_on_all=(cache.valid & ~cache.heldout).sum() <= cache.manifest.config["calibration_images"],
+            calibrated_on_all=None if calibrated is None else len(cache.training_rows) <= calibrated,
         )
 
     def name_of(self, channel: int) -> str:
@@ -75,11 +80,11 @@ class CacheStatistics:
             return []
         worst = ", ".join(f"{self.name_of(c)} (mean {self.mean[c]:+.3f}, std {self.std[c]:.3f})" for c in off[:NAMED])
         more = f" and {len(off) - NAMED} more" if len(off) > NAMED else ""
-        advice = (
-            "Calibration used all training images; held-out images and flips differ from them."
-            if self.calibrated_on_all
-            else "Calibrate over more images (extract.calibration_images)."
-        )
+        advice = {
+            None: "Mean and standard deviation were given when the cache was made.",
+            True: "Calibration used all training images; held-out images and flips differ from them.",
+            False: "Calibrate over more images (extract.calibration_images).",
+        }[self.calibrated_on_all]
         return [
             f"{len(off)} of {len(self.mean)} channels are not normalised (|mean| > {MEAN_LIMIT} or std "
             f"outside {STD_LOW}–{STD_HIGH}): {worst}{more}. {advice}"

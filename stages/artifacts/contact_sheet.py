@@ -12,12 +12,12 @@ from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, SvgpipeError
 from svgpipe.manifests.manifest import require_same
+from svgpipe.manifests.selection import choose_evenly, evenly_spread
 from svgpipe.manifests.shards import ShardSet
 
 from ..images.decode import RGBArray, tile
 from ..images.stream import load_images
 from ..networks.autoencoder import latent_decoder
-from ..runtime.selection import choose_evenly, evenly_spread
 
 # Standard deviations at the ends of the colour scale.
 COLOUR_RANGE = 2.5
@@ -59,7 +59,7 @@ def contact_sheet(cache: FeatureCache, count: int) -> ContactSheet:
     chosen = _classes_in_turn(cache, count)
     if not chosen:
         raise ArtifactError(f"{cache.path}: expected a valid row to show, found none.")
-    features = cache.read(chosen).astype(np.float32)
+    features = cache.read_latents(chosen).astype(np.float32)
     frozen = cache.manifest.frozen_channels
     backbone = _principal_colours(features[..., :frozen])
     residual = _residual_maps(features[..., frozen:]) if frozen < features.shape[-1] else None
@@ -131,10 +131,10 @@ def _as_shades(values: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 
 def _histogram(cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-    channels = cache.shape[-1]
+    channels = cache.manifest.latent_shape[-1]
     counts = np.zeros(channels * BINS, np.int64)
     for start in range(0, len(rows), HISTOGRAM_READ):
-        flat = cache.read(rows[start : start + HISTOGRAM_READ]).astype(np.float32).reshape(-1, channels)
+        flat = cache.read_latents(rows[start : start + HISTOGRAM_READ]).astype(np.float32).reshape(-1, channels)
         places = np.clip((flat / HISTOGRAM_RANGE + 1) / 2 * BINS, 0, BINS - 1).astype(np.int64)
         counts += np.bincount((places + np.arange(channels) * BINS).ravel(), minlength=channels * BINS)
     return counts.reshape(channels, BINS) / max(1, counts[:BINS].sum())
@@ -142,10 +142,10 @@ def _histogram(cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.float
 
 def _sources(cache: FeatureCache, rows: Sequence[int], missing: list[str]) -> RGBArray | None:
     try:
-        recorded = cache.manifest.inputs["shards"]
+        recorded = cache.manifest.input("shards")
         shards = ShardSet.of_input(recorded, cache.path)
         require_same(str(cache.path), recorded, shards.as_input(), what_to_do="")
-        size = int(cache.manifest.inputs["autoencoder"].config["image_size"])
+        size = int(cache.manifest.input("autoencoder").config["image_size"])
         return load_images(shards, rows, size)
     except (SvgpipeError, OSError) as error:
         missing.append(f"source images: {str(error).splitlines()[0]}")
@@ -154,7 +154,7 @@ def _sources(cache: FeatureCache, rows: Sequence[int], missing: list[str]) -> RG
 
 def _decoded(cache: FeatureCache, features: NDArray[np.float32], missing: list[str]) -> RGBArray | None:
     try:
-        recorded = cache.manifest.inputs["autoencoder"]
+        recorded = cache.manifest.input("autoencoder")
         place = recorded.place(cache.path)
         # Another autoencoder may be there by now. Its images would be taken for those of the cache.
         require_same(str(cache.path), recorded, AutoencoderManifest.read(place).as_input(place), what_to_do="")

@@ -9,9 +9,9 @@ from pydantic import Field
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.errors import MismatchError
 from svgpipe.manifests.manifest import FrozenModel, differing_fields
+from svgpipe.manifests.selection import choose_evenly
 
 from ..runtime.progress import Progress, Silent
-from ..runtime.selection import choose_evenly
 
 BLOCK_ROWS = 64
 COSINE_EDGES = np.asarray([-1.0, 0.0, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999, 1.0 + 1e-9])

@@ -1,4 +1,4 @@
-"""`svgpipe repair`: extract the damaged units of a cache again, up to the published content.
+"""`svgpipe repair`: make the damaged units of a cache again, up to the published content.
 
 During the repair, the manifest is moved aside, so that nobody reads the cache. The same command resumes a killed
 repair.
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from svgpipe.manifests.alignment import require_same_alignment
-from svgpipe.manifests.cache import CacheManifest
+from svgpipe.manifests.cache_manifest import CacheManifest
 from svgpipe.manifests.calibration import Calibration
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, MismatchError
@@ -25,6 +25,7 @@ from svgpipe.manifests.shards import ShardSet
 from ..extract.stage import extract
 from ..runtime.progress import Progress, Silent
 from ..runtime.runner import Runner
+from .import_latents import Import, import_latents
 from .requantize import requantize
 from .verify import verify
 from .verify_cache import Finding
@@ -176,9 +177,14 @@ def _maker(
         source = manifest.inputs["cache"].place(path)
         require("cache", CacheManifest.read(source).as_input(source))
         return lambda path: requantize(source, path, manifest.store_dtype, progress=progress)
+    if "latents" in manifest.inputs:
+        wanted = Import.of_cache(manifest, path)
+        for name, ref in wanted.inputs(wanted.files()).items():
+            require(name, ref)
+        return lambda path: import_latents(wanted, path, max_rejects=1.0, progress=progress)
     try:
-        opened = shards or ShardSet.of_input(manifest.inputs["shards"], path)
-        encoder = autoencoder or manifest.inputs["autoencoder"].place(path)
+        opened = shards or ShardSet.of_input(manifest.input("shards"), path)
+        encoder = autoencoder or manifest.input("autoencoder").place(path)
         trained = AutoencoderManifest.read(encoder)
     except ArtifactError as error:
         raise ArtifactError(f"{error} If it was moved, give --shards or --autoencoder.") from error

@@ -11,22 +11,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from svgpipe.manifests.alignment import keep_alignment
-from svgpipe.manifests.cache import CacheManifest, FeatureCache
+from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.cache_manifest import CacheManifest
+from svgpipe.manifests.cache_writer import complete_store, publish_cache, write_unit
 from svgpipe.manifests.calibration import CALIBRATION, Calibration
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.rejects import Reject
+from svgpipe.manifests.selection import choose_evenly, evenly_spread
 from svgpipe.manifests.store_spec import StoreDtype
 from svgpipe.manifests.workdir import StageSpec, WorkDir
 
 from ..extract.quantization import SAMPLED_VECTORS, int8_scales
-from ..extract.rejects import Reject
-from ..extract.unit_writer import complete_store, publish_cache, write_unit
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import cpu_count
-from ..runtime.selection import choose_evenly, evenly_spread
 
 # Rows that int8 steps are chosen on; each gives an even share of its vectors.
 SAMPLED_ROWS = 512
@@ -64,8 +65,7 @@ def requantize(
         raise UsageError(f"{out}: is the cache itself; give another --out.")
     if before.store_dtype == dtype:
         raise UsageError(f"{source}: is already stored as {dtype}.")
-    kept = {name: before.inputs[name] for name in ("shards", "autoencoder")}
-    inputs = {**kept, "cache": before.as_input(source)}
+    inputs = {**before.inputs, "cache": before.as_input(source)}
     with WorkDir(StageSpec(out, CacheManifest, {**before.config, "store_dtype": dtype}, inputs)) as work:
         if work.finished is not None:
             return work.finished

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
+from svgpipe.manifests.checkpoint import DiffusionManifest, require_decoder
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import FrozenModel, require_same
 from svgpipe.manifests.recipe import DiffusionSection
+from svgpipe.manifests.selection import choose_evenly
 from svgpipe.manifests.shards import ShardSet
 
 from ..extract.quantization import signal_to_noise
@@ -23,7 +24,6 @@ from ..images.stream import load_images
 from ..networks.autoencoder import latent_decoder
 from ..networks.diffusion import open_diffusion
 from ..runtime.device import pick_device
-from ..runtime.selection import choose_evenly
 from ..train_diffusion.loss import heldout_loss
 from ..training.distributed import ProcessGroup
 
@@ -74,7 +74,7 @@ def measure_cost(
     usable = np.flatnonzero(reference.valid)
     rows = choose_evenly(usable.tolist(), MEASURED_ROWS)
     frozen = reference.manifest.frozen_channels
-    a, b = reference.read(rows), small.read(rows)
+    a, b = reference.read_latents(rows), small.read_latents(rows)
     missing: list[str] = []
     return RequantizeCost(
         reference_bytes=reference.manifest.num_bytes,
@@ -98,17 +98,16 @@ def _decoded(
     reference: FeatureCache, small: FeatureCache, rows: list[int], autoencoder: Location | None, missing: list[str]
 ) -> dict[str, Any]:
     if autoencoder is None:
-        missing.append("decoded images: the autoencoder is not where the cache recorded it; give --autoencoder")
+        missing.append("decoded images: the cache records no autoencoder, or it was moved; give --autoencoder")
         return {}
-    encoder = AutoencoderManifest.read(autoencoder)
-    expected = reference.manifest.inputs["autoencoder"]
-    what = "Decode with the autoencoder that extracted the cache."
-    require_same(str(reference.path), expected, encoder.as_input(autoencoder), what_to_do=what)
+    manifest, what = reference.manifest, "Decode with the autoencoder that extracted the cache."
+    maker = manifest.inputs.get("autoencoder")
+    encoder = require_decoder(str(reference.path), maker, manifest.latent_shape, autoencoder, what)
     decode = latent_decoder(autoencoder)
-    one, two = (decode(cache.denormalize(cache.read(rows))) for cache in (reference, small))
+    one, two = (decode(cache.denormalize(cache.read_latents(rows))) for cache in (reference, small))
     between = {"decoded_psnr": float(np.mean(np.minimum(psnr(one, two), 100.0)))}
     try:
-        shards = ShardSet.of_input(reference.manifest.inputs["shards"], reference.path)
+        shards = ShardSet.of_input(manifest.input("shards"), reference.path)
         source = load_images(shards, rows, encoder.image_size)
     except (ArtifactError, MismatchError, OSError) as error:
         missing.append(f"distance to the source images: {error}")

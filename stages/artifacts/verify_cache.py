@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from svgpipe.manifests.cache import CacheManifest
+from svgpipe.manifests.cache_manifest import CacheManifest
 from svgpipe.manifests.calibration import Calibration
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import MANIFEST_NAME
+from svgpipe.manifests.moments import Moments
+from svgpipe.manifests.rejects import REJECTS_NAME, reject_lines, rejects_of
 
-from ..extract.moments import Moments
-from ..extract.unit_writer import REJECTS_NAME, reject_lines, rejects_of
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress
 from ..runtime.resources import cpu_count
@@ -77,7 +77,7 @@ def verify_cache(
     units = [unit for unit in journal.numbers() if unit < total]
     missing = sorted({*range(total)} - {*units})
     if manifest is None:
-        yield finding(path, f"unfinished: {len(units)} of {total} units; `svgpipe extract` resumes")
+        yield finding(path, f"unfinished: {len(units)} of {total} units; the command that makes it resumes")
     else:
         yield from (finding(journal.directory, f"unit {unit}: has no record", unit) for unit in missing)
     damaged = set(missing)

@@ -12,10 +12,10 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
 from svgpipe.manifests.estimate import Estimate
+from svgpipe.manifests.selection import evenly_spread
 from svgpipe.models.feature_distances import FrechetTarget, ball_radii, covered, kernel_influences, nearest_class_hits
 
 from ..runtime.device import pick_device
-from ..runtime.selection import evenly_spread
 from .intervals import estimate, picks, share_estimate
 
 KERNEL_SUBSETS = 50

@@ -7,11 +7,11 @@ from functools import cached_property
 
 import numpy as np
 
-from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
+from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest, require_decoder
 from svgpipe.manifests.errors import MismatchError, UsageError
 from svgpipe.manifests.evaluation import EvaluationManifest
 from svgpipe.manifests.filesystem import Location
-from svgpipe.manifests.manifest import InputRef, require_same
+from svgpipe.manifests.manifest import InputRef
 from svgpipe.manifests.recipe import AutoencoderSection, EvaluationSection
 from svgpipe.manifests.workdir import StageSpec
 from svgpipe.models.sampler import Guidance
@@ -139,14 +139,15 @@ class EvaluationPlan:
             ArtifactError: an input is missing or damaged.
             UsageError: an unknown guidance mode or unknown weights.
         """
-        manifest, encoder = DiffusionManifest.read(diffusion), AutoencoderManifest.read(autoencoder)
+        manifest = DiffusionManifest.read(diffusion)
         sampler = Sampler(open_diffusion(diffusion), None if guide is None else open_diffusion(guide))
         sampler.require_match()
-        require_same(
+        encoder = require_decoder(
             str(diffusion),
-            manifest.inputs["cache"].inputs["autoencoder"],
-            encoder.as_input(autoencoder),
-            what_to_do="Sample with the autoencoder that extracted the cache; another one decodes to noise.",
+            manifest.inputs["cache"].inputs.get("autoencoder"),
+            (*manifest.grid, manifest.channels),
+            autoencoder,
+            "Sample with the autoencoder that extracted the cache; another one decodes to noise.",
         )
         inputs = {
             "diffusion": manifest.as_input(diffusion),

@@ -29,6 +29,7 @@ from svgpipe.manifests.manifest import InputRef, digest
 from svgpipe.manifests.recipe import AutoencoderSection, PerceptualSection, ReconstructionSection
 from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.report_file import REPORT_NAME
+from svgpipe.manifests.selection import choose_evenly
 from svgpipe.manifests.shards import ShardSet, refs_of
 from svgpipe.manifests.workdir import StageSpec, WorkDir
 
@@ -42,7 +43,6 @@ from ..networks.weight_files import read_weight_file
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Recorded
 from ..runtime.runner import LocalRunner, Runner
-from ..runtime.selection import choose_evenly
 from .decode_latents import DecoderOptions, ImageJob, decode
 from .features import POOLED, Extractor, load_extractor, software, weight_inputs
 from .intervals import mean_estimate

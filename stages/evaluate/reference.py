@@ -21,12 +21,12 @@ from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.kinds import KINDS
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, digest, read_json
 from svgpipe.manifests.recipe import EvaluationSection
+from svgpipe.manifests.selection import choose_evenly
 from svgpipe.manifests.shards import ShardSet
 
 from ..images.decode import EXTENSIONS, RejectedImageError, decode_image
 from ..images.folder import visible_files
 from ..runtime.progress import Progress
-from ..runtime.selection import choose_evenly
 from .features import INCEPTION
 from .file_hashes import hashes_of
 

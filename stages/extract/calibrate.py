@@ -10,21 +10,18 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from svgpipe.manifests.calibration import Calibration
+from svgpipe.manifests.calibration import MIN_STD, Calibration
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.moments import Moments
 from svgpipe.manifests.recipe import ExtractSection
+from svgpipe.manifests.selection import choose_evenly
 from svgpipe.manifests.shards import ShardSet
 
 from ..runtime.progress import Progress
 from ..runtime.runner import Runner, Steps
-from ..runtime.selection import choose_evenly
 from .cpu_tasks import CollectMoments, ReadImages, UnitRows
 from .encoder_actor import EncoderOptions, EncodeUnits
-from .moments import Moments
 from .quantization import SAMPLED_VECTORS, int8_scales
-
-# A constant channel is not rescaled, because that would divide by zero.
-MIN_STD = 1e-6
 
 
 def calibrate(

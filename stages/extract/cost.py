@@ -17,11 +17,11 @@ from svgpipe.manifests.feature_store import INT8_LIMIT, ZSTD_LEVEL
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import FrozenModel
 from svgpipe.manifests.recipe import ExtractSection
+from svgpipe.manifests.selection import choose_evenly, evenly_spread
 from svgpipe.manifests.shards import ShardSet
 
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Silent
-from ..runtime.selection import choose_evenly, evenly_spread
 from .align import needs_alignment
 from .cpu_tasks import ReadImages, UnitRows
 from .encoder_actor import EncoderOptions, EncodeUnits

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from svgpipe.manifests.cache_writer import write_unit
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.filesystem import absolute
 from svgpipe.manifests.index import ImageRef, read_images
 from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.moments import Moments
+from svgpipe.manifests.rejects import Reject
 from svgpipe.manifests.shards import ShardSet
 
 from ..images.decode import RejectedImageError, RGBArray, centre_crop, decode_image, to_array
-from .moments import Moments
-from .rejects import Reject
 from .timings import Stopwatch, Timing
-from .unit_writer import write_unit
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,9 @@ class WriteUnit:
         # Ray runs a task twice if a node seemed lost. The bytes of the first run are then already recorded.
         if journal.find(encoded.unit) is not None:
             return UnitWritten(encoded.unit, encoded.rejects, encoded.timings)
-        watch = write_unit(store, journal, encoded.unit, np.ascontiguousarray(encoded.features), encoded.rejects)
+        watch = Stopwatch("writer")
+        features = np.ascontiguousarray(encoded.features)
+        write_unit(store, journal, encoded.unit, features, encoded.rejects, watch.phase)
         return UnitWritten(encoded.unit, encoded.rejects, (*encoded.timings, watch.timing()))
 
 

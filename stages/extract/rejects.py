@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from svgpipe.manifests.errors import SvgpipeError
 
+MAX_REJECTS = 0.001
 # A run stops early after this many rejects at this multiple of the accepted rate.
 EARLY_COUNT, EARLY_FACTOR = 10, 5.0
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A rejected image: row, location and reason."""
-
-    row: int  # within its unit in the journal; in the whole cache in rejected.jsonl
-    tar: str
-    offset: int
-    key: str
-    reason: str
 
 
 class TooManyRejectsError(SvgpipeError):
@@ -50,7 +39,7 @@ class RejectTally:
             raise TooManyRejectsError(
                 f"{rejected} of {self.seen} images so far were rejected ({rejected / self.seen:.2%}; "
                 f"--max-rejects accepts {self.limit:.2%} of {self.total}):\n  {self.by_reason()}\n"
-                f"Finished work is kept. Repair the shards, or continue with --max-rejects "
+                f"Finished work is kept. Repair them, or continue with --max-rejects "
                 f"{min(1.0, max(rejected / self.seen, rejected / self.total) * 1.2):.2g}."
             )
 

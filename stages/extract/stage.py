@@ -14,7 +14,8 @@ from functools import partial
 from typing import Any
 
 from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
-from svgpipe.manifests.cache import CacheManifest
+from svgpipe.manifests.cache_manifest import CacheManifest
+from svgpipe.manifests.cache_writer import complete_store, publish_cache
 from svgpipe.manifests.calibration import CALIBRATION, Calibration
 from svgpipe.manifests.checkpoint import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError
@@ -23,6 +24,7 @@ from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import InputRef
 from svgpipe.manifests.recipe import ExtractSection
+from svgpipe.manifests.rejects import REJECTS_NAME
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.store_spec import StoreSpec
 from svgpipe.manifests.workdir import StageSpec, WorkDir
@@ -34,11 +36,9 @@ from .align import measure_alignment, needs_alignment
 from .calibrate import calibrate
 from .cpu_tasks import ReadImages, UnitRows, WriteUnit
 from .encoder_actor import EncoderOptions, EncodeUnits
-from .rejects import RejectTally
+from .rejects import MAX_REJECTS, RejectTally
 from .timings import Timings
-from .unit_writer import REJECTS_NAME, complete_store, publish_cache
 
-MAX_REJECTS = 0.001
 NAMED_REJECTS = 20
 
 

@@ -17,6 +17,7 @@ from svgpipe.manifests.checkpoint import (
 )
 from svgpipe.manifests.filesystem import Location, make_directory, write_atomic
 from svgpipe.manifests.recipe import AutoencoderSection
+from svgpipe.manifests.selection import choose_evenly, evenly_spread
 from svgpipe.manifests.shards import ShardSet
 
 from ..images.decode import RGBArray, encode_png, psnr, tile
@@ -24,7 +25,6 @@ from ..images.stream import TrainingImages, load_images, training_batches
 from ..images.tensors import as_unit_range
 from ..networks.autoencoder import build_autoencoder, reconstruct, state_digest
 from ..networks.perceptual import load_perceptual
-from ..runtime.selection import choose_evenly, evenly_spread
 from ..training.distributed import ProcessGroup
 from ..training.loop import TrainingRun
 from ..training.supervisor import Supervisor

@@ -18,14 +18,15 @@ from torch import Tensor
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import EMA
 from svgpipe.manifests.recipe import DiffusionSection
+from svgpipe.manifests.selection import evenly_spread
 from svgpipe.models.dit import DiT
 from svgpipe.models.feature_distances import frechet_distance, nearest_class_accuracy
 
 from ..networks.diffusion import trained_classes
 from ..networks.sampling import SamplerSettings, sample_latents
 from ..runtime.retry import Say, call_with_retries
-from ..runtime.selection import evenly_spread
 from ..training.distributed import ProcessGroup
+from .loss import draws_at
 
 READ_ROWS = 256
 
@@ -43,13 +44,22 @@ class LatentQuality:
     def _pooled(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         chosen = rows[evenly_spread(len(rows), self.config.quality_rows)]
         mine = chosen[np.asarray(self.group.local_slice(len(chosen)), np.int64)]
-        parts = [torch.zeros(0, self.cache.manifest.feature_shape[-1])]
+        parts = [torch.zeros(0, self.cache.manifest.latent_shape[-1])]
         for start in range(0, len(mine), READ_ROWS):
-            rows_now = mine[start : start + READ_ROWS]
-            features = torch.from_numpy(call_with_retries(partial(self.cache.read, rows_now), self.say)).float()
-            parts.append(features.mean((1, 2)))
+            parts.append(self._latents(mine[start : start + READ_ROWS]).mean(1))
         labels = torch.from_numpy(self.cache.labels[chosen].astype(np.int64))
         return self.group.gather_rows(torch.cat(parts), len(chosen)), labels
+
+    def _latents(self, rows: NDArray[np.int64]) -> Tensor:
+        """Return latents (B,T,C) of cache rows, drawn from their posteriors if they have any."""
+        stored = torch.from_numpy(call_with_retries(partial(self.cache.read, rows), self.say)).flatten(1, 2).float()
+        if self.cache.manifest.distribution == "point":
+            return stored
+        tokens, channels = stored.shape[1], stored.shape[2] // 2
+        cpu = torch.device("cpu")
+        return draws_at(
+            self.config.seed, "quality", rows.tolist(), tokens, channels, cpu, posterior=True
+        ).latents(stored)
 
     def _compare(self, spread: Tensor, classified: Tensor, labels: Tensor) -> dict[str, float]:
         quality: dict[str, float] = {}

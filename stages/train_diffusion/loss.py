@@ -15,13 +15,13 @@ from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.recipe import DiffusionSection
+from svgpipe.manifests.selection import evenly_spread
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import Velocity, drop_labels, flow_loss, shift_time
 from svgpipe.models.seeds import seed_of
 
 from ..runtime.device import autocast, to_device
 from ..runtime.retry import Say, call_with_retries
-from ..runtime.selection import evenly_spread
 from ..training.distributed import ProcessGroup
 
 
@@ -56,9 +56,12 @@ def heldout_loss(
         # All processes gather a sharded model at once: a process without rows computes one that does not count.
         places = [start + place for place in share] or [start]
         rows = held[places]
-        x1 = torch.from_numpy(call_with_retries(partial(cache.read, rows), say)).flatten(1, 2).to(group.device).float()
+        stored = torch.from_numpy(call_with_retries(partial(cache.read, rows), say)).flatten(1, 2)
         labels = torch.from_numpy(cache.labels[rows].astype(np.int64)).to(group.device)
-        draws = draws_at(config.seed, "heldout", places, tokens, channels, group.device)
+        draws = draws_at(
+            config.seed, "heldout", places, tokens, channels, group.device, posterior=stored.shape[-1] != channels
+        )
+        x1 = draws.latents(stored.to(group.device).float())
         total += sample_losses(model, x1, labels, draws, config, null_label=None)[: len(share)].sum()
     return float(group.sum(total)) / len(held)
 
@@ -70,28 +73,46 @@ class Draws:
     noise: Tensor  # (B,T,C) standard normal
     time: Tensor  # (B,) uniform in [0, 1), before any shift
     drop: Tensor  # (B,) uniform in [0, 1): small values drop the label
+    posterior: Tensor | None = None  # (B,T,C) standard normal, for latents that are drawn from a posterior
+
+    def latents(self, stored: Tensor) -> Tensor:
+        """Return the latents (B,T,C): stored ones as they are, or drawn from stored means and deviations (B,T,2C)."""
+        if self.posterior is None:
+            return stored
+        mean, std = stored.chunk(2, dim=-1)
+        return mean + std * self.posterior
 
 
 def draws_at(
-    seed: int, step: int | str, positions: Sequence[int], tokens: int, channels: int, device: torch.device
+    seed: int,
+    step: int | str,
+    positions: Sequence[int],
+    tokens: int,
+    channels: int,
+    device: torch.device,
+    *,
+    posterior: bool = False,
 ) -> Draws:
-    """Draw the random values of the samples at `positions`.
+    """Draw the random values of the samples at `positions`; `posterior`: the latents are drawn too.
 
     Times and label dropout use the CPU's generator and are the same on every device. Noise, most of the values, is
     drawn on the device: the same for all CPUs, and the same for all GPUs.
 
     Returns:
-        Noise, times and dropout draws.
+        Noise, times, dropout draws, and the noise of posteriors.
     """
     noise = torch.empty(len(positions), tokens, channels, device=device)
+    from_posterior = torch.empty_like(noise) if posterior else None
     uniform = torch.empty(len(positions), 2)
     on_cpu, on_device = torch.Generator(), torch.Generator(device)
     for row, position in enumerate(positions):
         number = seed_of(seed, "step", step, position)
         uniform[row].uniform_(generator=on_cpu.manual_seed(number))
         noise[row].normal_(generator=on_device.manual_seed(number + 1))
+        if from_posterior is not None:
+            from_posterior[row].normal_(generator=on_device)
     time, drop = to_device(uniform, device).unbind(1)
-    return Draws(noise, time, drop)
+    return Draws(noise, time, drop, from_posterior)
 
 
 BUCKETS = 10

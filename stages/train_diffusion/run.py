@@ -65,7 +65,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
             group, supervisor, out, CheckpointStore(out / "checkpoints", config.keep_checkpoints, config.keep_every)
         )
         self.rows = self._training_rows()
-        rows, columns, channels = cache.manifest.feature_shape
+        rows, columns, channels = cache.manifest.latent_shape
         sizes: dict[str, Any] = {"grid": (rows, columns), "channels": channels, "num_classes": len(cache.classes)}
         self.trainer = FlowTrainer(
             config, group, scale=cache.store.feature_scale, last_good=self.last_good, strategy=strategy, **sizes
@@ -92,7 +92,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         if self.config.batch_size > len(rows):
             say(f"a batch of {self.config.batch_size} is larger than the {len(rows)} rows: some rows occur twice in it")
         if not (cache.valid & cache.heldout).any():
-            say("no held-out rows in this cache: held-out loss is not measured (svgpipe shard --holdout)")
+            say("no held-out rows in this cache: held-out loss is not measured")
         if empty := cache.untrained_classes:
             names = ", ".join(f"{label} ({cache.classes[label]})" for label in empty[:5])
             say(
@@ -112,7 +112,8 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
     def statistics(self) -> dict[str, Tensor]:
         """Channel mean and standard deviation of the latents."""
         arrays = {"channel_mean": self.cache.channel_mean, "channel_std": self.cache.channel_std}
-        return {name: torch.from_numpy(values.copy()) for name, values in arrays.items()}
+        channels = self.cache.manifest.latent_shape[-1]
+        return {name: torch.from_numpy(values[:channels].copy()) for name, values in arrays.items()}
 
     @property
     def _described(self) -> dict[str, list[Any]]:
@@ -180,7 +181,9 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         self.log.write(self.step, **quality)
         words = {"latent_fd": "latent Fréchet distance", "latent_accuracy": "in the right class"}
         told = [
-            f"{words[k]} {quality[k]:.3g} (real {quality[f'{k}_real']:.3g})" for k in words if f"{k}_real" in quality
+            f"{words[k]} {quality[k]:.3g}" + (f" (real {real:.3g})" if (real := quality.get(f"{k}_real")) else "")
+            for k in words
+            if k in quality
         ]
         self.supervisor.say(f"step {self.step}: {', '.join(told)}")
 
@@ -192,7 +195,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         latents = sample_in_training(self.trainer.averages[0], GRID_SAMPLES, settings, self.config, self.group)
         if self.log is None or self.decode is None:
             return
-        shape = (GRID_SAMPLES, *self.cache.manifest.feature_shape)
+        shape = (GRID_SAMPLES, *self.cache.manifest.latent_shape)
         features = self.cache.denormalize(latents.cpu().numpy().reshape(shape))
         sheet = tile(self.decode(features), 8)
         folder = self.out / "samples"

@@ -8,9 +8,8 @@ from __future__ import annotations
 from functools import partial
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
+from svgpipe.manifests.checkpoint import DiffusionManifest, require_decoder
 from svgpipe.manifests.filesystem import Location, absolute
-from svgpipe.manifests.manifest import require_same
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.workdir import StageSpec, WorkDir
 
@@ -57,12 +56,8 @@ def train_diffusion(
         InterruptedRunError: stopped by a signal; the state is saved.
     """
     if autoencoder is not None:
-        require_same(
-            str(cache.path),
-            cache.manifest.inputs["autoencoder"],
-            AutoencoderManifest.read(autoencoder).as_input(autoencoder),
-            what_to_do="Give the autoencoder that extracted the cache.",
-        )
+        maker, what = cache.manifest.inputs.get("autoencoder"), "Give the autoencoder that extracted the cache."
+        require_decoder(str(cache.path), maker, cache.manifest.latent_shape, autoencoder, what)
     if wandb_project is not None:
         require_wandb()
     with WorkDir(diffusion_spec(cache, out, config)) as work:

@@ -161,10 +161,13 @@ class FlowTrainer:
 
     def _losses(self, step: int, tokens: Tensor, labels: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         device = self.group.device
-        x1 = to_device(tokens, device).float()
+        stored = to_device(tokens, device).float()
         if self.scale is not None:  # int8 is copied to the device and converted there
-            x1 = x1 * self.scale
+            stored = stored * self.scale
         labels = to_device(labels, device)
-        draws = draws_at(self.config.seed, step, positions, x1.shape[1], x1.shape[2], device)
+        length, channels = stored.shape[1], self.model.in_channels
+        from_posterior = stored.shape[2] != channels
+        draws = draws_at(self.config.seed, step, positions, length, channels, device, posterior=from_posterior)
+        x1 = draws.latents(stored)
         losses = sample_losses(self.velocity, x1, labels, draws, self.config, null_label=self.model.null_label)
         return losses, shift_time(draws.time, self.config.time_shift)

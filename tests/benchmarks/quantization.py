@@ -22,10 +22,10 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
 from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.selection import evenly_spread
 from svgpipe.stages.extract.quantization import int8_scales, signal_to_noise
 from svgpipe.stages.images.decode import psnr
 from svgpipe.stages.networks.autoencoder import latent_decoder
-from svgpipe.stages.runtime.selection import evenly_spread
 
 ROWS = 192
 # The 16 levels of NormalFloat4 (QLoRA, arXiv 2305.14314, appendix E), for values within ±1.

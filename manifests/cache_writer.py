@@ -1,37 +1,39 @@
-"""Writes units of a cache and completes it, for all stages that make caches. Does not need torch."""
+"""Writes units of a cache and completes it. Does not need torch."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from svgpipe.manifests.cache import CacheManifest
-from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.feature_store import Features, FeatureStore
-from svgpipe.manifests.filesystem import write_atomic
-from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import Json
-from svgpipe.manifests.store_spec import StoreSpec, unit_name
-from svgpipe.manifests.workdir import WorkDir
-
-from ..runtime.selection import choose_evenly
+from .cache_manifest import CacheManifest
+from .errors import ArtifactError
+from .feature_store import Features, FeatureStore
+from .filesystem import write_atomic
+from .journal import Journal
+from .manifest import Json
 from .moments import Moments
-from .rejects import Reject
-from .timings import Stopwatch
+from .rejects import REJECTS_NAME, Reject, reject_lines, rejects_of
+from .selection import choose_evenly
+from .store_spec import unit_name
+from .workdir import WorkDir
 
-REJECTS_NAME = "rejected.jsonl"
 # Rows for the covariance: with 256 tokens each, 300 vectors per entry of a row of 392 channels.
 COVARIANCE_ROWS = 512
 
 
 def write_unit(
-    store: FeatureStore, journal: Journal, unit: int, features: Features, rejects: Sequence[Reject]
-) -> Stopwatch:
+    store: FeatureStore,
+    journal: Journal,
+    unit: int,
+    features: Features,
+    rejects: Sequence[Reject],
+    phase: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> None:
     """Write one outer shard, then its journal record with its statistics.
 
     Args:
@@ -40,21 +42,17 @@ def write_unit(
         unit: number of the outer shard.
         features: (rows, views, row, column, channel) float16, normalised; zeros for rejected rows.
         rejects: one entry per rejected row, `row` counted within the unit.
-
-    Returns:
-        Seconds by phase.
+        phase: times the phases `write` and `statistics`.
     """
-    watch = Stopwatch("writer")
-    with watch.phase("write"):
+    with phase("write"):
         stored = store.write_unit(unit, features)
-    with watch.phase("statistics"):
+    with phase("statistics"):
         valid = np.ones(len(features), bool)
         valid[[reject.row for reject in rejects]] = False
         moments = Moments.of(stored[valid], store.feature_scale)
-    with watch.phase("write"):
+    with phase("write"):
         entry = {"rejects": [asdict(reject) for reject in rejects], "moments": moments.to_json()}
         journal.record(unit, entry, {unit_name(unit): None})
-    return watch
 
 
 @dataclass(frozen=True)
@@ -98,20 +96,6 @@ def complete_store(store: FeatureStore, journal: Journal, labels: NDArray[Any], 
     write_atomic(store.path / REJECTS_NAME, reject_lines(rejects))
     content = CacheManifest.content_of(store, [file.sha256 for file in files])
     return StoredUnits(rejects, valid, content, sum(file.num_bytes for file in files))
-
-
-def rejects_of(records: Sequence[Json], spec: StoreSpec) -> list[Reject]:
-    """Return the rejects in the records of all units, `row` counted in the whole cache."""
-    return [
-        Reject(**{**reject, "row": spec.rows_of(unit)[reject["row"]]})
-        for unit, record in enumerate(records)
-        for reject in record["rejects"]
-    ]
-
-
-def reject_lines(rejects: Sequence[Reject]) -> bytes:
-    """Return the content of rejected.jsonl."""
-    return "".join(json.dumps(asdict(reject), sort_keys=True) + "\n" for reject in rejects).encode()
 
 
 def _put_statistics(store: FeatureStore, records: Sequence[Json], valid: NDArray[np.bool_]) -> None:

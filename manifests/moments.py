@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.manifest import Json
+from .errors import ArtifactError
+from .manifest import Json
 
 Float64 = NDArray[np.float64]
 # Vectors converted to float64 at a time. Limits the memory, and is part of the fixed order of summation.

@@ -1,0 +1,385 @@
+"""Features and latents that other programs computed: `FeatureCache.create` and `svgpipe import-latents`."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import save_file
+
+from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.cache_writer import write_unit
+from svgpipe.manifests.checkpoint import DiffusionManifest
+from svgpipe.manifests.errors import ArtifactError, SvgpipeError, UsageError
+from svgpipe.stages.artifacts import import_latents as module
+from svgpipe.stages.artifacts.import_latents import Import, import_latents
+from svgpipe.stages.networks.diffusion import open_diffusion
+from svgpipe.stages.train_diffusion.loss import draws_at
+
+from .conftest import Finished, Outcome, tree_bytes
+
+Run = Callable[..., Outcome]
+FORMS = ("lightningdit", "repa", "edm2", "mar")
+ROWS, GRID, CHANNELS = 300, 4, 3
+
+
+class Latents:
+    """Means (n,C,H,W) of crops of photographs, their flips, standard deviations and labels."""
+
+    def __init__(self, photographs: Path) -> None:
+        files = sorted(photographs.rglob("*.png"))
+        pixels = [np.asarray(Image.open(file).convert("RGB").resize((GRID, GRID)), np.float32) for file in files]
+        values = np.stack([pixels[i % len(pixels)] * (1 + i / ROWS) for i in range(ROWS)]) / 64 - 2
+        self.mean = torch.from_numpy(values).permute(0, 3, 1, 2).contiguous()
+        self.flip = self.mean.flip(-1).contiguous()
+        self.std = 0.1 + self.mean.abs() / 50
+        self.labels = torch.arange(ROWS) % 3
+
+    def expected(self, form: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the features (n, view, row, column, channel) and labels in the order of the cache."""
+        views = [self.mean, self.flip] if form in ("lightningdit", "mar") else [self.mean]
+        if form != "lightningdit":
+            deviations = [self.std, self.std.flip(-1)]
+            views = [torch.cat(pair, 1) for pair in zip(views, deviations, strict=False)]
+        order = np.argsort(self.labels.numpy(), kind="stable") if form == "mar" else np.arange(ROWS)
+        return torch.stack(views, 1).movedim(2, -1).numpy()[order], self.labels.numpy()[order]
+
+    def write(self, form: str, folder: Path) -> Path:
+        """Write the files of one program."""
+        folder.mkdir(parents=True)
+        return {"lightningdit": self._lightningdit, "mar": self._mar, "repa": self._npy, "edm2": self._zip}[form](
+            folder
+        )
+
+    def _lightningdit(self, folder: Path) -> Path:
+        for number, start in enumerate(range(0, ROWS, 130)):
+            part = slice(start, start + 130)
+            tensors = {"latents": self.mean, "latents_flip": self.flip, "labels": self.labels}
+            path = folder / f"latents_rank00_shard{number:03d}.safetensors"
+            save_file({name: values[part].clone() for name, values in tensors.items()}, path)
+        return folder
+
+    def _members(self) -> Iterator[tuple[str, bytes]]:
+        listed = []
+        for i in range(ROWS):
+            name, content = f"{i // 100:05d}/img-mean-std-{i:08d}.npy", io.BytesIO()
+            np.save(content, torch.cat([self.mean[i], self.std[i]]).numpy())
+            listed.append([name, int(self.labels[i])])
+            yield name, content.getvalue()
+        yield "dataset.json", json.dumps({"labels": listed}).encode()
+
+    def _npy(self, folder: Path) -> Path:
+        for name, content in self._members():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        return folder
+
+    def _zip(self, folder: Path) -> Path:
+        with zipfile.ZipFile(folder / "img512-sd.zip", "w") as archive:
+            for name, content in self._members():
+                archive.writestr(name, content)
+        return folder / "img512-sd.zip"
+
+    def _mar(self, folder: Path) -> Path:
+        for i in range(ROWS):
+            path = folder / f"n0000000{int(self.labels[i])}" / f"n_{i:04d}.JPEG.npz"
+            path.parent.mkdir(exist_ok=True)
+            moments, flipped = (
+                torch.cat([mean[i], 2 * std[i].log()]).numpy()
+                for mean, std in ((self.mean, self.std), (self.flip, self.std.flip(-1)))
+            )
+            np.savez(path, moments=moments, moments_flip=flipped)
+        return folder
+
+
+@pytest.fixture(scope="module")
+def latents(photographs: Path) -> Latents:
+    return Latents(photographs)
+
+
+@pytest.fixture(scope="module")
+def sources(latents: Latents, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("latents")
+    return {form: latents.write(form, folder / form) for form in FORMS}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_latents_of_every_program_become_a_cache(
+    form: str, latents: Latents, sources: dict[str, Path], tmp_path: Path, svgpipe: Run
+) -> None:
+    out = tmp_path / "cache"
+    assert "300 samples = 300 valid + 0 rejected" in svgpipe("import-latents", sources[form], "--out", out).out
+    cache, (features, labels) = FeatureCache(out), latents.expected(form)
+    for number, view in enumerate(cache.views):
+        read = cache.denormalize(cache.read(range(ROWS), view))
+        np.testing.assert_allclose(read, features[:, number], atol=2e-3)
+    np.testing.assert_array_equal(cache.labels, labels)
+    assert cache.views == (["original", "flip"] if features.shape[1] == 2 else ["original"])
+    assert cache.classes == ([f"n0000000{i}" for i in range(3)] if form == "mar" else ["0", "1", "2"])
+    assert cache.manifest.latent_shape == (GRID, GRID, CHANNELS)
+    assert "whole" in svgpipe("verify", out, "--deep").out
+
+
+def test_measured_normalisation_is_that_of_drawn_latents(
+    latents: Latents, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    import_latents(Import(sources["repa"]), tmp_path / "cache", processes=1)
+    cache = FeatureCache(tmp_path / "cache")
+    drawn = latents.mean + latents.std * torch.randn(400, 1, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    mean, std = drawn.mean((0, 1, 3, 4)), drawn.std((0, 1, 3, 4))
+    np.testing.assert_allclose(cache.channel_mean[:CHANNELS], mean, atol=0.02)
+    np.testing.assert_allclose(cache.channel_std[:CHANNELS], std, rtol=0.02)
+    np.testing.assert_array_equal(cache.channel_std[CHANNELS:], cache.channel_std[:CHANNELS])
+
+
+def test_statistics_beside_the_latents_are_used_and_a_factor_wins(
+    latents: Latents, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    source = latents.write("lightningdit", tmp_path / "source")
+    stats = {"mean": torch.full((1, CHANNELS, 1, 1), 0.5), "std": torch.full((1, CHANNELS, 1, 1), 2.0)}
+    torch.save(stats, source / "latents_stats.pt")
+    import_latents(Import(source), tmp_path / "given", processes=1)
+    given = FeatureCache(tmp_path / "given")
+    np.testing.assert_array_equal([given.channel_mean, given.channel_std], [[0.5] * CHANNELS, [2.0] * CHANNELS])
+    import_latents(Import(source, factor=0.25), tmp_path / "factor", processes=1)
+    first = FeatureCache(tmp_path / "factor").read([0])
+    np.testing.assert_allclose(first, 0.25 * latents.expected("lightningdit")[0][:1, 0], atol=1e-3)
+
+
+def test_training_draws_latents_from_the_posterior(latents: Latents) -> None:
+    mean, std = (values[:2].flatten(2).mT for values in (latents.mean, latents.std))
+    stored, device = torch.cat([mean, std], -1), torch.device("cpu")
+
+    def draw(step: int, *positions: int) -> torch.Tensor:
+        return draws_at(0, step, positions, GRID**2, CHANNELS, device, posterior=True).latents(stored)
+
+    assert torch.equal(draw(3, 0, 1), draw(3, 0, 1))
+    assert torch.equal(draw(3, 0, 1)[1], draw(3, 5, 1)[1])  # company does not matter
+    assert not torch.equal(draw(3, 0, 1), draw(4, 0, 1))
+    drawn = torch.stack([draw(step, 0, 1) for step in range(2000)])
+    assert torch.allclose(drawn.mean(0), mean, atol=0.02)
+    assert torch.allclose(drawn.std(0), std, rtol=0.1)
+    noise = draws_at(0, 3, [0, 1], GRID**2, CHANNELS, device, posterior=True)
+    assert noise.posterior is not None and not torch.equal(noise.noise, noise.posterior)
+    assert torch.equal(noise.noise, draws_at(0, 3, [0, 1], GRID**2, CHANNELS, device).noise)
+
+
+@pytest.fixture(scope="module")
+def trained(sources: dict[str, Path], tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A posterior cache with held-out rows, and a model trained on it."""
+    from svgpipe.manifests.recipe_loader import load_recipe
+    from svgpipe.stages.train_diffusion.stage import train_diffusion
+
+    folder = tmp_path_factory.mktemp("trained")
+    import_latents(Import(sources["mar"], sources["mar"], encoder="sd-vae-ft-mse"), folder / "cache", processes=1)
+    config = load_recipe(str(tiny_recipe), ["diffusion.quality_samples=16"]).diffusion
+    train_diffusion(FeatureCache(folder / "cache"), folder / "diffusion", config)
+    return folder
+
+
+def test_a_model_trains_on_a_posterior_cache(trained: Path) -> None:
+    model, cache = DiffusionManifest.read(trained / "diffusion"), FeatureCache(trained / "cache")
+    assert model.channels == CHANNELS
+    assert model.heldout_loss is not None
+    mean, std = open_diffusion(trained / "diffusion").statistics()
+    np.testing.assert_array_equal(mean, cache.channel_mean[:CHANNELS])
+    np.testing.assert_array_equal(std, cache.channel_std[:CHANNELS])
+    assert cache.manifest.num_heldout == ROWS
+    np.testing.assert_array_equal(cache.read(range(ROWS)), cache.read(range(ROWS, 2 * ROWS)))
+
+
+def test_every_command_takes_an_imported_cache(trained: Path, svgpipe: Run, tmp_path: Path) -> None:
+    cache, model = trained / "cache", trained / "diffusion"
+    shown = svgpipe("inspect", cache, "--html", tmp_path / "page.html").out
+    assert "sd-vae-ft-mse" in shown and "gaussian" in shown
+    assert "source images: no shards recorded" in (tmp_path / "page.html").read_text()
+    svgpipe("probe", cache, "--html", tmp_path / "probe.html")
+    svgpipe("analyze", cache, "--diffusion", model, "--html", tmp_path / "analysis.html")
+    assert "records no autoencoder" in svgpipe("requantize", cache, "--out", tmp_path / "int8").out
+    assert FeatureCache(tmp_path / "int8").manifest.distribution == "gaussian"
+    np.testing.assert_allclose(FeatureCache(tmp_path / "int8").read([5]), FeatureCache(cache).read([5]), atol=0.05)
+
+
+def test_samples_of_imported_latents_need_a_decoder_of_their_shape(
+    trained: Path, finished: Finished, svgpipe: Run, tmp_path: Path
+) -> None:
+    arguments = [
+        "--autoencoder",
+        finished.root / "autoencoder",
+        "--reference",
+        finished.root / "shards",
+        "--recipe",
+        "demo",
+    ]
+    outcome = svgpipe("sample-and-eval", "--diffusion", trained / "diffusion", *arguments, "--out", tmp_path / "out")
+    assert outcome.code == 1
+    assert f"holds latents of ({GRID}, {GRID}, {CHANNELS})" in outcome.err
+
+
+def test_an_interrupted_import_continues(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = import_latents(Import(sources["repa"]), tmp_path / "whole", processes=1)
+    written: list[int] = []
+
+    def recorded(*arguments: Any) -> None:
+        if len(written) == 1 and arguments[2] == 1 and stop:
+            raise KeyboardInterrupt
+        written.append(arguments[2])
+        write_unit(*arguments)
+
+    monkeypatch.setattr(module, "write_unit", recorded)
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        import_latents(Import(sources["repa"]), tmp_path / "again", processes=1)
+    stop = False
+    assert import_latents(Import(sources["repa"]), tmp_path / "again", processes=1).fingerprint == whole.fingerprint
+    assert written == [0, 1]
+    assert tree_bytes(tmp_path / "again", "features/**/*") == tree_bytes(tmp_path / "whole", "features/**/*")
+
+
+def test_damaged_files_become_rejected_rows(latents: Latents, tmp_path: Path, svgpipe: Run) -> None:
+    source, out = latents.write("repa", tmp_path / "source"), tmp_path / "cache"
+    cut, bad, small = (source / f"00000/img-mean-std-{i:08d}.npy" for i in (3, 4, 5))
+    cut.write_bytes(cut.read_bytes()[:200])
+    np.save(bad, np.full_like(np.load(bad), np.nan))
+    np.save(small, np.load(small)[:, :2])
+    outcome = svgpipe("import-latents", source, "--out", out)
+    assert outcome.code == 1
+    assert "3 of 256 images so far were rejected" in outcome.err
+    outcome = svgpipe("import-latents", source, "--out", out, "--max-rejects", "0.02")
+    assert "300 samples = 297 valid + 3 rejected" in outcome.out
+    reasons = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert [entry["row"] for entry in reasons] == [3, 4, 5]
+    assert "cannot be read" in reasons[0]["reason"]
+    assert "not finite" in reasons[1]["reason"]
+    assert "expected (1, 4, 4, 6)" in reasons[2]["reason"]
+    assert not FeatureCache(out).read([3, 4, 5]).any()
+    assert "whole" in svgpipe("verify", out, "--deep").out
+
+
+def test_changed_files_are_refused(latents: Latents, tmp_path: Path, svgpipe: Run) -> None:
+    source, out = latents.write("mar", tmp_path / "source"), tmp_path / "cache"
+    svgpipe("import-latents", source, "--out", out)
+    first, second = sorted((source / "n00000000").iterdir())[:2]
+    other = tmp_path / "other"
+    first.rename(other)
+    second.rename(first)
+    other.rename(second)
+    os.utime(first)
+    outcome = svgpipe("import-latents", source, "--out", out)
+    assert outcome.code == 1
+    assert "inputs.latents" in outcome.err
+
+
+def test_a_damaged_unit_is_imported_again(trained: Path, svgpipe: Run) -> None:
+    cache = trained / "cache"
+    before, unit = FeatureCache(cache).manifest.fingerprint, cache / "features/c/1/0/0/0/0"
+    unit.write_bytes(unit.read_bytes()[:-5] + b"\0" * 5)
+    assert "repaired" in svgpipe("repair", cache).out
+    assert FeatureCache(cache).manifest.fingerprint == before
+    assert "whole" in svgpipe("verify", cache, "--deep").out
+
+
+def _mistakes(folder: Path, latents: Latents) -> Iterator[tuple[str, Path, str]]:
+    yield "absent", folder / "absent", "found nothing there"
+    (folder / "empty").mkdir()
+    yield "empty", folder / "empty", "found none of these"
+    (folder / "text.zip").write_text("no zip")
+    yield "no zip", folder / "text.zip", "found another file"
+    loose = folder / "loose"
+    loose.mkdir()
+    np.savez(loose / "a.npz", moments=np.zeros((4, 2, 2), np.float32))
+    yield "loose", loose, "a.npz outside class folders"
+    light = latents.write("lightningdit", folder / "light")
+    save_file({"latents": latents.mean.clone()}, light / "x.safetensors")
+    yield "no labels", light, "found no labels"
+    (light / "x.safetensors").write_bytes(b"cut")
+    yield "no safetensors", light, "cannot be read"
+    for name, labels, problem in (
+        ("one_hot", [["a.npy", [0, 1]]], "expected a class number for a.npy"),
+        ("other", [["b.npy", 0]], "no label of a.npy"),
+        ("gap", [["a.npy", 2]], "none is 0"),
+        ("negative", [["a.npy", -1]], "found -1"),
+    ):
+        (folder / name).mkdir()
+        np.save(folder / name / "a.npy", np.zeros((4, 2, 2), np.float32))
+        (folder / name / "dataset.json").write_text(json.dumps({"labels": labels}))
+        yield name, folder / name, problem
+
+
+def test_mistakes_get_one_message(latents: Latents, tmp_path: Path, svgpipe: Run) -> None:
+    for name, source, problem in _mistakes(tmp_path, latents):
+        outcome = svgpipe("import-latents", source, "--out", tmp_path / "out")
+        assert outcome.code in (1, 2), name
+        assert problem in outcome.err, (name, outcome.err)
+        assert not (tmp_path / "out").exists(), name
+
+
+@pytest.mark.parametrize("batch", [None, 7, 256, 1000])
+def test_arrays_and_batches_become_the_same_cache(batch: int | None, latents: Latents, tmp_path: Path) -> None:
+    values, labels = latents.expected("lightningdit")
+    features: Any = values if batch is None else (values[i : i + batch] for i in range(0, ROWS, batch))
+    names = ["a", "b", "c", "unseen"]
+    heldout = np.arange(ROWS) % 10 == 0
+    cache = FeatureCache.create(
+        tmp_path / "cache", features, labels, class_names=names, mean=1.0, std=[1, 2, 4], heldout=heldout
+    )
+    np.testing.assert_allclose(cache.denormalize(cache.read(range(ROWS), "flip")), values[:, 1], atol=5e-3)
+    np.testing.assert_array_equal(cache.heldout, heldout)
+    assert (cache.classes, cache.untrained_classes) == (names, [3])
+
+
+def test_a_created_cache_is_normalised_and_not_overwritten(latents: Latents, tmp_path: Path) -> None:
+    values, labels = latents.expected("lightningdit")
+    cache = FeatureCache.create(tmp_path / "cache", torch.from_numpy(values[:, 0]), labels)
+    stored = cache.read(range(ROWS)).astype(np.float32).reshape(-1, CHANNELS)
+    np.testing.assert_allclose(stored.mean(0), 0, atol=1e-3)
+    np.testing.assert_allclose(stored.std(0), 1, atol=1e-3)
+    with pytest.raises(UsageError, match="holds a finished feature cache"):
+        FeatureCache.create(tmp_path / "cache", values, labels)
+
+
+def test_a_failed_creation_can_be_repeated_with_other_features(latents: Latents, tmp_path: Path) -> None:
+    values, labels = latents.expected("lightningdit")
+    broken = values.copy()
+    broken[280] = np.nan
+    with pytest.raises(ArtifactError, match="row 280: a feature is not finite"):
+        FeatureCache.create(tmp_path / "cache", broken, labels, mean=0, std=1)
+    again = FeatureCache.create(tmp_path / "cache", values + 1, labels, mean=0, std=1)
+    np.testing.assert_allclose(again.read(range(ROWS)), values[:, 0] + 1, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"labels": [0, 1]}, "expected 2 rows"),
+        ({"labels": np.full(ROWS, 1)}, "none is 0"),
+        ({"labels": np.full(ROWS, 3), "class_names": ["a", "b"]}, "expected 0 to 1, found 3"),
+        ({"labels": np.zeros(ROWS)}, "expected whole numbers"),
+        ({"features": np.zeros((ROWS, 4))}, "found (1, 4)"),
+        ({"features": [np.zeros((5, 4, 4, 2))], "mean": 0, "std": 1}, "found 5"),
+        ({"features": [np.zeros((ROWS + 1, 4, 4, 2))], "mean": 0, "std": 1}, f"found {ROWS + 1} so far"),
+        ({"features": iter([np.zeros((ROWS, 4, 4, 2))])}, "batches of an iterator"),
+        ({"mean": 0}, "expected both or neither"),
+        ({"mean": [0, 1], "std": 1}, "expected one number or 3"),
+        ({"mean": 0, "std": 0}, "positive standard deviations"),
+        ({"heldout": [True]}, "expected 300 values"),
+        ({"distribution": "gaussian"}, "found 3 channels"),
+    ],
+)
+def test_mistakes_in_arrays_are_named(change: dict[str, Any], problem: str, latents: Latents, tmp_path: Path) -> None:
+    values, labels = latents.expected("lightningdit")
+    with pytest.raises(SvgpipeError) as raised:
+        FeatureCache.create(tmp_path / "cache", **{"features": values[:, 0], "labels": labels, **change})
+    assert problem in str(raised.value)
