@@ -33,6 +33,7 @@ from .errors import ArtifactError, UsageError
 from .filesystem import Location, absolute, file_sha256, file_size, file_version, location
 from .index import DAMAGED, REJECT, ImageRef, read_index, refs_of_table
 from .manifest import MANIFEST_NAME, FrozenModel, InputRef, Manifest, digest
+from .selection import choose_evenly
 
 Split = Literal["train", "heldout"]
 HELDOUT_FOLDER = "heldout"
@@ -293,10 +294,16 @@ class ShardSet:
             self._tables[position] = table
         return table
 
-    def usable(self, split: Split) -> list[ImageRef]:
-        """Return all images of one split, without the rejected ones. Raises the errors of `refs_of`."""
-        refs = refs_of(self.directory, [shard for shard in self.shards if shard.split == split])
-        return [ref for ref in refs if ref.reject is None]
+    def usable_rows(self, split: Split) -> NDArray[np.int64]:
+        """Return the rows of one split, without the rejected ones. Raises the error of `rows`."""
+        return np.flatnonzero(~self.rows.rejected & (self.rows.heldout == (split == "heldout")))
+
+    def usable(self, split: Split, count: int | None = None) -> list[ImageRef]:
+        """Return at most `count` evenly spread images of one split, without rejected ones; None: all.
+
+        Raises the errors of `refs`.
+        """
+        return self.refs(choose_evenly(self.usable_rows(split).tolist(), count))
 
     def read_image(self, row: int) -> bytes:
         """Return the bytes of the image at `row`.

@@ -81,9 +81,9 @@ def test_a_folder_of_images_is_a_reference(
 
 def test_a_folder_is_known_by_its_content(photographs: Path, tmp_path: Path) -> None:
     found = open_reference(str(photographs))
-    assert found.class_names == ["astronaut", "cat", "coffee"] and len(found.train) == 36
-    assert {ref.label for ref in found.train} == {0, 1, 2}
-    assert found.train[0].read()[:2] in (b"\xff\xd8", b"\x89P")
+    assert found.class_names == ["astronaut", "cat", "coffee"] and len(found.images) == 36
+    assert {ref.label for ref in found.images} == {0, 1, 2}
+    assert found.images[0].read()[:2] in (b"\xff\xd8", b"\x89P")
     copy = tmp_path / "elsewhere"
     shutil.copytree(photographs, copy)
     assert open_reference(str(copy)).ref.fingerprint == found.ref.fingerprint
@@ -96,7 +96,7 @@ def test_a_folder_is_known_by_its_content(photographs: Path, tmp_path: Path) -> 
         first.write_bytes(content)
         damaged = open_reference(str(copy))
         with pytest.raises(ArtifactError, match=f"{first.name}: cannot be measured"):
-            require_decodable(damaged.train, Journal(tmp_path), Silent())
+            require_decodable(damaged.images, Journal(tmp_path), Silent())
 
 
 def test_reference_folder_images_that_are_not_drawn_may_be_damaged(
@@ -192,11 +192,11 @@ def test_a_reference_folder_is_hashed_once(photographs: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(Path, "read_bytes", recorded)
     first = open_reference(str(folder), count=12, hashes=tmp_path / "hashes")
-    assert len(read) == len(first.train) == 12
+    assert len(read) == len(first.images) == 12
     read.clear()
     again = open_reference(str(folder), count=12, hashes=tmp_path / "hashes")
     assert read == [] and again.ref.fingerprint == first.ref.fingerprint
-    changed = Path(str(first.train[3].tar))
+    changed = Path(str(first.images[3].tar))
     changed.write_bytes(real(changed) + b"more")
     other = open_reference(str(folder), count=12, hashes=tmp_path / "hashes")
     assert read == [changed.name] and other.ref.fingerprint != first.ref.fingerprint

@@ -22,7 +22,7 @@ from svgpipe.manifests.kinds import KINDS
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, digest, read_json
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.selection import choose_evenly
-from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.shards import ShardSet, Split
 
 from ..images.decode import EXTENSIONS, RejectedImageError, decode_image
 from ..images.folder import visible_files
@@ -55,11 +55,22 @@ class Reference:
     kind: Literal["shards", "folder", "statistics"]
     path: str
     ref: InputRef
-    train: Sequence[ImageRef] = ()
-    heldout: Sequence[ImageRef] = ()
+    images: Sequence[ImageRef] = ()  # of a folder
     class_names: Sequence[str] | None = None
     shards: ShardSet | None = None
     statistics: Statistics | None = None
+
+    def count(self, split: Split) -> int:
+        """Return the number of images of a split. All images of a folder are in `train`."""
+        if self.shards is not None:
+            return len(self.shards.usable_rows(split))
+        return len(self.images) if split == "train" else 0
+
+    def choose(self, split: Split, count: int | None) -> list[ImageRef]:
+        """Return at most `count` evenly spread images of a split; None: all. Lists only the tars that hold them."""
+        if self.shards is not None:
+            return self.shards.usable(split, count)
+        return choose_evenly(self.images, count) if split == "train" else []
 
     @property
     def description(self) -> str:
@@ -103,21 +114,12 @@ def shard_reference(shards: ShardSet) -> Reference:
     Raises:
         ArtifactError: fewer than two reference images.
     """
-    names = shards.manifest.class_names
-    reference = Reference(
-        "shards",
-        str(shards.directory),
-        shards.as_input(),
-        shards.usable("train"),
-        shards.usable("heldout"),
-        names,
-        shards,
-    )
-    if len(reference.train) < MIN_IMAGES:
+    if (count := len(shards.usable_rows("train"))) < MIN_IMAGES:
         raise ArtifactError(
-            f"{shards.directory}: expected two reference images or more, found {len(reference.train)} in training tars."
+            f"{shards.directory}: expected two reference images or more, found {count} in training tars."
         )
-    return reference
+    names = shards.manifest.class_names
+    return Reference("shards", str(shards.directory), shards.as_input(), class_names=names, shards=shards)
 
 
 def _folder(directory: Path, count: int | None, hashes: Location | None) -> Reference:
@@ -280,11 +282,10 @@ class RealSets:
         Returns:
             The three sets.
         """
-        train, heldout = source.train, source.heldout
-        reference = choose_evenly(train, config.reference_images)
-        floor = choose_evenly(heldout, config.num_samples)
-        pool = heldout if len(heldout) >= MIN_IMAGES else train
-        reconstructed = choose_evenly(pool, config.num_samples)
+        reference = source.choose("train", config.reference_images)
+        floor = source.choose("heldout", config.num_samples)
+        enough = source.count("heldout") >= MIN_IMAGES
+        reconstructed = floor if enough else source.choose("train", config.num_samples)
         return cls(
             reference, floor, reconstructed, size, None if source.class_names is None else list(source.class_names)
         )

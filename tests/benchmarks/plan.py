@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 from svgpipe.manifests.index import ImageRef, write_index
-from svgpipe.manifests.manifest import digest
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardFile, ShardSet, ShardSetManifest, shard_name
 from svgpipe.stages.shard.from_images import shard
@@ -64,9 +63,10 @@ def repeated(source: ShardSet, folder: Path, rows: int, tars: int) -> ShardSet:
         num_images=rows,
         num_rejected=0,
         num_heldout=0,
-        content=digest([rows, tars]),
+        content=ShardSetManifest.content_of(shards),
         shards=shards,
     )
+    (folder / "rejected.jsonl").touch()
     manifest.publish(folder)
     return ShardSet.open(folder)
 
