@@ -13,125 +13,17 @@ Nothing is unpickled. A checkpoint is published by one rename of latest.json.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
 
 import safetensors
-from pydantic import Field
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from .errors import ArtifactError, MismatchError, UsageError, storage_error
+from .errors import ArtifactError, storage_error
 from .filesystem import Location, children, file_sha256, make_directory, remove_tree, staged
-from .manifest import InputRef, Json, Manifest, read_json, require_same, write_json
-
-AUTOENCODER_FILE = "autoencoder.safetensors"
-BACKBONE_FILE = "backbone.safetensors"
-STATISTICS_FILE = "statistics.safetensors"
-# Weights without EMA, and the name for the recipe's first EMA decay.
-RAW, EMA = "raw", "ema"
-OFFICIAL_LATENTS = "official-latents"  # kind of the input of an imported model that replaces the cache
-
-
-def average_name(decay: float) -> str:
-    """Return the name of the EMA weights with this decay: `ema-0.9999`."""
-    return f"{EMA}-{decay!r}"
-
-
-def choose_weights(decays: Sequence[float], choice: str) -> str:
-    """Return the name of the weights that `ema` (first decay), `ema-DECAY`, `DECAY` or `raw` stands for.
-
-    Raises:
-        UsageError: the model has no EMA weights of this decay.
-    """
-    names = [*map(average_name, decays), RAW]
-    name = names[0] if choice == EMA else choice
-    with suppress(ValueError):  # 0.90 and ema-0.90 mean the decay 0.9
-        name = average_name(float(choice.removeprefix(f"{EMA}-")))
-    if name not in names:
-        raise UsageError(f"weights {choice!r}: expected one of {EMA}, {', '.join(names)}.")
-    return name
-
-
-def weights_file(name: str) -> str:
-    """Return the file name of the weights `raw` or `ema-DECAY`."""
-    return f"{name}.safetensors"
-
-
-class AutoencoderManifest(Manifest):
-    """A trained autoencoder: backbone, shape of its latents, hash of the trained part."""
-
-    KIND: ClassVar[str] = "autoencoder"
-    NOUN: ClassVar[str] = "an autoencoder"
-    GROWS: ClassVar[frozenset[str]] = frozenset({"steps"})
-    OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"heldout_psnr", "reconstruction_grid", "origin"})
-
-    kind: Literal["autoencoder"] = "autoencoder"
-    steps: int
-    image_size: int
-    grid: tuple[int, int]
-    frozen_channels: int
-    residual_channels: int
-    backbone_weights: str = Field(description="sha256 over the backbone's tensors, as loaded.")
-    alignment: list[float] | None = Field(
-        description="Alignment scalars: frozen mean, std, residual mean, std. Imported ones: see alignment.json."
-    )
-    content: str = Field(description=f"sha256 of {AUTOENCODER_FILE}.")
-    heldout_psnr: float | None = Field(None, description="dB, mean over held-out images; null without any.")
-    reconstruction_grid: str | None = None
-    origin: str | None = Field(None, description="Imported: source file and its sha256.")
-
-
-def require_decoder(
-    where: str, recorded: InputRef | None, shape: tuple[int, int, int], autoencoder: Location, what_to_do: str
-) -> AutoencoderManifest:
-    """Check that an autoencoder decodes some latents: it made them, or, if that is not recorded, has their shape.
-
-    Args:
-        where: of the latents, for messages.
-        recorded: autoencoder that made them; None: not recorded, as for features that others computed.
-        shape: rows, columns and channels of a latent.
-        autoencoder: the one that was given.
-        what_to_do: last sentence of the message.
-
-    Returns:
-        Its manifest.
-
-    Raises:
-        MismatchError: it does not.
-    """
-    encoder = AutoencoderManifest.read(autoencoder)
-    if recorded is not None:
-        require_same(where, recorded, encoder.as_input(autoencoder), what_to_do=what_to_do)
-    own = (*encoder.grid, encoder.frozen_channels + encoder.residual_channels)
-    if own != shape:
-        raise MismatchError(f"{where}: holds latents of {shape}, but {autoencoder} decodes {own}. {what_to_do}")
-    return encoder
-
-
-class DiffusionManifest(Manifest):
-    """A trained diffusion transformer, with the normalisation statistics of its latents."""
-
-    KIND: ClassVar[str] = "diffusion"
-    NOUN: ClassVar[str] = "a diffusion model"
-    GROWS: ClassVar[frozenset[str]] = frozenset({"steps"})
-    OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset(
-        {"heldout_loss", "num_parameters", "origin", "untrained_classes"}
-    )
-
-    kind: Literal["diffusion"] = "diffusion"
-    steps: int = Field(description="Training steps; 0 for an imported model, whose file does not say.")
-    grid: tuple[int, int]
-    channels: int
-    class_names: list[str]
-    content: dict[str, str] = Field(description="sha256 of each safetensors file.")
-    num_parameters: int
-    untrained_classes: list[int] = Field([], description="Class indexes without training images; never sampled.")
-    heldout_loss: float | None = None
-    origin: str | None = Field(None, description="Imported: source file and its sha256.")
+from .manifest import Json, read_json, write_json
 
 
 def save_tensors(path: Location, tensors: Mapping[str, Tensor]) -> str:

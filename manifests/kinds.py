@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .cache_manifest import CacheManifest
-from .checkpoint import AutoencoderManifest, DiffusionManifest
+from .model_manifests import AutoencoderManifest, DiffusionManifest
 from .errors import ArtifactError
 from .evaluation import EvaluationManifest
 from .filesystem import Location, children

@@ -11,6 +11,7 @@ import typer
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.filesystem import location
+from svgpipe.manifests.kinds import artifacts_below
 from svgpipe.manifests.manifest import MANIFEST_NAME, write_json
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet
@@ -81,7 +82,6 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check that an artifact is complete and matches its manifest. Exit code 1 if not."""  # noqa: DOC501
-    from svgpipe.manifests.kinds import artifacts_below  # imports torch
     from svgpipe.stages.artifacts.verify import verify as run_stage
 
     places = artifacts_below(location(path))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.errors import MismatchError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.lock import describe, owner_of

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from svgpipe.manifests.alignment import MeasuredAlignment
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
+from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.evaluation import EvaluationManifest, Report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from svgpipe.manifests.checkpoint import choose_weights
+from svgpipe.manifests.model_manifests import choose_weights
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import MANIFEST_NAME

@@ -7,7 +7,7 @@ from itertools import zip_longest
 import numpy as np
 from numpy.typing import NDArray
 
-from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.selection import choose_evenly, evenly_spread

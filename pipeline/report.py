@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest
+from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report
 from svgpipe.manifests.filesystem import Location, write_atomic

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from svgpipe.manifests import FeatureCache
-from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.stages.artifacts.cache_statistics import CacheStatistics, effective_rank
 from svgpipe.stages.artifacts.contact_sheet import HISTOGRAM_RANGE, contact_sheet

@@ -89,6 +89,7 @@ def test_no_circles_and_no_utils() -> None:
     [
         ("from svgpipe.manifests import FeatureCache", ("torch", "timm", "webdataset", "ray")),
         ("import svgpipe.pipeline.cli", ("torch", "timm", "webdataset", "ray")),
+        ("import svgpipe.pipeline.status", ("torch", "timm", "webdataset", "ray")),
         ("import svgpipe.stages.shard.from_images", ("torch", "timm", "webdataset", "ray")),
         ("import svgpipe.stages.train_diffusion.stage", ("timm", "webdataset", "ray")),
         ("import svgpipe.models.dit, svgpipe.models.sampler", ("timm", "torchvision", "ray", "torch._dynamo")),

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.cache_writer import write_unit
-from svgpipe.manifests.checkpoint import DiffusionManifest
+from svgpipe.manifests.model_manifests import DiffusionManifest
 from svgpipe.manifests.errors import ArtifactError, SvgpipeError, UsageError
 from svgpipe.stages.artifacts import import_latents as module
 from svgpipe.stages.artifacts.import_latents import Import, import_latents

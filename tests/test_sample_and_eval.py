@@ -22,7 +22,8 @@ from PIL import Image
 from torch_fidelity import feature_extractor_inceptionv3
 
 from svgpipe.manifests import feature_store
-from svgpipe.manifests.checkpoint import STATISTICS_FILE, AutoencoderManifest, save_tensors
+from svgpipe.manifests.checkpoint import save_tensors
+from svgpipe.manifests.model_manifests import STATISTICS_FILE, AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.evaluation import EvaluationManifest, Report

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.manifest import read_json, write_json
 from svgpipe.manifests.metrics_file import read_metrics

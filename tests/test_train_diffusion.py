@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from svgpipe.manifests import FeatureCache
-from svgpipe.manifests.checkpoint import DiffusionManifest
+from svgpipe.manifests.model_manifests import DiffusionManifest
 from svgpipe.manifests.evaluation import Report
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics

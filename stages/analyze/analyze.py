@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.checkpoint import EMA
+from svgpipe.manifests.model_manifests import EMA
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.filesystem import Location

@@ -10,13 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from svgpipe.manifests.checkpoint import (
-    EMA,
-    STATISTICS_FILE,
-    load_tensors,
-    save_tensors,
-    weights_file,
-)
+from svgpipe.manifests.checkpoint import load_tensors, save_tensors
+from svgpipe.manifests.model_manifests import EMA, STATISTICS_FILE, weights_file
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.filesystem import Location, children, make_directory, remove_partials
 from svgpipe.manifests.lock import LOCK_NAME, locked

@@ -17,7 +17,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from svgpipe.manifests.checkpoint import (
+from svgpipe.manifests.checkpoint import save_tensors
+from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
+from svgpipe.manifests.filesystem import Location, file_sha256
+from svgpipe.manifests.manifest import InputRef, digest, read_json, summarise, write_json
+from svgpipe.manifests.model_manifests import (
     AUTOENCODER_FILE,
     BACKBONE_FILE,
     OFFICIAL_LATENTS,
@@ -26,12 +30,8 @@ from svgpipe.manifests.checkpoint import (
     AutoencoderManifest,
     DiffusionManifest,
     average_name,
-    save_tensors,
     weights_file,
 )
-from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
-from svgpipe.manifests.filesystem import Location, file_sha256
-from svgpipe.manifests.manifest import InputRef, digest, read_json, summarise, write_json
 from svgpipe.manifests.recipe import (
     AutoencoderSection,
     BackboneSection,

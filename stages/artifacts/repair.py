@@ -12,7 +12,7 @@ from pathlib import Path
 from svgpipe.manifests.alignment import require_same_alignment
 from svgpipe.manifests.cache_manifest import CacheManifest
 from svgpipe.manifests.calibration import Calibration
-from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.filesystem import Location, sync_directory

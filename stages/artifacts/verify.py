@@ -11,13 +11,8 @@ from typing import Any
 import numpy as np
 
 from svgpipe.manifests.alignment import ALIGNMENT_NAME, MeasuredAlignment
-from svgpipe.manifests.checkpoint import (
-    AUTOENCODER_FILE,
-    BACKBONE_FILE,
-    AutoencoderManifest,
-    DiffusionManifest,
-    load_tensors,
-)
+from svgpipe.manifests.checkpoint import load_tensors
+from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.evaluation import EvaluationManifest
 from svgpipe.manifests.filesystem import Location, file_sha256, file_size, has_sha256, location

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from svgpipe.manifests.checkpoint import AutoencoderManifest, DiffusionManifest, require_decoder
+from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest, require_decoder
 from svgpipe.manifests.errors import MismatchError, UsageError
 from svgpipe.manifests.evaluation import EvaluationManifest
 from svgpipe.manifests.filesystem import Location

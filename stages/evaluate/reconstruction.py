@@ -20,7 +20,7 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
-from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.filesystem import Location, file_sha256
 from svgpipe.manifests.index import ImageRef

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from svgpipe.manifests.alignment import ALIGNMENT_NAME, MeasuredAlignment
-from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.lock import locked
 from svgpipe.manifests.recipe import AutoencoderSection

@@ -11,7 +11,7 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 from pydantic import Field
 
-from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import INT8_LIMIT, ZSTD_LEVEL
 from svgpipe.manifests.filesystem import Location

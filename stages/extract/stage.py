@@ -17,7 +17,7 @@ from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
 from svgpipe.manifests.cache_manifest import CacheManifest
 from svgpipe.manifests.cache_writer import complete_store, publish_cache
 from svgpipe.manifests.calibration import CALIBRATION, Calibration
-from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.filesystem import Location, absolute

@@ -9,19 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svgpipe.manifests.checkpoint import (
-    EMA,
-    OFFICIAL_LATENTS,
-    STATISTICS_FILE,
-    CheckpointStore,
-    DiffusionManifest,
-    choose_weights,
-    load_tensors,
-    weights_file,
-)
+from svgpipe.manifests.checkpoint import CheckpointStore, load_tensors
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, Json, read_plan
+from svgpipe.manifests.model_manifests import (
+    EMA,
+    OFFICIAL_LATENTS,
+    STATISTICS_FILE,
+    DiffusionManifest,
+    choose_weights,
+    weights_file,
+)
 from svgpipe.manifests.recipe import DiffusionSection, DiTSection
 from svgpipe.models.dit import DiT
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from svgpipe.manifests.checkpoint import AutoencoderManifest
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.shards import ShardSet

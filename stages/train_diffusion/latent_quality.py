@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.checkpoint import EMA
+from svgpipe.manifests.model_manifests import EMA
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.selection import evenly_spread
 from svgpipe.models.dit import DiT

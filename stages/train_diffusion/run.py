@@ -12,14 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.checkpoint import (
-    STATISTICS_FILE,
-    Checkpoint,
-    CheckpointStore,
-    DiffusionManifest,
-    save_tensors,
-    weights_file,
-)
+from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore, save_tensors
+from svgpipe.manifests.model_manifests import STATISTICS_FILE, DiffusionManifest, weights_file
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location, make_directory, write_atomic
 from svgpipe.manifests.recipe import DiffusionSection

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.checkpoint import DiffusionManifest, require_decoder
+from svgpipe.manifests.model_manifests import DiffusionManifest, require_decoder
 from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.workdir import StageSpec, WorkDir
