@@ -38,6 +38,8 @@ INT8_LIMIT = 127
 ZSTD_LEVEL = 3
 # Shard indexes that a reader caches: without the cache, every read fetches the index of its shard again.
 INDEX_CACHE_BYTES = 64 << 20
+# Requests to an object store at a time; tensorstore's default of 32 leaves a fast network idle.
+REQUESTS = 256
 
 Features = NDArray[np.float16]  # to be written
 Values = NDArray[np.floating[Any]]  # as read: float16 or float32, see `FeatureStore.dequantize`
@@ -235,7 +237,11 @@ class FeatureStore:
                 "fill_missing_data_reads": False,
                 "store_data_equal_to_fill_value": True,
                 "recheck_cached_data": "open",
-                "context": {"cache_pool": {"total_bytes_limit": 0 if write else INDEX_CACHE_BYTES}},
+                "context": {
+                    "cache_pool": {"total_bytes_limit": 0 if write else INDEX_CACHE_BYTES},
+                    "s3_request_concurrency": {"limit": REQUESTS},
+                    "gcs_request_concurrency": {"limit": REQUESTS},
+                },
             }
             try:
                 self._handles[key] = ts.open(spec, open=True, read=True, write=write).result()

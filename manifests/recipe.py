@@ -227,6 +227,9 @@ class DiffusionSection(Section):
     activation_checkpointing: bool = Field(False, description="Recompute blocks in the backward pass, to save memory.")
     use_flips: bool = Field(True, description="Draw the view of each sample at random, if the cache has flips.")
     read_ahead: Positive = Field(4, description="Batches that are read in advance.")
+    shuffle_files: Positive | None = Field(
+        None, description="Shuffle within blocks of this many files of the cache (--local-cache); null: all rows."
+    )
     seed: Natural = Field(1234, description="Seed of weights, order, noise and times.")
     log_every: Positive = Field(100, description="Steps between log lines.")
     eval_every: Positive = Field(5000, description="Steps between measurements of the held-out loss.")

@@ -112,7 +112,8 @@ class StageSpec(Generic[M]):
     def _require_equal(self, found: Json, noun: str, what_to_do: str, may_change: frozenset[str]) -> None:
         allowed = may_change | self._grown(found["config"])
         changed = {key: value for key, value in self.config.items() if key in allowed}
-        lines = differing_fields({**found, "config": {**found["config"], **changed}}, self.plan)
+        there = {**_with_new_keys(found["config"], self.config), **changed}
+        lines = differing_fields({**found, "config": there}, self.plan)
         if lines:
             hints = [INPUTS_DIFFER] if any(line.startswith("inputs.") for line in lines) else []
             hints += [what_to_do, *([self.kind.HINT] if self.kind.HINT else [])]
@@ -122,6 +123,20 @@ class StageSpec(Generic[M]):
                 + "\n  ".join(lines)
                 + f"\n{' '.join(hints)}"
             )
+
+
+def _with_new_keys(found: Json, expected: Json) -> Json:
+    """Return a config of an older version with the keys that it lacks, as far as they are off (null or false).
+
+    A key that is added to a recipe is therefore off by default.
+    """
+    added = {key: value for key, value in expected.items() if key not in found and (value is None or value is False)}
+    nested = {
+        key: _with_new_keys(value, expected[key]) if isinstance(expected.get(key), dict) else value
+        for key, value in found.items()
+        if isinstance(value, dict)
+    }
+    return {**found, **nested, **added}
 
 
 def _holds_nothing(path: Location) -> bool:

@@ -11,6 +11,7 @@ import typer
 
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location, location, make_directory
+from svgpipe.manifests.local_copy import LocalDisk
 from svgpipe.manifests.store_spec import StoreDtype
 
 if TYPE_CHECKING:
@@ -95,6 +96,14 @@ StrategyOption = Annotated[
 WandbOption = Annotated[
     str | None, typer.Option("--wandb", metavar="PROJECT", help="Also log to Weights & Biases (extra: wandb).")
 ]
+LocalCacheOption = Annotated[
+    Path | None,
+    typer.Option("--local-cache", metavar="DIR", help="Local disk that keeps files of the cache during training."),
+]
+LocalGbOption = Annotated[
+    float,
+    typer.Option("--local-gb", metavar="N", min=0, help="Gigabytes for --local-cache. Default: 100."),
+]
 StoreDtypeOption = Annotated[
     StoreDtype | None, typer.Option("--store-dtype", help="int8 takes less than half the space of float16.")
 ]
@@ -168,6 +177,11 @@ def overrides_with(
 
 def _quoted(text: str | None) -> str | None:
     return None if text is None else json.dumps(text)
+
+
+def local_disk(folder: Path | None, gigabytes: float) -> LocalDisk | None:
+    """Return where files of the cache are kept; None: nowhere."""
+    return None if folder is None else LocalDisk(folder.absolute(), int(gigabytes * 1e9))
 
 
 def read_class_names(path: Path | None) -> list[str] | None:

@@ -11,6 +11,7 @@ import typer
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location
+from svgpipe.manifests.local_copy import LocalDisk
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, Manifest
 from svgpipe.manifests.recipe import Recipe
 from svgpipe.manifests.shards import ShardSet
@@ -44,6 +45,7 @@ class RunOptions:
         address: Ray cluster; None: this machine, with Ray only if needed.
         strategy: see `train_diffusion`.
         wandb_project: see `train_diffusion`.
+        disk: see `train_diffusion`.
         max_rejects: see `extract`.
         guide: see `sample_and_eval`.
         pool: see `sample_and_eval`.
@@ -56,6 +58,7 @@ class RunOptions:
     address: str | None = None
     strategy: Strategy = "ddp"
     wandb_project: str | None = None
+    disk: LocalDisk | None = None
     max_rejects: float = MAX_REJECTS
     guide: Location | None = None
     pool: Location | None = None
@@ -87,7 +90,7 @@ def run_recipe(recipe: Recipe, workdir: Location, options: RunOptions, progress:
         _stage(cache, progress, lambda: encode(shards, encoder, cache, recipe.extract))
     with training_cluster(trainers, options.address):
         learn = partial(train_diffusion, resources=trainers, wandb_project=wandb, progress=progress)
-        learn = partial(learn, autoencoder=encoder, strategy=options.strategy)
+        learn = partial(learn, autoencoder=encoder, strategy=options.strategy, disk=options.disk)
         _stage(model, progress, lambda: learn(FeatureCache(cache), model, recipe.diffusion))
     reference = shard_reference(shards)
     with runner_for(options.resources, options.address) as runner:

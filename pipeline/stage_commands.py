@@ -31,6 +31,8 @@ from .options import (
     HeldoutOption,
     HoldoutOption,
     KeepDamagedOption,
+    LocalCacheOption,
+    LocalGbOption,
     MaxRejectsOption,
     NpzOption,
     OutOption,
@@ -49,6 +51,7 @@ from .options import (
     WandbOption,
     WorkersOption,
     overrides_with,
+    local_disk,
     read_class_names,
     resources_of,
     trainers_of,
@@ -213,6 +216,8 @@ def train_diffusion(
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     strategy: StrategyOption = None,
+    local_cache: LocalCacheOption = None,
+    local_gb: LocalGbOption = 100.0,
     address: AddressOption = None,
     wandb: WandbOption = None,
 ) -> None:
@@ -234,6 +239,7 @@ def train_diffusion(
             resources=resources,
             strategy=strategy or "ddp",
             wandb_project=wandb,
+            disk=local_disk(local_cache, local_gb),
             progress=progress,
         )
     loss = "not measured" if manifest.heldout_loss is None else f"{manifest.heldout_loss:.4f}"

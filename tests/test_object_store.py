@@ -26,6 +26,7 @@ from svgpipe.manifests.filesystem import (
 )
 from svgpipe.manifests.index import read_images
 from svgpipe.manifests.journal import Journal
+from svgpipe.manifests.local_copy import LocalCopy, LocalDisk
 from svgpipe.manifests.lock import BusyError, Lock, locked
 from svgpipe.manifests.shards import ShardSet
 
@@ -92,7 +93,7 @@ def run_elsewhere(arguments: list[object]) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_extraction_is_killed_resumes_and_reads_and_is_repaired(
-    finished: Finished, uploaded: Location, svgpipe: Callable[..., Outcome]
+    finished: Finished, uploaded: Location, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     remote = uploaded / "cache"
     arguments = remote_args(finished, uploaded)
@@ -114,6 +115,12 @@ def test_extraction_is_killed_resumes_and_reads_and_is_repaired(
     rows = [5, 3, 3, -1]
     np.testing.assert_array_equal(there.read(rows, "flip"), here.read(rows, "flip"))
     assert (there.labels == here.labels).all()
+    copy = LocalCopy(there, LocalDisk(tmp_path, 1 << 30))
+    copy.keep(range(UNITS))
+    copy.wait()
+    assert copy.units_here() == {*range(UNITS)}
+    every, views = np.arange(len(here)), np.zeros(len(here), np.int64)
+    np.testing.assert_array_equal(copy.read_stored(every, views), here.read_stored(every))
     group = zarr.open_group(zarr_store(remote), mode="r")
     assert group["features"].shape == here.shape  # type: ignore[union-attr]
 

@@ -21,16 +21,16 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from svgpipe.manifests import FeatureCache
-from svgpipe.manifests.model_manifests import DiffusionManifest
 from svgpipe.manifests.evaluation import Report
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
+from svgpipe.manifests.model_manifests import DiffusionManifest
 from svgpipe.manifests.recipe import ScheduleSection
 from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.networks.diffusion import open_diffusion
 from svgpipe.stages.runtime import retry
-from svgpipe.stages.train_diffusion.data import batch_at
 from svgpipe.stages.train_diffusion.loss import heldout_loss
+from svgpipe.stages.train_diffusion.order import batch_at
 from svgpipe.stages.training.distributed import ProcessGroup
 from svgpipe.stages.training.optimizer import learning_rate
 

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore, save_tensors
-from svgpipe.manifests.model_manifests import STATISTICS_FILE, DiffusionManifest, weights_file
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location, make_directory, write_atomic
+from svgpipe.manifests.local_copy import LocalDisk
+from svgpipe.manifests.model_manifests import STATISTICS_FILE, DiffusionManifest, weights_file
 from svgpipe.manifests.recipe import DiffusionSection
 
 from ..images.decode import encode_png, tile
 from ..training.distributed import ProcessGroup, Strategy
 from ..training.loop import TrainingRun
 from ..training.supervisor import Supervisor
-from .data import CacheBatches
+from .data import CacheBatches, blocks_of
 from .latent_quality import LatentQuality, sample_in_training, settings_in_training
 from .loss import LossByTime, heldout_loss
 from .trainer import FlowTrainer, Step
@@ -52,9 +53,10 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         decoder: Location | None,
         strategy: Strategy,
         wandb_project: str | None,
+        disk: LocalDisk | None = None,
     ) -> None:
         """Open the run; see `train_diffusion` for arguments and errors."""
-        self.cache, self.config, self.decoder = cache, config, decoder
+        self.cache, self.config, self.decoder, self.disk = cache, config, decoder, disk
         super().__init__(
             group, supervisor, out, CheckpointStore(out / "checkpoints", config.keep_checkpoints, config.keep_every)
         )
@@ -69,6 +71,12 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
             f"{size:.1f} M parameters; {config.steps} steps of {config.batch_size} rows: {epochs:.3g} epochs of "
             f"{len(self.rows)} training rows"
         )
+        if (blocks := blocks_of(cache, self.rows, config)) is not None:
+            pairs, ideal = blocks.pairs_per_batch(config.batch_size)
+            supervisor.say(
+                f"shuffling within blocks of {config.shuffle_files} files: {pairs:.3g} pairs of rows of a batch lie in "
+                f"one file, {ideal:.3g} if all rows were shuffled"
+            )
         self.decode = self._load_decoder() if group.is_main else None
         self.by_time = LossByTime(group.device)
         self.resume(wandb_project)
@@ -126,7 +134,8 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         share = self.group.local_slice(self.config.batch_size)
-        return iter(CacheBatches(self.cache, self.rows, self.config, self.step, share, self.supervisor.say))
+        say = self.supervisor.say
+        return iter(CacheBatches(self.cache, self.rows, self.config, self.step, share, say, self.disk))
 
     def take_step(self, batch: tuple[Tensor, Tensor]) -> Step:
         result = self.trainer(self.step, *batch)

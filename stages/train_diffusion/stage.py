@@ -8,8 +8,9 @@ from __future__ import annotations
 from functools import partial
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.model_manifests import DiffusionManifest, require_decoder
 from svgpipe.manifests.filesystem import Location, absolute
+from svgpipe.manifests.local_copy import LocalDisk
+from svgpipe.manifests.model_manifests import DiffusionManifest, require_decoder
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.workdir import StageSpec, WorkDir
 
@@ -31,6 +32,7 @@ def train_diffusion(
     resources: Resources | None = None,
     strategy: Strategy = "ddp",
     wandb_project: str | None = None,
+    disk: LocalDisk | None = None,
     progress: Progress | None = None,
 ) -> DiffusionManifest:
     """Train on the valid, not held-out rows of `cache` and publish the model at `out`; run again to resume.
@@ -44,13 +46,15 @@ def train_diffusion(
             by rounding only.
         strategy: ddp: every worker holds the model; fsdp2: the model is sharded over the workers.
         wandb_project: also log to Weights & Biases.
+        disk: keeps copies of the cache's files on the machine of every worker; does not change results.
         progress: receives the progress.
 
     Returns:
         The manifest of the model.
 
     Raises:
-        UsageError: wandb is not installed, no training rows, or an invalid model, batch or number of workers.
+        UsageError: wandb is not installed, no training rows, an invalid model, batch or number of workers, or a disk
+            that is too small.
         MismatchError: `out` was begun with another cache or config, or `autoencoder` did not make the cache.
         DivergedError: NaN or infinity.
         InterruptedRunError: stopped by a signal; the state is saved.
@@ -60,6 +64,8 @@ def train_diffusion(
         require_decoder(str(cache.path), maker, cache.manifest.latent_shape, autoencoder, what)
     if wandb_project is not None:
         require_wandb()
+    if disk is not None:
+        disk.check(cache, config.shuffle_files)
     with WorkDir(diffusion_spec(cache, out, config)) as work:
         if work.finished is not None:
             return work.finished
@@ -71,6 +77,7 @@ def train_diffusion(
             decoder=None if autoencoder is None else absolute(autoencoder),
             strategy=strategy,
             wandb_project=wandb_project,
+            disk=disk,
         )
         job = partial(run_training, start=start, memory_advice=MEMORY_ADVICE)
         return work.publish(run_job(job, resources, Recorded(progress, out), work.check_lock))

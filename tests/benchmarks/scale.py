@@ -35,7 +35,7 @@ CLASSES, CHANNELS, BATCH = 1_000, 392, 4_096
 LIMIT_S, LIMIT_GB = 10.0, 2.0
 COMMAND = "import sys; from svgpipe.pipeline.cli import main; assert main(sys.argv[1:]) == 0"
 CACHE = "import sys; from svgpipe.manifests import FeatureCache; cache = FeatureCache(sys.argv[1]); "
-BATCHES = "from svgpipe.stages.train_diffusion.data import batch_at; rows = cache.training_rows; "
+BATCHES = "from svgpipe.stages.train_diffusion.order import batch_at; rows = cache.training_rows; "
 READ = (
     "batch = batch_at({step}, seed=1, batch_size=256, num_rows=len(rows), num_views=2); "
     "cache.read_stored(rows[batch.rows], batch.views); cache.labels[rows[batch.rows]]"
