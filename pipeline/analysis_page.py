@@ -14,6 +14,7 @@ from svgpipe.stages.analyze.analyze import Analysis, CacheAnalysis
 from .charts import Drawing, LineChart, scatter
 from .page import render
 from .tables import new_table, print_table, with_interval
+from .synsets import shown_names
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def render_analysis(analysis: Analysis, out: Location) -> None:
 
 
 def _plots(one: CacheAnalysis, number: int) -> CachePlots:
-    names = dict(zip(sorted({m.label for m in one.map}), one.classes, strict=False))
+    names = dict(zip(sorted({m.label for m in one.map}), shown_names(one.classes), strict=False))
     points = (
         scatter(f"t-SNE of cache {number}", [(m.x, m.y) for m in one.map], [names[m.label] for m in one.map])
         if one.map

@@ -233,7 +233,12 @@ def import_latents(
         Path | None, typer.Option("--heldout", metavar="PATH", help="The same for rows kept out of training.")
     ] = None,
     class_names: Annotated[
-        Path | None, typer.Option("--class-names", metavar="FILE", help="Class names, one per line, in label order.")
+        Path | None,
+        typer.Option(
+            "--class-names",
+            metavar="FILE",
+            help="Class names, one per line, in label order; imagenet: its 1,000 synsets.",
+        ),
     ] = None,
     factor: Annotated[
         float | None,

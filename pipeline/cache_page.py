@@ -13,6 +13,7 @@ from svgpipe.stages.images.decode import RGBArray
 
 from .charts import curve
 from .page import lineage, picture, render
+from .synsets import shown_name
 
 SAMPLES = 24
 
@@ -27,6 +28,7 @@ def render_cache(cache: FeatureCache, out: Location, samples: int = SAMPLES) -> 
     pictures = [
         {
             "row": row,
+            "class_name": shown_name(row.class_name),
             "shown": [
                 picture(pixels, caption, lossless=caption != "source")
                 for pixels, caption in (

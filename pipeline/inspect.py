@@ -15,7 +15,6 @@ from rich.text import Text
 
 from svgpipe.manifests.alignment import MeasuredAlignment
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
@@ -25,9 +24,12 @@ from svgpipe.manifests.kinds import artifacts_below, read_any
 from svgpipe.manifests.lock import describe as describe_owner
 from svgpipe.manifests.lock import owner_of
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, read_json, read_plan
+from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.reconstruction import ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.shards import ShardSet, ShardSetManifest
 from svgpipe.stages.artifacts.cache_statistics import CacheStatistics
+
+from .synsets import shown_name, shown_names
 
 
 def describe(path: Location) -> Json:
@@ -112,7 +114,7 @@ def _shard_facts(path: Location, manifest: Any) -> Json:
 
 def _classes_without_images(names: list[str], empty: list[int]) -> Json:
     """Return a fact if some class has no training image."""
-    some = _some([f"{index} ({names[index]})" for index in empty])
+    some = _some([f"{index} ({shown_name(names[index])})" for index in empty])
     return {"classes without training images": f"{len(empty)} of {len(names)}: {some}"} if empty else {}
 
 
@@ -199,7 +201,7 @@ _FACTS: dict[str, Callable[[Location, Any], Json]] = {
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+    return ", ".join(shown_names(names[:8])) + (", …" if len(names) > 8 else "")
 
 
 def show(description: Json, console: Console | None = None) -> None:

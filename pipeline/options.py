@@ -14,10 +14,13 @@ from svgpipe.manifests.filesystem import Location, location, make_directory
 from svgpipe.manifests.local_copy import LocalDisk
 from svgpipe.manifests.store_spec import StoreDtype
 
+from .synsets import imagenet_synsets
+
 if TYPE_CHECKING:
     from svgpipe.stages.runtime.resources import Resources
 
 # Panels of `svgpipe --help`.
+IMAGENET = "imagenet"
 RUN, STAGES, LOOK, MEND, ANALYSE = "All stages", "Stages", "Look at artifacts", "Mend and convert", "Analyse"
 
 RecipeOption = Annotated[
@@ -185,13 +188,15 @@ def local_disk(folder: Path | None, gigabytes: float) -> LocalDisk | None:
 
 
 def read_class_names(path: Path | None) -> list[str] | None:
-    """Return the class names in a file, in label order; None without a file.
+    """Return the class names in a file, in label order; `imagenet`: the 1,000 synsets of ImageNet; None: None.
 
     Raises:
         UsageError: no such file, not UTF-8, empty, an empty line, or a duplicate name.
     """
     if path is None:
         return None
+    if str(path) == IMAGENET and not path.exists() and (synsets := imagenet_synsets()):
+        return synsets
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -17,6 +17,7 @@ from svgpipe.stages.images.image_set import ImageSet
 
 from .page import Grid, lineage, picture, render
 from .tables import new_table, print_table, with_interval
+from .synsets import shown_names
 
 PAGE = "report.html"
 COLUMNS = 8
@@ -69,7 +70,7 @@ def _grid(evaluation: Location, report: ReconstructionReport, shards: ShardSet) 
     """Return a grid with originals in the first row, and one row per set: eight images of different classes."""
     heldout = shards.usable("heldout")
     originals = ImageSet(choose_evenly(heldout, report.num_images), report.image_size)
-    labels, names = originals.labels, shards.manifest.class_names
+    labels, names = originals.labels, shown_names(shards.manifest.class_names)
     chosen = _spread_over_classes(labels, COLUMNS)
     pictures = [picture(originals.pixels(i), names[int(labels[i])]) for i in chosen]
     for result in report.results:

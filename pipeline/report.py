@@ -21,6 +21,7 @@ from svgpipe.stages.images.image_set import ImageSet
 
 from .charts import Drawing, LineChart, curve
 from .overview import overview_rows, overview_webp, sampler_of
+from .synsets import shown_names
 from .page import Grid, lineage, picture, render, webp_url
 
 REPORT_PAGE, OVERVIEW = "report.html", "report-overview.webp"
@@ -79,7 +80,8 @@ def _grids(
     reference: Reference,
     sets: RealSets,
 ) -> list[Grid]:
-    names, size = report.class_names, report.image_size
+    names, size = shown_names(report.class_names), report.image_size
+    real_names = None if reference.class_names is None else shown_names(reference.class_names)
 
     def by_class(images: ImageSet, rows: int) -> list[int]:
         labels = images.labels
@@ -100,12 +102,12 @@ def _grids(
     grids = []
     if sets.reference:
         note = "from the training split" if reference.kind == "shards" else f"from {reference.description}"
-        grids.append(grid("Real images", note, ImageSet(sets.reference, size), 2, reference.class_names))
+        grids.append(grid("Real images", note, ImageSet(sets.reference, size), 2, real_names))
     if any(r.role == "reconstructions" for r in report.results):
         rebuilt = decoded_images(evaluation, RECONSTRUCTIONS)
         originals = ImageSet(sets.reconstructed, size)
         chosen = by_class(rebuilt, 1)
-        captions = [_caption(originals, i, reference.class_names) for i in chosen]
+        captions = [_caption(originals, i, real_names) for i in chosen]
         pairs = [picture(originals.pixels(i), what) for i, what in zip(chosen, captions, strict=True)]
         pairs += [picture(rebuilt.pixels(i), "rebuilt") for i in chosen]
         kind = "held-out" if len(sets.heldout) >= MIN_IMAGES else "reference"

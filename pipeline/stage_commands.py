@@ -50,8 +50,8 @@ from .options import (
     UnlabelledOption,
     WandbOption,
     WorkersOption,
-    overrides_with,
     local_disk,
+    overrides_with,
     read_class_names,
     resources_of,
     trainers_of,
@@ -113,7 +113,8 @@ def index(
         ),
     ] = None,
     class_names: Annotated[
-        Path | None, typer.Option("--class-names", metavar="FILE", help="Class names, one per line.")
+        Path | None,
+        typer.Option("--class-names", metavar="FILE", help="Class names, one per line; imagenet: its 1,000 synsets."),
     ] = None,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every image now, not only its header.")] = False,
     keep_damaged: KeepDamagedOption = False,
