@@ -79,8 +79,9 @@ class FeatureCache(Sequence[CachedRow]):
 
         Args:
             path: directory to create.
-            features: (n, row, column, channel), or (n, view, row, column, channel) with the views original and flip.
-                An array (NumPy, memmap, Zarr, HDF5, torch on the CPU), or an iterator of batches.
+            features: (n, row, column, channel), or (n, view, row, column, channel) with the views original and flip:
+                an array (NumPy, memmap, Zarr, HDF5, torch) or an iterator of batches. The channel is last: latents
+                (n, channel, row, column) need `numpy.moveaxis(latents, 1, -1)`.
             labels: (n,) class numbers from 0.
             class_names: in label order; None: the numbers.
             mean: subtracted from the features, one number or one per channel; None: measured on 4,096 training rows.

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .cache_manifest import CacheManifest, Distribution
 from .cache_writer import complete_store, publish_cache, write_unit
-from .calibration import Calibration, given_calibration, measured_calibration, normalised
+from .calibration import Calibration, given_calibration, measured_calibration, normalised, usable
 from .errors import ArtifactError, UsageError
 from .feature_store import FeatureStore
 from .filesystem import Location, absolute, location, remove_tree
 from .journal import Journal
+from .manifest import MANIFEST_NAME
 from .moments import Moments
 from .selection import choose_evenly
 from .store_spec import StoreSpec
@@ -25,6 +26,7 @@ from .workdir import StageSpec, WorkDir
 # Rows that mean and standard deviation are measured on, if they are not given.
 CALIBRATION_ROWS = 4096
 UNIT_ROWS = 256
+STRETCH = 64
 VIEWS = ("original", "flip")
 UNKNOWN = "unknown"
 
@@ -41,6 +43,23 @@ class Options:
     encoder: str
     unit_rows: int
 
+    def check(self) -> None:
+        """Check the options that no array is needed for.
+
+        Raises:
+            UsageError: one is invalid.
+        """
+        names = self.class_names
+        if isinstance(names, str | Mapping) or not (names is None or all(isinstance(name, str) for name in names)):
+            raise UsageError("class_names: expected a list of texts in label order.")
+        if not isinstance(self.unit_rows, int) or self.unit_rows < 1:
+            raise UsageError(f"unit_rows: expected a positive int, found {self.unit_rows!r}.")
+        if self.distribution not in get_args(Distribution) or not isinstance(self.encoder, str):
+            raise UsageError(
+                f"expected a distribution of {', '.join(get_args(Distribution))} and a text as encoder, found "
+                f"{self.distribution!r} and {self.encoder!r}."
+            )
+
 
 def create_cache(path: str | Location, features: Any, labels: ArrayLike, options: Options) -> CacheManifest:
     """Write a cache of features that were computed elsewhere; see `FeatureCache.create`.
@@ -52,28 +71,25 @@ def create_cache(path: str | Location, features: Any, labels: ArrayLike, options
         UsageError: see `FeatureCache.create`.
         ArtifactError: a feature is not finite.
     """
+    options.check()
     numbers, names = classes_of_numbers(np.asarray(labels), options.class_names)
-    heldout = np.zeros(len(numbers), bool) if options.heldout is None else np.asarray(options.heldout, bool)
-    if heldout.shape != numbers.shape:
-        raise UsageError(f"heldout: expected {len(numbers)} values, one per label, found {heldout.shape}.")
+    heldout = np.zeros(len(numbers), bool) if options.heldout is None else np.asarray(options.heldout)
+    if heldout.shape != numbers.shape or heldout.dtype != bool:
+        raise UsageError(
+            f"heldout: expected {len(numbers)} of True and False, one per label, found {heldout.dtype} {heldout.shape}."
+        )
     source = _Source.of(features, len(numbers))
     calibration = _calibration(source, np.flatnonzero(~heldout), options)
-    given = options.mean is not None
-    config = {
-        "created_from": "arrays",
-        "unit_rows": options.unit_rows,
-        "store_dtype": "float16",
-        "calibration_images": None if given else CALIBRATION_ROWS,
-    }
     out = absolute(location(path))
-    with WorkDir(StageSpec(out, CacheManifest, config, {})) as work:
-        if work.finished is not None:
-            raise UsageError(f"{out}: holds a finished feature cache. Delete it, or give another path.")
+    if (out / MANIFEST_NAME).exists():
+        raise UsageError(f"{out}: holds a finished artifact. Delete it, or give another path.")
+    # The config is always the same, so that a call after an interrupted one may have other options.
+    with WorkDir(StageSpec(out, CacheManifest, {"created_from": "arrays", "store_dtype": "float16"}, {})) as work:
         for part in ("journal", "features"):  # of a call that was interrupted, perhaps with other features
             remove_tree(out / part)
         journal = Journal(out)
         calibration.record(journal)
-        spec = store_spec(source.shape, len(numbers), names, options.unit_rows)
+        spec = store_spec(source.shape, len(numbers), names, min(options.unit_rows, len(numbers)))
         store = FeatureStore.create(out, spec, calibration.mean, calibration.std)
         for unit, values in enumerate(source.units(spec)):
             work.check_lock()
@@ -92,19 +108,23 @@ def classes_of_numbers(labels: NDArray[Any], names: Sequence[str] | None) -> tup
         UsageError: no labels, labels that are no whole numbers, a number without a name, or, without names, a number
             between others without a row.
     """
-    if labels.ndim != 1 or not len(labels) or not np.issubdtype(labels.dtype, np.integer):
+    if not labels.size:
+        raise UsageError("labels: expected at least one row, found none.")
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise UsageError(f"labels: expected whole numbers, one per row, found {labels.dtype} {labels.shape}.")
     low, high = int(labels.min()), int(labels.max())
     limit = high + 1 if names is None else len(names)
-    if low < 0 or high >= limit:
-        raise UsageError(f"labels: expected 0 to {limit - 1}, found {low if low < 0 else high}.")
+    if low < 0:
+        raise UsageError(f"labels: expected numbers from 0 on, found {low}.")
+    if high >= limit:
+        raise UsageError(f"labels: expected 0 to {limit - 1} for {limit} class names, found {high}.")
     if names is None:
         found = np.unique(labels)
         if len(found) != limit:
             absent = int(np.flatnonzero(found != np.arange(len(found)))[0])
             raise UsageError(
                 f"labels: there are {len(found)} numbers between 0 and {high}, and none is {absent}. Give all class "
-                "names in label order if classes without rows are meant."
+                "names in label order (class_names, --class-names) if classes without rows are meant."
             )
         names = [str(number) for number in range(limit)]
     return labels.astype(np.int32), [str(name) for name in names]
@@ -161,21 +181,19 @@ class _Source:
 
     @classmethod
     def of(cls, features: Any, count: int) -> _Source:
-        if hasattr(features, "shape"):
-            if len(features) != count:
-                raise UsageError(f"features: expected {count} rows, one per label, found {len(features)}.")
+        if isinstance(features, list | tuple) and len(features):
+            features = np.concatenate([_with_views(part) for part in features])
+        if len(getattr(features, "shape", ())):
+            if features.shape[0] != count:
+                raise UsageError(f"features: expected {count} rows, one per label, found {features.shape[0]}.")
             first = _with_views(features[:1])
             return cls(features, iter(()), first.shape[1:], count)
-        if not isinstance(features, Iterable):
+        if not isinstance(features, Iterable) or isinstance(features, str | Mapping):
             raise UsageError(f"features: expected an array or an iterator of batches, found {type(features).__name__}.")
         batches = map(_with_views, features)
         if (head := next(batches, None)) is None:
             raise UsageError("features: expected batches, found none.")
         return cls(None, itertools.chain([head], batches), head.shape[1:], count)
-
-    def rows(self, chosen: Sequence[int]) -> NDArray[np.float32]:
-        """Return some rows of an array, (n, views, rows, columns, channels)."""
-        return np.concatenate([_with_views(self.array[row : row + 1]) for row in chosen])
 
     def units(self, spec: StoreSpec) -> Iterator[NDArray[np.float32]]:
         """Yield the features of every unit, in order.
@@ -211,13 +229,21 @@ def _with_views(features: Any) -> NDArray[np.float32]:
     Raises:
         UsageError: another number of axes or views.
     """
-    values = np.asarray(features).astype(np.float32)
+    if hasattr(features, "detach"):  # torch
+        features = features.detach().cpu().float()
+    try:
+        values = np.asarray(features)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"features: expected arrays, found {type(features).__name__} ({error}).") from error
+    if values.dtype.kind not in "fiu":
+        raise UsageError(f"features: expected real numbers, found {type(features).__name__} of {values.dtype}.")
+    values = values.astype(np.float32)
     if values.ndim == 4:
         values = values[:, None]
     if values.ndim != 5 or values.shape[1] not in (1, 2) or 0 in values.shape[1:]:
         raise UsageError(
-            "features: expected (n, row, column, channel), or (n, view, row, column, channel) with one view or two, "
-            f"found {values.shape}."
+            "features: expected arrays (n, row, column, channel), or (n, view, row, column, channel) with one view or "
+            f"two, found {values.shape}."
         )
     return values
 
@@ -227,6 +253,7 @@ def _calibration(source: _Source, training: NDArray[np.int64], options: Options)
 
     Raises:
         UsageError: an odd number of channels for a posterior, one of mean and std, or neither with an iterator.
+        ArtifactError: a feature is not finite.
     """
     channels = source.shape[-1]
     if options.distribution == "gaussian" and channels % 2:
@@ -238,8 +265,14 @@ def _calibration(source: _Source, training: NDArray[np.int64], options: Options)
         return given_calibration(options.mean, options.std, latent, options.distribution)
     if source.array is None:
         raise UsageError("mean and std: expected both, because batches of an iterator can be read only once.")
-    chosen = choose_evenly((training if len(training) else np.arange(source.count)).tolist(), CALIBRATION_ROWS)
-    total = Moments.empty(channels)
-    for start in range(0, len(chosen), UNIT_ROWS):
-        total = total.merge(Moments.of(source.rows(chosen[start : start + UNIT_ROWS])[:, 0]))
+    # Whole stretches of rows, because files with chunks of many rows are slow to read row by row.
+    starts = choose_evenly(range(0, source.count, STRETCH), CALIBRATION_ROWS // STRETCH)
+    total, among = Moments.empty(channels), set(training.tolist()) or set(range(source.count))
+    for start in starts:
+        values = _with_views(source.array[start : start + STRETCH])[:, 0]
+        rows = [row for row in range(len(values)) if start + row in among]
+        if not (fine := usable(values[rows])).all():
+            row = start + rows[int(np.flatnonzero(~fine)[0])]
+            raise ArtifactError(f"row {row}: a feature is not finite, or too large for float16.")
+        total = total.merge(Moments.of(values[rows]))
     return measured_calibration(total, options.distribution)

@@ -82,6 +82,12 @@ def given_calibration(mean: ArrayLike, std: ArrayLike, channels: int, distributi
     return Calibration(means.astype(np.float32), stds.astype(np.float32), None)
 
 
+def usable(features: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return which rows (n,) of features (n, …) may be measured: finite, and no larger than float16's limit."""
+    limit = float(np.finfo(np.float16).max)
+    return np.asarray((np.abs(features) <= limit).reshape(len(features), -1).all(axis=1))
+
+
 def normalised(features: NDArray[np.float32], calibration: Calibration) -> tuple[Features, NDArray[np.bool_]]:
     """Return normalised float16 features (n, …, channels), and which rows (n,) fit: finite, and not too large.
 

@@ -27,9 +27,7 @@ from .progress_file import LOG_NAME, PROGRESS_NAME, append_log
 
 M = TypeVar("M", bound=Manifest)
 WorkState = Literal["new", "begun", "finished", "extended"]  # extended: finished, and to be continued
-INPUTS_DIFFER = (
-    "Inputs differ: the images or artifacts were changed, or others were given (--source, --shards, --cache)."
-)
+INPUTS_DIFFER = "Inputs differ: the images, latents or artifacts were changed, or others were given."
 
 
 @dataclass(frozen=True)

@@ -256,8 +256,8 @@ def import_latents(
     workers: ProcessesOption = None,
 ) -> None:
     """Make a feature cache of latents that other programs computed."""
-    from svgpipe.stages.artifacts.import_latents import Import
-    from svgpipe.stages.artifacts.import_latents import import_latents as run_stage
+    from svgpipe.stages.import_latents.stage import Import
+    from svgpipe.stages.import_latents.stage import import_latents as run_stage
 
     wanted = Import(source, heldout, read_class_names(class_names), factor, encoder)
     with ConsoleProgress() as progress:

@@ -32,8 +32,9 @@ PACKAGES_BELOW = {
     "train_diffusion": SHARED,
     "evaluate": SHARED | {"extract"},  # an imported autoencoder is aligned before its first use
     "analyze": SHARED | {"evaluate"},  # confidence intervals
-    # Caches are written and rewritten with the code of `extract`; requantize_cost measures the held-out loss.
-    "artifacts": SHARED | {"extract", "train_diffusion"},
+    "import_latents": SHARED | {"extract"},  # counting rejects
+    # repair makes units again; requantize_cost measures the held-out loss.
+    "artifacts": SHARED | {"extract", "import_latents", "train_diffusion"},
 }
 
 

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zarr
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.cache_writer import write_unit
-from svgpipe.manifests.model_manifests import DiffusionManifest
 from svgpipe.manifests.errors import ArtifactError, SvgpipeError, UsageError
-from svgpipe.stages.artifacts import import_latents as module
-from svgpipe.stages.artifacts.import_latents import Import, import_latents
+from svgpipe.manifests.model_manifests import DiffusionManifest
+from svgpipe.stages.import_latents import stage as module
+from svgpipe.stages.import_latents.stage import Import, import_latents
 from svgpipe.stages.networks.diffusion import open_diffusion
 from svgpipe.stages.train_diffusion.loss import draws_at
 
@@ -31,15 +32,16 @@ from .conftest import Finished, Outcome, tree_bytes
 Run = Callable[..., Outcome]
 FORMS = ("lightningdit", "repa", "edm2", "mar")
 ROWS, GRID, CHANNELS = 300, 4, 3
+SYNSETS = ["n01440764", "n01443537", "n01484850"]
 
 
 class Latents:
     """Means (n,C,H,W) of crops of photographs, their flips, standard deviations and labels."""
 
-    def __init__(self, photographs: Path) -> None:
+    def __init__(self, photographs: Path, offset: float = 0.0) -> None:
         files = sorted(photographs.rglob("*.png"))
         pixels = [np.asarray(Image.open(file).convert("RGB").resize((GRID, GRID)), np.float32) for file in files]
-        values = np.stack([pixels[i % len(pixels)] * (1 + i / ROWS) for i in range(ROWS)]) / 64 - 2
+        values = np.stack([pixels[i % len(pixels)] * (1 + i / ROWS) for i in range(ROWS)]) / 64 - 2 + offset
         self.mean = torch.from_numpy(values).permute(0, 3, 1, 2).contiguous()
         self.flip = self.mean.flip(-1).contiguous()
         self.std = 0.1 + self.mean.abs() / 50
@@ -92,7 +94,7 @@ class Latents:
 
     def _mar(self, folder: Path) -> Path:
         for i in range(ROWS):
-            path = folder / f"n0000000{int(self.labels[i])}" / f"n_{i:04d}.JPEG.npz"
+            path = folder / SYNSETS[int(self.labels[i])] / f"n_{i:04d}.JPEG.npz"
             path.parent.mkdir(exist_ok=True)
             moments, flipped = (
                 torch.cat([mean[i], 2 * std[i].log()]).numpy()
@@ -125,7 +127,7 @@ def test_latents_of_every_program_become_a_cache(
         np.testing.assert_allclose(read, features[:, number], atol=2e-3)
     np.testing.assert_array_equal(cache.labels, labels)
     assert cache.views == (["original", "flip"] if features.shape[1] == 2 else ["original"])
-    assert cache.classes == ([f"n0000000{i}" for i in range(3)] if form == "mar" else ["0", "1", "2"])
+    assert cache.classes == (SYNSETS if form == "mar" else ["0", "1", "2"])
     assert cache.manifest.latent_shape == (GRID, GRID, CHANNELS)
     assert "whole" in svgpipe("verify", out, "--deep").out
 
@@ -175,13 +177,16 @@ def test_training_draws_latents_from_the_posterior(latents: Latents) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(sources: dict[str, Path], tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    sources: dict[str, Path], photographs: Path, tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A posterior cache with held-out rows, and a model trained on it."""
     from svgpipe.manifests.recipe_loader import load_recipe
     from svgpipe.stages.train_diffusion.stage import train_diffusion
 
     folder = tmp_path_factory.mktemp("trained")
-    import_latents(Import(sources["mar"], sources["mar"], encoder="sd-vae-ft-mse"), folder / "cache", processes=1)
+    heldout = Latents(photographs, offset=0.02).write("mar", folder / "heldout")
+    import_latents(Import(sources["mar"], heldout, encoder="sd-vae-ft-mse"), folder / "cache", processes=1)
     config = load_recipe(str(tiny_recipe), ["diffusion.quality_samples=16"]).diffusion
     train_diffusion(FeatureCache(folder / "cache"), folder / "diffusion", config)
     return folder
@@ -195,13 +200,15 @@ def test_a_model_trains_on_a_posterior_cache(trained: Path) -> None:
     np.testing.assert_array_equal(mean, cache.channel_mean[:CHANNELS])
     np.testing.assert_array_equal(std, cache.channel_std[:CHANNELS])
     assert cache.manifest.num_heldout == ROWS
-    np.testing.assert_array_equal(cache.read(range(ROWS)), cache.read(range(ROWS, 2 * ROWS)))
+    one, two = (cache.denormalize(cache.read_latents(rows)) for rows in (range(ROWS), range(ROWS, 2 * ROWS)))
+    np.testing.assert_allclose(one + 0.02, two, atol=5e-3)
 
 
 def test_every_command_takes_an_imported_cache(trained: Path, svgpipe: Run, tmp_path: Path) -> None:
     cache, model = trained / "cache", trained / "diffusion"
     shown = svgpipe("inspect", cache, "--html", tmp_path / "page.html").out
     assert "sd-vae-ft-mse" in shown and "gaussian" in shown
+    assert "n01440764 tench" in shown and "warning" not in shown
     assert "source images: no shards recorded" in (tmp_path / "page.html").read_text()
     svgpipe("probe", cache, "--html", tmp_path / "probe.html")
     svgpipe("analyze", cache, "--diffusion", model, "--html", tmp_path / "analysis.html")
@@ -256,7 +263,7 @@ def test_damaged_files_become_rejected_rows(latents: Latents, tmp_path: Path, sv
     np.save(small, np.load(small)[:, :2])
     outcome = svgpipe("import-latents", source, "--out", out)
     assert outcome.code == 1
-    assert "3 of 256 images so far were rejected" in outcome.err
+    assert "3 of 256 rows so far were rejected" in outcome.err
     outcome = svgpipe("import-latents", source, "--out", out, "--max-rejects", "0.02")
     assert "300 samples = 297 valid + 3 rejected" in outcome.out
     reasons = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
@@ -271,7 +278,7 @@ def test_damaged_files_become_rejected_rows(latents: Latents, tmp_path: Path, sv
 def test_changed_files_are_refused(latents: Latents, tmp_path: Path, svgpipe: Run) -> None:
     source, out = latents.write("mar", tmp_path / "source"), tmp_path / "cache"
     svgpipe("import-latents", source, "--out", out)
-    first, second = sorted((source / "n00000000").iterdir())[:2]
+    first, second = sorted((source / SYNSETS[0]).iterdir())[:2]
     other = tmp_path / "other"
     first.rename(other)
     second.rename(first)
@@ -295,22 +302,25 @@ def _mistakes(folder: Path, latents: Latents) -> Iterator[tuple[str, Path, str]]
     yield "absent", folder / "absent", "found nothing there"
     (folder / "empty").mkdir()
     yield "empty", folder / "empty", "found none of these"
+    latents.write("mar", folder / "wrapped" / "train")
+    yield "wrapped", folder / "wrapped", "which is not in a class folder"
     (folder / "text.zip").write_text("no zip")
-    yield "no zip", folder / "text.zip", "found another file"
+    yield "no zip", folder / "text.zip", "not a whole .zip"
     loose = folder / "loose"
     loose.mkdir()
     np.savez(loose / "a.npz", moments=np.zeros((4, 2, 2), np.float32))
-    yield "loose", loose, "a.npz outside class folders"
+    yield "loose", loose, "a.npz, which is not in a class folder"
     light = latents.write("lightningdit", folder / "light")
     save_file({"latents": latents.mean.clone()}, light / "x.safetensors")
     yield "no labels", light, "found no labels"
     (light / "x.safetensors").write_bytes(b"cut")
     yield "no safetensors", light, "cannot be read"
     for name, labels, problem in (
-        ("one_hot", [["a.npy", [0, 1]]], "expected a class number for a.npy"),
+        ("one_hot", [["a.npy", [0, 1]]], "for a.npy, found [0, 1]"),
         ("other", [["b.npy", 0]], "no label of a.npy"),
         ("gap", [["a.npy", 2]], "none is 0"),
         ("negative", [["a.npy", -1]], "found -1"),
+        ("twice", [["a.npy", 0], ["a.npy", 1]], "gives a.npy two labels"),
     ):
         (folder / name).mkdir()
         np.save(folder / name / "a.npy", np.zeros((4, 2, 2), np.float32))
@@ -346,7 +356,7 @@ def test_a_created_cache_is_normalised_and_not_overwritten(latents: Latents, tmp
     stored = cache.read(range(ROWS)).astype(np.float32).reshape(-1, CHANNELS)
     np.testing.assert_allclose(stored.mean(0), 0, atol=1e-3)
     np.testing.assert_allclose(stored.std(0), 1, atol=1e-3)
-    with pytest.raises(UsageError, match="holds a finished feature cache"):
+    with pytest.raises(UsageError, match="holds a finished artifact"):
         FeatureCache.create(tmp_path / "cache", values, labels)
 
 
@@ -356,7 +366,7 @@ def test_a_failed_creation_can_be_repeated_with_other_features(latents: Latents,
     broken[280] = np.nan
     with pytest.raises(ArtifactError, match="row 280: a feature is not finite"):
         FeatureCache.create(tmp_path / "cache", broken, labels, mean=0, std=1)
-    again = FeatureCache.create(tmp_path / "cache", values + 1, labels, mean=0, std=1)
+    again = FeatureCache.create(tmp_path / "cache", values + 1, labels, mean=0, std=1, unit_rows=100)
     np.testing.assert_allclose(again.read(range(ROWS)), values[:, 0] + 1, atol=5e-3)
 
 
@@ -365,16 +375,24 @@ def test_a_failed_creation_can_be_repeated_with_other_features(latents: Latents,
     [
         ({"labels": [0, 1]}, "expected 2 rows"),
         ({"labels": np.full(ROWS, 1)}, "none is 0"),
-        ({"labels": np.full(ROWS, 3), "class_names": ["a", "b"]}, "expected 0 to 1, found 3"),
+        ({"labels": np.full(ROWS, 3), "class_names": ["a", "b"]}, "expected 0 to 1 for 2 class names, found 3"),
         ({"labels": np.zeros(ROWS)}, "expected whole numbers"),
         ({"features": np.zeros((ROWS, 4))}, "found (1, 4)"),
         ({"features": [np.zeros((5, 4, 4, 2))], "mean": 0, "std": 1}, "found 5"),
-        ({"features": [np.zeros((ROWS + 1, 4, 4, 2))], "mean": 0, "std": 1}, f"found {ROWS + 1} so far"),
+        ({"features": [np.zeros((ROWS + 1, 4, 4, 2))], "mean": 0, "std": 1}, f"found {ROWS + 1}"),
         ({"features": iter([np.zeros((ROWS, 4, 4, 2))])}, "batches of an iterator"),
         ({"mean": 0}, "expected both or neither"),
         ({"mean": [0, 1], "std": 1}, "expected one number or 3"),
         ({"mean": 0, "std": 0}, "positive standard deviations"),
-        ({"heldout": [True]}, "expected 300 values"),
+        ({"heldout": [True]}, "expected 300 of True and False"),
+        ({"heldout": ["False"] * ROWS}, "expected 300 of True and False"),
+        ({"labels": np.full(ROWS, -1)}, "expected numbers from 0 on, found -1"),
+        ({"labels": []}, "found none"),
+        ({"class_names": "abc"}, "expected a list of texts"),
+        ({"unit_rows": 0}, "expected a positive int"),
+        ({"encoder": None}, "a text as encoder"),
+        ({"features": iter([(np.zeros((ROWS, 4, 4, 2)), 0)]), "mean": 0, "std": 1}, "found tuple"),
+        ({"features": np.zeros((ROWS, 4, 4, 2), complex)}, "real numbers"),
         ({"distribution": "gaussian"}, "found 3 channels"),
     ],
 )
@@ -383,3 +401,140 @@ def test_mistakes_in_arrays_are_named(change: dict[str, Any], problem: str, late
     with pytest.raises(SvgpipeError) as raised:
         FeatureCache.create(tmp_path / "cache", **{"features": values[:, 0], "labels": labels, **change})
     assert problem in str(raised.value)
+
+
+def test_other_kinds_of_arrays(latents: Latents, tmp_path: Path) -> None:
+    values, labels = latents.expected("lightningdit")
+    values = values[:, 0]
+    stored = zarr.create_array(tmp_path / "array.zarr", data=values, chunks=(100, GRID, GRID, CHANNELS))
+    halves = [values[:100], values[100:]]
+    tensor = torch.from_numpy(values).bfloat16().requires_grad_()
+    for number, features in enumerate((stored, halves, list(values[:, None]), tensor)):
+        cache = FeatureCache.create(tmp_path / str(number), features, labels)
+        np.testing.assert_allclose(cache.denormalize(cache.read(range(ROWS))), values, atol=2e-2)
+
+
+def test_a_value_that_would_spoil_the_normalisation_is_named(latents: Latents, tmp_path: Path) -> None:
+    values, labels = latents.expected("lightningdit")
+    values = values.copy()
+    values[7, 0, 0, 0, 0] = 1e25
+    with pytest.raises(ArtifactError, match="row 7: a feature is not finite, or too large"):
+        FeatureCache.create(tmp_path / "cache", values, labels)
+
+
+def test_rows_of_every_damage_are_rejected(latents: Latents, tmp_path: Path, svgpipe: Run) -> None:
+    source, out = latents.write("mar", tmp_path / "source"), tmp_path / "cache"
+    files = sorted((source / SYNSETS[0]).iterdir())
+    with np.load(files[0]) as first:
+        whole = {name: first[name] for name in first}
+    np.savez(files[0], moments=whole["moments"], moments_flip=whole["moments"][:2])
+    np.savez(files[1], other=whole["moments"])
+    files[2].write_bytes(b"no zip")
+    np.savez(files[3], moments=whole["moments"].astype(complex))
+    np.savez(files[4], moments=np.asarray([{}], object))
+    np.savez(files[5], moments=np.full_like(whole["moments"], 1e30))
+    files[6].write_bytes(files[6].read_bytes()[:300])
+    np.save(tmp_path / "array.npy", whole["moments"])
+    (tmp_path / "array.npy").replace(files[7])
+    files[8].unlink()
+    files[8].symlink_to("nothing")
+    outcome = svgpipe("import-latents", source, "--out", out, "--max-rejects", 0.05)
+    assert outcome.code == 0, outcome.err
+    assert "300 samples = 291 valid + 9 rejected" in outcome.out
+    assert "calibration rows cannot be used" in outcome.err
+    assert "unsafely" not in outcome.err
+    cache = FeatureCache(out)
+    assert np.flatnonzero(~cache.valid).tolist() == list(range(9))
+    assert cache.channel_std.min() > 0.5
+    assert cache.channel_std.max() < 5
+    assert "whole" in svgpipe("verify", out, "--deep").out
+
+
+def test_empty_shards_and_shards_without_flips(latents: Latents, tmp_path: Path, svgpipe: Run) -> None:
+    source, out = tmp_path / "source", tmp_path / "cache"
+    source.mkdir()
+    for number, part in enumerate((slice(0, 30), slice(0, 0), slice(30, 60))):
+        tensors = {"latents": latents.mean[part].clone(), "labels": latents.labels[part].clone()}
+        flips = {} if number == 2 else {"latents_flip": latents.flip[part].clone()}
+        save_file(tensors | flips, source / f"{number}.safetensors")
+    (source / "._0.safetensors").write_bytes(b"of another system")
+    outcome = svgpipe("import-latents", source, "--out", out)
+    assert "some files have no flips" in outcome.err
+    cache = FeatureCache(out)
+    assert (len(cache), cache.views) == (60, ["original"])
+    expected = latents.expected("lightningdit")[0][:60, 0]
+    np.testing.assert_allclose(cache.denormalize(cache.read(range(60))), expected, atol=2e-3)
+
+
+def test_bfloat16_latents_and_labels_of_other_types(latents: Latents, tmp_path: Path, svgpipe: Run) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    tensors = {"latents": latents.mean.bfloat16(), "labels": latents.labels[:, None].to(torch.int32)}
+    save_file(tensors, source / "0.safetensors")
+    assert svgpipe("import-latents", source, "--out", tmp_path / "cache").code == 0
+    cache = FeatureCache(tmp_path / "cache")
+    expected = latents.mean.bfloat16().float().permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(cache.denormalize(cache.read(range(ROWS))), expected, atol=2e-3)
+    save_file({**tensors, "labels": latents.labels.float()}, source / "0.safetensors")
+    assert "labels that are whole numbers" in svgpipe("import-latents", source, "--out", tmp_path / "other").err
+
+
+def test_other_statistics_and_other_encoders_are_refused_and_repair_needs_neither(
+    latents: Latents, tmp_path: Path, svgpipe: Run
+) -> None:
+    source, out = latents.write("lightningdit", tmp_path / "source"), tmp_path / "cache"
+    stats = source / "latents_stats.pt"
+    torch.save({"mean": torch.zeros(1, CHANNELS, 1, 1), "std": torch.full((1, CHANNELS, 1, 1), 2.0)}, stats)
+    command = ["import-latents", source, "--out", out]
+    assert svgpipe(*command).code == 0
+    assert "config.encoder" in svgpipe(*command, "--encoder", "another").err
+    torch.save({"mean": torch.ones(1, CHANNELS, 1, 1), "std": torch.ones(1, CHANNELS, 1, 1)}, stats)
+    assert "config.statistics" in svgpipe(*command).err
+    stats.unlink()
+    unit = out / "features/c/0/0/0/0/0"
+    before = unit.read_bytes()
+    unit.write_bytes(bytes(len(before)))
+    assert svgpipe("repair", out).code == 0
+    assert unit.read_bytes() == before
+    stats.write_bytes(b"")
+    assert f"{stats}: expected tensors mean and std" in svgpipe(*command[:-1], tmp_path / "broken").err
+
+
+def test_repair_keeps_rows_whose_file_is_damaged_by_now(latents: Latents, tmp_path: Path, svgpipe: Run) -> None:
+    source, out = latents.write("repa", tmp_path / "source"), tmp_path / "cache"
+    assert svgpipe("import-latents", source, "--out", out).code == 0
+    file, unit = source / "00000/img-mean-std-00000003.npy", out / "features/c/0/0/0/0/0"
+    status = file.stat()
+    file.write_bytes(bytes(status.st_size))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    unit.write_bytes(unit.read_bytes()[:-1])
+    outcome = svgpipe("repair", out)
+    assert outcome.code == 1
+    assert f"{file}: cannot be read" in outcome.err
+    assert (out / "manifest.json").exists()
+
+
+def test_heldout_latents_must_be_others_of_known_classes(
+    photographs: Path, sources: dict[str, Path], tmp_path: Path, svgpipe: Run
+) -> None:
+    command = ["import-latents", sources["mar"], "--out", tmp_path / "cache", "--heldout"]
+    assert "found the same files" in svgpipe(*command, sources["mar"]).err
+    assert "expected the layout moments" in svgpipe(*command, sources["repa"]).err
+    other = Latents(photographs, offset=1).write("mar", tmp_path / "other")
+    names = tmp_path / "names.txt"
+    names.write_text("tench\ngoldfish\nshark\n")
+    (other / SYNSETS[0]).rename(tmp_path / "away")  # classes are matched by name, not by position
+    assert svgpipe(*command, other, "--class-names", names).code == 0
+    cache = FeatureCache(tmp_path / "cache")
+    assert np.bincount(cache.labels[cache.heldout]).tolist() == [0, 100, 100]
+    assert cache.classes == ["tench", "goldfish", "shark"]
+    (other / SYNSETS[1]).rename(other / "n99999999")
+    assert "found n99999999" in svgpipe(*command, other).err
+
+
+def test_numbers_become_synsets_with_names(sources: dict[str, Path], tmp_path: Path, svgpipe: Run) -> None:
+    out = tmp_path / "cache"
+    assert svgpipe("import-latents", sources["edm2"], "--out", out, "--class-names", "imagenet").code == 0
+    cache = FeatureCache(out)
+    assert (len(cache.classes), cache.classes[:2]) == (1000, SYNSETS[:2])
+    assert "n01443537 goldfish" in svgpipe("inspect", out).out

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -212,3 +216,31 @@ def test_a_worker_without_a_gpu_computes_on_the_cpu(monkeypatch: pytest.MonkeyPa
 
     ray_runner._GuardedWorker(make_worker, False, torch.get_num_threads())
     assert devices == [torch.device("cpu")]
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _is_worker(pid: int) -> bool:
+    with suppress(OSError):
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+def test_workers_end_when_their_parent_is_killed() -> None:
+    script = (
+        "import time; from svgpipe.stages.runtime.processes import map_in_processes\n"
+        "if __name__ == '__main__': list(map_in_processes(time.sleep, [60, 60], 2))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 60
+    while len(workers := [pid for pid in _children(parent.pid) if _is_worker(pid)]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(2)  # until they sleep
+    parent.kill()
+    parent.wait()
+    while any(_is_worker(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

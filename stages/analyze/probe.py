@@ -143,7 +143,7 @@ def _rows_of(
         if not len(test):
             raise UsageError(
                 f"{cache.path}: has no held-out rows to test on. Give a cache of other images with --validation, "
-                "or make the shards with --holdout."
+                "or make the cache with held-out rows (--holdout, --heldout)."
             )
     else:
         _require_comparable(cache, validation)

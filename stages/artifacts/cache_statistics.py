@@ -18,7 +18,7 @@ NAMED = 8
 class CacheStatistics:
     """Statistics of all stored values of valid rows and all views, in normalised units.
 
-    Of a posterior cache, those of the means.
+    Of a posterior cache, those of the means, with the standard deviation of drawn latents.
     """
 
     mean: NDArray[np.float64]  # (C,) and so on
@@ -28,7 +28,7 @@ class CacheStatistics:
     eigenvalues: NDArray[np.float64]  # (C,) of the covariance, largest first
     effective_rank: float
     frozen_channels: int
-    calibrated_on_all: bool | None  # whether calibration used all training images; None: the numbers were given
+    calibrated_on_all: bool | None  # whether calibration used all training images; None: it is not recorded
 
     @classmethod
     def of(cls, cache: FeatureCache) -> CacheStatistics:
@@ -40,11 +40,15 @@ class CacheStatistics:
         Raises:
             ArtifactError: an array is missing or damaged.
         """
-        channels, calibrated = cache.manifest.latent_shape[-1], cache.manifest.config["calibration_images"]
+        channels, calibrated = cache.manifest.latent_shape[-1], cache.manifest.config.get("calibration_images")
         arrays = {
-            name: cache.store.array(f"stored_{name}").astype(np.float64)[:channels]
-            for name in ("mean", "std", "min", "max")
+            name: cache.store.array(f"stored_{name}").astype(np.float64) for name in ("mean", "std", "min", "max")
         }
+        if cache.manifest.distribution == "gaussian":  # variance of a drawn latent: Var[m] + E[s²]
+            mean, std = arrays["mean"], arrays["std"]
+            squares = std[channels:] ** 2 + mean[channels:] ** 2
+            arrays = {name: values[:channels] for name, values in arrays.items()}
+            arrays["std"] = np.sqrt(arrays["std"] ** 2 + squares)
         covariance = cache.store.array("stored_covariance")[:channels, :channels]
         return cls(
             mean=arrays["mean"],
@@ -81,7 +85,7 @@ class CacheStatistics:
         worst = ", ".join(f"{self.name_of(c)} (mean {self.mean[c]:+.3f}, std {self.std[c]:.3f})" for c in off[:NAMED])
         more = f" and {len(off) - NAMED} more" if len(off) > NAMED else ""
         advice = {
-            None: "Mean and standard deviation were given when the cache was made.",
+            None: "The normalisation was fixed when the cache was made.",
             True: "Calibration used all training images; held-out images and flips differ from them.",
             False: "Calibrate over more images (extract.calibration_images).",
         }[self.calibrated_on_all]

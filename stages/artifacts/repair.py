@@ -9,23 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from svgpipe.manifests.alignment import require_same_alignment
 from svgpipe.manifests.cache_manifest import CacheManifest
 from svgpipe.manifests.calibration import Calibration
-from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.filesystem import Location, sync_directory
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.lock import locked
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, require_same, write_json
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.recipe import ExtractSection
 from svgpipe.manifests.shards import ShardSet
 
 from ..extract.stage import extract
+from ..import_latents.stage import Import, import_latents, require_readable
 from ..runtime.progress import Progress, Silent
 from ..runtime.runner import Runner
-from .import_latents import Import, import_latents
 from .requantize import requantize
 from .verify import verify
 from .verify_cache import Finding
@@ -143,14 +146,17 @@ def _require_images(path: Location, manifest: CacheManifest, damaged: set[int], 
     Raises:
         ArtifactError: an image was altered.
     """
+    for ref in shards.refs(_valid_rows(path, manifest, damaged, ~shards.rows.rejected)):
+        ref.read()
+
+
+def _valid_rows(path: Location, manifest: CacheManifest, damaged: set[int], otherwise: NDArray[np.bool_]) -> list[int]:
+    """Return the valid rows of the damaged units; `otherwise` (samples,) is used if the array of the cache is lost."""
     try:
         valid = FeatureStore(path, manifest.spec).array("valid")
     except ArtifactError:
-        valid = ~shards.rows.rejected
-    for unit in sorted(damaged):
-        rows = [row for row in manifest.spec.rows_of(unit) if valid[row]]
-        for ref in shards.refs(rows):
-            ref.read()
+        valid = otherwise
+    return [row for unit in sorted(damaged) for row in manifest.spec.rows_of(unit) if valid[row]]
 
 
 def _maker(
@@ -179,8 +185,9 @@ def _maker(
         return lambda path: requantize(source, path, manifest.store_dtype, progress=progress)
     if "latents" in manifest.inputs:
         wanted = Import.of_cache(manifest, path)
-        for name, ref in wanted.inputs(wanted.files()).items():
+        for name, ref in wanted.spec(wanted.files(), path).inputs.items():
             require(name, ref)
+        require_readable(wanted, _valid_rows(path, manifest, damaged, np.ones(manifest.num_samples, bool)))
         return lambda path: import_latents(wanted, path, max_rejects=1.0, progress=progress)
     try:
         opened = shards or ShardSet.of_input(manifest.input("shards"), path)

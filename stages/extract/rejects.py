@@ -19,8 +19,10 @@ class TooManyRejectsError(SvgpipeError):
 class RejectTally:
     """Counts the rejects of a run. At most the fraction `limit` of its `total` rows may be rejected."""
 
-    def __init__(self, total: int, limit: float) -> None:
-        self.total, self.limit = total, limit
+    def __init__(
+        self, total: int, limit: float, noun: str = "images", advice: str = "Repair the shards, or continue with"
+    ) -> None:
+        self.total, self.limit, self.noun, self.advice = total, limit, noun, advice
         self.seen = 0
         self.reasons: Counter[str] = Counter()
 
@@ -37,9 +39,9 @@ class RejectTally:
         likely = rejected >= EARLY_COUNT and rejected > EARLY_FACTOR * self.limit * self.seen
         if certain or likely:
             raise TooManyRejectsError(
-                f"{rejected} of {self.seen} images so far were rejected ({rejected / self.seen:.2%}; "
+                f"{rejected} of {self.seen} {self.noun} so far were rejected ({rejected / self.seen:.2%}; "
                 f"--max-rejects accepts {self.limit:.2%} of {self.total}):\n  {self.by_reason()}\n"
-                f"Finished work is kept. Repair them, or continue with --max-rejects "
+                f"Finished work is kept. {self.advice} --max-rejects "
                 f"{min(1.0, max(rejected / self.seen, rejected / self.total) * 1.2):.2g}."
             )
 

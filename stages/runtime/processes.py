@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -10,8 +14,21 @@ from typing import TypeVar
 
 from svgpipe.manifests.errors import SvgpipeError
 
+WATCH_S = 0.5
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+
+def _live_with(parent: int) -> None:
+    """End this worker when its parent was killed. Ctrl-C is the parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="svgpipe-parent").start()
 
 
 def map_in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], processes: int) -> Iterator[Result]:
@@ -26,7 +43,8 @@ def map_in_processes(function: Callable[[Job], Result], jobs: Sequence[Job], pro
     if workers <= 1:
         yield from map(function, jobs)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_live_with, initargs=(os.getpid(),)) as pool:
         futures = [pool.submit(function, job) for job in jobs]
         try:
             for future in futures:

@@ -1,0 +1,1 @@
+"""`svgpipe import-latents`: latents that other programs computed, as a feature cache."""
