@@ -15,10 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+import scipy.io
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.stages.shard.entries import Entry
+from svgpipe.stages.shard.label_files import GROUND_TRUTH, META
 from svgpipe.stages.shard.sources import list_source, read_entry
 
 from .conftest import Finished, Outcome, write_crops
@@ -219,6 +221,46 @@ def test_held_out_images_that_cannot_be_used(
     found = svgpipe("shard", "photos.tar", "--out", "out", *more)
     assert found.code == 2 and words in found.err
     assert not (tmp_path / "out").exists()
+
+
+def devkit(
+    path: Path, numbers: list[int], synsets: dict[int, str], names: tuple[str, str] = (GROUND_TRUTH, META)
+) -> None:
+    """Write the parts of ILSVRC2012_devkit_t12.tar.gz that hold the labels of the validation images."""
+    kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+    rows = [(np.array(i), synset, "words", "gloss", np.array(0)) for i, synset in synsets.items()]
+    rows.append((np.array(1001), "n00001740", "entity", "gloss", np.array(3)))  # not a class
+    content = io.BytesIO()
+    scipy.io.savemat(content, {"synsets": np.array(rows, kinds)[:, None]})
+    with tarfile.open(path, "w:gz") as tar:
+        add(tar, f"ILSVRC2012_devkit_t12/data/{names[0]}", "".join(f"{n}\n" for n in numbers).encode())
+        add(tar, f"ILSVRC2012_devkit_t12/data/{names[1]}", content.getvalue())
+
+
+def test_validation_images_with_the_development_kit(
+    files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    synsets = dict(zip(("astronaut", "cat", "coffee"), ("n01440764", "n01443537", "n01484850"), strict=True))
+    renamed = {f"{synsets[name.split('/')[0]]}/{name.split('/')[1]}": content for name, content in files.items()}
+    as_tar(renamed, tmp_path / "train.tar")
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for i, content in enumerate(files.values()):
+            add(tar, f"ILSVRC2012_val_{i + 1:08d}.JPEG", content)
+    numbers = {491: "n01440764", 1: "n01443537", 77: "n01484850"}  # another order than that of the names
+    truth = [491, 1, 77, 77] * 3
+    devkit(tmp_path / "devkit.tar.gz", truth, numbers)
+    command = ["shard", tmp_path / "train.tar", "--heldout", tmp_path / "val.tar", "--heldout-labels"]
+    found = svgpipe(*command, tmp_path / "devkit.tar.gz", "--out", tmp_path / "out")
+    assert found.code == 0, found.err
+    shards = ShardSet.open(tmp_path / "out")
+    by_name = {ref.path.rpartition("/")[2]: ref.label for ref in shards.usable("heldout")}
+    expected = [shards.manifest.class_names.index(numbers[number]) for number in truth]
+    assert [by_name[name] for name in sorted(by_name)] == expected
+    devkit(tmp_path / "other.tar.gz", truth, numbers, ("labels.txt", "meta.mat"))
+    refused = svgpipe(*command, tmp_path / "other.tar.gz", "--out", tmp_path / "second")
+    assert refused.code == 2 and "expected ILSVRC's development kit" in refused.err
+    devkit(tmp_path / "unknown.tar.gz", [5, *truth[1:]], numbers)
+    assert svgpipe(*command, tmp_path / "unknown.tar.gz", "--out", tmp_path / "third").code == 2
 
 
 def test_images_without_labels_are_one_class(files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from ..images.decode import EXTENSIONS
 
 TRAIN, HELDOUT = frozenset({"train", "training"}), frozenset({"val", "valid", "validation"})
 SPLITS = TRAIN | HELDOUT | {"test", "testing"}
@@ -31,6 +34,11 @@ class Entry:
     place: tuple[int, ...] = ()
     block: str = ""
     problem: str = ""
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it is a row of a table, or has the extension of an image."""
+        return bool(self.block) or PurePosixPath(self.name).suffix.lower() in EXTENSIONS
 
 
 @dataclass(frozen=True)

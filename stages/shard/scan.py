@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from svgpipe.manifests.errors import UsageError
 from ..images.decode import EXTENSIONS
 from ..images.folder import visible_files, visible_folders
 from .entries import SPLITS, Entry, Listing
+from .label_files import labelled
 from .publish import printable
 from .sources import list_source
 
@@ -87,7 +87,7 @@ def _class_names(source: Path, listing: Listing) -> list[str]:
         names |= set(visible_folders(source))  # also those without a file
         _require_no_splits(source, sorted(names))
     if not names:
-        images = sum(_is_image(entry) for entry in listing.entries)
+        images = sum(entry.is_image for entry in listing.entries)
         raise UsageError(
             f"{source}: expected class folders (class/image.jpg), found none; {images} images lie in no class. To "
             "train without labels, add --unlabelled."
@@ -110,12 +110,8 @@ def _require_distinct(source: Path, names: Sequence[str]) -> None:
         seen[shown] = name
 
 
-def _is_image(entry: Entry) -> bool:
-    return bool(entry.block) or PurePosixPath(entry.name).suffix.lower() in EXTENSIONS
-
-
 def _require_images(source: Path, class_names: Sequence[str], files: Sequence[SourceFile]) -> None:
-    with_images = {file.label for file in files if _is_image(file.entry)}
+    with_images = {file.label for file in files if file.entry.is_image}
     for label, name in enumerate(class_names):
         if label not in with_images and not any(file.entry.block for file in files[:1]):
             others = sum(file.label == label for file in files)
@@ -158,7 +154,7 @@ def _heldout(sources: ImageSources, class_names: Sequence[str], train: Listing) 
     if sources.unlabelled:
         entries = [replace(entry, class_name=UNLABELLED) for entry in entries]
     elif sources.heldout_labels is not None:
-        entries = _labelled(entries, sources.heldout_labels, class_names)
+        entries = labelled(entries, sources.heldout_labels, class_names)
     _require_others(sources, entries, train)
     labels = {name: label for label, name in enumerate(class_names)}
     files = [SourceFile(f"--heldout/{entry.name}", _label(entry, labels), entry, heldout=True) for entry in entries]
@@ -185,70 +181,3 @@ def _require_others(sources: ImageSources, entries: Sequence[Entry], train: List
             f"{sources.heldout}: expected images that are kept out of training, found images of {sources.train}. To "
             "hold out a part of them, give --holdout FRACTION."
         )
-
-
-def _labelled(entries: Sequence[Entry], file: Path, class_names: Sequence[str]) -> list[Entry]:
-    """Return the entries with the classes of a label file.
-
-    Lines are `NAME LABEL`, or those of Kaggle's LOC_val_solution.csv, or one label per image in the order of the names.
-    NAME is a path in the source, a file name, or a file name without its extension. A label is a class name, or a class
-    number from 0.
-
-    Raises:
-        UsageError: the file is missing, not of this form, or names several images or labels at once.
-    """
-    try:
-        lines = [line.strip() for line in re.split(r"\r\n|\n|\r", file.read_text(encoding="utf-8-sig")) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: expected a text file of labels: {error}") from error
-    images = sorted((entry for entry in entries if _is_image(entry)), key=lambda entry: entry.name)
-    if lines and lines[0].startswith("ImageId,"):
-        lines = lines[1:]
-    names = _names_of(images)
-    classes: dict[str, str] = {}
-    one_each = all(len(re.split(r"[,\s]", line)) == 1 for line in lines) or all(line in class_names for line in lines)
-    if one_each:
-        if len(lines) != len(images):
-            raise UsageError(f"{file}: expected a label for each of {len(images)} images, found {len(lines)} lines.")
-        classes = {entry.name: _required(line, class_names, file) for entry, line in zip(images, lines, strict=True)}
-    else:
-        for line in lines:
-            name, *rest = re.split(r"[,\s]", line, maxsplit=1)
-            found = names.get(name, [])
-            if len(found) > 1:
-                raise UsageError(f"{file}: {name} means {len(found)} images, as {found[0]} and {found[1]}. Give paths.")
-            for image in found:
-                label = _required(rest[0].strip() if rest else "", class_names, file)
-                if classes.setdefault(image, label) != label:
-                    raise UsageError(f"{file}: {name} has two labels: {classes[image]} and {label}.")
-    return [replace(entry, class_name=classes.get(entry.name)) for entry in entries]
-
-
-def _names_of(images: Sequence[Entry]) -> dict[str, list[str]]:
-    """Return the images that a name may mean: by path, else by file name, else by file name without its extension."""
-    names: dict[str, list[str]] = {}
-    for form in (str, lambda name: PurePosixPath(name).name, lambda name: PurePosixPath(name).stem):
-        found: dict[str, list[str]] = {}
-        for entry in images:
-            found.setdefault(form(entry.name), []).append(entry.name)
-        names = found | names  # the exact form wins
-    return names
-
-
-def _class_of(label: str, class_names: Sequence[str]) -> str | None:
-    """Return the class of a label: all of it, or its first word as in Kaggle's file; None if there is none."""
-    for text in (label, *label.split()[:1]):
-        if text in class_names:
-            return text
-        if re.fullmatch(r"[0-9]{1,9}", text) and int(text) < len(class_names):
-            return class_names[int(text)]
-    return None
-
-
-def _required(label: str, class_names: Sequence[str], file: Path) -> str:
-    if (found := _class_of(label, class_names)) is None:
-        raise UsageError(
-            f"{file}: expected a class name, or a number from 0 to {len(class_names) - 1}, found {label!r}. (The "
-            "numbers of ILSVRC's devkit begin at 1 and have another order; use Kaggle's LOC_val_solution.csv.)"
-        )
-    return found
