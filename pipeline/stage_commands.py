@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import location
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet, expand
@@ -116,16 +117,19 @@ def index(
         Path | None,
         typer.Option("--class-names", metavar="FILE", help="Class names, one per line; imagenet: its 1,000 synsets."),
     ] = None,
+    unlabelled: UnlabelledOption = False,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every image now, not only its header.")] = False,
     keep_damaged: KeepDamagedOption = False,
     workers: ProcessesOption = None,
 ) -> None:
-    """Index existing WebDataset tars in place."""
+    """Index existing WebDataset tars in place."""  # noqa: DOC501
     from svgpipe.stages.shard.from_tars import IndexConfig, index_tars
     from svgpipe.stages.shard.tar_members import ScanOptions
 
     names = read_class_names(class_names)
-    scan = ScanOptions(label_field, decode or keep_damaged, keep_damaged)
+    if unlabelled and (label_field is not None or names is not None):
+        raise UsageError("expected either --unlabelled, or --label-field and --class-names, found both.")
+    scan = ScanOptions(label_field, decode or keep_damaged, keep_damaged, unlabelled)
     config = IndexConfig(scan, None if names is None else tuple(names))
     train = [tar for pattern in tars for tar in expand(pattern)]
     held_out = [] if heldout is None else expand(heldout)

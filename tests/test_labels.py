@@ -112,6 +112,24 @@ def test_byte_order_marks_and_white_space_are_stripped(tmp_path: Path, svgpipe: 
     assert shards.manifest.class_names == names and shards.rows.label.tolist() == [0, 1, 2]
 
 
+def test_tars_with_captions_alone_are_one_class(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    """As img2dataset writes them."""
+    caption = json.dumps({"caption": "a cat", "url": "https://example.org/a.jpg", "key": "0", "status": "success"})
+    members = [
+        (f"00000000{i}.{extension}", content)
+        for i in range(3)
+        for extension, content in (("jpg", image("JPEG", i)), ("txt", b"a cat"), ("json", caption.encode()))
+    ]
+    write(tmp_path / "00000.tar", members)
+    refused = svgpipe("index", tmp_path / "00000.tar", "--out", tmp_path / "labelled")
+    assert refused.code == 1
+    found = svgpipe("index", tmp_path / "00000.tar", "--out", tmp_path / "out", "--unlabelled")
+    assert "3 images of 1 classes in 1 tars; 3 inputs = 3 usable + 0 rejected" in found.out
+    assert ShardSet.open(tmp_path / "out").manifest.class_names == ["all"]
+    both = svgpipe("index", tmp_path / "00000.tar", "--out", tmp_path / "x", "--unlabelled", "--label-field", "a")
+    assert both.code == 2
+
+
 def test_the_label_field_that_is_asked_for_wins(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     members = []
     for i, name in enumerate(["cat", "dog", None]):

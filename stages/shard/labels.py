@@ -16,6 +16,7 @@ from svgpipe.manifests.errors import UsageError
 # A larger class number is taken for a mistake.
 MAX_LABEL = 10_000_000
 NAMED = 5
+UNLABELLED = "all"  # the class of images whose labels are ignored
 NO_LABEL = "no label: expected KEY.cls or KEY.json with one"
 
 

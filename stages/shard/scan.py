@@ -14,10 +14,9 @@ from ..images.decode import EXTENSIONS
 from ..images.folder import visible_files, visible_folders
 from .entries import SPLITS, Entry, Listing
 from .label_files import labelled
+from .labels import UNLABELLED
 from .publish import printable
 from .sources import list_source
-
-UNLABELLED = "all"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from svgpipe.manifests.filesystem import Location, read_range
 
 from ..images.decode import EXTENSIONS, RejectedImageError, check_header, decode_or_keep
-from .labels import NO_LABEL, LabelError, RawLabel, label_of_json, label_of_text
+from .labels import NO_LABEL, UNLABELLED, LabelError, RawLabel, label_of_json, label_of_text
 from .publish import printable
 
 SCAN_BYTES = 1 << 22
@@ -50,11 +50,13 @@ class ScanOptions:
         label_field: field of KEY.json, which is then the only label; None: KEY.cls, or `label` in KEY.json.
         decode: decode every image, not only its header.
         keep_damaged: keep damaged JPEGs that can be decoded in part. Implies `decode`.
+        unlabelled: ignore labels: all images are one class.
     """
 
     label_field: str | None = None
     decode: bool = False
     keep_damaged: bool = False
+    unlabelled: bool = False
 
 
 @dataclass
@@ -144,6 +146,8 @@ class _Scan:
         row = Member(printable(key), member.offset_data, member.size, printable(member.name), last)
         whole = member.isfile() and not member.issparse() and member.offset_data + member.size <= self.tar_size
         if extension in ("cls", "json"):
+            if self.options.unlabelled:
+                return
             self._add_label(key, extension, row, _content(tar, member) if whole else None)
             return
         if not _is_media(last):
@@ -217,6 +221,9 @@ class _Scan:
 
     def _label(self, row: Member) -> None:
         """Set the label of a row, or the reason why it has none. KEY.cls wins over KEY.json."""
+        if self.options.unlabelled:
+            row.label = RawLabel("name", UNLABELLED)
+            return
         held = [self.labels[name].found for name in (f"{row.key}.cls", f"{row.key}.json") if name in self.labels]
         found = next(iter(held), [NO_LABEL if self.options.label_field is None else self._no_field])
         if len(set(found)) > 1:
