@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from .cache_manifest import CacheManifest
-from .model_manifests import AutoencoderManifest, DiffusionManifest
 from .errors import ArtifactError
 from .evaluation import EvaluationManifest
 from .filesystem import Location, children
 from .manifest import MANIFEST_NAME, PLAN_NAME, Manifest, read_json
+from .model_manifests import AutoencoderManifest, DiffusionManifest
 from .reconstruction import ReconstructionManifest
 from .shards import ShardSetManifest
 

@@ -13,8 +13,8 @@ from svgpipe.stages.analyze.analyze import Analysis, CacheAnalysis
 
 from .charts import Drawing, LineChart, scatter
 from .page import render
-from .tables import new_table, print_table, with_interval
 from .synsets import shown_names
+from .tables import new_table, print_table, with_interval
 
 
 @dataclass(frozen=True)

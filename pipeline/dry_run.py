@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.errors import MismatchError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.lock import describe, owner_of
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.progress_file import read_progress
 from svgpipe.manifests.recipe import Recipe
 from svgpipe.manifests.shards import ShardSet

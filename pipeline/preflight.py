@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from svgpipe.manifests.model_manifests import choose_weights
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import MANIFEST_NAME
+from svgpipe.manifests.model_manifests import choose_weights
 from svgpipe.manifests.recipe import Recipe
 from svgpipe.stages.evaluate.features import load_extractor
 from svgpipe.stages.evaluate.plan import require_guidance

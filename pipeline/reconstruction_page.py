@@ -7,8 +7,8 @@ from itertools import zip_longest
 import numpy as np
 from numpy.typing import NDArray
 
-from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.filesystem import Location, write_atomic
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.selection import choose_evenly, evenly_spread
 from svgpipe.manifests.shards import ShardSet
@@ -16,8 +16,8 @@ from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.images.image_set import ImageSet
 
 from .page import Grid, lineage, picture, render
-from .tables import new_table, print_table, with_interval
 from .synsets import shown_names
+from .tables import new_table, print_table, with_interval
 
 PAGE = "report.html"
 COLUMNS = 8

@@ -7,11 +7,11 @@ from typing import Literal
 
 import numpy as np
 
-from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report
 from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.manifests.metrics_file import read_metrics
+from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.selection import choose_evenly, evenly_spread
 from svgpipe.stages.evaluate.decode_latents import decoded_images
@@ -21,8 +21,8 @@ from svgpipe.stages.images.image_set import ImageSet
 
 from .charts import Drawing, LineChart, curve
 from .overview import overview_rows, overview_webp, sampler_of
-from .synsets import shown_names
 from .page import Grid, lineage, picture, render, webp_url
+from .synsets import shown_names
 
 REPORT_PAGE, OVERVIEW = "report.html", "report-overview.webp"
 MAX_COLUMNS = 10

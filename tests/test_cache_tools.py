@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from svgpipe.manifests import FeatureCache
-from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.feature_store import FeatureStore
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.stages.artifacts.cache_statistics import CacheStatistics, effective_rank
 from svgpipe.stages.artifacts.contact_sheet import HISTOGRAM_RANGE, contact_sheet
 from svgpipe.stages.artifacts.requantize_cost import measure_cost

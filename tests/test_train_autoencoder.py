@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.manifest import read_json, write_json
 from svgpipe.manifests.metrics_file import read_metrics
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.models.residual import Alignment
 from svgpipe.stages.images.decode import psnr
 from svgpipe.stages.images.stream import TrainingImages, load_images, training_batches

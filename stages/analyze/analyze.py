@@ -15,11 +15,11 @@ from pydantic import Field
 from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.model_manifests import EMA
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import FrozenModel
+from svgpipe.manifests.model_manifests import EMA
 from svgpipe.manifests.selection import evenly_spread
 
 from ..networks.diffusion import TrainedDiffusion, open_diffusion

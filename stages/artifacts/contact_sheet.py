@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, SvgpipeError
 from svgpipe.manifests.manifest import require_same
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.selection import choose_evenly, evenly_spread
 from svgpipe.manifests.shards import ShardSet
 

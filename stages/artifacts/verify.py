@@ -12,7 +12,6 @@ import numpy as np
 
 from svgpipe.manifests.alignment import ALIGNMENT_NAME, MeasuredAlignment
 from svgpipe.manifests.checkpoint import load_tensors
-from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.evaluation import EvaluationManifest
 from svgpipe.manifests.filesystem import Location, file_sha256, file_size, has_sha256, location
@@ -20,6 +19,7 @@ from svgpipe.manifests.index import read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.kinds import read_any
 from svgpipe.manifests.manifest import MANIFEST_NAME, digest, read_json
+from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.reconstruction import ReconstructionManifest
 from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.shards import ShardSetManifest, index_of, tar_of

@@ -7,11 +7,11 @@ from functools import cached_property
 
 import numpy as np
 
-from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest, require_decoder
 from svgpipe.manifests.errors import MismatchError, UsageError
 from svgpipe.manifests.evaluation import EvaluationManifest
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import InputRef
+from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest, require_decoder
 from svgpipe.manifests.recipe import AutoencoderSection, EvaluationSection
 from svgpipe.manifests.workdir import StageSpec
 from svgpipe.models.sampler import Guidance

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from svgpipe.manifests.alignment import ALIGNMENT_NAME, MeasuredAlignment
-from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.lock import locked
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.shards import ShardSet
 

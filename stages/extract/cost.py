@@ -11,11 +11,11 @@ from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 from pydantic import Field
 
-from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import INT8_LIMIT, ZSTD_LEVEL
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import FrozenModel
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.recipe import ExtractSection
 from svgpipe.manifests.selection import choose_evenly, evenly_spread
 from svgpipe.manifests.shards import ShardSet

@@ -17,12 +17,12 @@ from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
 from svgpipe.manifests.cache_manifest import CacheManifest
 from svgpipe.manifests.cache_writer import complete_store, publish_cache
 from svgpipe.manifests.calibration import CALIBRATION, Calibration
-from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import InputRef
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.recipe import ExtractSection
 from svgpipe.manifests.rejects import REJECTS_NAME
 from svgpipe.manifests.shards import ShardSet

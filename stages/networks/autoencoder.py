@@ -15,9 +15,9 @@ from torch import Tensor
 
 from svgpipe.manifests.alignment import MeasuredAlignment
 from svgpipe.manifests.checkpoint import load_tensors, save_tensors
-from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError, first_line
 from svgpipe.manifests.filesystem import Location
+from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest
 from svgpipe.manifests.recipe import AutoencoderSection, BackboneSection
 from svgpipe.models.autoencoder import Autoencoder
 from svgpipe.models.backbone import Backbone

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore, save_tensors
-from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, AutoencoderManifest
 from svgpipe.manifests.filesystem import Location, make_directory, write_atomic
+from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, AutoencoderManifest
 from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.selection import choose_evenly, evenly_spread
 from svgpipe.manifests.shards import ShardSet

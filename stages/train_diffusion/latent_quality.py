@@ -57,9 +57,9 @@ class LatentQuality:
             return stored
         tokens, channels = stored.shape[1], stored.shape[2] // 2
         cpu = torch.device("cpu")
-        return draws_at(
-            self.config.seed, "quality", rows.tolist(), tokens, channels, cpu, posterior=True
-        ).latents(stored)
+        return draws_at(self.config.seed, "quality", rows.tolist(), tokens, channels, cpu, posterior=True).latents(
+            stored
+        )
 
     def _compare(self, spread: Tensor, classified: Tensor, labels: Tensor) -> dict[str, float]:
         quality: dict[str, float] = {}

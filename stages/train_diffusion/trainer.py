@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from svgpipe.manifests.model_manifests import RAW, average_name
 from svgpipe.manifests.filesystem import Location
+from svgpipe.manifests.model_manifests import RAW, average_name
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.dit import DiT
 from svgpipe.models.ema import new_average, update_averages
