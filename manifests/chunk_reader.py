@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 import resource
 import threading
+import weakref
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import google_crc32c
 import numpy as np
@@ -31,28 +32,31 @@ _ZSTD = Zstd()
 FILES_FREE, FILES_LEAST = 512, 64
 
 
-def files_to_keep(wanted: int) -> int:
+def files_to_keep(wanted: int, others: int = 0) -> int:
     """Return how many files a reader may keep open: `wanted`, if the limit of open files allows it.
 
     A random batch touches about one shard per row, so all shards should stay open. The process's own limit is raised
-    as far as the system allows.
+    as far as the system allows. `others` is the number that other readers of the process may keep open.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < (needed := wanted + FILES_FREE):
+    if soft < (needed := wanted + others + FILES_FREE):
         soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(FILES_LEAST, min(wanted, soft - FILES_FREE))
+    return max(FILES_LEAST, min(wanted, soft - others - FILES_FREE))
 
 
 class ChunkReader:
-    """Reads rows of a local store. Not thread-safe; a forked process needs its own reader."""
+    """Reads rows of a local store. Threads take turns; a forked process needs its own reader."""
+
+    _readers: ClassVar[weakref.WeakSet[ChunkReader]] = weakref.WeakSet()
 
     def __init__(self, path: Path, spec: StoreSpec) -> None:
         self.path, self.spec = path, spec
         self._files: OrderedDict[int, _ShardFile] = OrderedDict()
-        self._kept = files_to_keep(spec.num_units)
+        self._kept: int = files_to_keep(spec.num_units, sum(reader._kept for reader in self._readers))
+        self._readers.add(self)
         self._turn = threading.Lock()
         self.pid = os.getpid()
 
@@ -87,13 +91,21 @@ class ChunkReader:
             self._files.move_to_end(unit)
         return file
 
+    def drop(self, unit: int) -> None:
+        """Close the file of one shard."""
+        with self._turn:
+            if (file := self._files.pop(unit, None)) is not None:
+                file.close()
+
     def close(self) -> None:
         """Close all files."""
-        while self._files:
-            self._files.popitem()[1].close()
+        with self._turn:
+            while self._files:
+                self._files.popitem()[1].close()
 
     def __del__(self) -> None:
-        self.close()
+        while self._files:  # without the lock, which the collector may find taken
+            self._files.popitem()[1].close()
 
 
 class _ShardFile:

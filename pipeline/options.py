@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Panels of `svgpipe --help`.
 IMAGENET = "imagenet"
+DEFAULT_LOCAL_GB, MAX_LOCAL_GB = 100.0, 1e9
 RUN, STAGES, LOOK, MEND, ANALYSE = "All stages", "Stages", "Look at artifacts", "Mend and convert", "Analyse"
 
 RecipeOption = Annotated[
@@ -100,12 +101,11 @@ WandbOption = Annotated[
     str | None, typer.Option("--wandb", metavar="PROJECT", help="Also log to Weights & Biases (extra: wandb).")
 ]
 LocalCacheOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option("--local-cache", metavar="DIR", help="Local disk that keeps files of the cache during training."),
 ]
 LocalGbOption = Annotated[
-    float,
-    typer.Option("--local-gb", metavar="N", min=0, help="Gigabytes for --local-cache. Default: 100."),
+    float | None, typer.Option("--local-gb", metavar="N", help="Gigabytes for --local-cache. Default: 100.")
 ]
 StoreDtypeOption = Annotated[
     StoreDtype | None, typer.Option("--store-dtype", help="int8 takes less than half the space of float16.")
@@ -182,9 +182,22 @@ def _quoted(text: str | None) -> str | None:
     return None if text is None else json.dumps(text)
 
 
-def local_disk(folder: Path | None, gigabytes: float) -> LocalDisk | None:
-    """Return where files of the cache are kept; None: nowhere."""
-    return None if folder is None else LocalDisk(folder.absolute(), int(gigabytes * 1e9))
+def local_disk(folder: str | None, gigabytes: float | None) -> LocalDisk | None:
+    """Return where files of the cache are kept; None: nowhere.
+
+    Raises:
+        UsageError: no local folder, a size without a folder, or a size that is not positive.
+    """
+    if folder is None:
+        if gigabytes is not None:
+            raise UsageError("--local-gb: expected --local-cache DIR with it, found none.")
+        return None
+    place, size = location(folder), DEFAULT_LOCAL_GB if gigabytes is None else gigabytes
+    if not isinstance(place, Path):
+        raise UsageError(f"--local-cache {folder}: expected a folder on a local disk, found an object store.")
+    if not 0 < size < MAX_LOCAL_GB:
+        raise UsageError(f"--local-gb {size:g}: expected a number of gigabytes above 0 and below {MAX_LOCAL_GB:g}.")
+    return LocalDisk(place.absolute(), int(size * 1e9))
 
 
 def read_class_names(path: Path | None) -> list[str] | None:

@@ -23,6 +23,8 @@ def check_before_run(recipe: Recipe, workdir: Location, options: RunOptions, *, 
     _check_settings(recipe, workdir, options)
     if weights:
         _check_weights(recipe, workdir)
+        if options.disk is not None:
+            options.disk.check_folder()
 
 
 def _check_settings(recipe: Recipe, workdir: Location, options: RunOptions) -> None:

@@ -81,7 +81,7 @@ def run(
     train_workers: TrainWorkersOption = None,
     strategy: StrategyOption = None,
     local_cache: LocalCacheOption = None,
-    local_gb: LocalGbOption = 100.0,
+    local_gb: LocalGbOption = None,
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,

@@ -222,7 +222,7 @@ def train_diffusion(
     gpus_per_worker: GpusOption = None,
     strategy: StrategyOption = None,
     local_cache: LocalCacheOption = None,
-    local_gb: LocalGbOption = 100.0,
+    local_gb: LocalGbOption = None,
     address: AddressOption = None,
     wandb: WandbOption = None,
 ) -> None:

@@ -217,7 +217,7 @@ def ray_session(one_ray: None) -> None:
     """That Ray, with all CPUs free: Ray ends the workers of a failed run a little later."""
     import ray
 
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while ray.available_resources().get("CPU", 0) < (expected := ray.cluster_resources()["CPU"]):
         found = ray.available_resources()
         assert time.monotonic() < deadline, f"an earlier test keeps CPUs: expected {expected} free, found {found}"

@@ -11,18 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svgpipe.manifests import FeatureCache, local_copy
+from svgpipe.manifests import local_copy
 from svgpipe.manifests.filesystem import write_atomic
 from svgpipe.manifests.local_copy import LocalCopy, LocalDisk
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.stages.train_diffusion.data import CacheBatches
-from svgpipe.stages.train_diffusion.order import Blocks, batch_at, files_ahead
+from svgpipe.stages.train_diffusion.order import Blocks, batch_at, files_ahead, pairs_in_one_file
 
 from .conftest import Finished, Outcome
 from .test_train_diffusion import same_weights, train_args
 
 Run = Callable[..., Outcome]
-MANY = LocalDisk(Path("unused"), 1 << 40)
 
 
 @st.composite
@@ -52,24 +51,25 @@ def test_blocks_are_permutations_that_need_two_blocks_of_files(
         assert {*shuffled.units[batch.rows].tolist()} <= set(ahead)
 
 
-def test_pairs_per_batch_are_those_of_real_batches() -> None:
-    shuffled = Blocks(np.repeat(np.arange(40), 25), 5)
-    where = {"seed": 3, "batch_size": 25, "num_rows": 1000, "num_views": 1}
-
-    def pairs(blocks: Blocks | None) -> float:
-        files = [shuffled.units[batch_at(step, blocks=blocks, **where).rows] for step in range(4000)]
-        return float(np.mean([sum(n * (n - 1) / 2 for n in np.bincount(own)) for own in files]))
-
-    expected, ideal = shuffled.pairs_per_batch(25)
-    assert pairs(shuffled) == pytest.approx(expected, rel=0.05)
-    assert pairs(None) == pytest.approx(ideal, rel=0.05)
-    assert expected > 5 * ideal
+@pytest.mark.parametrize(("size", "batch_size"), [(5, 25), (2, 16), (2, 64), (1, 4)])
+def test_the_share_of_pairs_in_one_file(size: int, batch_size: int) -> None:
+    files = np.repeat(np.arange(40), 8)
+    shuffled = Blocks(files, size)
+    measured = pairs_in_one_file(files, seed=3, batch_size=batch_size, num_views=1, blocks=shuffled)
+    pairs = []
+    for step in range(400):  # over many epochs
+        rows = files[batch_at(step, seed=4, batch_size=batch_size, num_rows=320, num_views=1, blocks=shuffled).rows]
+        pairs.append((rows[:, None] == rows).sum() - batch_size)
+    assert measured == pytest.approx(np.mean(pairs) / (batch_size * (batch_size - 1)), rel=0.15)
+    ideal = pairs_in_one_file(files, seed=3, batch_size=batch_size, num_views=1, blocks=None)
+    assert ideal == pytest.approx(7 / 319, rel=0.5)
+    assert measured > 1.2 * ideal
 
 
 def test_a_local_copy_changes_no_value_and_keeps_no_other_file(finished: Finished, tmp_path: Path) -> None:
     cache, rows = finished.cache, np.asarray([0, 35, 9, 9, 17], np.int64)
     views = np.asarray([0, 1, 1, 0, 1], np.int64)
-    copy = LocalCopy(cache, LocalDisk(tmp_path, 1 << 30))
+    copy = LocalCopy(cache, tmp_path)
     expected = cache.read_stored(rows, views)
     np.testing.assert_array_equal(copy.read_stored(rows, views), expected)  # nothing is here yet
     copy.keep([1, 4])
@@ -85,7 +85,7 @@ def test_a_local_copy_changes_no_value_and_keeps_no_other_file(finished: Finishe
 
 def test_rows_come_from_the_local_disk(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = finished.cache
-    copy = LocalCopy(cache, LocalDisk(tmp_path, 1 << 30))
+    copy = LocalCopy(cache, tmp_path)
     copy.keep([2])
     copy.wait()
     expected = cache.read([17])
@@ -95,15 +95,22 @@ def test_rows_come_from_the_local_disk(finished: Finished, tmp_path: Path, monke
 
 def test_a_damaged_or_deleted_copy_is_not_used(finished: Finished, tmp_path: Path) -> None:
     cache, rows, views = finished.cache, np.arange(36), np.zeros(36, np.int64)
-    copy = LocalCopy(cache, LocalDisk(tmp_path, 1 << 30))
+    copy = LocalCopy(cache, tmp_path)
     copy.keep(range(5))
     copy.wait()
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert len(files) == 5  # of eight rows, the last of four
     files[0].write_bytes(bytes(len(files[0].read_bytes())))
     files[1].unlink()
-    again = LocalCopy(cache, LocalDisk(tmp_path, 1 << 30))
+    again = LocalCopy(cache, tmp_path)
     np.testing.assert_array_equal(again.read_stored(rows, views), cache.read(rows))
+    again.keep(range(5))
+    again.wait()  # both are there again
+    assert sorted(path.stat().st_size for path in files) == sorted(
+        (cache.path / path.relative_to(tmp_path)).stat().st_size for path in files
+    )
+    np.testing.assert_array_equal(again.read_stored(rows, views), cache.read(rows))
+    assert again.units_here() == {*range(5)}
 
 
 def test_a_full_local_disk_is_a_warning(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +122,7 @@ def test_a_full_local_disk_is_a_warning(finished: Finished, tmp_path: Path, monk
     said: list[str] = []
     monkeypatch.setattr(local_copy, "write_atomic", full)
     monkeypatch.setattr(local_copy, "DOWNLOADS", 1)
-    copy = LocalCopy(finished.cache, LocalDisk(tmp_path, 1 << 30), said.append)
+    copy = LocalCopy(finished.cache, tmp_path, say=said.append)
     copy.keep([3, 0, 1])
     copy.wait()
     assert copy.units_here() == set()
@@ -128,11 +135,15 @@ def test_batches_stay_within_the_space(finished: Finished, tmp_path: Path) -> No
     config = load_recipe(str(finished.recipe_file), ["diffusion.shuffle_files=1"]).diffusion
     cache = finished.cache
     plain = iter(CacheBatches(cache, cache.training_rows, config, 0, range(6)))
-    copied = iter(CacheBatches(cache, cache.training_rows, config, 0, range(6), disk=LocalDisk(tmp_path, 1 << 30)))
+    copy = LocalCopy(cache, tmp_path)
+    copied = iter(CacheBatches(cache, cache.training_rows, config, 0, range(6), copy=copy))
     for _ in range(30):
         one, two = next(plain), next(copied)
         assert all((a == b).all() for a, b in zip(one, two, strict=True))
-        assert len([path for path in tmp_path.rglob("*") if path.is_file() and ".partial" not in path.name]) <= 2
+    copy.wait()
+    assert len(copy.units_here()) <= 2
+    opened = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [path for path in opened if path.startswith(str(tmp_path)) and path.endswith("(deleted)")]
 
 
 @pytest.mark.parametrize("settings", [[], ["--set", "diffusion.shuffle_files=2"]])
@@ -141,36 +152,95 @@ def test_training_with_a_local_copy_gives_the_same_weights(
 ) -> None:
     local = ["--local-cache", tmp_path / "local", "--local-gb", 1]
     assert svgpipe(*train_args(finished, tmp_path / "one", *settings, *local)).code == 0
-    assert any(path.is_file() for path in (tmp_path / "local").rglob("*"))
+    assert not [*(tmp_path / "local").iterdir()]  # a finished training needs no copy
     outcome = svgpipe(*train_args(finished, tmp_path / "two", *settings))
     assert outcome.code == 0
     assert same_weights(tmp_path / "one", tmp_path / "two")
     assert same_weights(tmp_path / "one", finished.root / "diffusion") is not bool(settings)
-    assert ("pairs of rows of a batch lie in one file" in outcome.err) is bool(settings)
+    assert ("of the pairs of rows in a batch lie in one file" in outcome.err) is bool(settings)
 
 
 def test_too_little_space_is_refused_with_the_setting_that_fits(
     finished: Finished, tmp_path: Path, svgpipe: Run
 ) -> None:
-    size = finished.cache.manifest.num_bytes / 5 / 1e9
+    size = (finished.root / "cache/features/c/0/0/0/0/0").stat().st_size / 1e9  # four files hold training rows
     local = ["--local-cache", tmp_path / "local", "--local-gb"]
-    outcome = svgpipe(*train_args(finished, tmp_path / "out", *local, 4.5 * size))
+    outcome = svgpipe(*train_args(finished, tmp_path / "out", *local, 3.5 * size))
     assert (outcome.code, (tmp_path / "out").exists()) == (2, False)
-    assert "holds 4, and all are needed" in outcome.err
-    assert "--set diffusion.shuffle_files=2" in outcome.err
+    assert "3 of them fit, and all are needed" in outcome.err
+    assert "--set diffusion.shuffle_files=1" in outcome.err
     three = ["--set", "diffusion.shuffle_files=2", *local, 3.5 * size]
     assert "two blocks of 2 are needed" in svgpipe(*train_args(finished, tmp_path / "out", *three)).err
-    assert "expected two or more" in svgpipe(*train_args(finished, tmp_path / "out", *local, 0)).err
+    assert "0 of them fit" in svgpipe(*train_args(finished, tmp_path / "out", *local, 1e-9)).err
 
 
-def test_a_cache_of_another_content_is_not_mixed_up(finished: Finished, tmp_path: Path) -> None:
-    values = np.random.default_rng(0).normal(size=(36, 2, 2, 3)).astype(np.float32)
-    caches = [
-        FeatureCache.create(tmp_path / name, values + offset, np.zeros(36, int), mean=0, std=1, unit_rows=8)
-        for name, offset in (("one", 0), ("two", 1))
-    ]
-    for cache in caches:
-        copy = LocalCopy(cache, LocalDisk(tmp_path / "local", 1 << 30))
-        copy.keep(range(5))
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--local-gb", 5], "expected --local-cache DIR"),
+        (["--local-cache", "s3://bucket/x"], "found an object store"),
+        (["--local-cache", "local", "--local-gb", "inf"], "--local-gb inf: expected a number"),
+        (["--local-cache", "local", "--local-gb", 0], "--local-gb 0: expected a number"),
+        (["--local-cache", "file/below"], "expected a folder on a local disk"),
+    ],
+)
+def test_mistakes_stop_before_the_training(
+    options: list[object],
+    problem: str,
+    finished: Finished,
+    tmp_path: Path,
+    svgpipe: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    outcome = svgpipe(*train_args(finished, tmp_path / "out", *options))
+    assert (outcome.code, (tmp_path / "out").exists()) == (2, False)
+    assert problem in outcome.err
+
+
+def test_a_failing_local_disk_costs_speed_alone(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, rows, views = finished.cache, np.arange(36), np.zeros(36, np.int64)
+    copy = LocalCopy(cache, tmp_path)
+    copy.keep(range(5))
+    copy.wait()
+    exists, unlink = Path.exists, Path.unlink
+
+    def fail(method: Callable[..., object]) -> Callable[..., object]:
+        def call(path: Path, *arguments: object, **options: object) -> object:
+            if path.is_relative_to(tmp_path):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return method(path, *arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", fail(exists))
+        patch.setattr(Path, "unlink", fail(unlink))
+        np.testing.assert_array_equal(copy.read_stored(rows, views), cache.read(rows))
+        copy.keep([1])
+        np.testing.assert_array_equal(copy.read_stored(rows, views), cache.read(rows))
+    np.testing.assert_array_equal(copy.read_stored(rows, views), cache.read(rows))
+
+
+def test_workers_begin_with_their_own_files(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_copy, "DOWNLOADS", 1)
+    written: list[str] = []
+    monkeypatch.setattr(local_copy, "write_atomic", lambda path, content: written.append(path.parts[-5]))
+    for rank in range(2):
+        copy = LocalCopy(finished.cache, tmp_path, rank, 2)
+        copy.keep([4, 3, 2, 1, 0])
         copy.wait()
-        np.testing.assert_array_equal(copy.read_stored(np.arange(36), np.zeros(36, np.int64)), cache.read(range(36)))
+        copy.close()
+    assert written == ["4", "2", "0", "3", "1", "3", "1", "4", "2", "0"]
+
+
+def test_every_training_has_its_own_folder(finished: Finished, tmp_path: Path) -> None:
+    disk = LocalDisk(tmp_path, 1)
+    folders = {disk.folder_of(finished.cache, tmp_path / name) for name in ("one", "two")}
+    assert len(folders) == 2
+    assert {folder.parent for folder in folders} == {tmp_path}

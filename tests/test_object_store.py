@@ -26,7 +26,7 @@ from svgpipe.manifests.filesystem import (
 )
 from svgpipe.manifests.index import read_images
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.local_copy import LocalCopy, LocalDisk
+from svgpipe.manifests.local_copy import LocalCopy
 from svgpipe.manifests.lock import BusyError, Lock, locked
 from svgpipe.manifests.shards import ShardSet
 
@@ -115,7 +115,7 @@ def test_extraction_is_killed_resumes_and_reads_and_is_repaired(
     rows = [5, 3, 3, -1]
     np.testing.assert_array_equal(there.read(rows, "flip"), here.read(rows, "flip"))
     assert (there.labels == here.labels).all()
-    copy = LocalCopy(there, LocalDisk(tmp_path, 1 << 30))
+    copy = LocalCopy(there, tmp_path)
     copy.keep(range(UNITS))
     copy.wait()
     assert copy.units_here() == {*range(UNITS)}

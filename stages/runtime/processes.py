@@ -20,8 +20,8 @@ Result = TypeVar("Result")
 
 
 def _live_with(parent: int) -> None:
-    """End this worker when its parent was killed. Ctrl-C is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End this worker at Ctrl-C, without a traceback, and when its parent was killed."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.local_copy import LocalCopy, LocalDisk
+from svgpipe.manifests.local_copy import LocalCopy
 from svgpipe.manifests.recipe import DiffusionSection
 
 from ..runtime.retry import call_with_retries
@@ -33,7 +33,7 @@ class CacheBatches:
         start: int,
         local_slice: range,
         say: Callable[[str], None] = lambda text: None,
-        disk: LocalDisk | None = None,
+        copy: LocalCopy | None = None,
     ) -> None:
         """Prepare batches from step `start` on.
 
@@ -44,19 +44,13 @@ class CacheBatches:
             start: first step.
             local_slice: places of this process in the batch.
             say: receives messages about retries.
-            disk: keeps copies of the cache's files; None: no copies.
+            copy: local copy of the cache's files; None: rows are read from the cache.
         """
-        self.cache, self.rows, self.config, self.local_slice, self.say = (
-            cache,
-            rows,
-            config,
-            np.asarray(local_slice),
-            say,
-        )
+        self.cache, self.rows, self.config = cache, rows, config
+        self.local_slice, self.say, self.copy = np.asarray(local_slice), say, copy
         self.num_views = len(cache.views) if config.use_flips else 1
         self.start = start
-        self.blocks = blocks_of(cache, rows, config)
-        self.copy = None if disk is None else LocalCopy(cache, disk, say)
+        self.blocks, self._files = blocks_of(cache, rows, config), files_of(cache, rows)
         # Requests to an object store take long, and many run at once: several batches are read concurrently.
         self.readers = 1 if isinstance(cache.path, Path) else config.read_ahead
 
@@ -70,8 +64,6 @@ class CacheBatches:
                     yield self._result(*ahead.popleft())
         finally:
             reader.shutdown(cancel_futures=True)
-            if self.copy is not None:
-                self.copy.close()
 
     def _result(self, step: int, reading: Future[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Return what the thread has read; it is read again if that failed."""
@@ -90,11 +82,15 @@ class CacheBatches:
         if self.copy is None:
             stored = self.cache.read_stored(rows, views)
         else:
-            every = range(self.cache.store.spec.num_units)
-            self.copy.keep(every if self.blocks is None else files_ahead(step, blocks=self.blocks, **where))
+            self.copy.keep(self._files if self.blocks is None else files_ahead(step, blocks=self.blocks, **where))
             stored = self.copy.read_stored(rows, views)
         features = torch.from_numpy(stored).flatten(1, 2)
         return features, torch.from_numpy(self.cache.labels[rows].astype(np.int64))
+
+
+def files_of(cache: FeatureCache, rows: NDArray[np.int64]) -> list[int]:
+    """Return the files of a cache that hold some of the rows."""
+    return np.unique(rows // cache.store.spec.unit_rows).tolist()
 
 
 def blocks_of(cache: FeatureCache, rows: NDArray[np.int64], config: DiffusionSection) -> Blocks | None:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from svgpipe.models.seeds import seed_of
 
+COUNTED_BATCHES = 256
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -25,7 +27,7 @@ class Blocks:
     """Shuffle within blocks: in every epoch, `size` files of the cache at a time, in random order.
 
     A local copy then needs only the files of two blocks. Rows of one file meet in a batch more often than if all rows
-    were shuffled, see `pairs_per_batch`.
+    were shuffled, see `pairs_in_one_file`.
     """
 
     units: NDArray[np.int64]  # (n,) file of every training row, ascending
@@ -47,17 +49,6 @@ class Blocks:
             order.append(rows)
             start += len(rows)
         return np.concatenate(order), blocks
-
-    def pairs_per_batch(self, batch_size: int) -> tuple[float, float]:
-        """Return the expected number of pairs of rows of one file in a batch; and the same if all rows were shuffled.
-
-        Batches are taken to lie in one block of files of equal size.
-        """
-        rows, files = len(self.units), len(self._groups)
-        per_file, pairs = rows / files, batch_size * (batch_size - 1) / 2
-        in_block = per_file * min(self.size, files)
-        block, ideal = (pairs * min(1.0, (per_file - 1) / max(1.0, n - 1)) for n in (in_block, rows))
-        return block, ideal
 
 
 @dataclass(frozen=True)
@@ -104,3 +95,22 @@ def files_ahead(
     number = int(np.searchsorted([start for start, _ in here], offset, side="right")) - 1
     following = here[number + 1 :] or _epoch(seed, epoch + 1, num_rows, num_views, blocks).blocks
     return tuple(dict.fromkeys([*here[number][1].tolist(), *following[0][1].tolist()]))
+
+
+def pairs_in_one_file(
+    files: NDArray[np.int64], *, seed: int, batch_size: int, num_views: int, blocks: Blocks | None
+) -> float:
+    """Return the fraction of pairs of rows of a batch that lie in one file, over the first batches of an epoch.
+
+    Args:
+        files: (n,) file of every training row.
+        seed: of the order.
+        batch_size: rows per batch.
+        num_views: of the cache.
+        blocks: that are shuffled; None: all rows are shuffled.
+    """
+    where = {"seed": seed, "batch_size": batch_size, "num_rows": len(files), "num_views": num_views}
+    counted = range(min(COUNTED_BATCHES, -(-len(files) // batch_size)))
+    same = [np.unique(files[batch_at(step, blocks=blocks, **where).rows], return_counts=True)[1] for step in counted]
+    pairs = batch_size * (batch_size - 1) / 2
+    return float(np.mean([(counts * (counts - 1) / 2).sum() for counts in same])) / max(1.0, pairs)

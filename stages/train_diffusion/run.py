@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore, save_tensors
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location, make_directory, write_atomic
-from svgpipe.manifests.local_copy import LocalDisk
+from svgpipe.manifests.local_copy import LocalCopy, LocalDisk
 from svgpipe.manifests.model_manifests import STATISTICS_FILE, DiffusionManifest, weights_file
 from svgpipe.manifests.recipe import DiffusionSection
 
@@ -26,6 +26,7 @@ from ..training.supervisor import Supervisor
 from .data import CacheBatches, blocks_of
 from .latent_quality import LatentQuality, sample_in_training, settings_in_training
 from .loss import LossByTime, heldout_loss
+from .order import pairs_in_one_file
 from .trainer import FlowTrainer, Step
 
 GRID_SAMPLES = 32
@@ -56,7 +57,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         disk: LocalDisk | None = None,
     ) -> None:
         """Open the run; see `train_diffusion` for arguments and errors."""
-        self.cache, self.config, self.decoder, self.disk = cache, config, decoder, disk
+        self.cache, self.config, self.decoder = cache, config, decoder
         super().__init__(
             group, supervisor, out, CheckpointStore(out / "checkpoints", config.keep_checkpoints, config.keep_every)
         )
@@ -71,12 +72,9 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
             f"{size:.1f} M parameters; {config.steps} steps of {config.batch_size} rows: {epochs:.3g} epochs of "
             f"{len(self.rows)} training rows"
         )
-        if (blocks := blocks_of(cache, self.rows, config)) is not None:
-            pairs, ideal = blocks.pairs_per_batch(config.batch_size)
-            supervisor.say(
-                f"shuffling within blocks of {config.shuffle_files} files: {pairs:.3g} pairs of rows of a batch lie in "
-                f"one file, {ideal:.3g} if all rows were shuffled"
-            )
+        self.copy = self._local_copy(disk)
+        if config.shuffle_files is not None and group.is_main:
+            self._tell_quality_of_shuffle()
         self.decode = self._load_decoder() if group.is_main else None
         self.by_time = LossByTime(group.device)
         self.resume(wandb_project)
@@ -102,6 +100,21 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
                 f"{', …' if len(empty) > 5 else ''}. They are not sampled."
             )
         return rows
+
+    def _local_copy(self, disk: LocalDisk | None) -> LocalCopy | None:
+        if disk is None:
+            return None
+        folder, group = disk.folder_of(self.cache, self.out), self.group
+        return LocalCopy(self.cache, folder, group.rank, group.size, self.supervisor.say)
+
+    def _tell_quality_of_shuffle(self) -> None:
+        config, views = self.config, len(self.cache.views) if self.config.use_flips else 1
+        files, blocks = self.rows // self.cache.store.spec.unit_rows, blocks_of(self.cache, self.rows, config)
+        measure = partial(pairs_in_one_file, files, seed=config.seed, batch_size=config.batch_size, num_views=views)
+        self.supervisor.say(
+            f"shuffling within blocks of {config.shuffle_files} files: {measure(blocks=blocks):.2%} of the pairs of "
+            f"rows in a batch lie in one file; {measure(blocks=None):.2%} if all rows were shuffled"
+        )
 
     def _load_decoder(self) -> Decode | None:
         if self.decoder is None:
@@ -135,7 +148,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         share = self.group.local_slice(self.config.batch_size)
         say = self.supervisor.say
-        return iter(CacheBatches(self.cache, self.rows, self.config, self.step, share, say, self.disk))
+        return iter(CacheBatches(self.cache, self.rows, self.config, self.step, share, say, self.copy))
 
     def take_step(self, batch: tuple[Tensor, Tensor]) -> Step:
         result = self.trainer(self.step, *batch)
@@ -217,6 +230,8 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         self.measure_quality()
         weights = self.trainer.weights()
         content = {}
+        if self.copy is not None:
+            self.copy.close(delete=True)
         if self.log is not None:
             self.log.close()
             self.supervisor.check()

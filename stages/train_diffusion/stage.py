@@ -20,6 +20,7 @@ from ..training.distributed import Strategy
 from ..training.loop import run_training
 from ..training.metrics_log import require_wandb
 from ..training.ray_train import run_job
+from .data import files_of
 from .run import MEMORY_ADVICE, DiffusionRun
 
 
@@ -65,7 +66,8 @@ def train_diffusion(
     if wandb_project is not None:
         require_wandb()
     if disk is not None:
-        disk.check(cache, config.shuffle_files)
+        disk.check_folder()
+        disk.check_space(cache, len(files_of(cache, cache.training_rows)), config.shuffle_files)
     with WorkDir(diffusion_spec(cache, out, config)) as work:
         if work.finished is not None:
             return work.finished

@@ -29,7 +29,7 @@ import numpy as np
 
 from svgpipe.manifests import FeatureCache, feature_store
 from svgpipe.manifests.filesystem import location
-from svgpipe.manifests.local_copy import LocalDisk
+from svgpipe.manifests.local_copy import LocalCopy
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.stages.train_diffusion.data import CacheBatches
 
@@ -77,11 +77,12 @@ def serve(port: int, latency: float) -> None:
     server.serve_forever()
 
 
-def rate(path: str, config: DiffusionSection, disk: LocalDisk | None) -> float:
+def rate(path: str, config: DiffusionSection, folder: Path | None) -> float:
     """Return rows per second over some steps, the first batch excluded."""
     cache = FeatureCache(path)
     cache.read([0])  # opens the store once; several threads would open it several times
-    batches = iter(CacheBatches(cache, cache.training_rows, config, 0, range(BATCH), disk=disk))
+    copy = None if folder is None else LocalCopy(cache, folder)
+    batches = iter(CacheBatches(cache, cache.training_rows, config, 0, range(BATCH), copy=copy))
     next(batches)
     started = time.perf_counter()
     for _ in itertools.islice(batches, STEPS):
@@ -109,16 +110,15 @@ def measure(folder: Path, endpoint: str) -> dict[str, float]:
     bucket.fs.put(str(made.path), "scale/cache", recursive=True)
     plain = DiffusionSection(batch_size=BATCH, use_flips=False)
     blocks = plain.model_copy(update={"shuffle_files": BLOCK})
-    size = UNIT_ROWS * GRID * GRID * CHANNELS * 2
     found: dict[str, float] = {}
     waiting(endpoint)
-    for name, requests, config, disk in (
+    for name, requests, config, local in (
         ("default", DEFAULT_REQUESTS, plain, None),
         ("svgpipe", feature_store.REQUESTS, plain, None),
-        ("local", feature_store.REQUESTS, blocks, LocalDisk(folder / "local", 2 * BLOCK * size)),
+        ("local", feature_store.REQUESTS, blocks, folder / "local"),
     ):
         feature_store.REQUESTS = requests
-        found[name] = rate("s3://scale/cache", config, disk)
+        found[name] = rate("s3://scale/cache", config, local)
         found[f"{name}_requests"] = waiting(endpoint)
     return found
 
