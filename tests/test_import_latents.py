@@ -44,7 +44,7 @@ class Latents:
         values = np.stack([pixels[i % len(pixels)] * (1 + i / ROWS) for i in range(ROWS)]) / 64 - 2 + offset
         self.mean = torch.from_numpy(values).permute(0, 3, 1, 2).contiguous()
         self.flip = self.mean.flip(-1).contiguous()
-        self.std = 0.1 + self.mean.abs() / 50
+        self.std = 0.6 + self.mean.abs() / 50
         self.labels = torch.arange(ROWS) % 3
 
     def expected(self, form: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -137,7 +137,9 @@ def test_measured_normalisation_is_that_of_drawn_latents(
 ) -> None:
     import_latents(Import(sources["repa"]), tmp_path / "cache", processes=1)
     cache = FeatureCache(tmp_path / "cache")
-    drawn = latents.mean + latents.std * torch.randn(400, 1, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    drawn = latents.mean + latents.std * torch.randn(
+        400, *latents.mean.shape, generator=torch.Generator().manual_seed(0)
+    )
     mean, std = drawn.mean((0, 1, 3, 4)), drawn.std((0, 1, 3, 4))
     np.testing.assert_allclose(cache.channel_mean[:CHANNELS], mean, atol=0.02)
     np.testing.assert_allclose(cache.channel_std[:CHANNELS], std, rtol=0.02)
@@ -169,7 +171,7 @@ def test_training_draws_latents_from_the_posterior(latents: Latents) -> None:
     assert torch.equal(draw(3, 0, 1)[1], draw(3, 5, 1)[1])  # company does not matter
     assert not torch.equal(draw(3, 0, 1), draw(4, 0, 1))
     drawn = torch.stack([draw(step, 0, 1) for step in range(2000)])
-    assert torch.allclose(drawn.mean(0), mean, atol=0.02)
+    assert torch.allclose(drawn.mean(0), mean, atol=0.08)
     assert torch.allclose(drawn.std(0), std, rtol=0.1)
     noise = draws_at(0, 3, [0, 1], GRID**2, CHANNELS, device, posterior=True)
     assert noise.posterior is not None and not torch.equal(noise.noise, noise.posterior)
@@ -510,8 +512,9 @@ def test_repair_keeps_rows_whose_file_is_damaged_by_now(latents: Latents, tmp_pa
     unit.write_bytes(unit.read_bytes()[:-1])
     outcome = svgpipe("repair", out)
     assert outcome.code == 1
-    assert f"{file}: cannot be read" in outcome.err
-    assert (out / "manifest.json").exists()
+    assert f"error: {file}: cannot be read" in outcome.err
+    assert FeatureCache(out).manifest.num_valid == ROWS
+    assert FeatureCache(out).valid.all()
 
 
 def test_heldout_latents_must_be_others_of_known_classes(

@@ -11,11 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from svgpipe.manifests.cache_manifest import CacheManifest
 from svgpipe.manifests.checkpoint import save_tensors
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.filesystem import write_atomic
 from svgpipe.manifests.manifest import (
     InputRef,
+    Json,
     canonical_json,
     differing_fields,
     read_json,
@@ -164,6 +166,46 @@ def test_a_work_directory_resumes_its_own_work_only(tmp_path: Path) -> None:
     assert WorkDir(StageSpec(out, ShardSetManifest, {"seed": 0}, {"source": ref})).finished == done
     with pytest.raises(MismatchError, match=done.fingerprint[:12]):
         WorkDir(StageSpec(out, ShardSetManifest, {"seed": 1}, {"source": ref}))
+
+
+def test_a_key_that_a_later_version_adds_does_not_refuse_older_work(tmp_path: Path) -> None:
+    def state(config: Json) -> str:
+        return StageSpec(tmp_path, ShardSetManifest, config, {}).state()[0]
+
+    old = {"seed": 0, "model": {"width": 3}}
+    with WorkDir(StageSpec(tmp_path, ShardSetManifest, old, {})):
+        (tmp_path / "shard-000000.tar").write_text("hours of work")
+    for finished in (False, True):
+        if finished:
+            example(config=old).publish(tmp_path)
+        assert state({**old, "added": None, "model": {"width": 3, "flag": False}}) in ("begun", "finished")
+        for changed in ({**old, "added": 0}, {**old, "model": {"width": 3, "flag": True}}, {"seed": 0}):
+            with pytest.raises(MismatchError):
+                state(changed)
+
+
+def test_a_manifest_field_that_was_added_keeps_old_fingerprints() -> None:
+    fields = {name: field for name, field in CacheManifest.model_fields.items() if name in CacheManifest.ADDED}
+    assert set(fields) == {"distribution"}
+    values = {
+        "num_samples": 1,
+        "num_valid": 1,
+        "num_rejected": 0,
+        "num_heldout": 0,
+        "feature_shape": (1, 1, 2),
+        "frozen_channels": 2,
+        "views": ["original"],
+        "unit_rows": 1,
+        "class_names": ["a"],
+        "backbone": "b",
+        "backbone_weights": "w",
+        "content": "c",
+        "num_bytes": 1,
+    }
+    manifest = CacheManifest.model_validate(values)
+    assert "distribution" not in manifest.identity()
+    gaussian = CacheManifest.model_validate(values | {"distribution": "gaussian"})
+    assert gaussian.sealed().fingerprint != manifest.sealed().fingerprint
 
 
 def test_a_work_directory_refuses_foreign_files(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def _required(label: str, class_names: Sequence[str], file: Path) -> str:
 def _devkit(path: Path) -> str:
     """Return the synset of every validation image, one per line, from ILSVRC2012_devkit_t12.tar.gz.
 
-    The ground truth holds numbers from 1, which meta.mat translates to synsets. Classes have no children.
+    The ground truth holds numbers from 1, which meta.mat translates to synsets.
 
     Raises:
         UsageError: the archive holds something else.
@@ -102,7 +102,7 @@ def _devkit(path: Path) -> str:
             assert truth is not None and meta is not None
             numbers = [int(line) for line in truth.read().split()]
             synsets = scipy.io.loadmat(io.BytesIO(meta.read()), squeeze_me=True)["synsets"]
-            names = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if s["num_children"] == 0}
+            names = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets}
             return "\n".join(names[number] for number in numbers)
         except (KeyError, ValueError, IndexError, TypeError) as error:
             raise UsageError(
