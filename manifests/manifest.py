@@ -181,9 +181,7 @@ class Manifest(FrozenModel):
             ArtifactError: none was recorded.
         """
         if name not in self.inputs:
-            raise ArtifactError(
-                f"no {name} recorded: {self.NOUN} with this manifest was not made from {name} by svgpipe."
-            )
+            raise ArtifactError(f"{self.NOUN} that records no {name}, because its content was computed elsewhere.")
         return self.inputs[name]
 
     def sealed(self) -> Self:

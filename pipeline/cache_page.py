@@ -22,6 +22,7 @@ def render_cache(cache: FeatureCache, out: Location, samples: int = SAMPLES) -> 
     """Write the page of `cache` to `out`, with source images and reconstructions if their artifacts exist."""
     statistics = CacheStatistics.of(cache)
     sheet = contact_sheet(cache, samples)
+    word = "backbone" if "autoencoder" in cache.manifest.inputs else "features"
     channels, frozen = len(statistics.mean), statistics.frozen_channels
     energy = np.cumsum(statistics.eigenvalues) / max(float(statistics.eigenvalues.sum()), 1e-12)
     order = list(range(1, channels + 1))
@@ -33,7 +34,7 @@ def render_cache(cache: FeatureCache, out: Location, samples: int = SAMPLES) -> 
                 picture(pixels, caption, lossless=caption != "source")
                 for pixels, caption in (
                     (row.source, "source"),
-                    (row.backbone, "backbone"),
+                    (row.backbone, word),
                     (row.residual, "residual"),
                     (row.decoded, "decoded"),
                 )
@@ -50,6 +51,7 @@ def render_cache(cache: FeatureCache, out: Location, samples: int = SAMPLES) -> 
     page = render(
         "cache_template.html",
         manifest=cache.manifest,
+        word=word,
         shape=cache.shape,
         statistics=statistics,
         sheet=sheet,

@@ -211,7 +211,7 @@ def test_every_command_takes_an_imported_cache(trained: Path, svgpipe: Run, tmp_
     shown = svgpipe("inspect", cache, "--html", tmp_path / "page.html").out
     assert "sd-vae-ft-mse" in shown and "gaussian" in shown
     assert "n01440764 tench" in shown and "warning" not in shown
-    assert "source images: no shards recorded" in (tmp_path / "page.html").read_text()
+    assert "source images: a feature cache that records no shards" in (tmp_path / "page.html").read_text()
     svgpipe("probe", cache, "--html", tmp_path / "probe.html")
     svgpipe("analyze", cache, "--diffusion", model, "--html", tmp_path / "analysis.html")
     assert "records no autoencoder" in svgpipe("requantize", cache, "--out", tmp_path / "int8").out
