@@ -93,11 +93,19 @@ def attention(setup: Setup) -> Iterator[Check]:
 
 
 def _draws_of_the_cpu(
-    seed: int, step: int, positions: Sequence[int], tokens: int, channels: int, device: torch.device
+    seed: int,
+    step: int,
+    positions: Sequence[int],
+    tokens: int,
+    channels: int,
+    device: torch.device,
+    *,
+    posterior: bool = False,
 ) -> Draws:
     """Draw noise on the CPU: that of a GPU comes from another generator."""
-    drawn = draws_at(seed, step, positions, tokens, channels, CPU)
-    return Draws(drawn.noise.to(device), drawn.time.to(device), drawn.drop.to(device))
+    drawn = draws_at(seed, step, positions, tokens, channels, CPU, posterior=posterior)
+    from_posterior = None if drawn.posterior is None else drawn.posterior.to(device)
+    return Draws(drawn.noise.to(device), drawn.time.to(device), drawn.drop.to(device), from_posterior)
 
 
 def _step(device: torch.device, config: DiffusionSection, strategy: str = "") -> tuple[float, float, torch.Tensor]:
