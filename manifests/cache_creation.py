@@ -174,7 +174,7 @@ def publish_created(
 class _Source:
     """Features of all rows: an array, or batches that can be read once."""
 
-    array: Any  # indexed by slices and lists of rows; None: batches
+    array: Any  # indexed by slices of rows; None: batches
     batches: Iterator[NDArray[np.float32]]
     shape: tuple[int, int, int, int]  # of one row: views, rows, columns, channels
     count: int
@@ -266,9 +266,9 @@ def _calibration(source: _Source, training: NDArray[np.int64], options: Options)
     if source.array is None:
         raise UsageError("mean and std: expected both, because batches of an iterator can be read only once.")
     # Whole stretches of rows, because files with chunks of many rows are slow to read row by row.
-    starts = choose_evenly(range(0, source.count, STRETCH), CALIBRATION_ROWS // STRETCH)
     total, among = Moments.empty(channels), set(training.tolist()) or set(range(source.count))
-    for start in starts:
+    starts = sorted({row // STRETCH * STRETCH for row in among})
+    for start in choose_evenly(starts, CALIBRATION_ROWS // STRETCH):
         values = _with_views(source.array[start : start + STRETCH])[:, 0]
         rows = [row for row in range(len(values)) if start + row in among]
         if not (fine := usable(values[rows])).all():

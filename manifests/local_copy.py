@@ -32,6 +32,7 @@ from .store_spec import unit_file
 
 DOWNLOADS = 8  # threads, each with one file in memory
 WAITS_S = (1.0, 5.0, 25.0)  # before a failed download is tried again
+CLOSE_S = 10.0  # a hanging store must not keep a finished training alive
 STALE_S = 600.0  # a temporary file without writes for this long belongs to a killed process
 
 
@@ -122,7 +123,7 @@ class LocalCopy:
         self._closed = self._full = self._told = False
         with suppress(OSError):
             remove_partials(folder, STALE_S)
-        for number in range(DOWNLOADS):  # daemons: a hanging store must not keep a finished training alive
+        for number in range(DOWNLOADS):  # daemons, for the same reason
             threading.Thread(target=self._download_all, daemon=True, name=f"svgpipe-download-{number}").start()
 
     def keep(self, units: Sequence[int]) -> None:
@@ -156,6 +157,8 @@ class LocalCopy:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            if delete:  # a file that is being written would appear again
+                self._changed.wait_for(lambda: not self._busy, timeout=CLOSE_S)
         self._reader.close()
         if delete:
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -362,6 +362,14 @@ def test_a_created_cache_is_normalised_and_not_overwritten(latents: Latents, tmp
         FeatureCache.create(tmp_path / "cache", values, labels)
 
 
+def test_heldout_rows_do_not_change_the_normalisation(latents: Latents, tmp_path: Path) -> None:
+    values, labels = latents.expected("lightningdit")
+    values, heldout = values[:, 0].copy(), np.arange(ROWS) >= 120  # stretches that are held out in part, and wholly
+    values[heldout] += 100
+    cache = FeatureCache.create(tmp_path / "cache", values, labels, heldout=heldout)
+    np.testing.assert_allclose(cache.channel_mean, values[:120].mean((0, 1, 2)), atol=1e-4)
+
+
 def test_a_failed_creation_can_be_repeated_with_other_features(latents: Latents, tmp_path: Path) -> None:
     values, labels = latents.expected("lightningdit")
     broken = values.copy()

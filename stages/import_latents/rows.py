@@ -100,14 +100,16 @@ class Rows:
         return views, high, wide, channels
 
 
-def calibrate(rows: Rows, factor: float | None, statistics: Path | None, progress: Progress) -> Calibration:
-    """Return the normalisation: by a factor, by the statistics in a file, or measured.
+def calibrate(
+    rows: Rows, channels: int, factor: float | None, statistics: Path | None, progress: Progress
+) -> Calibration:
+    """Return the normalisation of rows with (…, channels): by a factor, by the statistics in a file, or measured.
 
     Raises:
         UsageError: the factor is out of range.
         ArtifactError: the file holds something else, or no row can be read.
     """
-    distribution, channels = rows.parts[0].distribution, rows.shape()[-1]
+    distribution = rows.parts[0].distribution
     latent_channels = channels // 2 if distribution == "gaussian" else channels
     if factor is not None:
         try:

@@ -147,18 +147,18 @@ def import_latents(
         shape = rows.shape()
         if shape[0] == 1 and not all(part.flips for part in rows.parts):
             progress.say("warning: some files have no flips; the cache holds the original view alone")
-        calibration = _calibration(wanted, rows, Journal(out), progress)
+        calibration = _calibration(wanted, rows, shape[-1], Journal(out), progress)
         spec = store_spec(shape, len(rows.labels), rows.class_names, UNIT_ROWS)
         store = FeatureStore.create(out, spec, calibration.mean, calibration.std)
         _write_units(store, rows, calibration, max_rejects, processes or cpu_count(), progress, work)
         return publish_created(work, store, rows.labels, rows.heldout, rows.parts[0].distribution, wanted.encoder)
 
 
-def _calibration(wanted: Import, rows: Rows, journal: Journal, progress: Progress) -> Calibration:
+def _calibration(wanted: Import, rows: Rows, channels: int, journal: Journal, progress: Progress) -> Calibration:
     """Return the recorded normalisation, or the one that is asked for, which is recorded."""
     if journal.has(CALIBRATION):
         return Calibration.read(journal)
-    calibration = calibrate(rows, wanted.factor, wanted.statistics, progress)
+    calibration = calibrate(rows, channels, wanted.factor, wanted.statistics, progress)
     calibration.record(journal)
     return calibration
 

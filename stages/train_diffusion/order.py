@@ -1,4 +1,4 @@
-"""The order of training rows: a function of seed and step, the same after a resume and for every number of workers."""
+"""The order of training rows. It depends on seed and step alone, so a resume and any number of workers repeat it."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -92,18 +92,10 @@ def attention(setup: Setup) -> Iterator[Check]:
     yield Check("xformers against SDPA, bfloat16", error, at_most=BFLOAT16)
 
 
-def _draws_of_the_cpu(
-    seed: int,
-    step: int,
-    positions: Sequence[int],
-    tokens: int,
-    channels: int,
-    device: torch.device,
-    *,
-    posterior: bool = False,
-) -> Draws:
-    """Draw noise on the CPU: that of a GPU comes from another generator."""
-    drawn = draws_at(seed, step, positions, tokens, channels, CPU, posterior=posterior)
+def _draws_of_the_cpu(*where: Any, **options: bool) -> Draws:
+    """Draw noise on the CPU: that of a GPU comes from another generator. The last of `where` is the device."""
+    draw: Any = draws_at
+    drawn, device = draw(*where[:-1], CPU, **options), where[-1]
     from_posterior = None if drawn.posterior is None else drawn.posterior.to(device)
     return Draws(drawn.noise.to(device), drawn.time.to(device), drawn.drop.to(device), from_posterior)
 
@@ -143,7 +135,8 @@ def training_step(setup: Setup) -> Iterator[Check]:
             name = f"one step, {precision}{', compiled' if compiled else ''}"
             yield Check(f"{name}: loss", abs(found[0] - loss) / loss, at_most=limit)
             yield Check(f"{name}: gradient norm", abs(found[1] - norm) / norm, at_most=limit)
-            # Adam's first step has the size of the learning rate for every gradient, so rounding may flip tiny ones.
+            # Adam's first step is as large as the learning rate for every gradient: rounding may flip the sign of tiny
+            # ones.
             yield Check(f"{name}: weights", relative_error(found[2], weights), at_most=2e-2)
 
 
