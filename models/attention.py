@@ -30,9 +30,28 @@ def fastest_kernel() -> Kernel | None:
     except ImportError:
         log.info("xformers is not installed: attention by PyTorch's scaled_dot_product_attention")
         return None
-    log.info("attention by xformers")
     kernel: Kernel = memory_efficient_attention
+    if reason := failure_of(kernel, torch.device("cuda")):
+        log.warning(
+            "xformers is installed, but its attention fails here (%s): attention by PyTorch's "
+            "scaled_dot_product_attention. Install the xformers that was built for PyTorch %s, or uninstall it.",
+            reason,
+            torch.__version__,
+        )
+        return None
+    log.info("attention by xformers")
     return kernel
+
+
+def failure_of(kernel: Kernel, device: torch.device) -> str | None:
+    """Return why the kernel fails, or None. An xformers built for another PyTorch imports, but has no CUDA code."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.zeros(1, 16, 1, 64, dtype=dtype, device=device, requires_grad=True)
+        try:
+            kernel(x, x, x).sum().backward()
+        except (NotImplementedError, RuntimeError) as error:
+            return str(error).partition("\n")[0]
+    return None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> Tensor:

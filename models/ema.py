@@ -27,9 +27,12 @@ def new_average(model: Model) -> Model:
 
 
 @torch.no_grad()
-def update_averages(averages: Sequence[nn.Module], decays: Sequence[float], model: nn.Module, updates: int) -> None:
-    """Update average ← average + (1 − decay) (weights − average) with warmed decays, in one launch per average."""
-    current: list[Tensor] = list(model.parameters())
+def update_averages(
+    averages: Sequence[Sequence[Tensor]], decays: Sequence[float], weights: Sequence[Tensor], updates: int
+) -> None:
+    """Update average ← average + (1 − decay) (weights − average) with warmed decays, in one launch per average.
+
+    Takes lists of parameters, because `parameters()` of a large model takes milliseconds, and a GPU waits for them.
+    """
     for average, decay in zip(averages, decays, strict=True):
-        averaged: list[Tensor] = list(average.parameters())
-        torch._foreach_lerp_(averaged, current, 1 - warmed_decay(decay, updates))
+        torch._foreach_lerp_(list(average), list(weights), 1 - warmed_decay(decay, updates))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -53,6 +54,13 @@ def test_packages_of_stages_only_import_those_below() -> None:
     assert not wrong
     assert {package_of(module).split(".")[-1] for module in modules_of("stages")} == set(PACKAGES_BELOW)
     list(TopologicalSorter(PACKAGES_BELOW).static_order())  # raises CycleError
+
+
+def test_an_installation_holds_every_package() -> None:
+    """An editable installation works without this list; `pip install .` copies only the packages in it."""
+    root = Path(__file__).parents[1]
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted({f"svgpipe.{package_of(module)}" for module in modules()})
 
 
 def test_functions_are_short() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -229,6 +231,31 @@ def test_an_attention_kernel_is_used_on_cuda_alone(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(attend(q, k, v, kernel), expected)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     torch.testing.assert_close(attend(q, k, v, kernel), expected + 1)
+
+
+@pytest.mark.parametrize("works_with", [(), (torch.bfloat16,), (torch.float32, torch.bfloat16)])
+def test_an_attention_kernel_must_work_in_both_precisions(works_with: tuple[torch.dtype, ...]) -> None:
+    """An xformers that was built for another PyTorch imports, and fails at the first call."""
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if q.dtype not in works_with:
+            raise NotImplementedError("No operator found\n  query: ...")
+        return F.scaled_dot_product_attention(q, k, v)
+
+    failure = attention.failure_of(kernel, torch.device("cpu"))
+    assert failure == (None if len(works_with) == 2 else "No operator found")
+
+
+def test_an_xformers_that_does_not_work_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    xformers = types.SimpleNamespace(memory_efficient_attention=None)
+    monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(ops=xformers))
+    monkeypatch.setitem(sys.modules, "xformers.ops", xformers)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "failure_of", lambda kernel, device: "No operator found")
+    assert attention.fastest_kernel.__wrapped__() is None
+    assert "its attention fails here (No operator found)" in caplog.text
 
 
 def test_a_new_dit_outputs_zero_on_any_grid() -> None:

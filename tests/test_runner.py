@@ -21,9 +21,10 @@ import torch
 
 from svgpipe.manifests.errors import ArtifactError, SvgpipeError, UsageError
 from svgpipe.stages.runtime import ray_runner
+from svgpipe.stages.runtime import runner as runner_module
 from svgpipe.stages.runtime.ray_runner import RayRunner
 from svgpipe.stages.runtime.resources import Resources
-from svgpipe.stages.runtime.runner import READ_AHEAD, WRITE_BEHIND, LocalRunner, Runner, Steps
+from svgpipe.stages.runtime.runner import READERS, WRITERS, LocalRunner, Runner, Steps
 
 Failures = dict[tuple[str, int], Callable[[], object]]
 
@@ -155,7 +156,19 @@ def test_local_units_in_flight_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     for record in LocalRunner().run(range(20), steps):
         reads = sum(name.startswith("read") for name in seen)
         ahead.append(reads - record.unit)
-    assert max(ahead) <= READ_AHEAD + WRITE_BEHIND + 3
+    assert max(ahead) <= READERS + 2 * WRITERS + 3
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, (2, 1)), (4, (3, 2)), (64, (16, 8))])
+def test_a_gpu_gets_more_readers_and_writers(
+    monkeypatch: pytest.MonkeyPatch, cores: int, threads: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runner_module, "cpu_count", lambda: cores)
+    runner = LocalRunner()
+    assert (runner.readers, runner.writers) == threads
+    runner = LocalRunner(use_gpu=False)
+    assert (runner.readers, runner.writers) == (READERS, WRITERS)
 
 
 def test_local_steps_overlap_and_the_caller_computes() -> None:

@@ -56,7 +56,7 @@ def test_averages_are_warmed_up() -> None:
     torch.nn.init.ones_(model.weight)
     left = np.ones(2)
     for n in range(200):
-        update_averages(averages, decays, model, n)
+        update_averages([list(average.parameters()) for average in averages], decays, [model.weight], n)
         left *= [warmed_decay(decay, n) for decay in decays]
     found = [1 - average.weight.item() for average in averages]
     np.testing.assert_allclose(found, left, atol=1e-6)

@@ -60,13 +60,17 @@ class EncodeUnits:
         Returns:
             The features.
         """
-        parts: list[Tensor] = []
-        for images in self._batches(pixels):
+        features = torch.empty(0)
+        for start, images in self._batches(pixels):
             per_view = [self._features(images.flip(-1) if view == "flip" else images) for view in self.options.views]
-            parts.append(self._to_host(torch.stack(per_view, dim=1)))
+            batch = torch.stack(per_view, dim=1)
+            if start == 0:
+                features = self._host_memory((len(pixels), *batch.shape[1:]), batch.dtype)
+            rows = features[start : start + len(batch)]
+            rows.copy_(batch[: len(rows)], non_blocking=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return torch.cat(parts)[: len(pixels)].numpy()
+        return features.numpy()
 
     def _features(self, images: Tensor) -> Tensor:
         with autocast(self.device, self.options.precision):
@@ -76,38 +80,41 @@ class EncodeUnits:
             return features
         return ((features - self.mean) / self.std).half()
 
-    def _batches(self, pixels: RGBArray) -> Iterator[Tensor]:
-        """Yield (batch_size,3,S,S) float32 in [0,1] on the device; the next batch is copied while this one is encoded.
+    def _batches(self, pixels: RGBArray) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first row and (batch_size,3,S,S) float32 in [0,1] on the device.
 
-        A short last batch is filled up, so that every image is computed by the same kernels.
+        On CUDA the next batch is copied while this one is encoded. A short last batch is filled up, so that every image
+        is computed by the same kernels.
         """
         starts = range(0, len(pixels), self.options.batch_size)
         if self.device.type != "cuda":
-            yield from (as_unit_range(self._filled(pixels[s : s + self.options.batch_size])) for s in starts)
+            yield from ((start, as_unit_range(self._filled(pixels, start))) for start in starts)
             return
         stream = torch.cuda.Stream(self.device)
-        coming: Tensor | None = None
+        coming: tuple[int, Tensor] | None = None
         for start in [*starts, None]:
             ready, coming = coming, None
             if ready is not None:
                 torch.cuda.current_stream(self.device).wait_stream(stream)
-                ready.record_stream(torch.cuda.current_stream(self.device))
+                ready[1].record_stream(torch.cuda.current_stream(self.device))
             if start is not None:
-                pinned = self._filled(pixels[start : start + self.options.batch_size]).pin_memory()
+                filled = self._filled(pixels, start)
                 with torch.cuda.stream(stream):
-                    coming = pinned.to(self.device, non_blocking=True)
+                    coming = start, filled.to(self.device, non_blocking=True)
             if ready is not None:
-                yield as_unit_range(ready)
+                yield ready[0], as_unit_range(ready[1])
 
-    def _filled(self, pixels: RGBArray) -> Tensor:
-        batch = torch.zeros((self.options.batch_size, *pixels.shape[1:]), dtype=torch.uint8)
-        batch[: len(pixels)] = torch.from_numpy(np.array(pixels))
+    def _filled(self, pixels: RGBArray, start: int) -> Tensor:
+        """Return the batch that begins at `start`, in host memory, with zeros after the last image."""
+        images = pixels[start : start + self.options.batch_size]
+        batch = self._host_memory((self.options.batch_size, *pixels.shape[1:]), torch.uint8)
+        batch.numpy()[: len(images)] = images
+        batch[len(images) :] = 0
         return batch
 
-    def _to_host(self, features: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return features
-        return torch.empty(features.shape, dtype=features.dtype, pin_memory=True).copy_(features, non_blocking=True)
+    def _host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return an empty tensor. For CUDA it is pinned; PyTorch reuses pinned memory, which is slow to allocate."""
+        return torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
 
     def __call__(self, unit: UnitPixels) -> UnitFeatures:
         watch = Stopwatch("encoder")

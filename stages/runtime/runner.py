@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from .resources import cpu_count
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,9 +26,11 @@ Loaded = TypeVar("Loaded")
 Computed = TypeVar("Computed")
 Written = TypeVar("Written")
 
-READERS = 2
-# Units that are read ahead, and that wait to be written. Limits the memory.
-READ_AHEAD, WRITE_BEHIND = 2, 2
+# Threads that read and write. A CPU has little time for them beside the computation, which they would slow down; a GPU
+# waits for them. As many units are read ahead as there are readers, and two per writer wait to be written: that limits
+# the memory.
+READERS, WRITERS = 2, 1
+GPU_READERS, GPU_WRITERS = 16, 8  # at most; not more than the cores
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Runner(Protocol):
 
 
 class LocalRunner:
-    """One worker, in this process: readers and a writer are threads; the calling thread computes.
+    """One worker, in this process: readers and writers are threads; the calling thread computes.
 
     JPEG decoding, torch and tensorstore release the GIL, so the threads run in parallel with the computation.
     """
@@ -75,6 +79,9 @@ class LocalRunner:
 
         self.device = torch.device("cuda" if use_gpu and torch.cuda.is_available() else "cpu")
         self.threads = threads
+        cores = cpu_count()
+        self.readers = READERS if self.computes_on_cpu else max(READERS, min(GPU_READERS, cores - 1))
+        self.writers = WRITERS if self.computes_on_cpu else max(WRITERS, min(GPU_WRITERS, cores // 2))
 
     @property
     def computes_on_cpu(self) -> bool:
@@ -92,8 +99,8 @@ class LocalRunner:
             yield from self._run(units, steps)
 
     def _run(self, units: Sequence[Unit], steps: Steps[Unit, Loaded, Computed, Written]) -> Iterator[Written]:
-        readers = ThreadPoolExecutor(READERS, thread_name_prefix="svgpipe-read")
-        writer = ThreadPoolExecutor(1, thread_name_prefix="svgpipe-write")
+        readers = ThreadPoolExecutor(self.readers, thread_name_prefix="svgpipe-read")
+        writer = ThreadPoolExecutor(self.writers, thread_name_prefix="svgpipe-write")
         waiting = iter(units)
         reading: deque[Future[Loaded]] = deque()
         writing: deque[Future[Written]] = deque()
@@ -104,14 +111,14 @@ class LocalRunner:
                 return
 
         try:
-            for _ in range(READ_AHEAD):
+            for _ in range(self.readers):
                 read_next()
             compute = steps.make_worker(self.device)
             while reading:
                 loaded = reading.popleft().result()
                 read_next()
                 writing.append(writer.submit(steps.write, compute(loaded)))
-                while writing and (writing[0].done() or len(writing) > WRITE_BEHIND):
+                while writing and (writing[0].done() or len(writing) > 2 * self.writers):
                     yield writing.popleft().result()
             while writing:
                 yield writing.popleft().result()

@@ -94,6 +94,7 @@ class FlowTrainer:
             self.averaged = replicate(self.model, group)
         self.velocity = torch.compile(self.averaged) if is_compiled(config.compile, device) else self.averaged
         self.parameters = list(self.model.parameters())
+        self.averaged_parameters = [list(average.parameters()) for average in self.averages]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.learning_rate,
@@ -135,7 +136,6 @@ class FlowTrainer:
         """
         config, group, size = self.config, self.group, self.config.batch_size
         set_learning_rate(self.optimizer, learning_rate(step, config.steps, config.learning_rate, config.schedule))
-        self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         losses, times = [], []
         share = group.local_slice(size)
@@ -156,7 +156,7 @@ class FlowTrainer:
         if config.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, config.clip_grad_norm, norm)
         self.optimizer.step()
-        update_averages(self.averages, config.ema_decays, self.model, step)
+        update_averages(self.averaged_parameters, config.ema_decays, self.parameters, step)
         return Step(loss, norm, per_sample, torch.cat(times))
 
     def _losses(self, step: int, tokens: Tensor, labels: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -57,12 +57,13 @@ def write_images(folder: Path, count: int) -> Path:
     """JPEGs of about the size of ImageNet's, so that reading and decoding cost as much."""
     rng = np.random.default_rng(0)
     data = Path(skimage.__file__).parent / "data"
+    images = []
     for name in PHOTOGRAPHS:
         (folder / Path(name).stem).mkdir(parents=True)
-    for i in range(count):
-        name = PHOTOGRAPHS[i % len(PHOTOGRAPHS)]
         with Image.open(data / name) as photograph:
-            image = photograph.convert("RGB")
+            images.append(photograph.convert("RGB"))
+    for i in range(count):
+        name, image = PHOTOGRAPHS[i % len(PHOTOGRAPHS)], images[i % len(PHOTOGRAPHS)]
         left, top = (int(rng.integers(0, side // 4)) for side in image.size)
         crop = image.resize((500, 375), box=(left, top, left + image.width // 2, top + image.height // 2))
         crop.save(folder / Path(name).stem / f"{i:05d}.jpg", quality=90)

@@ -53,6 +53,7 @@ def run_group(setup: Setup, module: str, names: tuple[str, ...], log: Log) -> tu
     errors: list[str] = []
     for name in names:
         started = time.perf_counter()
+        torch.compiler.reset()  # else compiled code of other models counts against the limit of recompilations
         try:
             for check in getattr(importlib.import_module(f"{__package__}.{module}"), name)(setup):
                 checks.append(check)

@@ -11,7 +11,7 @@ import torch
 
 from svgpipe.manifests.recipe import DiffusionSection, DiTSection
 from svgpipe.manifests.recipe_loader import load_recipe
-from svgpipe.models.attention import attend
+from svgpipe.models.attention import attend, fastest_kernel
 from svgpipe.stages.networks.autoencoder import build_autoencoder
 from svgpipe.stages.networks.diffusion import build_dit
 from svgpipe.stages.runtime.device import autocast
@@ -80,15 +80,12 @@ def transformer(setup: Setup) -> Iterator[Check]:
 
 
 def attention(setup: Setup) -> Iterator[Check]:
-    """xformers against PyTorch's scaled_dot_product_attention, if it is installed."""
-    if setup.device.type != "cuda":
-        return
-    try:
-        from xformers.ops import memory_efficient_attention
-    except ImportError:
+    """xformers against PyTorch's scaled_dot_product_attention, if it is installed and works on this GPU."""
+    kernel = fastest_kernel()
+    if kernel is None:
         return
     q, k, v = (torch.randn(2, 6, 256, 64, device=setup.device, dtype=torch.bfloat16) for _ in range(3))
-    error = relative_error(attend(q, k, v, memory_efficient_attention), attend(q, k, v))
+    error = relative_error(attend(q, k, v, kernel), attend(q, k, v))
     yield Check("xformers against SDPA, bfloat16", error, at_most=BFLOAT16)
 
 
@@ -113,7 +110,7 @@ def _step(device: torch.device, config: DiffusionSection, strategy: str = "") ->
     if strategy == "fsdp2":  # its parameters are other objects now; averages would have to be sharded too
         trainer.parameters = list(trainer.model.parameters())
         trainer.optimizer = torch.optim.AdamW(trainer.parameters, lr=config.learning_rate)
-        trainer.averages, trainer.config = [], config.model_copy(update={"ema_decays": ()})
+        trainer.averaged_parameters, trainer.config = [], config.model_copy(update={"ema_decays": ()})
     generator = torch.Generator().manual_seed(1)
     tokens, labels = torch.randn(8, 64, 24, generator=generator).half(), torch.arange(8) % 4
     with patch.object(trainer_module, "draws_at", _draws_of_the_cpu):
