@@ -37,7 +37,9 @@ class ShardSection(Section):
     max_pixels: int = Field(
         178_956_970, gt=0, le=178_956_970, description="Images with more pixels are rejected; at most Pillow's limit."
     )
-    keep_damaged: bool = Field(False, description="Keep damaged JPEGs. Parts of them may be grey.")
+    keep_damaged: bool = Field(
+        False, description="Keep damaged JPEG and PNG files. Parts of them may be grey or wrong."
+    )
     seed: Natural = Field(0, description="Seed of the order of images in the tars.")
 
 

@@ -330,6 +330,12 @@ def test_damaged_archives_are_one_message(files: Files, tmp_path: Path, svgpipe:
         (tmp_path / name).write_bytes(b"nothing of the kind" * 60)
         refused = svgpipe("shard", tmp_path / name, "--out", tmp_path / "none")
         assert refused.code == 2 and f"{name}: expected" in refused.err
+    whole = as_tar(files, tmp_path / "cut.tar")
+    with tarfile.open(whole) as tar:
+        last = tar.getmembers()[-1].offset
+    whole.write_bytes(whole.read_bytes()[:last])
+    refused = svgpipe("shard", whole, "--out", tmp_path / "none")
+    assert refused.code == 2 and "cut.tar: is truncated or damaged" in refused.err and "no end marker" in refused.err
     parquet.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "text.parquet")
     refused = svgpipe("shard", tmp_path / "text.parquet", "--out", tmp_path / "none")
     assert refused.code == 2 and "expected one column of images" in refused.err and "text: string" in refused.err
@@ -552,6 +558,13 @@ def test_tables_are_found_by_their_split(files: Files, tmp_path: Path, svgpipe: 
     (tmp_path / "cut.arrow").write_bytes(content[: len(content) // 2])
     refused = svgpipe("shard", tmp_path / "cut.arrow", "--out", tmp_path / "none")
     assert refused.code == 2 and "cut.arrow: is truncated or damaged" in refused.err
+    (tmp_path / "cut.arrow").write_bytes(content[:-8])
+    refused = svgpipe("shard", tmp_path / "cut.arrow", "--out", tmp_path / "none")
+    assert refused.code == 2 and "cut.arrow: is truncated: it has no end marker" in refused.err
+    both = as_parquet(files, tmp_path / "both")
+    parquet.write_table(table, both / "train.parquet")
+    refused = svgpipe("shard", both, "--out", tmp_path / "none")
+    assert refused.code == 2 and "found some in it and in its data/" in refused.err
 
 
 def test_a_source_that_was_never_there_is_an_error(

@@ -116,7 +116,10 @@ def _in_tar(source: Path) -> Iterator[Entry]:
                 else:
                     place, problem = (member.offset_data,), _problem_of(member)
                     yield Entry(member.name, member.size, modified, None, origin, place, problem=problem)
-            lost = left_unread(source, tar.offset, source.stat().st_size)
+            size = source.stat().st_size
+            lost = left_unread(source, tar.offset, size)
+            if tar.offset >= size:
+                lost = size, "no end marker, so members after it may be missing"
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UsageError(f"{source}: expected a tar, found something else, or a damaged one ({error}).") from error
     if lost is not None:
@@ -259,11 +262,12 @@ def _tables_in(folder: Path, split: Split) -> list[Path]:
     """Return the tables of one split in a folder or in its `data/`: SPLIT-00000-of-00001.parquet, SPLIT.parquet.
 
     Raises:
-        UsageError: some of the files that the names count are missing.
+        UsageError: some of the files that the names count are missing, or both folders hold tables.
     """
-    for place in (folder, folder / "data"):
-        found = sorted(path for path in place.glob("*") if path.suffix in TABLES) if place.is_dir() else []
-        tables = [path for path in found if not path.name.startswith(("cache-", "."))]  # caches of `datasets`
+    places = {place: _table_files(place) for place in (folder, folder / "data")}
+    if all(places.values()):
+        raise UsageError(f"{folder}: expected tables in one folder, found some in it and in its data/. Give one table.")
+    for place, tables in places.items():
         if not tables:
             continue
         wanted = TRAIN if split == "train" else HELDOUT
@@ -274,6 +278,12 @@ def _tables_in(folder: Path, split: Split) -> list[Path]:
             raise UsageError(f"{place}: expected {total} tables, as {chosen[0].name} says, found {len(chosen)}.")
         return chosen
     return []
+
+
+def _table_files(folder: Path) -> list[Path]:
+    """Return the tables directly in a folder, without the caches of `datasets`."""
+    found = sorted(path for path in folder.glob("*") if path.suffix in TABLES) if folder.is_dir() else []
+    return [path for path in found if not path.name.startswith(("cache-", "."))]
 
 
 def split_word(table: Path) -> str:

@@ -23,6 +23,7 @@ from .entries import Entry, Listing
 
 TABLES = (".parquet", ".arrow")
 MAX_CLASSES = 100_000  # more are not taken for classes that are numbered from 0
+STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an arrow stream: a message of length 0
 LABELS = ("label", "labels", "fine_label", "class", "cls")
 
 
@@ -120,6 +121,21 @@ def _labels_in(table: Path, label: str | None) -> Iterator[list[Any]]:
     else:
         for batch in _batches(opened):
             yield [None] * len(batch) if label is None else batch.column(label).to_pylist()
+        _require_end(opened, table)
+
+
+def _require_end(opened: Any, table: Path) -> None:
+    """Check that an arrow stream ends with its end marker: cut between two batches, it would lose rows silently.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if isinstance(opened, pa.ipc.RecordBatchFileReader):
+        return
+    with table.open("rb") as file:
+        file.seek(max(0, table.stat().st_size - len(STREAM_END)))
+        if file.read() != STREAM_END:
+            raise UsageError(f"{table}: is truncated: it has no end marker, so rows may be missing. Download it again.")
 
 
 def _batches(opened: Any) -> Iterator[Any]:
