@@ -2,7 +2,7 @@
 
     key, label, offset, size, sha256, path    of the image member, in tar order
     reject                                    reason why the row is unusable, or null; absent if no row is rejected
-    damaged                                   whether the image is a damaged file that was kept; absent if there is none
+    damaged                                   whether the image is a damaged JPEG that was kept; absent if there is none
 
 The label is −1 if a rejected row has no known label.
 """

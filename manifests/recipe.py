@@ -37,9 +37,7 @@ class ShardSection(Section):
     max_pixels: int = Field(
         178_956_970, gt=0, le=178_956_970, description="Images with more pixels are rejected; at most Pillow's limit."
     )
-    keep_damaged: bool = Field(
-        False, description="Keep damaged JPEG and PNG files. Parts of them may be grey or wrong."
-    )
+    keep_damaged: bool = Field(False, description="Keep damaged JPEGs. Parts of them may be grey.")
     seed: Natural = Field(0, description="Seed of the order of images in the tars.")
 
 

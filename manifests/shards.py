@@ -114,7 +114,7 @@ class Rows:
     label: NDArray[np.int32]  # −1 if rejected and unknown
     heldout: NDArray[np.bool_]
     rejected: NDArray[np.bool_]  # unusable, as found when it was indexed
-    damaged: NDArray[np.bool_]  # a damaged file that was kept
+    damaged: NDArray[np.bool_]  # a damaged JPEG that was kept
 
     def __len__(self) -> int:
         return len(self.label)

@@ -102,7 +102,7 @@ def _shard_facts(path: Location, manifest: Any) -> Json:
     rejects = [json.loads(line) for line in (path / "rejected.jsonl").read_text().splitlines()]
     return {
         "images": f"{manifest.num_images} in {len(manifest.shards)} tars, {manifest.num_heldout} held out"
-        + (f", {rows.damaged.sum()} damaged images kept" if rows.damaged.any() else ""),
+        + (f", {rows.damaged.sum()} damaged JPEGs kept" if rows.damaged.any() else ""),
         "inputs": f"{manifest.num_inputs} = {manifest.num_images} stored + {manifest.num_rejected} rejected",
         "rejected because": dict(Counter(r["reason"] for r in rejects).most_common(5)),
         "classes": f"{len(manifest.class_names)}: {_some(manifest.class_names)}",

@@ -61,7 +61,7 @@ HeldoutLabelsOption = Annotated[
 ]
 UnlabelledOption = Annotated[bool, typer.Option("--unlabelled", help="Ignore labels: all images are one class.")]
 KeepDamagedOption = Annotated[
-    bool, typer.Option("--keep-damaged", help="Keep damaged JPEG and PNG files. Parts of them may be grey or wrong.")
+    bool, typer.Option("--keep-damaged", help="Keep damaged JPEGs. Parts of them may be grey.")
 ]
 ShardsOption = Annotated[
     str,

@@ -472,10 +472,10 @@ def test_a_tar_that_changed_during_an_interrupted_index_is_scanned_again(
     assert ShardSet.open(tmp_path / "out").rows.label.tolist() == [1, 1, 0, 1]
 
 
-def test_damaged_images_are_rejected_or_kept(
+def test_damaged_jpegs_are_rejected_or_kept(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    """Pillow decodes all without an error: to an image whose lower half is grey, or with wrong pixels."""
+    """Pillow decodes both without an error: to an image whose lower half is grey."""
     folder = tmp_path / "source" / "cat"
     folder.mkdir(parents=True)
     for number, options in enumerate(({}, {"progressive": True}, {})):
@@ -486,33 +486,25 @@ def test_damaged_images_are_rejected_or_kept(
         content = whole if number == 2 else whole[: len(whole) // 2] + b"\xff\xd9"
         Image.open(io.BytesIO(content)).load()
         (folder / f"{number}.jpg").write_bytes(content)
-    buffer = io.BytesIO()
-    pixels.save(buffer, "PNG")
-    flipped = bytearray(buffer.getvalue())
-    flipped[len(flipped) // 2] ^= 1
-    Image.open(io.BytesIO(flipped)).load()
-    (folder / "3.png").write_bytes(flipped)
     command = ("shard", tmp_path / "source", "--workers", 1, "--out")
-    assert "4 inputs = 1 usable + 3 rejected" in svgpipe(*command, tmp_path / "strict").out
-    rejected = (tmp_path / "strict" / "rejected.jsonl").read_text()
-    assert "damaged: Corrupt JPEG data" in rejected and "bad header checksum in b'IDAT'" in rejected
+    assert "3 inputs = 1 usable + 2 rejected" in svgpipe(*command, tmp_path / "strict").out
+    assert "damaged: Corrupt JPEG data" in (tmp_path / "strict" / "rejected.jsonl").read_text()
     kept = tmp_path / "kept"
-    assert "4 inputs = 4 usable + 0 rejected" in svgpipe(*command, kept, "--keep-damaged").out
+    assert "3 inputs = 3 usable + 0 rejected" in svgpipe(*command, kept, "--keep-damaged").out
     shards = ShardSet.open(kept)
-    damaged = {ref.path: ref.damaged for ref in shards.refs(range(4))}
-    assert damaged == {"cat/0.jpg": True, "cat/1.jpg": True, "cat/2.jpg": False, "cat/3.png": True}
+    damaged = {ref.path: ref.damaged for ref in shards.refs(range(3))}
+    assert damaged == {"cat/0.jpg": True, "cat/1.jpg": True, "cat/2.jpg": False}
     indexed = tmp_path / "indexed"
     index = ("index", *shards.tars(), "--out")
     assert set(reasons(shards.tars()[0], tmp_path / "decoded", svgpipe, "--decode").values()) == {
-        "damaged: Corrupt JPEG data: premature end of data segment",
-        "damaged: broken PNG file (bad header checksum in b'IDAT')",
+        "damaged: Corrupt JPEG data: premature end of data segment"
     }
     assert svgpipe(*index, indexed, "--keep-damaged").code == 0
-    assert "3 damaged" in svgpipe("inspect", indexed).out
+    assert "2 damaged" in svgpipe("inspect", indexed).out
     recipe = ("--autoencoder", finished.root / "autoencoder", "--recipe", finished.recipe_file)
     for source in (kept, indexed):
         found = svgpipe("extract", "--shards", source, "--out", source / "cache", *recipe)
-        assert "4 samples = 4 valid + 0 rejected" in found.out, found.err
+        assert "3 samples = 3 valid + 0 rejected" in found.out, found.err
 
 
 def test_notes_about_tars_without_an_end_and_about_leaked_images(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from svgpipe.stages.images.decode import RejectedImageError, decode_image
 from svgpipe.stages.images.tensors import as_pixels, as_unit_range
 
 LEVELS = torch.arange(256, dtype=torch.float64)
@@ -24,3 +28,16 @@ def test_pixels_out_of_range_are_clipped() -> None:
     assert as_pixels(images)[0, ..., 0].tolist() == [[0, 0], [255, 255]]
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), dtype=np.uint8)
     np.testing.assert_array_equal(as_pixels(as_unit_range(pixels) * 2 - 1), pixels)
+
+
+def test_a_png_with_one_wrong_bit_is_rejected() -> None:
+    """Its chunks and its compressed data have checksums."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(buffer, "PNG")
+    whole = buffer.getvalue()
+    decode_image(whole)
+    for place in range(100, len(whole) - 100, 1000):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        with pytest.raises(RejectedImageError, match="undecodable: broken data stream"):
+            decode_image(bytes(flipped))

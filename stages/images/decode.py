@@ -44,7 +44,7 @@ class RejectedImageError(ArtifactError):
 
 
 class DamagedImageError(RejectedImageError):
-    """A JPEG or PNG that can perhaps be decoded, but a part of its pixels may be grey or wrong."""
+    """A JPEG that can be decoded, but not completely: a part of its pixels may be grey or wrong."""
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, damaged: bool = False) -> Image.Image:
@@ -56,32 +56,29 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, damaged: bool = F
     Args:
         data: content of a JPEG, PNG or WebP file.
         max_pixels: larger images are rejected.
-        damaged: decode what can be decoded of a damaged JPEG or PNG.
+        damaged: decode what can be decoded of a damaged JPEG.
 
     Returns:
         The image.
 
     Raises:
-        DamagedImageError: a JPEG or PNG is truncated or corrupt.
+        DamagedImageError: a JPEG is truncated or corrupt.
         RejectedImageError: empty, unreadable, truncated, animated, or larger than `max_pixels`.
     """
     with _rejecting():
-        image = _open(data, max_pixels)
-        turn = _turn(image)
-        if image.format in ("JPEG", "MPO"):
-            image = _decode_jpeg(data, image, damaged)
-        elif image.format == "PNG" and not damaged:
-            _verify_png(data)
+        opened = _open(data, max_pixels)
+        image = _decode_jpeg(data, opened, damaged) if opened.format in ("JPEG", "MPO") else opened
         image.load()
         image = _to_rgb(image)
+        turn = _turn(opened)  # after `load`: for a PNG it would load the pixels itself, and hide that they are damaged
         return image if turn is None else image.transpose(turn)
 
 
 def decode_or_keep(data: bytes, *, keep_damaged: bool, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, bool]:
-    """Return the decoded image, and whether it is a damaged JPEG or PNG that was kept.
+    """Return the decoded image, and whether it is a damaged JPEG that was kept.
 
     Raises:
-        DamagedImageError: a JPEG or PNG is damaged, and `keep_damaged` is not set.
+        DamagedImageError: a JPEG is damaged, and `keep_damaged` is not set.
         RejectedImageError: see `decode_image`.
     """
     try:
@@ -109,18 +106,6 @@ def _decode_jpeg(data: bytes, image: Image.Image, damaged: bool) -> Image.Image:
             return image
         raise DamagedImageError(f"damaged: {error}") from error
     return image if cmyk else Image.fromarray(pixels)
-
-
-def _verify_png(data: bytes) -> None:
-    """Check the checksums of all chunks. Pillow does not check those of the pixels when it decodes.
-
-    Raises:
-        DamagedImageError: a checksum is wrong, or the file is cut.
-    """
-    try:
-        Image.open(io.BytesIO(data), formats=["PNG"]).verify()
-    except (SyntaxError, OSError, ValueError) as error:  # Pillow raises SyntaxError for a wrong checksum
-        raise DamagedImageError(f"damaged: {error}") from error
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

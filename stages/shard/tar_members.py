@@ -49,7 +49,7 @@ class ScanOptions:
     Attributes:
         label_field: field of KEY.json, which is then the only label; None: KEY.cls, or `label` in KEY.json.
         decode: decode every image, not only its header.
-        keep_damaged: keep damaged JPEG and PNG files that can be decoded in part. Implies `decode`.
+        keep_damaged: keep damaged JPEGs that can be decoded in part. Implies `decode`.
         unlabelled: ignore labels: all images are one class.
     """
 
