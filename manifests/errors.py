@@ -73,6 +73,17 @@ def memory_error(error: BaseException, advice: str = MEMORY_ADVICE) -> SvgpipeEr
     return SvgpipeError(f"out of memory ({first_line(error)}). Finished work is kept. {advice}")
 
 
+def compile_error(error: BaseException) -> SvgpipeError | None:
+    """Return the error to raise when torch.compile failed; None for any other error. Recognised by the module."""
+    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return None
+    return SvgpipeError(
+        f"torch.compile failed ({first_line(error)}). Finished work is kept. Compiling needs a C++ compiler, such as "
+        "g++, and free space for temporary files. To run without compiling: --set diffusion.compile=false, "
+        "evaluation.compile=false or extract.compile=false."
+    )
+
+
 def storage_error(path: object, error: Exception) -> Exception:
     """Return the error to raise for a failed write that a storage library reports as text.
 

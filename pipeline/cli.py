@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from svgpipe.manifests.errors import InterruptedRunError, SvgpipeError, memory_error
+from svgpipe.manifests.errors import InterruptedRunError, SvgpipeError, compile_error, memory_error
 from svgpipe.manifests.filesystem import client_error
 from svgpipe.manifests.manifest import svgpipe_version
 
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if _interrupted(error):
             return _stopped()
-        if (refused := memory_error(error) or client_error(error)) is not None:
+        if (refused := memory_error(error) or compile_error(error) or client_error(error)) is not None:
             typer.echo(f"error: {refused}", err=True)
             return 1
         # Usage errors have click's class, which newer typer versions vendor and do not export.

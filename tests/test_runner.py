@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.exc import InternalTorchDynamoError
 
 from svgpipe.manifests.errors import ArtifactError, SvgpipeError, UsageError
 from svgpipe.stages.runtime import ray_runner
@@ -125,6 +126,7 @@ def test_an_error_on_ray_arrives_as_it_was_raised(ray_session: None, step: str) 
     [
         (ArtifactError("unit 1 is damaged"), "unit 1 is damaged"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "2.00 GiB.* smaller batch_size"),
+        (InternalTorchDynamoError("no g++"), r"torch.compile failed .*no g\+\+.*extract.compile=false"),
     ],
 )
 def test_errors_for_a_person_travel_with_the_unit(error: Exception, told: str) -> None:

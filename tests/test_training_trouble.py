@@ -128,6 +128,18 @@ def test_a_model_too_large_for_this_machine_says_which_options_help(
     assert "peak memory after one step: " in ended.err
 
 
+def test_a_machine_without_a_compiler_says_how_to_train_without_compiling(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent/g++"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    torch.compiler.reset()
+    found = svgpipe(*train_args(finished, tmp_path / "out", "--set", "diffusion.compile=true"))
+    assert found.code == 1
+    assert "No working C++ compiler" in found.err and "--set diffusion.compile=false" in found.err
+
+
 def test_ctrl_c_twice_stops_in_the_middle_of_a_step(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:

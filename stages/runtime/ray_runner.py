@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from svgpipe.manifests.errors import SvgpipeError, first_line, memory_error
+from svgpipe.manifests.errors import SvgpipeError, compile_error, first_line, memory_error
 
 from .resources import Resources
 from .runner import Computed, Loaded, Steps, Unit, Written
@@ -115,7 +115,7 @@ class _Failure:
 
 def _user_error(error: Exception) -> SvgpipeError | OSError | None:
     """Return the error if it is a user error; None for a bug."""
-    return error if isinstance(error, SvgpipeError | OSError) else memory_error(error)
+    return error if isinstance(error, SvgpipeError | OSError) else memory_error(error) or compile_error(error)
 
 
 class _Guarded:

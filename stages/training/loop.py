@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from typing import Any, ClassVar, Generic, TypeVar
 
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
-from svgpipe.manifests.errors import InterruptedRunError, UsageError, memory_error
+from svgpipe.manifests.errors import InterruptedRunError, UsageError, compile_error, memory_error
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.recipe import AutoencoderSection, DiffusionSection
 
@@ -29,19 +29,19 @@ R = TypeVar("R")
 
 
 @contextmanager
-def explained_out_of_memory(advice: str) -> Iterator[None]:
-    """Turn an out-of-memory error in the block into a message that ends with `advice`.
+def explained_errors(advice: str) -> Iterator[None]:
+    """Turn errors of the machine in the block into messages: out of memory, ending with `advice`, or no compiler.
 
     Yields:
         Nothing.
 
     Raises:
-        SvgpipeError: the GPU or the CPU ran out of memory.
+        SvgpipeError: the GPU or the CPU ran out of memory, or torch.compile failed.
     """
     try:
         yield
     except Exception as error:
-        if (explained := memory_error(error, advice)) is None:
+        if (explained := memory_error(error, advice) or compile_error(error)) is None:
             raise
         raise explained from error
 
@@ -223,11 +223,11 @@ def run_training(
         group: processes that train.
         supervisor: receives the progress, and may stop the run.
         start: opens the run at its last checkpoint. Must be picklable.
-        memory_advice: see `explained_out_of_memory`.
+        memory_advice: see `explained_errors`.
 
     Returns:
         The result of the run.
     """
-    with explained_out_of_memory(memory_advice), closing(start(group, supervisor)) as run:
+    with explained_errors(memory_advice), closing(start(group, supervisor)) as run:
         run.train()
         return run.finish()
