@@ -193,8 +193,14 @@ class DiTSection(Section):
     depth: Positive = Field(12, description="Number of transformer blocks.")
     heads: Positive = Field(6, description="Attention heads.")
     mlp_ratio: float = Field(4.0, gt=0, description="MLP width / width.")
-    qk_norm: bool = Field(True, description="LayerNorm on queries and keys.")
+    qk_norm: bool = Field(True, description="Normalise queries and keys.")
     learn_sigma: bool = Field(False, description="Only to load official files: twice the output, half of it unused.")
+    patch_size: Positive | None = Field(
+        None, description="Rows and columns of grid cells in a token; null: 1. DiT and SiT on SD-VAE latents have 2."
+    )
+    rms_norm: bool = Field(False, description="RMSNorm with weights instead of LayerNorm without.")
+    swiglu: bool = Field(False, description="SwiGLU with 2/3 of the width instead of the GELU MLP.")
+    rope: bool = Field(False, description="Rotary positions, beside the fixed position table.")
 
     @model_validator(mode="after")
     def _shapes(self) -> Self:
@@ -202,6 +208,8 @@ class DiTSection(Section):
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.width % 4:
             raise ValueError(f"width {self.width} is not a multiple of 4, as the 2-D position embedding needs")
+        if self.rope and self.width // self.heads % 4:
+            raise ValueError(f"a head has {self.width // self.heads} channels; rope needs a multiple of 4")
         return self
 
 

@@ -42,6 +42,19 @@ def decoder_from_official(state: State) -> dict[str, Tensor]:
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
+def transformer_from_official(state: State) -> dict[str, Tensor]:
+    """Rename the keys of a DiT, SiT or LightningDiT to those of `DiT`. The tables of rotations are left out.
+
+    The convolution over patches (D,C,p,p) becomes a linear layer (D, C p p).
+    """
+    renamed = {
+        key.replace("x_embedder.proj.", "ln1."): value
+        for key, value in state.items()
+        if not key.startswith("feat_rope.")
+    }
+    return {**renamed, "ln1.weight": renamed["ln1.weight"].flatten(1)}
+
+
 def in_order(state: State, own: State) -> dict[str, Tensor]:
     """Match weights of the same model from another package by order. Shapes must be equal.
 

@@ -1,7 +1,7 @@
-"""The diffusion transformer over feature tokens.
+"""The diffusion transformer over a grid of latents. Its options are what SVG, DiT, SiT and LightningDiT do differently.
 
-Legend: B batch, T tokens (= grid rows × columns, row-major), C channels of a token, D width.
-Source: official models/models_SVG.py. Module names follow its state dict.
+Legend: B batch, T cells of the grid (rows × columns, row-major), N tokens (T / patch size²), C channels, D width.
+Source: official models of SVG, DiT, SiT and LightningDiT. Module names follow SVG's state dict.
 """
 
 from __future__ import annotations
@@ -14,24 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import attend, fastest_kernel
-
-
-def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:
-    """(1, rows*columns, width) fixed table: first half of the channels is the column, second half the row.
-
-    Within each half all sines, then all cosines; omega_k = 10000^(-k/(width/4)); computed in float64.
-
-    Raises:
-        ValueError: `width` is no multiple of 4.
-    """
-    if width % 4:
-        raise ValueError(f"position table: expected a width that is a multiple of 4, found {width}")
-    omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    row, column = torch.meshgrid(
-        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
-    )
-    halves = [torch.outer(axis.flatten(), omega) for axis in (column, row)]
-    return torch.cat([f(a) for a in halves for f in (torch.sin, torch.cos)], dim=1).float().unsqueeze(0)
+from .positions import rotary_tables, rotate, sincos_position_table
 
 
 def time_features(t_B: Tensor, count: int = 256) -> Tensor:
@@ -64,23 +47,45 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels_B)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with optional QK-norm (affine LayerNorm over the head dim, eps 1e-5)."""
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + 1e-6) * weight over the last axis, in float32."""
 
-    def __init__(self, width: int, heads: int, *, qk_norm: bool) -> None:
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=1e-6)
+
+
+def _token_norm(width: int, *, rms: bool) -> nn.Module:
+    return RMSNorm(width) if rms else nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention.
+
+    Optional QK-norm over the head: an affine LayerNorm, eps 1e-5, or RMSNorm. Optional rotary positions after it.
+    """
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool, rms_norm: bool) -> None:
         super().__init__()
         self.heads, self.kernel = heads, fastest_kernel()
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        head_norm = RMSNorm if rms_norm else nn.LayerNorm
+        self.q_norm = head_norm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = head_norm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        b, t, d = x_BTD.shape
-        q, k, v = self.qkv(x_BTD).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        # Under autocast LayerNorm gives float32; attention wants one dtype.
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        return self.proj(attend(q, k, v, self.kernel).transpose(1, 2).reshape(b, t, d))
+    def forward(self, x_BND: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        b, n, d = x_BND.shape
+        q, k, v = self.qkv(x_BND).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        # Under autocast norms and rotations give float32; attention wants one dtype.
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        return self.proj(attend(q, k, v, self.kernel).transpose(1, 2).reshape(b, n, d))
 
 
 class MLP(nn.Module):
@@ -95,47 +100,72 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def _modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    return x_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+class SwiGLU(nn.Module):
+    """D → 2/3 ratio*D → D: silu(first half of `w12`) * second half."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        hidden = int(2 / 3 * int(width * ratio))
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+def _modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    return x_BND * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
 
 class Block(nn.Module):
     """adaLN-Zero transformer block."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, *, qk_norm: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, *, qk_norm: bool, rms_norm: bool, swiglu: bool
+    ) -> None:
         super().__init__()
-        self.attn = Attention(width, heads, qk_norm=qk_norm)
-        self.mlp = MLP(width, mlp_ratio)
+        self.norm1 = _token_norm(width, rms=rms_norm)
+        self.attn = Attention(width, heads, qk_norm=qk_norm, rms_norm=rms_norm)
+        self.norm2 = _token_norm(width, rms=rms_norm)
+        self.mlp = SwiGLU(width, mlp_ratio) if swiglu else MLP(width, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, c_BD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c_BD).chunk(6, dim=1)
-        shape = x_BTD.shape[-1:]
-        x_BTD = x_BTD + gate_a[:, None] * self.attn(_modulate(F.layer_norm(x_BTD, shape, eps=1e-6), shift_a, scale_a))
-        return x_BTD + gate_m[:, None] * self.mlp(_modulate(F.layer_norm(x_BTD, shape, eps=1e-6), shift_m, scale_m))
+        x_BND = x_BND + gate_a[:, None] * self.attn(_modulate(self.norm1(x_BND), shift_a, scale_a), rotation)
+        return x_BND + gate_m[:, None] * self.mlp(_modulate(self.norm2(x_BND), shift_m, scale_m))
 
 
 class FinalLayer(nn.Module):
     """adaLN, then a linear map to the token's channels."""
 
-    def __init__(self, width: int, out_channels: int) -> None:
+    def __init__(self, width: int, out_channels: int, *, rms_norm: bool) -> None:
         super().__init__()
+        self.norm_final = _token_norm(width, rms=rms_norm)
         self.linear = nn.Linear(width, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c_BD).chunk(2, dim=1)
-        return self.linear(_modulate(F.layer_norm(x_BTD, x_BTD.shape[-1:], eps=1e-6), shift, scale))
+        return self.linear(_modulate(self.norm_final(x_BND), shift, scale))
 
 
 class DiT(nn.Module):
-    """Velocity of the flow at tokens x, time t and label y: (B,T,C), (B,), (B,) → (B,T,C).
+    """Velocity of the flow at latents x, time t and label y: (B,T,C), (B,), (B,) → (B,T,C).
 
-    With `learn_sigma` the last layer is twice as wide and the second half is dropped, as in the official sampler and
-    loss. It exists only to load official weights. A new model outputs exactly 0.
+    A new model outputs exactly 0. Options:
+
+    - patch_size p: a token is p × p cells (DiT and SiT: 2; None: 1);
+    - qk_norm: queries and keys are normalised (SVG);
+    - learn_sigma: the last layer is twice as wide, and the second half is dropped, as in SVG's and SiT's samplers;
+    - rms_norm, swiglu, rope: RMSNorm with weights, SwiGLU with 2/3 of the width, rotary positions beside the fixed
+      table (LightningDiT).
     """
 
     pos_embed: Tensor
+    rotary_cos: Tensor
+    rotary_sin: Tensor
 
     def __init__(
         self,
@@ -149,27 +179,44 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
         qk_norm: bool = True,
         learn_sigma: bool = False,
+        patch_size: int | None = None,
+        rms_norm: bool = False,
+        swiglu: bool = False,
+        rope: bool = False,
         null_row: bool = True,
     ) -> None:
-        """Build a new model. Without `null_row` it has no null label, like official models of class_dropout_prob 0.
+        """Build a new model.
+
+        Without `null_row` it has no null label, like official models of class_dropout_prob 0.
 
         Raises:
-            ValueError: heads do not divide the width, or the grid is empty.
+            ValueError: heads do not divide the width, or patches the grid, or the grid is empty.
         """
         super().__init__()
         if width % heads:
             raise ValueError(f"DiT: width: expected a multiple of heads {heads}, found {width}")
         if min(grid) < 1:
             raise ValueError(f"DiT: grid: expected positive rows and columns, found {grid}")
+        self.patch = patch_size or 1
+        if any(side % self.patch for side in grid):
+            raise ValueError(f"DiT: patch_size {self.patch} does not divide the latents' grid of {grid[0]}x{grid[1]}")
         self.grid, self.in_channels, self.num_classes = grid, in_channels, num_classes
         self.recompute = False  # recompute blocks in the backward pass: less memory, about a third more time
         self.learn_sigma = learn_sigma
-        self.register_buffer("pos_embed", sincos_position_table(width, *grid))
-        self.ln1 = nn.Linear(in_channels, width)
+        tokens = (grid[0] // self.patch, grid[1] // self.patch)
+        self.register_buffer("pos_embed", sincos_position_table(width, *tokens))
+        self.rope = rope
+        if rope:
+            cos, sin = rotary_tables(width // heads, *tokens)
+            self.register_buffer("rotary_cos", cos, persistent=False)
+            self.register_buffer("rotary_sin", sin, persistent=False)
+        self.ln1 = nn.Linear(self.patch**2 * in_channels, width)
         self.t_embedder = TimeEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width, null_row=null_row)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm=qk_norm) for _ in range(depth))
-        self.final_layer = FinalLayer(width, in_channels * (2 if learn_sigma else 1))
+        options = {"qk_norm": qk_norm, "rms_norm": rms_norm, "swiglu": swiglu}
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, **options) for _ in range(depth))
+        outputs = self.patch**2 * in_channels * (2 if learn_sigma else 1)
+        self.final_layer = FinalLayer(width, outputs, rms_norm=rms_norm)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -181,7 +228,7 @@ class DiT(nn.Module):
         for module in self.t_embedder.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
-        zeroed: list[nn.Module] = [self.final_layer]
+        zeroed: list[nn.Module] = [self.final_layer.linear, self.final_layer.adaLN_modulation]
         zeroed += [block.adaLN_modulation for block in self.blocks if isinstance(block, Block)]
         for parameter in (p for module in zeroed for p in module.parameters()):
             nn.init.zeros_(parameter)
@@ -204,16 +251,33 @@ class DiT(nn.Module):
         """The whole output of the last layer: (B,T,C), with `learn_sigma` (B,T,2C).
 
         Raises:
-            ValueError: tokens or channels are not the model's.
+            ValueError: cells or channels are not the model's.
         """
         expected = (self.grid[0] * self.grid[1], self.in_channels)
         if tuple(x_BTC.shape[1:]) != expected:
-            raise ValueError(f"DiT: expected tokens x channels {expected}, found {tuple(x_BTC.shape[1:])}")
+            raise ValueError(f"DiT: expected cells x channels {expected}, found {tuple(x_BTC.shape[1:])}")
         c_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
-        x_BTD = self.ln1(x_BTC) + self.pos_embed
+        rotation = (self.rotary_cos, self.rotary_sin) if self.rope else None
+        x_BND = self.ln1(self._patches(x_BTC)) + self.pos_embed
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, c_BD, use_reentrant=False)
+                x_BND = checkpoint(block, x_BND, c_BD, rotation, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, c_BD)
-        return self.final_layer(x_BTD, c_BD)
+                x_BND = block(x_BND, c_BD, rotation)
+        return self._cells(self.final_layer(x_BND, c_BD))
+
+    def _patches(self, x_BTC: Tensor) -> Tensor:
+        """(B,T,C) → (B,N,C p p): channel, row in the patch, column in the patch."""
+        if self.patch == 1:
+            return x_BTC
+        (rows, columns), p = self.grid, self.patch
+        cells = x_BTC.reshape(-1, rows // p, p, columns // p, p, self.in_channels)
+        return cells.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2)
+
+    def _cells(self, out_BNP: Tensor) -> Tensor:
+        """(B,N,p p C) → (B,T,C): row in the patch, column in the patch, channel, as DiT's unpatchify."""
+        if self.patch == 1:
+            return out_BNP
+        (rows, columns), p = self.grid, self.patch
+        patches = out_BNP.reshape(len(out_BNP), rows // p, columns // p, p, p, -1)
+        return patches.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2).flatten(1, 2)

@@ -19,6 +19,8 @@ from .convert import State
 # QK-norm it follows from the published width.
 RESIDUAL_HEADS = 8
 DIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+PATCHES, HEAD_NORM = "x_embedder.proj.weight", "blocks.0.attn.q_norm.weight"
+ROTATIONS = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
 QKV_BIAS = "_qkvb"  # ends timm's name of a variant with these biases
 DIT_NAMES = {(384, 12): "S", (768, 12): "B", (1024, 24): "L", (1152, 28): "XL"}
 # (width, depth, SwiGLU) of Meta's DINOv3 ViTs → timm's architecture.
@@ -161,7 +163,7 @@ def decoder_sizes(state: State) -> DecoderSizes:
 
 @dataclass(frozen=True)
 class DiTSizes:
-    """Sizes of a diffusion transformer."""
+    """Sizes and options of a diffusion transformer."""
 
     grid: int
     in_channels: int
@@ -172,6 +174,10 @@ class DiTSizes:
     mlp_ratio: float
     qk_norm: bool
     learn_sigma: bool
+    patch_size: int | None = None
+    rms_norm: bool = False
+    swiglu: bool = False
+    rope: bool = False
 
     @property
     def name(self) -> str:
@@ -180,37 +186,56 @@ class DiTSizes:
 
 
 def dit_sizes(state: State) -> DiTSizes:
-    """Return the sizes of an official DiT. The last row of its label table is assumed to be the null label.
+    """Return the sizes of an official SVG, DiT, SiT or LightningDiT transformer.
+
+    The last row of its label table is assumed to be the null label.
 
     Raises:
         ValueError: a tensor is missing, the grid is not square, or the number of heads is unknown for this width.
     """
-    into, table = _need(state, "ln1.weight", 2), _need(state, "y_embedder.embedding_table.weight", 2)
-    positions, out = _need(state, "pos_embed", 3), _need(state, "final_layer.linear.weight", 2).shape[0]
-    width, channels = into.shape
-    side = math.isqrt(positions.shape[1])
+    table, positions = _need(state, "y_embedder.embedding_table.weight", 2), _need(state, "pos_embed", 3)
+    out, side = _need(state, "final_layer.linear.weight", 2).shape[0], math.isqrt(positions.shape[1])
+    if PATCHES in state:
+        width, channels, patch, _ = _need(state, PATCHES, 4).shape
+    else:
+        (width, channels), patch = _need(state, "ln1.weight", 2).shape, 1
     if side**2 != positions.shape[1]:
         raise ValueError(f"pos_embed: expected a square grid, found {positions.shape[1]} positions")
-    if out not in (channels, 2 * channels):
-        raise ValueError(f"final_layer: expected {channels} or {2 * channels} outputs, found {out}")
-    qk_norm = "blocks.0.attn.q_norm.weight" in state
-    if qk_norm:
-        heads = width // _need(state, "blocks.0.attn.q_norm.weight", 1).shape[0]
-    elif width in DIT_HEADS:
-        heads = DIT_HEADS[width]
-    else:
-        raise ValueError(f"width {width} is not a published one; without QK-norm the number of heads is unknown")
+    once = patch**2 * channels
+    if out not in (once, 2 * once):
+        raise ValueError(f"final_layer: expected {once} or {2 * once} outputs, found {out}")
+    swiglu = "blocks.0.mlp.w12.weight" in state
+    hidden = _need(state, "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight", 2).shape[1]
     return DiTSizes(
-        grid=side,
+        grid=side * patch,
         in_channels=channels,
         num_classes=table.shape[0] - 1,
         width=width,
         depth=_count(state, r"blocks\.(\d+)\."),
-        heads=heads,
-        mlp_ratio=_need(state, "blocks.0.mlp.fc1.weight", 2).shape[0] / width,
-        qk_norm=qk_norm,
-        learn_sigma=out == 2 * channels,
+        heads=_heads(state, width),
+        mlp_ratio=hidden * (1.5 if swiglu else 1) / width,
+        qk_norm=HEAD_NORM in state,
+        learn_sigma=out == 2 * once,
+        patch_size=None if patch == 1 else patch,
+        rms_norm="blocks.0.norm1.weight" in state,
+        swiglu=swiglu,
+        rope=ROTATIONS[0] in state,
     )
+
+
+def _heads(state: State, width: int) -> int:
+    """Return the number of heads: from the width of a head, if a tensor shows it.
+
+    Raises:
+        ValueError: none does, and the width is not a published one.
+    """
+    if HEAD_NORM in state:
+        return width // _need(state, HEAD_NORM, 1).shape[0]
+    if ROTATIONS[0] in state:
+        return width // _need(state, ROTATIONS[0], 2).shape[1]
+    if width not in DIT_HEADS:
+        raise ValueError(f"width {width} is not a published one; without QK-norm the number of heads is unknown")
+    return DIT_HEADS[width]
 
 
 def _need(state: Mapping[str, Tensor], key: str, dimensions: int) -> Tensor:

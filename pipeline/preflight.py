@@ -10,7 +10,7 @@ from svgpipe.manifests.recipe import Recipe
 from svgpipe.stages.evaluate.features import load_extractor
 from svgpipe.stages.evaluate.plan import require_guidance
 from svgpipe.stages.networks.autoencoder import build_backbone
-from svgpipe.stages.networks.diffusion import open_diffusion
+from svgpipe.stages.networks.diffusion import open_diffusion, require_patches
 from svgpipe.stages.networks.perceptual import load_lpips
 from svgpipe.stages.training.metrics_log import require_wandb
 
@@ -52,7 +52,7 @@ def _check_weights(recipe: Recipe, workdir: Location) -> None:
 
     Raises:
         ArtifactError: weights are missing, cannot be downloaded, or do not fit.
-        UsageError: an unknown model.
+        UsageError: an unknown model, or patches that do not divide its grid.
     """
     _, encoder, _, _, evaluation = (workdir / name for name in STAGES)
     if (evaluation / MANIFEST_NAME).exists():
@@ -60,6 +60,7 @@ def _check_weights(recipe: Recipe, workdir: Location) -> None:
     section = recipe.autoencoder
     trained = (encoder / MANIFEST_NAME).exists()
     backbone = build_backbone(section.backbone, section.image_size, encoder if trained else None)
+    require_patches(recipe.diffusion.model, (backbone.grid, backbone.grid), f"{section.backbone.name}'s features")
     if not trained and section.perceptual.kind == "lpips-vgg" and section.perceptual.weight > 0:
         load_lpips(section.perceptual, "autoencoder.perceptual")
     load_extractor(recipe.evaluation.extractor, backbone)

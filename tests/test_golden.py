@@ -5,6 +5,7 @@ All configurations are read from the JSON files, so SVGPIPE_GOLDEN may point at 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -22,6 +23,7 @@ from svgpipe.models.decoder import Decoder
 from svgpipe.models.dit import DiT, time_features
 from svgpipe.models.flow import drop_labels, flow_loss, shift_time
 from svgpipe.models.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from svgpipe.models.official import dit_sizes
 from svgpipe.models.residual import Alignment, ResidualEncoder
 from svgpipe.models.sampler import Guidance, sample, time_grid
 from svgpipe.stages.images.decode import centre_crop
@@ -87,6 +89,36 @@ def test_golden_dit(golden: GoldenFolder, name: str) -> None:
         state["pos_embed"] = recording["alt.pos_embed_random"]
         model.load_state_dict(state)
         close(model.raw(x, t, y), recording["alt.out_with_pos_embed_random"], recording.atol)
+
+
+# Prefixes of the weights, and outputs; `sdq.` is with QK-norm.
+TRANSFORMERS = [(name, "sd.", "out") for name in ("dit", "sit", "repa", "lightningdit")]
+
+
+@pytest.mark.parametrize(("name", "prefix", "out"), [*TRANSFORMERS, ("lightningdit", "sdq.", "outq")])
+def test_golden_transformers_of_other_systems(golden: GoldenFolder, name: str, prefix: str, out: str) -> None:
+    """Sizes are read off the tensors; only the number of heads of a width that is not published is not visible."""
+    recording = golden.weights_of(name)
+    state = {key: value for key, value in recording.group(prefix).items() if not key.startswith("projectors.")}
+    config = recording.meta["config"]
+    visible = {**state, "blocks.0.attn.q_norm.weight": torch.ones(config["hidden_size"] // config["num_heads"])}
+    sizes = dataclasses.asdict(dit_sizes(state if "feat_rope.freqs_cos" in state else visible))
+    assert sizes["heads"] == config["num_heads"] and sizes["mlp_ratio"] == config["mlp_ratio"]
+    side, qk_norm = sizes.pop("grid"), "blocks.0.attn.q_norm.weight" in state
+    assert side == config["input_size"]
+    model = DiT(**{**sizes, "grid": (side, side), "qk_norm": qk_norm})
+    if model.rope:
+        close(model.rotary_cos, state["feat_rope.freqs_cos"], 1e-6)
+        close(model.rotary_sin, state["feat_rope.freqs_sin"], 1e-6)
+    close(model.pos_embed, state["pos_embed"], 1e-6)
+    model.load_state_dict(convert.transformer_from_official(state))
+    atol = recording.meta["suggested_atol"]
+    atol = atol[out] if isinstance(atol, dict) else atol
+    with torch.no_grad():
+        x, t, y = tokens_from_map(recording["x"]), recording["t"], recording["y"]
+        expected = tokens_from_map(recording[out])
+        found = model.eval().raw(x, t, y) if expected.shape[-1] > x.shape[-1] else model.eval()(x, t, y)
+        close(found, expected, atol)
 
 
 def test_golden_flow_train(golden: GoldenFolder) -> None:

@@ -266,7 +266,7 @@ def test_a_new_dit_outputs_zero_on_any_grid() -> None:
 
 
 def test_dit_refuses_unsupported_arguments() -> None:
-    with pytest.raises(ValueError, match=r"expected tokens x channels \(15, 6\), found \(16, 6\)"):
+    with pytest.raises(ValueError, match=r"expected cells x channels \(15, 6\), found \(16, 6\)"):
         tiny_dit()(torch.zeros(1, 16, 6), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(ValueError, match="multiple of heads 3"):
         tiny_dit(heads=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.model_manifests import DiffusionManifest
 from svgpipe.manifests.recipe import ScheduleSection
+from svgpipe.models.dit import DiT
 from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.networks.diffusion import open_diffusion
 from svgpipe.stages.runtime import retry
@@ -237,6 +239,38 @@ def test_accumulation_and_activation_checkpointing_change_rounding_only(
         for key in theirs:
             # Adam divides by the gradient's own size: where that is rounding noise, a step may differ by the rate.
             torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0 if tolerance == 0 else 2e-3)
+
+
+OPTIONS = "diffusion.model={width: 32, depth: 2, heads: 2, patch_size: 2, rms_norm: true, swiglu: true, rope: true}"
+
+
+def test_a_transformer_with_the_options_of_other_systems(
+    finished: Finished, photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """It trains, recomputes its blocks without a difference, exports and samples."""
+    for name, more in (("out", []), ("recomputed", ["--set", "diffusion.activation_checkpointing=true"])):
+        found = svgpipe(*train_args(finished, tmp_path / name, "--set", OPTIONS, *more))
+        assert found.code == 0, found.err
+    assert same_weights(tmp_path / "out", tmp_path / "recomputed")
+    losses = losses_of(tmp_path / "out")
+    assert losses[-1] < losses[0]
+    weights = load_file(tmp_path / "out" / "raw.safetensors")
+    assert weights["ln1.weight"].shape == (32, 2 * 2 * finished.cache.shape[-1])
+    assert weights["pos_embed"].shape == (1, 4, 32) and not any(name.startswith("rotary") for name in weights)
+    assert svgpipe("export", tmp_path / "out", "--out", tmp_path / "exported").code == 0
+    exported = DiT(**json.loads((tmp_path / "exported" / "config.json").read_text())["model"])
+    exported.load_state_dict(load_file(tmp_path / "exported" / "model.safetensors"))
+    command = ("sample-and-eval", "--diffusion", tmp_path / "out", "--autoencoder", finished.root / "autoencoder")
+    found = svgpipe(
+        *command, "--reference", finished.root / "shards", "--out", tmp_path / "e", "--recipe", finished.recipe_file
+    )
+    assert found.code == 0, found.err
+    refused = svgpipe(*train_args(finished, tmp_path / "three", "--set", "diffusion.model.patch_size=3"))
+    assert refused.code == 2 and "expected a divisor of the grid of" in refused.err and "4x4, found 3" in refused.err
+    whole = ("run", finished.recipe_file, "--workdir", tmp_path / "w", "--source", photographs)
+    refused = svgpipe(*whole, "--set", "diffusion.model.patch_size=3")
+    assert refused.code == 2 and "expected a divisor of the grid of tf_efficientnet_lite0" in refused.err
+    assert not (tmp_path / "w" / "shards").exists()
 
 
 def test_a_run_killed_after_its_last_step_measures_once(

@@ -146,6 +146,19 @@ def build_dit(config: DiTSection, *, grid: tuple[int, int], channels: int, num_c
     return DiT(**dit_arguments(config, grid=grid, channels=channels, num_classes=num_classes))
 
 
+def require_patches(config: DiTSection, grid: tuple[int, int], where: str) -> None:
+    """Check that the patches of a recipe divide the grid of latents `where`.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if any(side % (config.patch_size or 1) for side in grid):
+        raise UsageError(
+            f"diffusion.model.patch_size: expected a divisor of the grid of {where}, {grid[0]}x{grid[1]}, found "
+            f"{config.patch_size}."
+        )
+
+
 def dit_arguments(config: DiTSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> dict[str, Any]:
     """Return the constructor arguments of `DiT` for a recipe and the shape of the latents."""
     return {"grid": grid, "in_channels": channels, "num_classes": num_classes, **config.model_dump()}

@@ -14,6 +14,7 @@ from svgpipe.manifests.model_manifests import DiffusionManifest, require_decoder
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.workdir import StageSpec, WorkDir
 
+from ..networks.diffusion import require_patches
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import Resources
 from ..training.distributed import Strategy
@@ -86,6 +87,11 @@ def train_diffusion(
 
 
 def diffusion_spec(cache: FeatureCache, out: Location, config: DiffusionSection) -> StageSpec[DiffusionManifest]:
-    """Return what `train_diffusion` is asked to make."""
+    """Return what `train_diffusion` is asked to make.
+
+    Raises:
+        UsageError: the patches of the model do not divide the grid of the cache.
+    """
+    require_patches(config.model, cache.manifest.latent_shape[:2], str(cache.path))
     inputs = {"cache": cache.manifest.as_input(cache.path)}
     return StageSpec(out, DiffusionManifest, config.model_dump(mode="json"), inputs)
