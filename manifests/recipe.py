@@ -229,6 +229,10 @@ class DiffusionSection(Section):
     )
     label_dropout: Fraction = Field(0.1, description="Fraction of labels replaced by 'no class', for guidance.")
     time_shift: float = Field(0.4, gt=0, description="Below 1: training times move towards the noise.")
+    logit_normal_time: bool = Field(
+        False, description="Training times are logit-normal, not uniform, before the shift."
+    )
+    cosine_loss: bool = Field(False, description="Add 1 - cosine of predicted and true velocity to the loss.")
     clip_grad_norm: float | None = Field(None, gt=0, description="Maximum gradient norm; null: no clipping.")
     precision: Precision = Field("bfloat16", description="float32, bfloat16, or auto: the faster one on this machine.")
     compile: Literal["auto"] | bool = Field("auto", description="torch.compile the model. auto: on CUDA.")

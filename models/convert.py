@@ -47,12 +47,11 @@ def transformer_from_official(state: State) -> dict[str, Tensor]:
 
     The convolution over patches (D,C,p,p) becomes a linear layer (D, C p p).
     """
-    renamed = {
-        key.replace("x_embedder.proj.", "ln1."): value
+    return {
+        key.replace("x_embedder.proj.", "ln1."): value.flatten(1) if key == "x_embedder.proj.weight" else value
         for key, value in state.items()
         if not key.startswith("feat_rope.")
     }
-    return {**renamed, "ln1.weight": renamed["ln1.weight"].flatten(1)}
 
 
 def in_order(state: State, own: State) -> dict[str, Tensor]:

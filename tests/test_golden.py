@@ -21,7 +21,7 @@ from svgpipe.models.autoencoder import Autoencoder
 from svgpipe.models.backbone import Backbone
 from svgpipe.models.decoder import Decoder
 from svgpipe.models.dit import DiT, time_features
-from svgpipe.models.flow import drop_labels, flow_loss, shift_time
+from svgpipe.models.flow import drop_labels, flow_loss, logit_normal, shift_time
 from svgpipe.models.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from svgpipe.models.official import dit_sizes
 from svgpipe.models.residual import Alignment, ResidualEncoder
@@ -97,8 +97,19 @@ TRANSFORMERS = [(name, "sd.", "out") for name in ("dit", "sit", "repa", "lightni
 
 @pytest.mark.parametrize(("name", "prefix", "out"), [*TRANSFORMERS, ("lightningdit", "sdq.", "outq")])
 def test_golden_transformers_of_other_systems(golden: GoldenFolder, name: str, prefix: str, out: str) -> None:
-    """Sizes are read off the tensors; only the number of heads of a width that is not published is not visible."""
     recording = golden.weights_of(name)
+    model = other_transformer(recording, prefix)
+    atol = recording.meta["suggested_atol"]
+    atol = atol[out] if isinstance(atol, dict) else atol
+    with torch.no_grad():
+        x, t, y = tokens_from_map(recording["x"]), recording["t"], recording["y"]
+        expected = tokens_from_map(recording[out])
+        found = model.raw(x, t, y) if expected.shape[-1] > x.shape[-1] else model(x, t, y)
+        close(found, expected, atol)
+
+
+def other_transformer(recording: Golden, prefix: str = "sd.") -> DiT:
+    """Sizes are read off the tensors; only the number of heads of a width that is not published is not visible."""
     state = {key: value for key, value in recording.group(prefix).items() if not key.startswith("projectors.")}
     config = recording.meta["config"]
     visible = {**state, "blocks.0.attn.q_norm.weight": torch.ones(config["hidden_size"] // config["num_heads"])}
@@ -112,13 +123,44 @@ def test_golden_transformers_of_other_systems(golden: GoldenFolder, name: str, p
         close(model.rotary_sin, state["feat_rope.freqs_sin"], 1e-6)
     close(model.pos_embed, state["pos_embed"], 1e-6)
     model.load_state_dict(convert.transformer_from_official(state))
-    atol = recording.meta["suggested_atol"]
-    atol = atol[out] if isinstance(atol, dict) else atol
-    with torch.no_grad():
-        x, t, y = tokens_from_map(recording["x"]), recording["t"], recording["y"]
-        expected = tokens_from_map(recording[out])
-        found = model.eval().raw(x, t, y) if expected.shape[-1] > x.shape[-1] else model.eval()(x, t, y)
-        close(found, expected, atol)
+    return model.eval()
+
+
+def require_gradients(recording: Golden, model: DiT, rtol: float) -> None:
+    """Compare the recorded gradients, relative to the largest entry of each."""
+    grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    recorded = convert.transformer_from_official(recording.group("train.grad."))
+    assert recorded
+    for key, expected in recorded.items():
+        close(grads[key], expected, rtol * float(expected.abs().max()))
+
+
+def test_golden_velocity_loss_of_sit(golden: GoldenFolder) -> None:
+    recording = golden.weights_of("sit")
+    model, atol = other_transformer(recording), recording.meta["suggested_atol"]["train.loss"]
+    x1, x0 = (tokens_from_map(recording[f"train.{name}"]) for name in ("x1", "x0"))
+    loss = flow_loss(model, x1, x0, recording["train.t"], recording["train.y"])
+    close(loss.mean, recording["train.loss"].mean(), atol)
+    close(loss.per_sample, recording["train.loss"], atol)
+    loss.mean.backward()
+    require_gradients(recording, model, 1e-4)
+
+
+@pytest.mark.parametrize("case", ["released", "plain"])
+def test_golden_loss_of_lightningdit(golden: GoldenFolder, case: str) -> None:
+    recording = golden.weights_of("lightningdit")
+    model, atol = other_transformer(recording), recording.meta["suggested_atol"]["train"]
+    part, released = recording.group(f"train.{case}."), case == "released"
+    x1, x0 = tokens_from_map(recording["train.x1"]), tokens_from_map(part["x0"])
+    # The official code draws a normal value; here it is a function of a uniform one.
+    t = logit_normal(torch.special.ndtr(part["normal"])).float() if released else part["u"]
+    loss = flow_loss(model, x1, x0, t, recording["train.y"], cosine=released)
+    close(loss.per_sample, part["mse"], atol)
+    close(loss.cosine, part["cos_loss"] if released else torch.zeros(len(x1)), atol)
+    close(loss.mean, part["loss"], atol)
+    loss.mean.backward()
+    if released:
+        require_gradients(recording, model, 1e-4)
 
 
 def test_golden_flow_train(golden: GoldenFolder) -> None:

@@ -23,7 +23,7 @@ from svgpipe.models.backbone import Backbone, own_input
 from svgpipe.models.convert import in_order, residual_from_official
 from svgpipe.models.decoder import Decoder
 from svgpipe.models.dit import DiT
-from svgpipe.models.flow import shift_time
+from svgpipe.models.flow import logit_normal, shift_time
 from svgpipe.models.losses import LPIPS, BackbonePerceptual, PatchDiscriminator
 from svgpipe.models.residual import Alignment, ResidualEncoder
 from svgpipe.stages.networks.autoencoder import build_backbone
@@ -382,3 +382,10 @@ def test_wrappers_of_weights_are_removed_or_named(tmp_path: Path) -> None:
     torch.save({"model": weights, "args": Path("x")}, file)
     with pytest.raises(ArtifactError, match=r"holds Python objects other than tensors, .* Save the state dict alone"):
         read_weight_file(file)
+
+
+def test_logit_normal_times_have_a_standard_normal_logit() -> None:
+    """At the quantiles 2.5 %, 50 % and 97.5 %, and at both ends."""
+    times = logit_normal(torch.tensor([0.0, 0.025, 0.5, 0.975, 1.0]))
+    expected = torch.tensor([0.0, *(1 / (1 + math.exp(-z)) for z in (-1.959964, 0.0, 1.959964)), 1.0])
+    torch.testing.assert_close(times, expected, atol=1e-6, rtol=0)

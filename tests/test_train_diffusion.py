@@ -249,11 +249,14 @@ def test_a_transformer_with_the_options_of_other_systems(
 ) -> None:
     """It trains, recomputes its blocks without a difference, exports and samples."""
     for name, more in (("out", []), ("recomputed", ["--set", "diffusion.activation_checkpointing=true"])):
-        found = svgpipe(*train_args(finished, tmp_path / name, "--set", OPTIONS, *more))
+        losses = ("--set", "diffusion.logit_normal_time=true", "--set", "diffusion.cosine_loss=true")
+        found = svgpipe(*train_args(finished, tmp_path / name, "--set", OPTIONS, *losses, *more))
         assert found.code == 0, found.err
     assert same_weights(tmp_path / "out", tmp_path / "recomputed")
-    losses = losses_of(tmp_path / "out")
-    assert losses[-1] < losses[0]
+    trained = losses_of(tmp_path / "out")
+    assert trained[-1] < trained[0]
+    held = DiffusionManifest.read(tmp_path / "out").heldout_loss
+    assert held is not None and trained[0] > held + 0.5  # held out: the squared error alone, without the cosine
     weights = load_file(tmp_path / "out" / "raw.safetensors")
     assert weights["ln1.weight"].shape == (32, 2 * 2 * finished.cache.shape[-1])
     assert weights["pos_embed"].shape == (1, 4, 32) and not any(name.startswith("rotary") for name in weights)

@@ -17,7 +17,7 @@ from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.selection import evenly_spread
 from svgpipe.models.dit import DiT
-from svgpipe.models.flow import Velocity, drop_labels, flow_loss, shift_time
+from svgpipe.models.flow import Velocity, drop_labels, flow_loss, logit_normal, shift_time
 from svgpipe.models.seeds import seed_of
 
 from ..runtime.device import autocast, to_device
@@ -25,22 +25,28 @@ from ..runtime.retry import Say, call_with_retries
 from ..training.distributed import ProcessGroup
 
 
-def sample_losses(
-    velocity: Velocity, x1: Tensor, labels: Tensor, draws: Draws, config: DiffusionSection, *, null_label: int | None
+def flow_times(draws: Draws, config: DiffusionSection) -> Tensor:
+    """Return the times (B,) of the samples, from the distribution of the recipe, shifted."""
+    u = logit_normal(draws.time) if config.logit_normal_time else draws.time
+    return shift_time(u, config.time_shift)
+
+
+def training_losses(
+    velocity: Velocity, x1: Tensor, labels: Tensor, draws: Draws, config: DiffusionSection, null_label: int
 ) -> Tensor:
-    """Return (B,) float32 flow losses of latents (B,T,C) and labels (B,), which are dropped with a `null_label`."""
-    time = shift_time(draws.time, config.time_shift)
-    if null_label is not None and config.label_dropout > 0:
+    """Return (B,) float32 losses of latents (B,T,C) and labels (B,), some of which are dropped."""
+    if config.label_dropout > 0:
         labels = drop_labels(labels, draws.drop, config.label_dropout, null_label)
     with autocast(x1.device, config.precision):
-        return flow_loss(velocity, x1, draws.noise, time, labels).per_sample
+        loss = flow_loss(velocity, x1, draws.noise, flow_times(draws, config), labels, cosine=config.cosine_loss)
+    return loss.per_sample + loss.cosine
 
 
 @torch.no_grad()
 def heldout_loss(
     model: DiT, cache: FeatureCache, config: DiffusionSection, group: ProcessGroup, say: Say = lambda text: None
 ) -> float | None:
-    """Return the mean flow loss on `eval_rows` evenly spread held-out rows; None without any.
+    """Return the mean squared error of the velocity on `eval_rows` evenly spread held-out rows; None without any.
 
     Noise and times are fixed. All processes of the group must call it. `say` receives messages about retries.
     """
@@ -62,7 +68,9 @@ def heldout_loss(
             config.seed, "heldout", places, tokens, channels, group.device, posterior=stored.shape[-1] != channels
         )
         x1 = draws.latents(stored.to(group.device).float())
-        total += sample_losses(model, x1, labels, draws, config, null_label=None)[: len(share)].sum()
+        with autocast(group.device, config.precision):
+            loss = flow_loss(model, x1, draws.noise, flow_times(draws, config), labels)
+        total += loss.per_sample[: len(share)].sum()
     return float(group.sum(total)) / len(held)
 
 

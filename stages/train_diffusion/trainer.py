@@ -19,7 +19,6 @@ from svgpipe.manifests.model_manifests import RAW, average_name
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.dit import DiT
 from svgpipe.models.ema import new_average, update_averages
-from svgpipe.models.flow import shift_time
 from svgpipe.models.seeds import seed_of
 
 from ..networks.diffusion import build_dit
@@ -41,7 +40,7 @@ from ..training.optimizer import (
     optimizer_tensors,
     set_learning_rate,
 )
-from .loss import draws_at, sample_losses
+from .loss import draws_at, flow_times, training_losses
 
 
 @dataclass(frozen=True)
@@ -169,5 +168,5 @@ class FlowTrainer:
         from_posterior = stored.shape[2] != channels
         draws = draws_at(self.config.seed, step, positions, length, channels, device, posterior=from_posterior)
         x1 = draws.latents(stored)
-        losses = sample_losses(self.velocity, x1, labels, draws, self.config, null_label=self.model.null_label)
-        return losses, shift_time(draws.time, self.config.time_shift)
+        losses = training_losses(self.velocity, x1, labels, draws, self.config, self.model.null_label)
+        return losses, flow_times(draws, self.config)
