@@ -24,10 +24,21 @@ def source_folder(source: str | None, workdir: Location) -> Path:
     if source is None:
         raise UsageError("no images: give a folder or archive with --source, or as `source:` in the recipe.")
     if source != DEMO_SOURCE:
-        return Path(source)
+        return local_path(source)
     if not isinstance(workdir, Path):
         raise UsageError(f"{workdir}: the demo writes its photographs to the working directory; give a folder.")
     return workdir / "photographs"
+
+
+def local_path(text: str) -> Path:
+    """Return a path of the command line. Python would read an empty text, of an unset shell variable, as this folder.
+
+    Raises:
+        UsageError: the text is empty.
+    """
+    if not text.strip():
+        raise UsageError("expected a folder or archive of images, found an empty text. Is a shell variable not set?")
+    return Path(text)
 
 
 def image_sources(recipe: Recipe, train: Path) -> ImageSources:
@@ -37,7 +48,7 @@ def image_sources(recipe: Recipe, train: Path) -> ImageSources:
     heldout, labels = recipe.heldout, recipe.heldout_labels
     return ImageSources(
         train,
-        None if heldout is None else Path(heldout),
+        None if heldout is None else local_path(heldout),
         None if labels is None else Path(labels),
         recipe.unlabelled,
     )

@@ -81,7 +81,7 @@ def shard(
     """Pack images into WebDataset tars with an index. Archives are not unpacked."""
     from svgpipe.stages.shard.from_images import shard as run_stage
 
-    from .sources import image_sources
+    from .sources import image_sources, local_path
 
     changed = overrides_with(
         overrides,
@@ -92,7 +92,7 @@ def shard(
         keep_damaged=keep_damaged,
     )
     loaded = load_recipe(recipe, changed)
-    sources = image_sources(loaded, Path(source))
+    sources = image_sources(loaded, local_path(source))
     with ConsoleProgress() as progress:
         manifest = run_stage(sources, location(out), loaded.shard, processes=workers, progress=progress)
     typer.echo(_shard_set_line(out, manifest))

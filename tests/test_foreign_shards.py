@@ -450,6 +450,8 @@ def test_a_tar_that_was_relabelled_is_refused(
     write(tar, [*members, ("0.cls", b"1"), ("1.cls", b"0")])
     again = svgpipe(*index)
     assert again.code == 1 and "a.tar: was changed after it was indexed" in again.err
+    damage = svgpipe("verify", tmp_path / "out")
+    assert damage.code == 1 and "a.tar: was changed after it was indexed" in damage.out + damage.err
     extract = ("extract", "--autoencoder", finished.root / "autoencoder", "--recipe", finished.recipe_file)
     refused = svgpipe(*extract, "--shards", tmp_path / "out", "--out", tmp_path / "cache")
     assert refused.code == 1 and "Its labels may be others now" in refused.err

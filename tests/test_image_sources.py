@@ -19,6 +19,7 @@ import scipy.io
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.shards import ShardSet
+from svgpipe.pipeline.cli import main
 from svgpipe.stages.shard.entries import Entry
 from svgpipe.stages.shard.label_files import GROUND_TRUTH, META
 from svgpipe.stages.shard.sources import list_source, read_entry
@@ -497,6 +498,7 @@ def test_labels_of_held_out_images_are_matched_by_path(
     assert "notes.txt" in rejected and "im.png" in rejected
     ambiguous = held("1.png cat\n")
     assert ambiguous.code == 2 and "1.png means 2 images, as a/1.png and b/1.png. Give paths" in ambiguous.err
+    assert "expected lines that name images, found none" in held("img1 cat\n").err
     double = held("a/1.png cat\na/1.png coffee\n")
     assert double.code == 2 and "a/1.png has two labels: cat and coffee" in double.err
 
@@ -513,6 +515,74 @@ def test_class_names_of_several_words(files: Files, tmp_path: Path, svgpipe: Cal
     found = svgpipe("shard", tmp_path / "train.tar", *official, "--out", tmp_path / "out", "--workers", 1)
     assert found.code == 0, found.err
     assert stored(tmp_path / "out", "heldout") == {contents[3]: "hot dog", contents[4]: "dog"}
+
+
+def test_label_files_with_spaces_in_names(files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    contents = list(files.values())
+    train = {"1/1.jpg": contents[0], "cat/1.jpg": contents[1], "hot, dog/1.jpg": contents[2]}
+    as_tar(train, tmp_path / "train.tar")
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for number, name in enumerate(("IMG 1.png", "IMG.png", "b.png"), 3):
+            add(tar, name, contents[number])
+    expected = {contents[3]: "cat", contents[4]: "hot, dog", contents[5]: "1"}
+
+    def held(name: str, lines: list[str]) -> Outcome:
+        (tmp_path / "labels").write_text("\n".join(lines))
+        official = ("--heldout", tmp_path / "val.tar", "--heldout-labels", tmp_path / "labels")
+        return svgpipe("shard", tmp_path / "train.tar", *official, "--out", tmp_path / name, "--workers", 1)
+
+    csv = ['"IMG 1.png","cat"', 'IMG.png,"hot, dog"', "b.png,1"]
+    for name, lines in {
+        "tabs": ["IMG 1.png\tcat", "IMG\thot, dog", "b\t1"],
+        "csv": ["file,label", *csv],
+        "spaces": ["IMG 1.png cat", "IMG.png hot, dog", "b.png 1"],
+    }.items():
+        found = held(name, lines)
+        assert found.code == 0, found.err
+        assert stored(tmp_path / name, "heldout") == expected
+    refused = held("none", ["IMG 1 cat", "b 1"])
+    assert refused.code == 2 and "may mean 'IMG' or 'IMG 1'. Put a tab" in refused.err
+
+
+def test_caches_of_datasets_are_split_by_their_names(
+    files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    written = as_arrow(files, tmp_path / "arrow") / "data-00000-of-00001.arrow"
+    folder = tmp_path / "cached"
+    folder.mkdir()
+    for split in ("train", "test", "validation-00000-of-00001"):
+        shutil.copy(written, folder / f"cifar10-{split}.arrow")
+    found = svgpipe("shard", folder, "--out", tmp_path / "out", "--workers", 1)
+    assert found.code == 0 and f"{len(files)} inputs" in found.out
+    (folder / "cifar10-validation-00000-of-00001.arrow").unlink()
+    refused = svgpipe("shard", folder, "--heldout", folder, "--out", tmp_path / "none")
+    assert refused.code == 2 and "expected a validation split, found none" in refused.err
+
+
+def test_unsafe_names_in_zips_are_rejected(files: Files, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number, (name, content) in enumerate(files.items()):
+            archive.writestr(f"/{name}" if number == 0 else f"../{name}" if number == 1 else name, content)
+    found = svgpipe("shard", tmp_path / "a.zip", "--out", tmp_path / "out", "--workers", 1)
+    assert found.code == 0 and f"{len(files) - 2} usable + 2 rejected" in found.out
+    assert set(ShardSet.open(tmp_path / "out").manifest.class_names) == {name.partition("/")[0] for name in files}
+    refused = svgpipe("shard", "", "--out", tmp_path / "none")
+    assert refused.code == 2 and "found an empty text" in refused.err
+
+
+def test_odd_places_and_times(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that pyarrow would read as addresses, names that are not UTF-8, and times beyond 64 bits."""
+    parquet.write_table(as_table(files), tmp_path / "t.parquet")
+    for name, content in files.items():
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(content)
+    os.utime(tmp_path / "photos" / next(iter(files)), (13_000_000_000, 13_000_000_000))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.parquet").rename("run:1")
+    Path("run:1").rename("x:1.parquet")
+    for source, out in (("photos", "run:1/out"), ("photos", os.fsdecode(b"o\xff")), ("x:1.parquet", "t")):
+        assert main(["shard", source, "--out", out, "--workers", "1"]) == 0
+        assert main(["shard", source, "--out", out, "--workers", "1"]) == 0  # finished, unchanged
 
 
 def test_split_folders_are_not_classes_even_beside_other_files(

@@ -533,14 +533,20 @@ def test_heldout_latents_must_be_others_of_known_classes(
     assert "expected the layout moments" in svgpipe(*command, sources["repa"]).err
     other = Latents(photographs, offset=1).write("mar", tmp_path / "other")
     names = tmp_path / "names.txt"
-    names.write_text("tench\ngoldfish\nshark\n")
+    names.write_text("bee\n" + "".join(f"{synset} name\n" for synset in SYNSETS))
     (other / SYNSETS[0]).rename(tmp_path / "away")  # classes are matched by name, not by position
     assert svgpipe(*command, other, "--class-names", names).code == 0
     cache = FeatureCache(tmp_path / "cache")
-    assert np.bincount(cache.labels[cache.heldout]).tolist() == [0, 100, 100]
-    assert cache.classes == ["tench", "goldfish", "shark"]
+    assert np.bincount(cache.labels[cache.heldout]).tolist() == [0, 0, 100, 100]
+    assert cache.classes == ["bee", *(f"{synset} name" for synset in SYNSETS)]
+    names.write_text("tench\ngoldfish\nshark\n")
+    refused = svgpipe(*command[:2], "--out", tmp_path / "none", "--class-names", names)
+    assert refused.code == 2 and "found none for n01440764" in refused.err
     (other / SYNSETS[1]).rename(other / "n99999999")
     assert "found n99999999" in svgpipe(*command, other).err
+    (other / "n00000000").mkdir()
+    refused = svgpipe("import-latents", other, "--out", tmp_path / "none")
+    assert refused.code == 2 and "found none in n00000000" in refused.err
 
 
 def test_numbers_become_synsets_with_names(sources: dict[str, Path], tmp_path: Path, svgpipe: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -26,6 +27,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from svgpipe.manifests import shards as shards_module
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.shards import ShardSet
+from svgpipe.pipeline.cli import main
 from svgpipe.stages.images.decode import RejectedImageError, decode_image, to_array
 from svgpipe.stages.images.folder import visible_files, visible_folders
 
@@ -81,6 +83,37 @@ def _huge_png(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def test_holdout_counts_images_alone(tmp_path: Path, photographs: Path) -> None:
+    """Captions beside the images are rejected, and are not held out in place of images."""
+    shutil.copytree(photographs, tmp_path / "source")
+    for image in sorted((tmp_path / "source").rglob("*.*")):
+        image.with_suffix(".txt").write_text("a caption")
+    assert main(["shard", str(tmp_path / "source"), "--out", str(tmp_path / "out"), "--holdout", "0.1"]) == 0
+    rows = ShardSet.open(tmp_path / "out").rows
+    assert np.bincount(rows.label[rows.heldout]).tolist() == [1, 1, 1]
+
+
+def test_a_file_that_could_not_be_read_is_noticed_when_it_can(
+    tmp_path: Path, photographs: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same size and time. Permissions are no test here, because the suite may run as root."""
+    unreadable = next(iter(sorted(photographs.rglob("*.png")))).name
+    real = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.name == unreadable:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    command = ("shard", photographs, "--out", tmp_path / "out", "--workers", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read)
+        assert "3 rejected" in svgpipe(*command).out
+        assert svgpipe(*command).code == 0  # still unreadable
+    refused = svgpipe(*command)
+    assert refused.code == 1 and "3 of 36 source files were changed" in refused.err
 
 
 def test_every_input_is_stored_or_rejected_with_a_reason(

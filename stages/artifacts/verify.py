@@ -14,7 +14,7 @@ from svgpipe.manifests.alignment import ALIGNMENT_NAME, MeasuredAlignment
 from svgpipe.manifests.checkpoint import load_tensors
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.evaluation import EvaluationManifest
-from svgpipe.manifests.filesystem import Location, file_sha256, file_size, has_sha256, location
+from svgpipe.manifests.filesystem import Location, file_sha256, file_size, file_version, has_sha256, location
 from svgpipe.manifests.index import read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.kinds import read_any
@@ -62,6 +62,8 @@ def _verify_shards(path: Location, manifest: Any, *, deep: bool, progress: Progr
         size = file_size(tar)
         if size != shard.num_bytes:
             yield finding(tar, f"expected {shard.num_bytes} bytes, found {'no file' if size is None else size}")
+        elif not deep and shard.version not in (None, file_version(tar)) and file_sha256(tar) != shard.sha256:
+            yield finding(tar, "was changed after it was indexed; its labels may be others now")
         try:
             table = read_index(index, shard.num_images)
         except ArtifactError as error:

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from svgpipe.manifests.cache_manifest import Distribution
 from svgpipe.manifests.errors import ArtifactError, UsageError
 
-from ..images.folder import visible_files
+from ..images.folder import visible_files, visible_folders
 
 Layout = Literal["safetensors", "mean-std", "moments"]
 LABELS_FILE = "dataset.json"
@@ -229,6 +229,8 @@ def _moments(source: Path) -> LatentFiles:
         found = f"{misplaced[0].relative_to(source)}, which is not in a class folder" if misplaced else "none of these"
         raise UsageError(f"{source}: {EXPECTED}, found {found}.")
     classes = sorted({path.parent.name for path in files})
+    if empty := sorted(set(visible_folders(source)) - set(classes)):
+        raise UsageError(f"{source}: expected .npz files in every class folder, found none in {empty[0]}.")
     numbers = {name: number for number, name in enumerate(classes)}
     labels = np.asarray([numbers[path.parent.name] for path in files], np.int64)
     pieces = tuple(Piece(str(path), None, 0, 1) for path in files)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,26 @@ from .reader import read_latents
 
 # Rows that are read to find the shape of the latents.
 LOOKED_AT = 64
+
+
+def _named(files: LatentFiles, names: Sequence[str] | None) -> tuple[LatentFiles, Sequence[str] | None]:
+    """Return the files with labels that are positions in `names`, and the names in label order.
+
+    A class folder has the whole name or its first word, a synset. Numbers are positions already.
+
+    Raises:
+        UsageError: a class folder is none of the names.
+    """
+    if files.class_names is None or names is None:
+        return files, names or files.class_names
+    places = {form: number for number, name in enumerate(names) for form in (name.partition(" ")[0], name)}
+    if unknown := [name for name in files.class_names if name not in places]:
+        raise UsageError(
+            f"class names: expected the name of every class folder, found none for {unknown[0]}. A line may be "
+            f"`{unknown[0]} ANOTHER NAME`. Without --class-names, the folders' names are the classes."
+        )
+    numbers = np.asarray([places[name] for name in files.class_names], np.int64)
+    return replace(files, labels=numbers[files.labels]), names
 
 
 @dataclass(frozen=True)
@@ -45,22 +65,18 @@ class Rows:
             MismatchError: held-out files of another layout or class.
         """
         train, held = files["latents"], files.get("heldout")
-        labels, names = classes_of_numbers(train.labels, class_names or train.class_names)
+        train, names = _named(train, class_names)
+        labels, names = classes_of_numbers(train.labels, names)
         if held is None:
             return cls((train,), labels, np.zeros(len(labels), bool), names)
         if held.listing == train.listing:
             raise UsageError("--heldout: expected other latents than those for training, found the same files.")
         if held.layout != train.layout:
             raise MismatchError(f"--heldout: expected the layout {train.layout}, found {held.layout}.")
-        numbers = held.labels
-        if train.class_names is not None and held.class_names is not None:
-            of_name = {name: number for number, name in enumerate(train.class_names)}
-            if unknown := [name for name in held.class_names if name not in of_name]:
-                raise MismatchError(
-                    f"--heldout: expected the class folders of the training latents, found {unknown[0]}."
-                )
-            numbers = np.asarray([of_name[name] for name in held.class_names])[held.labels]
-        held_labels, _ = classes_of_numbers(numbers, names)
+        if unknown := sorted(set(held.class_names or ()) - set(train.class_names or held.class_names or ())):
+            raise MismatchError(f"--heldout: expected the class folders of the training latents, found {unknown[0]}.")
+        held, _ = _named(held, names)
+        held_labels, _ = classes_of_numbers(held.labels, names)
         heldout = np.repeat([False, True], [len(labels), len(held_labels)])
         return cls((train, held), np.concatenate([labels, held_labels]), heldout, names)
 

@@ -37,9 +37,14 @@ class ReadFile:
     def is_still(self, file: SourceFile) -> bool:
         """Return whether the file has the content that was read."""
         entry = file.entry
-        if (self.size, self.modified_ns) == (entry.size, entry.modified_ns):
+        if (self.size, self.modified_ns) == (entry.size, entry.modified_ns) and self.was_read:
             return True
         return self.size == entry.size and self.sha256 == _sha256_of(file)
+
+    @property
+    def was_read(self) -> bool:
+        """Whether the file could be read. One that could not may be readable now, with the same size and time."""
+        return bool(self.sha256)
 
 
 def _sha256_of(file: SourceFile) -> str:
@@ -71,8 +76,9 @@ def write_sources(out: Location, files: Iterable[ReadFile]) -> None:
         },
         schema=_SCHEMA,
     )
-    with staged(out / SOURCES_NAME) as partial:
-        parquet.write_table(table, partial)
+    # A file, not a path: pyarrow would read "a:b" as an address, and refuses names that are not UTF-8.
+    with staged(out / SOURCES_NAME) as partial, partial.open("wb") as file:
+        parquet.write_table(table, file)
 
 
 def _read_sources(out: Location) -> Mapping[str, ReadFile]:
@@ -99,7 +105,11 @@ def require_unchanged(out: Location, files: Sequence[SourceFile], *, record: boo
     if not (out / SOURCES_NAME).exists():  # a set of an earlier version
         return
     recorded = _read_sources(out)
-    touched = [file for file in files if file.entry.modified_ns != recorded[file.path].modified_ns]
+    touched = [
+        file
+        for file in files
+        if file.entry.modified_ns != (read := recorded[file.path]).modified_ns or not read.was_read
+    ]
     changed = [file.entry for file in touched if not recorded[file.path].is_still(file)]
     if changed:
         raise ArtifactError(

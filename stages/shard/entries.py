@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -9,6 +10,11 @@ from ..images.decode import EXTENSIONS
 
 TRAIN, HELDOUT = frozenset({"train", "training"}), frozenset({"val", "valid", "validation"})
 SPLITS = TRAIN | HELDOUT | {"test", "testing"}
+
+
+def modified_ns(status: os.stat_result) -> int:
+    """Return the modification time in ns, at most what 64 bits hold (the year 2262)."""
+    return min(status.st_mtime_ns, 2**63 - 1)
 
 
 @dataclass(frozen=True)

@@ -136,11 +136,13 @@ def assign_shards(files: Sequence[SourceFile], out: Location, config: ShardSecti
         by_class.setdefault(file.label, []).append(file)
     splits: dict[Split, list[SourceFile]] = {"train": [], "heldout": given}
     for label, members in by_class.items():
-        count = round(config.holdout * len(members))
-        if config.holdout > 0 and label is not None:
-            count = min(max(count, 1), len(members) - 1)
-        splits["heldout"] += members[:count] if label is not None else []
-        splits["train"] += members[count:] if label is not None else members
+        images = [file for file in members if file.entry.is_image] if label is not None else []
+        count = round(config.holdout * len(images))
+        if config.holdout > 0 and images:
+            count = min(max(count, 1), len(images) - 1)
+        held = {file.path for file in images[:count]}
+        for file in members:
+            splits["heldout" if file.path in held else "train"].append(file)
     number = first_key = 0
     for split, members in splits.items():
         members.sort(key=order)

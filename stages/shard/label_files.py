@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -21,9 +22,9 @@ GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 def labelled(entries: Sequence[Entry], file: Path, class_names: Sequence[str]) -> list[Entry]:
     """Return the entries with the classes of a label file.
 
-    Lines are `NAME LABEL`, or those of Kaggle's LOC_val_solution.csv, or one label per image in the order of the names.
-    NAME is a path in the source, a file name, or a file name without its extension. A label is a class name, or a class
-    number from 0. ILSVRC's development kit (.tar.gz) is such a file, too.
+    Lines are `NAME LABEL`, with a tab, a comma (CSV) or a space between, or those of Kaggle's LOC_val_solution.csv, or
+    one label per image in the order of the names. NAME is a path in the source, a file name, or a file name without
+    extension. A label is a class name, or a class number from 0. ILSVRC's development kit (.tar.gz) is a label file.
 
     Raises:
         UsageError: the file is missing, not of this form, or names several images or labels at once.
@@ -44,16 +45,48 @@ def labelled(entries: Sequence[Entry], file: Path, class_names: Sequence[str]) -
             raise UsageError(f"{file}: expected a label for each of {len(images)} images, found {len(lines)} lines.")
         classes = {entry.name: _required(line, class_names, file) for entry, line in zip(images, lines, strict=True)}
     else:
-        for line in lines:
-            name, *rest = re.split(r"[,\s]", line, maxsplit=1)
-            found = names.get(name, [])
+        for name, text in _pairs(lines, names, class_names, file):
+            found = names[name]
             if len(found) > 1:
                 raise UsageError(f"{file}: {name} means {len(found)} images, as {found[0]} and {found[1]}. Give paths.")
             for image in found:
-                label = _required(rest[0].strip() if rest else "", class_names, file)
+                label = _required(text, class_names, file)
                 if classes.setdefault(image, label) != label:
                     raise UsageError(f"{file}: {name} has two labels: {classes[image]} and {label}.")
     return [replace(entry, class_name=classes.get(entry.name)) for entry in entries]
+
+
+def _pairs(
+    lines: Sequence[str], names: Mapping[str, object], class_names: Sequence[str], file: Path
+) -> list[tuple[str, str]]:
+    """Return the name and the label of every line that names an image.
+
+    Raises:
+        UsageError: no line names an image, or one names several.
+    """
+    pairs = [pair for line in lines if (pair := _pair(line, names, class_names, file)) is not None]
+    if not pairs:
+        raise UsageError(f"{file}: expected lines that name images, found none, as in {lines[:1]}.")
+    return pairs
+
+
+def _pair(line: str, names: Mapping[str, object], class_names: Sequence[str], file: Path) -> tuple[str, str] | None:
+    """Return name and label of a line, by the separator before which an image is named; None if there is none.
+
+    Raises:
+        UsageError: names with spaces that mean several images.
+    """
+    for delimiter in ("\t", ","):
+        name, *rest = next(csv.reader([line], delimiter=delimiter))
+        if rest and name.strip() in names:
+            return name.strip(), delimiter.join(rest).strip()
+    spaces = [match.start() for match in re.finditer(r"\s", line)]
+    found = [(line[:at], line[at:].strip()) for at in spaces if line[:at] in names]
+    if len(found) > 1:
+        found = [(name, label) for name, label in found if _class_of(label, class_names) is not None] or found[:1]
+    if len(found) > 1:
+        raise UsageError(f"{file}: {line!r} may mean {found[0][0]!r} or {found[1][0]!r}. Put a tab before the label.")
+    return found[0] if found else None
 
 
 def _names_of(images: Sequence[Entry]) -> dict[str, list[str]]:

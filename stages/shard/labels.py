@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from svgpipe.manifests.errors import UsageError
+
+from .publish import printable
 
 # A larger class number is taken for a mistake.
 MAX_LABEL = 10_000_000
@@ -159,11 +162,25 @@ def _inferred(found: set[RawLabel]) -> Classes:
             "the numbers are unknown. Give --class-names FILE, one name per line in the order of the numbers."
         )
     if texts:
+        require_distinct(texts)
         lines = {name: index for index, name in enumerate(texts)}
         return Classes(texts, {label: lines[str(label.value)] for label in found})
     _require_one_text_each(numbers)
     _require_no_gaps(set(numbers.values()))
     return Classes([str(number) for number in range(len(set(numbers.values())))], numbers)
+
+
+def require_distinct(names: Sequence[str]) -> None:
+    """Check that no two classes look alike: names that are not UTF-8, or differ in the form of accents.
+
+    Raises:
+        UsageError: two of them do.
+    """
+    seen: set[str] = set()
+    for name in names:
+        if (shown := unicodedata.normalize("NFC", printable(name))) in seen:
+            raise UsageError(f"expected distinct class names, found two that look alike: {shown!r}.")
+        seen.add(shown)
 
 
 def _require_one_text_each(numbers: Mapping[RawLabel, int]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -14,9 +13,9 @@ from ..images.decode import EXTENSIONS
 from ..images.folder import visible_files, visible_folders
 from .entries import SPLITS, Entry, Listing
 from .label_files import labelled
-from .labels import UNLABELLED
-from .publish import printable
+from .labels import UNLABELLED, require_distinct
 from .sources import list_source
+from .tables import TABLES
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def scan(sources: ImageSources) -> tuple[list[str], list[SourceFile]]:
         UsageError: a source is missing or of another kind, there is no class, or a class has no image.
     """
     listing = list_source(sources.train, "train")
-    if not listing.entries and not sources.train.is_dir():
+    if not listing.entries and (listing.class_names is not None or not sources.train.is_dir()):
         raise UsageError(f"{sources.train}: expected images, found none.")
     if sources.unlabelled:
         class_names = [UNLABELLED]
@@ -86,37 +85,26 @@ def _class_names(source: Path, listing: Listing) -> list[str]:
         names |= set(visible_folders(source))  # also those without a file
         _require_no_splits(source, sorted(names))
     if not names:
-        images = sum(entry.is_image for entry in listing.entries)
+        images = [entry for entry in listing.entries if entry.is_image]
+        problem = f" ({images[0].name}: {images[0].problem})" if images and images[0].problem else ""
         raise UsageError(
-            f"{source}: expected class folders (class/image.jpg), found none; {images} images lie in no class. To "
-            "train without labels, add --unlabelled."
+            f"{source}: expected class folders (class/image.jpg), found none; {len(images)} images lie in no class"
+            f"{problem}. To train without labels, add --unlabelled."
         )
-    _require_distinct(source, sorted(names))
+    require_distinct(sorted(names))
     return sorted(names)
-
-
-def _require_distinct(source: Path, names: Sequence[str]) -> None:
-    """Check that no two classes look alike: names that are not UTF-8, or differ in the form of accents.
-
-    Raises:
-        UsageError: two of them do.
-    """
-    seen: dict[str, str] = {}
-    for name in names:
-        shown = unicodedata.normalize("NFC", printable(name))
-        if shown in seen:
-            raise UsageError(f"{source}: expected distinct class names, found two that look alike: {shown!r}.")
-        seen[shown] = name
 
 
 def _require_images(source: Path, class_names: Sequence[str], files: Sequence[SourceFile]) -> None:
     with_images = {file.label for file in files if file.entry.is_image}
     for label, name in enumerate(class_names):
         if label not in with_images and not any(file.entry.block for file in files[:1]):
-            others = sum(file.label == label for file in files)
+            others = [file.path for file in files if file.label == label]
+            tables = any(PurePosixPath(path).suffix in TABLES for path in others)
+            advice = f"To read its tables, give {source / name}." if tables else "A source holds class folders only."
             raise UsageError(
                 f"{source / name}: expected images of class {name!r} ({', '.join(EXTENSIONS)}), found "
-                f"{f'{others} other files' if others else 'none'}. Remove the folder."
+                f"{f'{len(others)} other files' if others else 'none'}. {advice}"
             )
 
 
@@ -146,10 +134,15 @@ def _heldout(sources: ImageSources, class_names: Sequence[str], train: Listing) 
     """Return the held-out files, with the classes of the training images.
 
     Raises:
-        UsageError: none of them has one of these classes.
+        UsageError: there are none, or none of them has one of these classes.
     """
     assert sources.heldout is not None
     entries = list_source(sources.heldout, "heldout").entries
+    if not any(entry.is_image for entry in entries):
+        raise UsageError(
+            f"{sources.heldout}: expected a validation split, found none. (A test split is not used.) Give the file or "
+            "folder of the held-out images."
+        )
     if sources.unlabelled:
         entries = [replace(entry, class_name=UNLABELLED) for entry in entries]
     elif sources.heldout_labels is not None:

@@ -26,7 +26,7 @@ from svgpipe.manifests.shards import Split
 
 from ..images.decode import EXTENSIONS
 from ..images.folder import visible_files
-from .entries import HELDOUT, SPLITS, TRAIN, Entry, Listing
+from .entries import HELDOUT, SPLITS, TRAIN, Entry, Listing, modified_ns
 from .tables import TABLES, list_tables, read_row
 from .tar_members import left_unread
 
@@ -94,7 +94,7 @@ def _in_folder(source: Path) -> Iterator[Entry]:
             problem = "not a file: a pipe, socket or device"
         name = os.path.relpath(entry.path, source)
         folder, slash, _ = name.partition(os.sep)
-        yield Entry(name, status.st_size, status.st_mtime_ns, folder if slash else None, origin, problem=problem)
+        yield Entry(name, status.st_size, modified_ns(status), folder if slash else None, origin, problem=problem)
 
 
 def _in_tar(source: Path) -> Iterator[Entry]:
@@ -103,7 +103,7 @@ def _in_tar(source: Path) -> Iterator[Entry]:
     Raises:
         UsageError: it is no tar, or is truncated or damaged.
     """
-    origin, modified = str(source.absolute()), source.stat().st_mtime_ns
+    origin, modified = str(source.absolute()), modified_ns(source.stat())
     try:
         with tarfile.open(source, mode="r:") as tar:
             for member in tar:
@@ -150,18 +150,25 @@ def _in_class_tar(tar: tarfile.TarFile, member: tarfile.TarInfo, modified: int, 
 
 
 def _problem_of(member: tarfile.TarInfo) -> str:
-    if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
-        return "unsafe name: an absolute path, or one that leads to a folder above"
+    if unsafe := _unsafe(member.name):
+        return unsafe
     if not member.isfile():
         return "not a file: a link or a special file"
     return "sparse member: its bytes are not stored in one piece" if member.issparse() else ""
 
 
+def _unsafe(name: str) -> str:
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+        return "unsafe name: an absolute path, or one that leads to a folder above"
+    return ""
+
+
 def _in_zip(source: Path) -> Iterator[Entry]:
-    origin, modified = str(source.absolute()), source.stat().st_mtime_ns
+    origin, modified = str(source.absolute()), modified_ns(source.stat())
     for member in _zip_of(origin).infolist():
         if not member.is_dir() and not _is_hidden(member.filename):
-            yield Entry(member.filename, member.file_size, modified, None, origin)
+            problem = _unsafe(member.filename)
+            yield Entry(member.filename, member.file_size, modified, None, origin, problem=problem)
 
 
 class _SharedZip:
@@ -201,7 +208,7 @@ def _classified(entries: Sequence[Entry], split: Split) -> list[Entry]:
     below that of the split, is the class.
     """
     entries = list(_without_duplicates(entries))
-    of_images = [_folders(entry) for entry in entries if _is_image(entry.name)]
+    of_images = [_folders(entry) for entry in entries if _is_image(entry.name) and not _unsafe(entry.name)]
     depth = 0
     while of_images and len({folders[depth : depth + 1] for folders in of_images}) == 1 and of_images[0][depth:]:
         depth += 1
@@ -287,5 +294,9 @@ def _table_files(folder: Path) -> list[Path]:
 
 
 def split_word(table: Path) -> str:
-    """Return the first word of a file name: `train` of train-00000-of-00002.parquet and train_0.parquet."""
-    return re.split(r"[-_.]", table.name)[0].lower()
+    """Return the split in a file name; if it names none, its first word.
+
+    `train` of train-00000-of-00002.parquet, train_0.parquet and cifar10-train.arrow (a cache of `datasets`).
+    """
+    words = re.split(r"[-_.]", table.name.lower())
+    return next((word for word in (words[0], *reversed(words)) if word in SPLITS), words[0])

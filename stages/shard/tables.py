@@ -19,7 +19,7 @@ import pyarrow.parquet as parquet
 
 from svgpipe.manifests.errors import UsageError, first_line
 
-from .entries import Entry, Listing
+from .entries import Entry, Listing, modified_ns
 
 TABLES = (".parquet", ".arrow")
 MAX_CLASSES = 100_000  # more are not taken for classes that are numbered from 0
@@ -44,7 +44,7 @@ def list_tables(tables: Sequence[Path]) -> Listing:
         _, label = _columns_of(schema, table)
         names = _class_names(schema, label)  # of this table: another one may have another order
         first = first or names
-        modified, origin = table.stat().st_mtime_ns, str(table.absolute())
+        modified, origin = modified_ns(table.stat()), str(table.absolute())
         for number, labels in enumerate(_labels(table, label)):
             block = f"{table.name}/{number:05d}"
             numbers = numbers and not any(isinstance(value, str) for value in labels)
@@ -76,14 +76,14 @@ def _class_of(value: Any, names: list[str] | None, table: Path) -> str | None:
         raise UsageError(f"{table}: expected a number or a text as label, found {repr(value)[:40]}.")
     if isinstance(value, int) and names is not None:
         return names[value] if value < len(names) else None
-    return str(value)
+    return (value.strip() or None) if isinstance(value, str) else str(value)
 
 
 def _open(table: Path) -> Any:
     try:
+        source = pa.memory_map(str(table))  # a file, not a path: pyarrow would read "a:b" as an address
         if table.suffix == ".parquet":
-            return parquet.ParquetFile(table)
-        source = pa.memory_map(str(table))
+            return parquet.ParquetFile(source)
         try:
             return pa.ipc.open_file(source)
         except pa.ArrowInvalid:
@@ -165,12 +165,19 @@ def _columns_of(schema: pa.Schema, table: Path) -> tuple[str, str | None]:
 
 
 def _class_names(schema: pa.Schema, label: str | None) -> list[str] | None:
-    """Return the names of a ClassLabel, from the metadata that `datasets` writes; None without them."""
+    """Return the names of a ClassLabel, from the metadata that `datasets` writes; None without them.
+
+    Raises:
+        UsageError: two labels have one name.
+    """
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return [str(name) for name in features[label]["names"]]
+        names = [str(name) for name in features[label]["names"]]
     except (KeyError, TypeError, ValueError):
         return None
+    if twice := [name for name in set(names) if names.count(name) > 1]:
+        raise UsageError(f"tables: expected distinct class names, found {twice[0]!r} for several labels.")
+    return names
 
 
 @functools.lru_cache(maxsize=2)
