@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -105,13 +106,15 @@ def classes_of_numbers(labels: NDArray[Any], names: Sequence[str] | None) -> tup
     """Return (n,) int32 class numbers and the class names; without `names`, these are the numbers from 0.
 
     Raises:
-        UsageError: no labels, labels that are no whole numbers, a number without a name, or, without names, a number
-            between others without a row.
+        UsageError: no labels, labels that are no whole numbers, a number without a name, two names that are alike, or,
+            without names, a number between others without a row.
     """
     if not labels.size:
         raise UsageError("labels: expected at least one row, found none.")
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise UsageError(f"labels: expected whole numbers, one per row, found {labels.dtype} {labels.shape}.")
+    if names is not None and len({unicodedata.normalize("NFC", str(name)) for name in names}) < len(names):
+        raise UsageError("class names: expected distinct names, found two that are alike.")
     low, high = int(labels.min()), int(labels.max())
     limit = high + 1 if names is None else len(names)
     if low < 0:

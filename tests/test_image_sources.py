@@ -337,6 +337,9 @@ def test_damaged_archives_are_one_message(files: Files, tmp_path: Path, svgpipe:
     whole.write_bytes(whole.read_bytes()[:last])
     refused = svgpipe("shard", whole, "--out", tmp_path / "none")
     assert refused.code == 2 and "cut.tar: is truncated or damaged" in refused.err and "no end marker" in refused.err
+    parquet.write_table(as_table(files).rename_columns(["image", "category"]), tmp_path / "labels.parquet")
+    refused = svgpipe("shard", tmp_path / "labels.parquet", "--out", tmp_path / "none")
+    assert refused.code == 2 and "expected a column of labels (label, labels," in refused.err
     parquet.write_table(pa.table({"text": ["a"], "label": [0]}), tmp_path / "text.parquet")
     refused = svgpipe("shard", tmp_path / "text.parquet", "--out", tmp_path / "none")
     assert refused.code == 2 and "expected one column of images" in refused.err and "text: string" in refused.err

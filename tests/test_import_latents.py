@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -399,6 +400,7 @@ def test_a_failed_creation_can_be_repeated_with_other_features(latents: Latents,
         ({"labels": np.full(ROWS, -1)}, "expected numbers from 0 on, found -1"),
         ({"labels": []}, "found none"),
         ({"class_names": "abc"}, "expected a list of texts"),
+        ({"class_names": ["caf\u00e9", "cafe\u0301", "c"]}, "distinct names"),
         ({"unit_rows": 0}, "expected a positive int"),
         ({"encoder": None}, "a text as encoder"),
         ({"features": iter([(np.zeros((ROWS, 4, 4, 2)), 0)]), "mean": 0, "std": 1}, "found tuple"),
@@ -531,6 +533,8 @@ def test_heldout_latents_must_be_others_of_known_classes(
     command = ["import-latents", sources["mar"], "--out", tmp_path / "cache", "--heldout"]
     assert "found the same files" in svgpipe(*command, sources["mar"]).err
     assert "expected the layout moments" in svgpipe(*command, sources["repa"]).err
+    shutil.copytree(sources["mar"], tmp_path / "copy", copy_function=shutil.copyfile)
+    assert "found a copy of them" in svgpipe(*command, tmp_path / "copy").err
     other = Latents(photographs, offset=1).write("mar", tmp_path / "other")
     names = tmp_path / "names.txt"
     names.write_text("bee\n" + "".join(f"{synset} name\n" for synset in SYNSETS))

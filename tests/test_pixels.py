@@ -41,3 +41,10 @@ def test_a_png_with_one_wrong_bit_is_rejected() -> None:
         flipped[place] ^= 1
         with pytest.raises(RejectedImageError, match="undecodable: broken data stream"):
             decode_image(bytes(flipped))
+
+
+def test_transparent_grey_of_16_bits_becomes_white() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[0, 257], [65535, 0]], np.uint16)).save(buffer, "PNG", transparency=0)
+    found = np.asarray(decode_image(buffer.getvalue()))[..., 0]
+    assert found.tolist() == [[255, 1], [255, 255]]

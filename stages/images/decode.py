@@ -186,6 +186,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         values = np.asarray(image).astype(np.float64)
         eight_bit = np.clip(values / 257.0 + 0.5, 0, 255).astype(np.uint8)
+        eight_bit[values == image.info.get("transparency")] = 255
         return Image.fromarray(eight_bit, "L").convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")

@@ -97,6 +97,24 @@ class Rows:
         """Return one row, (1, views, row, column, channel). Raises the error of `read_latents`."""
         return read_latents(self.layout, self.pieces(range(row, row + 1))[0])
 
+    def require_others(self) -> None:
+        """Check that the held-out latents are no copy of those for training, by rows at equal positions.
+
+        Raises:
+            UsageError: they are.
+        """
+        first = int((~self.heldout).sum())
+        count = len(self.labels) - first
+        places = [place for place in choose_evenly(range(count), LOOKED_AT) if place < first]
+        if places and all(self._equal(place, first + place) for place in places):
+            raise UsageError("--heldout: expected other latents than those for training, found a copy of them.")
+
+    def _equal(self, one: int, two: int) -> bool:
+        try:
+            return np.array_equal(self.read(one), self.read(two), equal_nan=True)
+        except ArtifactError:  # counted as a reject later
+            return False
+
     def shape(self) -> tuple[int, int, int, int]:
         """Return views, rows, columns and channels: the most frequent shape, and the views that all have.
 

@@ -143,6 +143,7 @@ def import_latents(
     with WorkDir(wanted.spec(files, out)) as work:
         if work.finished is not None:
             return work.finished
+        rows.require_others()
         progress = Recorded(progress, out)
         shape = rows.shape()
         if shape[0] == 1 and not all(part.flips for part in rows.parts):

@@ -15,7 +15,7 @@ from .entries import SPLITS, Entry, Listing
 from .label_files import labelled
 from .labels import UNLABELLED, require_distinct
 from .sources import list_source
-from .tables import TABLES
+from .tables import LABELS, TABLES
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ def _class_names(source: Path, listing: Listing) -> list[str]:
         _require_no_splits(source, sorted(names))
     if not names:
         images = [entry for entry in listing.entries if entry.is_image]
+        if images and images[0].block:
+            raise UsageError(
+                f"{source}: expected a column of labels ({', '.join(LABELS)}), found none, or no label in it. To train "
+                "without labels, add --unlabelled."
+            )
         problem = f" ({images[0].name}: {images[0].problem})" if images and images[0].problem else ""
         raise UsageError(
             f"{source}: expected class folders (class/image.jpg), found none; {len(images)} images lie in no class"

@@ -103,8 +103,10 @@ def scan_tar(path: Location, size: int, options: ScanOptions) -> tuple[list[Memb
                 note = "" if tar.offset < size else "has no end marker; it may be cut off between two members"
         except (tarfile.TarError, EOFError, ValueError) as error:
             lost = (0, "empty file (0 bytes): not even a tar's end marker") if size == 0 else None
-            note = "" if lost else f"truncated or damaged after {len(scan.images)} images ({error}); they are kept"
+            note = "" if lost else f"truncated or damaged ({error})"
     rows = scan.rows()
+    if note.startswith("truncated"):
+        note += f"; {sum(row.reject is None for row in rows)} images before that are kept"
     if lost is not None:
         note = f"offset {lost[0]}: {lost[1]}; {sum(row.reject is None for row in rows)} images before it are kept"
         rows.append(Member(f"lost-{lost[0]}", lost[0], 0, "", reject=lost[1]))
