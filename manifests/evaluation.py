@@ -35,6 +35,7 @@ class SamplerInfo(FrozenModel):
     labels: str = Field(description="equal (same number per class) or drawn.")
     guide: str | None = Field(description="Autoguidance: weights, step and hash of the worse model; null: none.")
     classes: list[int] | None = Field(None, description="Class indexes that are sampled; null: all.")
+    guidance_channels: int | None = Field(None, description="Number of channels that are guided; null: all.")
 
 
 class ReferenceInfo(FrozenModel):

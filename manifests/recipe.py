@@ -300,6 +300,9 @@ class EvaluationSection(Section):
     guidance_mode: str = Field(
         "constant", description="constant, interval-LO-HI, linear, late, early-R or cfg_star-K-R."
     )
+    guidance_channels: Positive | None = Field(
+        None, description="Guide the first channels only; null: all. DiT, SiT and LightningDiT guide 3."
+    )
     labels: Labels = Field("equal", description="equal: same number per class; drawn: at random, with the seed.")
     time_shift: float = Field(0.15, gt=0, description="Below 1: more steps near the noise; 1: equal steps.")
     num_samples: int = Field(50_000, ge=2, description="Samples per setting.")

@@ -58,18 +58,24 @@ class Guidance:
     late (w where (i+1)/steps > 0.5) · early-R (w where t > R, so near the data in spite of its name) · cfg_star-K-R
     (-R v_u in the first K steps, then constant). All but interval as the official code computes them; there interval is
     announced, but raises.
+    channels: only the first ones are guided, the others are conditional; None: all. DiT, SiT and LightningDiT guide
+    three.
     """
 
     scale: float = 1.0
     mode: str = "constant"
+    channels: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
 
         Raises:
-            ValueError: a mode that does not exist, or an interval that ends before it begins, or after 1.
+            ValueError: a mode that does not exist, an interval that ends before it begins, or after 1, or cfg_star on
+                some of the channels.
         """
         kind, numbers = self._parsed
+        if self.channels is not None and kind == "cfg_star":
+            raise ValueError("cfg_star guides all channels, so guidance_channels must be null")
         if kind == "interval" and not numbers[0] <= numbers[1] <= 1:
             raise ValueError(f"guidance mode: expected interval-LO-HI with LO <= HI <= 1, found {self.mode!r}")
 
@@ -110,11 +116,13 @@ class GuidedVelocity:
         null_label: the label for 'no class'.
         weak: autoguidance (arXiv 2406.02507): a worse model, whose velocity at the same label replaces the
             unconditional one.
+        channels: see `Guidance`.
     """
 
     velocity: Velocity
     null_label: int
     weak: Velocity | None = None
+    channels: int | None = None
 
     def __call__(self, z_BTC: Tensor, t: float, y_B: Tensor, weights: Weights) -> Tensor:
         conditional, other = weights
@@ -123,7 +131,7 @@ class GuidedVelocity:
         t_B = t_2B[:b]
         if other == 0:
             return conditional * self.velocity(z_BTC, t_B, y_B)
-        if conditional == 0:
+        if conditional == 0 and self.channels is None:
             return other * self._other(z_BTC, t_B, y_B)
         if self.weak is not None:
             v_c, v_u = self.velocity(z_BTC, t_B, y_B), self._other(z_BTC, t_B, y_B)
@@ -131,7 +139,8 @@ class GuidedVelocity:
             null_B = torch.full_like(y_B, self.null_label)
             both = self.velocity(torch.cat([z_BTC, z_BTC]), t_2B, torch.cat([y_B, null_B]))
             v_c, v_u = both.chunk(2)
-        return v_u + conditional * (v_c - v_u) if conditional + other == 1 else conditional * v_c + other * v_u
+        v = v_u + conditional * (v_c - v_u) if conditional + other == 1 else conditional * v_c + other * v_u
+        return v if self.channels is None else torch.cat([v[..., : self.channels], v_c[..., self.channels :]], dim=-1)
 
     def _other(self, z_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
         if self.weak is not None:
@@ -175,7 +184,8 @@ def sample(
     """
     if solver not in get_args(Solver):
         raise ValueError(f"solver: expected one of {', '.join(get_args(Solver))}; found {solver!r}")
-    guidance, v_at = guidance or Guidance(), GuidedVelocity(velocity, null_label, weak)
+    guidance = guidance or Guidance()
+    v_at = GuidedVelocity(velocity, null_label, weak, guidance.channels)
     grid = time_grid(steps, shift)
     times, differences = grid.tolist(), grid.diff().tolist()
     z = z0_BTC

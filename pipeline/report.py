@@ -125,7 +125,8 @@ def _grids(
         grids.append(_side_by_side(evaluation, names, title, "guidance", samples, rows))
     settings = sampler_of(best)
     title = f"Samples, {settings.steps} step{'s' if settings.steps > 1 else ''}"
-    note = f"guidance {settings.guidance:g}, {settings.solver}; the setting with the smallest distance"
+    some = "" if settings.guidance_channels is None else f" of {settings.guidance_channels} channels"
+    note = f"guidance {settings.guidance:g}{some}, {settings.solver}; the setting with the smallest distance"
     grids.append(grid(title, note, decoded_images(evaluation, best.name), ROWS, names))
     return grids
 

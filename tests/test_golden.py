@@ -25,7 +25,7 @@ from svgpipe.models.flow import drop_labels, flow_loss, logit_normal, shift_time
 from svgpipe.models.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from svgpipe.models.official import dit_sizes
 from svgpipe.models.residual import Alignment, ResidualEncoder
-from svgpipe.models.sampler import Guidance, sample, time_grid
+from svgpipe.models.sampler import Guidance, Solver, sample, time_grid
 from svgpipe.stages.images.decode import centre_crop
 
 from .conftest import Golden, GoldenFolder
@@ -144,6 +144,36 @@ def test_golden_velocity_loss_of_sit(golden: GoldenFolder) -> None:
     close(loss.per_sample, recording["train.loss"], atol)
     loss.mean.backward()
     require_gradients(recording, model, 1e-4)
+
+
+# (recording, case): solver, shift, guidance. The number of points is one more than that of the steps.
+SAMPLED: list[tuple[str, str, Solver, float, Guidance]] = [
+    ("lightningdit", "euler_shift_cfg_interval", "euler", 0.3, Guidance(6.7, "interval-0.125-1", 3)),
+    ("lightningdit", "euler_shift_nocfg", "euler", 0.3, Guidance()),
+    ("lightningdit", "euler_noshift_cfg", "euler", 1.0, Guidance(6.7, channels=3)),
+    ("sit", "ode_euler_cfg", "euler", 1.0, Guidance(4.0, channels=3)),
+    ("sit", "ode_heun2_cfg", "heun", 1.0, Guidance(4.0, channels=3)),
+    ("repa", "ode_euler_nocfg", "euler", 1.0, Guidance()),
+    ("repa", "ode_euler_interval", "euler", 1.0, Guidance(1.8, "interval-0.3-1")),
+]
+
+
+@pytest.mark.parametrize(("name", "case", "solver", "shift", "guidance"), SAMPLED)
+def test_golden_samples_of_other_systems(
+    golden: GoldenFolder, name: str, case: str, solver: Solver, shift: float, guidance: Guidance
+) -> None:
+    """SiT and LightningDiT guide three channels. In REPA time runs from data to noise, and so does the velocity."""
+    recording = golden.weights_of(name)
+    model, about = other_transformer(recording), recording.meta["cases"][case]
+
+    def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return -model(x, 1 - t, y) if name == "repa" else model(x, t, y)
+
+    noise, points = tokens_from_map(recording["z"]), about["args"]["num_steps"]
+    steps = points if name == "repa" else points - 1
+    where = {"null_label": model.null_label, "steps": steps}
+    found = sample(velocity, noise, recording["z_y"], **where, shift=shift, solver=solver, guidance=guidance)
+    close(found, tokens_from_map(recording[f"out.{case}"]), about["suggested_atol"])
 
 
 @pytest.mark.parametrize("case", ["released", "plain"])

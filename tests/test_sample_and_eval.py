@@ -594,6 +594,33 @@ def test_sweeps_that_agree_share_their_latents(
     assert "bytes, found 7" in svgpipe("verify", tmp_path / "same", "--deep").out
 
 
+def test_guidance_of_some_channels(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    """In one step, the first channels are those of full guidance, and the others those of none."""
+    model = open_diffusion(finished.root / "diffusion")
+    config = finished.recipe.evaluation.model_copy(update={"steps": [1], "guidance": [4.0], "weights": "raw"})
+
+    def drawn(**changes: object) -> tuple[SamplerSettings, np.ndarray]:
+        (setting,) = Sampler(model).settings(config.model_copy(update=changes))
+        return setting, sample_latents(model.load("raw"), range(2), setting, torch.device("cpu")).numpy()
+
+    (whole, guided), (some, mixed) = drawn(), drawn(guidance_channels=3)
+    _, plain = drawn(guidance=[1.0])
+    np.testing.assert_allclose(mixed[..., :3], guided[..., :3], atol=1e-6)
+    np.testing.assert_allclose(mixed[..., 3:], plain[..., 3:], atol=1e-6)
+    assert np.abs(guided[..., :3] - plain[..., :3]).max() > 1e-4 < np.abs(guided[..., 3:] - plain[..., 3:]).max()
+    assert "guidance_channels" not in whole.identity and some.identity["guidance_channels"] == 3
+    for value, mode, told in (
+        (1000, "constant", "at most the model's 116"),
+        (3, "cfg_star-1-2", "cfg_star guides all"),
+    ):
+        more = ("--set", f"evaluation.guidance_channels={value}", "--set", f"evaluation.guidance_mode={mode}")
+        refused = svgpipe(*eval_args(finished, tmp_path / "out", *more))
+        assert refused.code == 2 and told in refused.err
+    out = tmp_path / "channels"
+    assert svgpipe(*eval_args(finished, out, "--set", "evaluation.guidance_channels=3")).code == 0
+    assert all(r.sampler.guidance_channels == 3 for r in Report.read(out).results if r.sampler)
+
+
 def test_without_guidance_mode_and_guide_are_ignored(finished: Finished) -> None:
     """Such sweeps share latents. Not cfg_star, which changes the first steps at any guidance."""
     model = open_diffusion(finished.root / "diffusion")

@@ -30,7 +30,7 @@ def require_guidance(config: EvaluationSection, *, guided: bool) -> None:
         UsageError: it is unknown, or makes no sense with a guide.
     """
     try:
-        guidance = Guidance(1.0, config.guidance_mode)
+        guidance = Guidance(1.0, config.guidance_mode, config.guidance_channels)
     except ValueError as error:
         raise UsageError(f"evaluation.guidance_mode: {error}") from error
     if guided and guidance.kind == "cfg_star":
@@ -50,9 +50,14 @@ class Sampler:
         """Return all settings of the sweep.
 
         Raises:
-            UsageError: an unknown guidance mode, or one that makes no sense with a guide.
+            UsageError: an unknown guidance mode, one that makes no sense with a guide, or too many guided channels.
         """
         require_guidance(config, guided=self.guide is not None)
+        if (config.guidance_channels or 0) > self.model.channels:
+            raise UsageError(
+                f"evaluation.guidance_channels: expected at most the model's {self.model.channels} channels, found "
+                f"{config.guidance_channels}."
+            )
         return [
             SamplerSettings(
                 steps=steps,
@@ -66,6 +71,7 @@ class Sampler:
                 labels=config.labels,
                 guide=None if self.guide is None else self.guide.described(config.guide_weights),
                 classes=self.model.classes,
+                guidance_channels=config.guidance_channels,
             )
             for scale in config.guidance
             for steps in config.steps

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -112,7 +112,7 @@ def _open(plan: EvaluationPlan, setting: SamplerSettings, locks: ExitStack) -> _
 
 
 def _key(sampler: Sampler, setting: SamplerSettings, config: EvaluationSection) -> str:
-    return digest([sampler.model.weights_sha256(config.weights), asdict(setting.deciding)])[:12]
+    return digest([sampler.model.weights_sha256(config.weights), setting.identity])[:12]
 
 
 def _prepare(
@@ -135,7 +135,7 @@ def _prepare(
     labels = setting.labels_of(range(rows), len(model.class_names))
     store.put("label", labels.numpy().astype(np.int32), "sample")
     store.put("valid", np.ones(rows, bool), "sample")
-    store.describe({DESCRIPTION: asdict(setting.deciding), "model": model.made_from})
+    store.describe({DESCRIPTION: setting.identity, "model": model.made_from})
     return store
 
 

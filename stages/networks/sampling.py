@@ -6,7 +6,8 @@ Legend: B batch, T tokens, C channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class SamplerSettings:
     labels: Labels = "equal"
     guide: str | None = None
     classes: tuple[int, ...] | None = None  # that are sampled; None: all
+    guidance_channels: int | None = None  # that are guided; None: all
 
     @property
     def name(self) -> str:
@@ -42,9 +44,14 @@ class SamplerSettings:
         return f"steps-{self.steps:03d}_guidance-{self.guidance:g}"
 
     @property
+    def guided(self) -> Guidance:
+        """The guidance of the solver."""
+        return Guidance(self.guidance, self.guidance_mode, self.guidance_channels)
+
+    @property
     def acts(self) -> bool:
         """Whether guidance changes anything at any evaluation."""
-        guidance, times = Guidance(self.guidance, self.guidance_mode), time_grid(self.steps, self.time_shift).tolist()
+        guidance, times = self.guided, time_grid(self.steps, self.time_shift).tolist()
         evaluations = [*enumerate(times[:-1]), *(enumerate(times[1:]) if self.solver == "heun" else ())]
         return any(guidance.weights(step, self.steps, t) != (1, 0) for step, t in evaluations)
 
@@ -56,7 +63,15 @@ class SamplerSettings:
     @property
     def deciding(self) -> SamplerSettings:
         """The same settings in canonical form: without effective guidance, mode and guide are irrelevant."""
-        return self if self.acts else replace(self, guidance=1.0, guidance_mode="constant", guide=None)
+        if self.acts:
+            return self
+        return replace(self, guidance=1.0, guidance_mode="constant", guide=None, guidance_channels=None)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides latents, as JSON values. A setting that was added later is left out at its default."""
+        values = asdict(self.deciding)
+        return {key: value for key, value in values.items() if key != "guidance_channels" or value is not None}
 
 
 def keep_as_computed(model: nn.Module, precision: Precision) -> None:
@@ -99,6 +114,6 @@ def sample_latents(
             steps=settings.steps,
             shift=settings.time_shift,
             solver=settings.solver,
-            guidance=Guidance(settings.guidance, settings.guidance_mode),
+            guidance=settings.guided,
             weak=guide,
         ).float()
