@@ -137,6 +137,7 @@ TINY = {
         "ema_decays": [0.9, 0.5],
         "clip_grad_norm": 1.0,
         "precision": "float32",
+        "compile": False,  # nor on a GPU, where each of many small trainings would wait for it
         "log_every": 1,
         "eval_every": 4,
         "eval_rows": 4,
@@ -153,6 +154,7 @@ TINY = {
         "batch_size": 4,
         "unit_rows": 4,
         "precision": "float32",
+        "compile": False,
         "extractor": {"kind": "backbone"},
     },
 }

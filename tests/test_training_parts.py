@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.exc import InternalTorchDynamoError
 
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
-from svgpipe.manifests.errors import ArtifactError, DivergedError
+from svgpipe.manifests.errors import ArtifactError, DivergedError, SvgpipeError
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.recipe import DiffusionSection, DiTSection
 from svgpipe.models.ema import new_average, update_averages, warmed_decay
@@ -21,6 +22,7 @@ from svgpipe.stages.train_diffusion.trainer import FlowTrainer
 from svgpipe.stages.training.checkpointing import BackgroundSaver
 from svgpipe.stages.training.distributed import ProcessGroup, gradient_norms
 from svgpipe.stages.training.divergence import DivergenceGuard
+from svgpipe.stages.training.loop import explained_errors
 
 ALONE = ProcessGroup(torch.device("cpu"))
 
@@ -61,6 +63,13 @@ def test_averages_are_warmed_up() -> None:
     found = [1 - average.weight.item() for average in averages]
     np.testing.assert_allclose(found, left, atol=1e-6)
     assert found[0] < 1e-3  # without warm-up 0.98 of the initial weights would be left
+
+
+def test_a_failed_compilation_in_a_training_worker_is_explained() -> None:
+    """Ray passes on messages, and not the classes of other libraries."""
+    told = r"torch\.compile failed .*no g\+\+.*diffusion\.compile=false"
+    with pytest.raises(SvgpipeError, match=told), explained_errors("Use less memory."):
+        raise InternalTorchDynamoError("no g++")
 
 
 @pytest.mark.parametrize(
