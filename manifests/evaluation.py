@@ -26,7 +26,7 @@ class SamplerInfo(FrozenModel):
 
     steps: int = Field(description="Number of steps.")
     guidance: float = Field(description="Guidance scale; 1: no guidance.")
-    solver: str = Field(description="euler, heun (two evaluations per step) or multistep.")
+    solver: str = Field(description="euler, heun (two evaluations per step), multistep or sde (Euler-Maruyama).")
     guidance_mode: str = Field(description="Where on the path guidance acts.")
     time_shift: float = Field(description="Shift of the time grid; 1: none, below 1: more steps near the noise.")
     seed: int = Field(description="Seed of the noise, and of drawn labels.")

@@ -294,8 +294,10 @@ class EvaluationSection(Section):
 
     steps: tuple[Annotated[int, Field(gt=0, le=100_000)], ...] = Field((25,), description="Numbers of sampling steps.")
     guidance: tuple[Annotated[float, Field(ge=0)], ...] = Field((1.0,), description="Guidance scales; 1: no guidance.")
-    solver: Literal["euler", "heun", "multistep"] = Field(
-        "euler", description="euler; heun: two evaluations per step; multistep: second order, one evaluation per step."
+    solver: Literal["euler", "heun", "multistep", "sde"] = Field(
+        "euler",
+        description="euler; heun: two evaluations per step; multistep: second order, one evaluation per step; "
+        "sde: Euler-Maruyama.",
     )
     guidance_mode: str = Field(
         "constant", description="constant, interval-LO-HI, linear, late, early-R or cfg_star-K-R."

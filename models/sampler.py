@@ -7,6 +7,7 @@ Source: official rectified_flow/rectified_flow.py (RectifiedFlow.sample).
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,14 +16,17 @@ from torch import Tensor
 
 from .flow import Velocity, shift_time
 
-Solver = Literal["euler", "heun", "multistep"]
-"""Euler; Heun: two evaluations per step; Adams-Bashforth of second order: one evaluation per step."""
+Solver = Literal["euler", "heun", "multistep", "sde"]
+"""Euler; Heun: two evaluations per step; Adams-Bashforth of second order: one evaluation per step; Euler-Maruyama."""
+Noise = Callable[[int], Tensor]
+"""Step → (B,T,C) standard normal noise."""
 Weights = tuple[float, float]
 """Weights of the conditional and of the unconditional velocity."""
 
 # The multistep solver extrapolates the velocity to the middle of a step, at most this many previous steps ahead. With
 # few steps and a strong shift, the last steps are so long that it would overshoot.
 MAX_AHEAD = 1.0
+LAST_SDE_STEP = 0.04  # from there to the data without noise; SiT's and REPA's
 ROUNDING = 1e-6  # of float32 times: the ends of an interval belong to it
 
 _NUMBER = r"\d+(?:\.\d+)?"
@@ -47,6 +51,26 @@ def time_grid(steps: int, shift: float) -> Tensor:
     if steps < 1:
         raise ValueError(f"sampling steps: expected at least 1, found {steps}")
     return shift_time(torch.linspace(0, 1, steps + 1).double(), shift).float()
+
+
+def sde_grid(steps: int, shift: float) -> Tensor:
+    """(steps+1,) times from 0 to 1; without a shift, the last step is `LAST_SDE_STEP` and the others are equal.
+
+    Source: SiT transport.py (sample_sde), REPA samplers.py (euler_maruyama_sampler).
+
+    Raises:
+        ValueError: fewer than two steps.
+    """
+    if steps < 2:
+        raise ValueError(f"sampling steps: the solver sde needs at least 2, found {steps}")
+    equal = torch.linspace(0, 1 - LAST_SDE_STEP, steps, dtype=torch.float64)
+    return torch.cat([shift_time(equal, shift), torch.ones(1, dtype=torch.float64)]).float()
+
+
+def times_of_evaluations(solver: Solver, steps: int, shift: float) -> list[tuple[int, float]]:
+    """Return the step and the time of every evaluation of the model."""
+    times = (sde_grid(steps, shift) if solver == "sde" else time_grid(steps, shift)).tolist()
+    return [*enumerate(times[:-1]), *(enumerate(times[1:]) if solver == "heun" else ())]
 
 
 @dataclass(frozen=True)
@@ -160,13 +184,14 @@ def sample(
     solver: Solver = "euler",
     guidance: Guidance | None = None,
     weak: Velocity | None = None,
+    noise: Noise | None = None,
 ) -> Tensor:
     """Integrate from noise to data: (B,T,C) → (B,T,C).
 
     Euler evaluates the model once per step. Heun evaluates it twice, also in the last step (at t = 1), like the
     official sampler. Multistep evaluates it once: second-order Adams-Bashforth for unequal steps. It takes an Euler
     step if there is no previous velocity, or if guidance was switched on or off since (not for linear, which changes
-    smoothly). It extrapolates by at most `MAX_AHEAD` of the last step.
+    smoothly). It extrapolates by at most `MAX_AHEAD` of the last step. Sde: see `_sample_sde`.
 
     Args:
         velocity: the model.
@@ -175,20 +200,31 @@ def sample(
         null_label: the label for 'no class'.
         steps: number of steps.
         shift: shift of the time grid, see `time_grid`.
-        solver: euler, heun or multistep.
+        solver: euler, heun, multistep or sde.
         guidance: scale and mode; None: no guidance.
         weak: a worse model, for autoguidance; see `GuidedVelocity`.
+        noise: noise of the solver sde.
 
     Raises:
-        ValueError: an unknown solver, or steps that are not positive.
+        ValueError: an unknown solver, too few steps, or sde without noise.
     """
     if solver not in get_args(Solver):
         raise ValueError(f"solver: expected one of {', '.join(get_args(Solver))}; found {solver!r}")
     guidance = guidance or Guidance()
     v_at = GuidedVelocity(velocity, null_label, weak, guidance.channels)
-    grid = time_grid(steps, shift)
+    if solver == "sde":
+        if noise is None:
+            raise ValueError("solver sde: expected noise for its steps, found none")
+        return _sample_sde(v_at, z0_BTC, y_B, guidance, sde_grid(steps, shift), noise)
+    return _sample_ode(v_at, z0_BTC, y_B, guidance, time_grid(steps, shift), solver)
+
+
+def _sample_ode(
+    v_at: GuidedVelocity, z_BTC: Tensor, y_B: Tensor, guidance: Guidance, grid: Tensor, solver: Solver
+) -> Tensor:
+    """Integrate dz = v dt by Euler, Heun or multistep; see `sample`."""
     times, differences = grid.tolist(), grid.diff().tolist()
-    z = z0_BTC
+    z, steps = z_BTC, len(differences)
     before: tuple[Tensor, float, Weights] | None = None
     for step, (t, dt) in enumerate(zip(times[:-1], differences, strict=True)):
         weights = guidance.weights(step, steps, t)
@@ -205,3 +241,20 @@ def sample(
             before = v, dt, weights
         z = z + dt * direction
     return z
+
+
+def _sample_sde(
+    v_at: GuidedVelocity, z_BTC: Tensor, y_B: Tensor, guidance: Guidance, grid: Tensor, noise: Noise
+) -> Tensor:
+    """Euler-Maruyama for dz = (v + w s) dt + sqrt(2 w) dW with w = 1 - t and the score s = (t v - z) / (1 - t).
+
+    So the drift is (1 + t) v - z. The last step has no noise. SiT (diffusion "sigma", last step "Mean") and REPA, whose
+    time runs the other way with twice this coefficient, sample like this.
+    """
+    times, differences = grid.tolist(), grid.diff().tolist()
+    last = len(differences) - 1
+    for step, (t, dt) in enumerate(zip(times[:-1], differences, strict=True)):
+        v = v_at(z_BTC, t, y_B, guidance.weights(step, last + 1, t)).to(z_BTC.dtype)
+        moved = z_BTC + dt * ((1 + t) * v - z_BTC)
+        z_BTC = moved if step == last else moved + (2 * (1 - t) * dt) ** 0.5 * noise(step)
+    return z_BTC

@@ -8,7 +8,7 @@ from svgpipe.manifests.manifest import MANIFEST_NAME
 from svgpipe.manifests.model_manifests import choose_weights
 from svgpipe.manifests.recipe import Recipe
 from svgpipe.stages.evaluate.features import load_extractor
-from svgpipe.stages.evaluate.plan import require_guidance
+from svgpipe.stages.evaluate.plan import require_sampling
 from svgpipe.stages.networks.autoencoder import build_backbone
 from svgpipe.stages.networks.diffusion import open_diffusion, require_patches
 from svgpipe.stages.networks.perceptual import load_lpips
@@ -36,7 +36,7 @@ def _check_settings(recipe: Recipe, workdir: Location, options: RunOptions) -> N
     """
     source_folder(recipe.source, workdir)
     require_demo(recipe.source, workdir)
-    require_guidance(recipe.evaluation, guided=options.guide is not None)
+    require_sampling(recipe.evaluation, guided=options.guide is not None)
     try:
         choose_weights(recipe.diffusion.ema_decays, recipe.evaluation.weights)
     except UsageError as error:

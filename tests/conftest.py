@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,14 +215,14 @@ def one_ray() -> Iterator[None]:
 
 @pytest.fixture
 def ray_session(one_ray: None) -> None:
-    """That Ray, with all CPUs free: Ray ends the workers of a failed run a little later."""
+    """That Ray, with all CPUs free: Ray ends the workers of a failed run a little later.
+
+    A task that needs all CPUs waits for them. What `available_resources` says can stay old until resources change.
+    """
     import ray
 
-    deadline = time.monotonic() + 300
-    while ray.available_resources().get("CPU", 0) < (expected := ray.cluster_resources()["CPU"]):
-        found = ray.available_resources()
-        assert time.monotonic() < deadline, f"an earlier test keeps CPUs: expected {expected} free, found {found}"
-        time.sleep(0.1)
+    every = ray.cluster_resources()["CPU"]
+    ray.get(ray.remote(num_cpus=every)(lambda: None).remote(), timeout=300)
 
 
 @pytest.fixture(scope="session")

@@ -176,6 +176,38 @@ def test_golden_samples_of_other_systems(
     close(found, tokens_from_map(recording[f"out.{case}"]), about["suggested_atol"])
 
 
+@pytest.mark.parametrize(
+    ("name", "case", "guidance"),
+    [
+        ("sit", "sde_sigma_mean_nocfg", Guidance()),
+        ("sit", "sde_sigma_mean_cfg", Guidance(4.0, channels=3)),
+        ("repa", "sde_nocfg", Guidance()),
+        ("repa", "sde_interval", Guidance(1.8, "interval-0.3-1")),
+    ],
+)
+def test_golden_stochastic_samples(golden: GoldenFolder, name: str, case: str, guidance: Guidance) -> None:
+    """SiT draws noise for both halves of guidance; that of the unconditional one is never used."""
+    recording = golden.weights_of(name)
+    model, about = other_transformer(recording), recording.meta["cases"][case]
+
+    def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return -model(x, 1 - t, y) if name == "repa" else model(x, t, y)
+
+    start, recorded = tokens_from_map(recording["z"]), recording[f"noise.{case}"]
+    found = sample(
+        velocity,
+        start,
+        recording["z_y"],
+        null_label=model.null_label,
+        steps=about["args"]["num_steps"],
+        shift=1.0,
+        solver="sde",
+        guidance=guidance,
+        noise=lambda step: tokens_from_map(recorded[step, : len(start)]),
+    )
+    close(found, tokens_from_map(recording[f"out.{case}"]), about["suggested_atol"])
+
+
 @pytest.mark.parametrize("case", ["released", "plain"])
 def test_golden_loss_of_lightningdit(golden: GoldenFolder, case: str) -> None:
     recording = golden.weights_of("lightningdit")

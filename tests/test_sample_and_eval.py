@@ -594,6 +594,25 @@ def test_sweeps_that_agree_share_their_latents(
     assert "bytes, found 7" in svgpipe("verify", tmp_path / "same", "--deep").out
 
 
+def test_stochastic_samples_depend_on_seed_and_index_alone(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    model, cpu = open_diffusion(finished.root / "diffusion").load(), torch.device("cpu")
+    settings = SamplerSettings(3, 2.0, "sde", "interval-0.2-1.0", 0.5, 0, "float32", "ema")
+    whole = sample_latents(model, range(6), settings, cpu)
+    torch.testing.assert_close(sample_latents(model, [4, 1], settings, cpu), whole[[4, 1]], atol=1e-5, rtol=0)
+    other = sample_latents(model, range(6), replace(settings, seed=1), cpu)
+    assert (other - whole).abs().max() > 0.1
+    euler = sample_latents(model, range(6), replace(settings, solver="euler"), cpu)
+    assert (euler - whole).abs().max() > 0.1
+    sde = ("--set", "evaluation.solver=sde")
+    refused = svgpipe(*eval_args(finished, tmp_path / "none", *sde))
+    assert refused.code == 2 and "needs at least 2 steps, found 1" in refused.err
+    out = tmp_path / "sde"
+    assert svgpipe(*eval_args(finished, out, *sde, "--steps", "2,3")).code == 0
+    assert {r.sampler.solver for r in Report.read(out).results if r.sampler} == {"sde"}
+
+
 def test_guidance_of_some_channels(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     """In one step, the first channels are those of full guidance, and the others those of none."""
     model = open_diffusion(finished.root / "diffusion")

@@ -26,6 +26,33 @@ def test_solvers_converge_at_their_order(solver: Solver, shift: float) -> None:
     assert error(64) / error(128) == pytest.approx(order, rel=0.1)
 
 
+def test_the_stochastic_solver_samples_the_distribution_of_the_data() -> None:
+    """Data N(2, 0.5²), for which the velocity is known: mean and deviation of 20,000 samples."""
+    mean, std, generator = 2.0, 0.5, torch.Generator().manual_seed(0)
+
+    def velocity(z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        at = t[:, None, None]
+        variance = (1 - at) ** 2 + (at * std) ** 2
+        data = mean + at * std**2 / variance * (z - at * mean)  # E[x1 | z]
+        noise = (1 - at) / variance * (z - at * mean)  # E[z0 | z]
+        return data - noise
+
+    def noise(step: int) -> torch.Tensor:
+        return torch.randn(20_000, 1, 1, generator=generator)
+
+    labels = torch.zeros(20_000, dtype=torch.int64)
+    arguments = {"null_label": 1, "steps": 100, "shift": 1.0}
+    found = sample(velocity, noise(-1), labels, **arguments, solver="sde", noise=noise)  # type: ignore[arg-type]
+    assert found.mean().item() == pytest.approx(mean, abs=0.02)
+    assert found.std().item() == pytest.approx(std, abs=0.02)
+    still = sample(velocity, noise(-1), labels, **arguments, solver="sde", noise=lambda step: torch.zeros(1))  # type: ignore[arg-type]
+    assert still.std().item() < 0.2  # most of the deviation is the noise of the steps
+    with pytest.raises(ValueError, match="expected noise"):
+        sample(velocity, noise(-1), labels, **arguments, solver="sde")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least 2"):
+        sample(velocity, noise(-1), labels, null_label=1, steps=1, shift=1.0, solver="sde", noise=noise)
+
+
 def test_straight_flows_need_one_step() -> None:
     data = torch.randn(3, 4, 2)
     z0 = torch.randn(3, 4, 2)
@@ -55,7 +82,7 @@ def test_guidance_runs_both_halves_in_one_forward_and_is_skipped_at_one() -> Non
 
 def test_flow_refuses_unknown_options() -> None:
     z0, y = torch.zeros(1, 1, 1), torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="expected one of euler, heun, multistep"):
+    with pytest.raises(ValueError, match="expected one of euler, heun, multistep, sde"):
         sample(lambda z, t, y: z, z0, y, null_label=1, steps=1, shift=1.0, solver="rk4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 1, found 0"):
         sample(lambda z, t, y: z, z0, y, null_label=1, steps=0, shift=1.0)

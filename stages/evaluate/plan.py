@@ -23,12 +23,14 @@ from .features import Extractor, load_extractor, weight_inputs
 from .reference import RealSets, Reference, require_extractor
 
 
-def require_guidance(config: EvaluationSection, *, guided: bool) -> None:
-    """Check the guidance mode.
+def require_sampling(config: EvaluationSection, *, guided: bool) -> None:
+    """Check the guidance mode and the numbers of steps.
 
     Raises:
-        UsageError: it is unknown, or makes no sense with a guide.
+        UsageError: the mode is unknown or makes no sense with a guide, or the solver needs more steps.
     """
+    if config.solver == "sde" and min(config.steps) < 2:
+        raise UsageError("evaluation.steps: the solver sde needs at least 2 steps, found 1.")
     try:
         guidance = Guidance(1.0, config.guidance_mode, config.guidance_channels)
     except ValueError as error:
@@ -52,7 +54,7 @@ class Sampler:
         Raises:
             UsageError: an unknown guidance mode, one that makes no sense with a guide, or too many guided channels.
         """
-        require_guidance(config, guided=self.guide is not None)
+        require_sampling(config, guided=self.guide is not None)
         if (config.guidance_channels or 0) > self.model.channels:
             raise UsageError(
                 f"evaluation.guidance_channels: expected at most the model's {self.model.channels} channels, found "

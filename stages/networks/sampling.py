@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from svgpipe.manifests.precision import Precision
 from svgpipe.manifests.recipe import Labels
 from svgpipe.models.dit import DiT
-from svgpipe.models.sampler import Guidance, Solver, sample, time_grid
-from svgpipe.models.seeds import generator
+from svgpipe.models.sampler import Guidance, Solver, sample, times_of_evaluations
+from svgpipe.models.seeds import generator, seed_of
 
 from ..runtime.device import autocast
 
@@ -51,9 +52,8 @@ class SamplerSettings:
     @property
     def acts(self) -> bool:
         """Whether guidance changes anything at any evaluation."""
-        guidance, times = self.guided, time_grid(self.steps, self.time_shift).tolist()
-        evaluations = [*enumerate(times[:-1]), *(enumerate(times[1:]) if self.solver == "heun" else ())]
-        return any(guidance.weights(step, self.steps, t) != (1, 0) for step, t in evaluations)
+        evaluations = times_of_evaluations(self.solver, self.steps, self.time_shift)
+        return any(self.guided.weights(step, self.steps, t) != (1, 0) for step, t in evaluations)
 
     def labels_of(self, indices: Sequence[int], num_classes: int) -> Tensor:
         """Return (B,) int64 labels of samples."""
@@ -90,6 +90,17 @@ def initial_noise(seed: int, indices: Sequence[int], tokens: int, channels: int)
     return torch.stack([torch.randn(tokens, channels, generator=generator(seed, "sample", i)) for i in indices])
 
 
+def noise_of_step(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device, step: int) -> Tensor:
+    """Return (B,T,C) standard normal noise of a stochastic solver; row b depends only on (seed, indices[b], step).
+
+    It is drawn on the device: the same for all CPUs, and the same for all GPUs.
+    """
+    noise, drawn = torch.empty(len(indices), *shape, device=device), torch.Generator(device)
+    for row, index in enumerate(indices):
+        noise[row].normal_(generator=drawn.manual_seed(seed_of(seed, "sampling step", index, step)))
+    return noise
+
+
 def labels_of(indices: Sequence[int], classes: Sequence[int], seed: int | None = None) -> Tensor:
     """Return (B,) int64 labels: `classes` in turn, so that all are equally frequent; or drawn from (seed, index)."""
     if seed is None:
@@ -105,6 +116,7 @@ def sample_latents(
 ) -> Tensor:
     """Return normalised latents (B,T,C) float32 of the samples numbered `indices`; `guide`: see `sample`."""
     noise = initial_noise(settings.seed, indices, model.grid[0] * model.grid[1], model.in_channels)
+    steps_noise = partial(noise_of_step, settings.seed, indices, noise.shape[1:], device)
     with autocast(device, settings.precision):
         return sample(
             model,
@@ -116,4 +128,5 @@ def sample_latents(
             solver=settings.solver,
             guidance=settings.guided,
             weak=guide,
+            noise=steps_noise,
         ).float()

@@ -116,6 +116,6 @@ def require_unchanged(out: Location, files: Sequence[SourceFile], *, record: boo
             f"{out}: {len(changed)} of {len(files)} source files were changed after they were sharded, as "
             f"{changed[0].origin}/{changed[0].name}. Shard the images into a new directory, or restore the files."
         )
-    if touched and record:
+    if record and any(file.entry.modified_ns != recorded[file.path].modified_ns for file in files):
         entries = ((f.path, f.entry) for f in files)
         write_sources(out, (ReadFile(p, e.size, e.modified_ns, recorded[p].sha256) for p, e in entries))
