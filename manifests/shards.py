@@ -120,6 +120,16 @@ class Rows:
         return len(self.label)
 
 
+def changed_content(shard: ShardFile, tar: Location) -> str | None:
+    """Return the sha256 of an existing tar that is not what was indexed; None otherwise.
+
+    It is hashed only if it was written since.
+    """
+    if shard.version in (None, file_version(tar)):
+        return None
+    return found if (found := file_sha256(tar)) != shard.sha256 else None
+
+
 class ShardSet:
     """A finished shard set, or some of its tars."""
 
@@ -212,10 +222,10 @@ class ShardSet:
                     f"{tar}: expected a tar of {shard.num_bytes} bytes, found {found}. "
                     "Restore it, or make the shard set again in a new directory."
                 )
-            if shard.version not in (None, file_version(tar)) and (sha256 := file_sha256(tar)) != shard.sha256:
+            if (content := changed_content(shard, tar)) is not None:
                 raise ArtifactError(
                     f"{tar}: was changed after it was indexed: expected sha256 {shard.sha256[:12]}, found "
-                    f"{sha256[:12]}. Its labels may be others now. Index the tars again, into a new directory."
+                    f"{content[:12]}. Its labels may be others now. Index the tars again, into a new directory."
                 )
 
     def as_input(self) -> InputRef:

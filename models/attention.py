@@ -49,7 +49,7 @@ def failure_of(kernel: Kernel, device: torch.device) -> str | None:
         x = torch.zeros(1, 16, 1, 64, dtype=dtype, device=device, requires_grad=True)
         try:
             kernel(x, x, x).sum().backward()
-        except (NotImplementedError, RuntimeError) as error:
+        except RuntimeError as error:  # includes NotImplementedError, which xformers raises without CUDA code
             return str(error).partition("\n")[0]
     return None
 

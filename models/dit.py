@@ -47,15 +47,14 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels_B)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + 1e-6) * weight over the last axis, in float32."""
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm over the last axis with eps 1e-6, in float32 also under autocast: (…,D) → (…,D) float32."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=1e-6)
+        return super().forward(x.float())
 
 
 def _token_norm(width: int, *, rms: bool) -> nn.Module:

@@ -173,6 +173,15 @@ def test_a_gpu_gets_more_readers_and_writers(
     assert (runner.readers, runner.writers) == (READERS, WRITERS)
 
 
+def test_several_readers_and_writers_keep_the_order() -> None:
+    """As beside a GPU. Every second unit is slow to read, and every third to write."""
+    slow: Failures = {("read", unit): lambda: time.sleep(0.02) for unit in range(0, 20, 2)}
+    slow |= {("write", unit): lambda: time.sleep(0.03) for unit in range(0, 20, 3)}
+    runner = LocalRunner()
+    runner.readers, runner.writers = 4, 3
+    assert [record.unit for record in runner.run(range(20), steps_with(slow))] == list(range(20))
+
+
 def test_local_steps_overlap_and_the_caller_computes() -> None:
     threads: dict[str, set[int]] = {"read": set(), "compute": set(), "write": set()}
     notes: Failures = {

@@ -14,7 +14,7 @@ from svgpipe.manifests.alignment import ALIGNMENT_NAME, MeasuredAlignment
 from svgpipe.manifests.checkpoint import load_tensors
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.evaluation import EvaluationManifest
-from svgpipe.manifests.filesystem import Location, file_sha256, file_size, file_version, has_sha256, location
+from svgpipe.manifests.filesystem import Location, file_sha256, file_size, has_sha256, location
 from svgpipe.manifests.index import read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.kinds import read_any
@@ -22,7 +22,7 @@ from svgpipe.manifests.manifest import MANIFEST_NAME, digest, read_json
 from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.reconstruction import ReconstructionManifest
 from svgpipe.manifests.report_file import REPORT_NAME
-from svgpipe.manifests.shards import ShardSetManifest, index_of, tar_of
+from svgpipe.manifests.shards import ShardSetManifest, changed_content, index_of, tar_of
 
 from ..runtime.progress import Progress, Silent
 from .verify_cache import Finding, finding, found_by, verify_cache
@@ -62,7 +62,7 @@ def _verify_shards(path: Location, manifest: Any, *, deep: bool, progress: Progr
         size = file_size(tar)
         if size != shard.num_bytes:
             yield finding(tar, f"expected {shard.num_bytes} bytes, found {'no file' if size is None else size}")
-        elif not deep and shard.version not in (None, file_version(tar)) and file_sha256(tar) != shard.sha256:
+        elif not deep and changed_content(shard, tar) is not None:
             yield finding(tar, "was changed after it was indexed; its labels may be others now")
         try:
             table = read_index(index, shard.num_images)

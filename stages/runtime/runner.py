@@ -100,7 +100,7 @@ class LocalRunner:
 
     def _run(self, units: Sequence[Unit], steps: Steps[Unit, Loaded, Computed, Written]) -> Iterator[Written]:
         readers = ThreadPoolExecutor(self.readers, thread_name_prefix="svgpipe-read")
-        writer = ThreadPoolExecutor(self.writers, thread_name_prefix="svgpipe-write")
+        writers = ThreadPoolExecutor(self.writers, thread_name_prefix="svgpipe-write")
         waiting = iter(units)
         reading: deque[Future[Loaded]] = deque()
         writing: deque[Future[Written]] = deque()
@@ -117,14 +117,14 @@ class LocalRunner:
             while reading:
                 loaded = reading.popleft().result()
                 read_next()
-                writing.append(writer.submit(steps.write, compute(loaded)))
+                writing.append(writers.submit(steps.write, compute(loaded)))
                 while writing and (writing[0].done() or len(writing) > 2 * self.writers):
                     yield writing.popleft().result()
             while writing:
                 yield writing.popleft().result()
         finally:
             readers.shutdown(cancel_futures=True)
-            writer.shutdown(cancel_futures=True)
+            writers.shutdown(cancel_futures=True)
 
     @contextmanager
     def _compute_threads(self) -> Iterator[None]:

@@ -34,7 +34,16 @@ def flow_times(draws: Draws, config: DiffusionSection) -> Tensor:
 def training_losses(
     velocity: Velocity, x1: Tensor, labels: Tensor, draws: Draws, config: DiffusionSection, null_label: int
 ) -> Tensor:
-    """Return (B,) float32 losses of latents (B,T,C) and labels (B,), some of which are dropped."""
+    """Return the loss of every sample, (B,) float32.
+
+    Args:
+        velocity: the model.
+        x1: (B,T,C) latents.
+        labels: (B,) int64. Some are replaced by `null_label`, as `draws` decides.
+        draws: random values of the samples.
+        config: section `diffusion` of a recipe.
+        null_label: the label for 'no class'.
+    """
     if config.label_dropout > 0:
         labels = drop_labels(labels, draws.drop, config.label_dropout, null_label)
     with autocast(x1.device, config.precision):

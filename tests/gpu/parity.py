@@ -132,8 +132,8 @@ def training_step(setup: Setup) -> Iterator[Check]:
             name = f"one step, {precision}{', compiled' if compiled else ''}"
             yield Check(f"{name}: loss", abs(found[0] - loss) / loss, at_most=limit)
             yield Check(f"{name}: gradient norm", abs(found[1] - norm) / norm, at_most=limit)
-            # Adam's first step is as large as the learning rate for every gradient: rounding may flip the sign of tiny
-            # ones.
+            # Adam's first step moves every weight by the learning rate, whatever the size of its gradient. Rounding may
+            # flip the sign of a tiny gradient.
             yield Check(f"{name}: weights", relative_error(found[2], weights), at_most=2e-2)
 
 
