@@ -19,10 +19,11 @@ import zarr
 from numpy.typing import ArrayLike, NDArray
 
 from .cache_creation import UNIT_ROWS, UNKNOWN, Options, create_cache
-from .cache_manifest import CacheManifest, Distribution
+from .cache_manifest import CacheManifest
 from .errors import ArtifactError
 from .feature_store import FeatureStore, Values
 from .filesystem import Location, absolute, location
+from .store_spec import Distribution
 
 
 class CachedRow(NamedTuple):

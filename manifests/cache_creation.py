@@ -11,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .cache_manifest import CacheManifest, Distribution
+from .cache_manifest import CacheManifest
 from .cache_writer import complete_store, publish_cache, write_unit
 from .calibration import Calibration, given_calibration, measured_calibration, normalised, usable
 from .errors import ArtifactError, UsageError
@@ -21,7 +21,7 @@ from .journal import Journal
 from .manifest import MANIFEST_NAME
 from .moments import Moments
 from .selection import choose_evenly
-from .store_spec import StoreSpec
+from .store_spec import Distribution, StoreSpec
 from .workdir import StageSpec, WorkDir
 
 # Rows that mean and standard deviation are measured on, if they are not given.

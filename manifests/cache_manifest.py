@@ -9,9 +9,8 @@ from pydantic import Field
 
 from .feature_store import FeatureStore
 from .manifest import Json, Manifest, digest
-from .store_spec import StoreDtype, StoreSpec
+from .store_spec import Distribution, StoreDtype, StoreSpec
 
-Distribution = Literal["point", "gaussian"]
 STATISTICS = ("stored_mean", "stored_std", "stored_min", "stored_max", "stored_covariance")
 
 
@@ -64,6 +63,19 @@ class CacheManifest(Manifest):
         """Rows, columns and channels of a latent: of `feature_shape`, or half of its channels for a posterior."""
         rows, columns, channels = self.feature_shape
         return rows, columns, channels // 2 if self.distribution == "gaussian" else channels
+
+    @property
+    def channel_groups(self) -> dict[str, slice]:
+        """Channels of a latent by what made them: backbone and residual, a KL autoencoder (latent), or others."""
+        channels = self.latent_shape[2]
+        if not self.frozen_channels:
+            return {"latent": slice(0, channels)}
+        if "autoencoder" not in self.inputs:
+            return {"features": slice(0, channels)}
+        backbone = {"backbone": slice(0, self.frozen_channels)}
+        return backbone | (
+            {"residual": slice(self.frozen_channels, channels)} if self.frozen_channels < channels else {}
+        )
 
     @property
     def array_names(self) -> list[str]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .cache_manifest import Distribution
 from .errors import UsageError
 from .feature_store import Features
 from .journal import Journal
 from .moments import Moments
+from .store_spec import Distribution
 
 CALIBRATION = "calibration"
 # A constant channel is not rescaled, because that would divide by zero.
@@ -55,12 +55,11 @@ def measured_calibration(total: Moments, distribution: Distribution) -> Calibrat
 
     A latent z = m + s * eps has mean E[m] and variance Var[m] + E[s²]. Constant channels are not divided.
     """
-    mean, variance = total.mean, total.std**2
+    mean, std = total.mean, total.std
     if distribution == "gaussian":
         half = len(mean) // 2
-        variance = variance[:half] + variance[half:] + mean[half:] ** 2
+        std = np.sqrt(std[:half] ** 2 + std[half:] ** 2 + mean[half:] ** 2)
         mean = mean[:half]
-    std = np.sqrt(variance)
     return given_calibration(mean, np.where(std < MIN_STD, 1.0, std), len(mean), distribution)
 
 

@@ -26,7 +26,7 @@ class SamplerInfo(FrozenModel):
 
     steps: int = Field(description="Number of steps.")
     guidance: float = Field(description="Guidance scale; 1: no guidance.")
-    solver: str = Field(description="euler, heun (two evaluations per step), multistep or sde (Euler-Maruyama).")
+    solver: str = Field(description="euler, heun (two evaluations per step), multistep, sde, dopri5, ddpm or ddim.")
     guidance_mode: str = Field(description="Where on the path guidance acts.")
     time_shift: float = Field(description="Shift of the time grid; 1: none, below 1: more steps near the noise.")
     seed: int = Field(description="Seed of the noise, and of drawn labels.")
@@ -36,6 +36,7 @@ class SamplerInfo(FrozenModel):
     guide: str | None = Field(description="Autoguidance: weights, step and hash of the worse model; null: none.")
     classes: list[int] | None = Field(None, description="Class indexes that are sampled; null: all.")
     guidance_channels: int | None = Field(None, description="Number of channels that are guided; null: all.")
+    ddim_eta: float | None = Field(None, description="ddim: share of noise in the steps; null: 0.")
 
 
 class ReferenceInfo(FrozenModel):
@@ -97,6 +98,8 @@ class Report(WrittenReport):
     num_samples: int = Field(description="Number of samples per setting.")
     image_size: int = Field(description="Pixels per side of all images.")
     class_names: list[str] = Field(description="Class names of the diffusion model, in label order.")
+    preset: str | None = Field(None, description="Named settings of a published number; null: none.")
+    deviations: list[str] = Field(default_factory=list, description="What differs from the preset.")
     results: list[Measured] = Field(description="The settings of the sweep in order, then the reference lines.")
     not_measured: list[str] = Field(
         default_factory=list, description="Metrics that were not measured, with the reason."

@@ -167,6 +167,11 @@ class Manifest(FrozenModel):
     inputs: dict[str, InputRef] = Field(default_factory=dict)
     fingerprint: str = ""
 
+    @classmethod
+    def upgraded(cls, config: Json) -> Json:
+        """Return the config of an older version in today's keys."""
+        return config
+
     def identity(self) -> Json:
         """Return the content of the fingerprint."""
         unset = {name for name in self.ADDED if getattr(self, name) == type(self).model_fields[name].default}

@@ -10,13 +10,16 @@ from pydantic import Field
 
 from .errors import MismatchError, UsageError
 from .filesystem import Location
-from .manifest import InputRef, Manifest, require_same
+from .manifest import InputRef, Json, Manifest, require_same
+from .recipe import AutoencoderSection
+from .store_spec import Distribution
 
 AUTOENCODER_FILE = "autoencoder.safetensors"
 BACKBONE_FILE = "backbone.safetensors"
 STATISTICS_FILE = "statistics.safetensors"
 # Weights without EMA, and the name for the recipe's first EMA decay.
 RAW, EMA = "raw", "ema"
+System = Literal["svg", "dit", "sit", "repa", "lightningdit"]  # whose transformers can be imported
 OFFICIAL_LATENTS = "official-latents"  # kind of the input of an imported model that replaces the cache
 
 
@@ -46,20 +49,22 @@ def weights_file(name: str) -> str:
 
 
 class AutoencoderManifest(Manifest):
-    """A trained autoencoder: backbone, shape of its latents, hash of the trained part."""
+    """A trained autoencoder: shape of its latents, hash of the trained part."""
 
     KIND: ClassVar[str] = "autoencoder"
     NOUN: ClassVar[str] = "an autoencoder"
     GROWS: ClassVar[frozenset[str]] = frozenset({"steps"})
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"heldout_psnr", "reconstruction_grid", "origin"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"posterior_channels"})
 
     kind: Literal["autoencoder"] = "autoencoder"
     steps: int
     image_size: int
     grid: tuple[int, int]
-    frozen_channels: int
-    residual_channels: int
-    backbone_weights: str = Field(description="sha256 over the backbone's tensors, as loaded.")
+    frozen_channels: int = Field(description="Channels of the backbone's features in a latent.")
+    residual_channels: int = Field(description="Channels of the residual encoder in a latent.")
+    posterior_channels: int = Field(0, description="kl and aligned-kl: channels of a latent.")
+    backbone_weights: str = Field(description="sha256 over the backbone's tensors, as loaded; empty: none was needed.")
     alignment: list[float] | None = Field(
         description="Alignment scalars: frozen mean, std, residual mean, std. Imported ones: see alignment.json."
     )
@@ -67,6 +72,36 @@ class AutoencoderManifest(Manifest):
     heldout_psnr: float | None = Field(None, description="dB, mean over held-out images; null without any.")
     reconstruction_grid: str | None = None
     origin: str | None = Field(None, description="Imported: source file and its sha256.")
+
+    @classmethod
+    def upgraded(cls, config: Json) -> Json:
+        """Return a config with `kind`, which replaces `residual.enabled` of older versions."""
+        if "kind" in config:
+            return config
+        residual = dict(config["residual"])
+        kind = "svg" if residual.pop("enabled", True) else "vision"
+        new = AutoencoderSection().model_dump(mode="json", include={"kl", "vision_loss"})
+        return {**config, "kind": kind, "residual": residual, **new}
+
+    @property
+    def section(self) -> AutoencoderSection:
+        """Section of the recipe that it was made with."""
+        return AutoencoderSection.model_validate(self.upgraded(self.config))
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return self.frozen_channels + self.residual_channels + self.posterior_channels
+
+    @property
+    def distribution(self) -> Distribution:
+        """What is stored of an image: a point, or mean and standard deviation of a posterior."""
+        return "gaussian" if self.posterior_channels else "point"
+
+    @property
+    def stored_channels(self) -> int:
+        """Channels of a cache: those of a latent, twice for a posterior."""
+        return self.channels * (2 if self.distribution == "gaussian" else 1)
 
 
 def require_decoder(
@@ -90,7 +125,7 @@ def require_decoder(
     encoder = AutoencoderManifest.read(autoencoder)
     if recorded is not None:
         require_same(where, recorded, encoder.as_input(autoencoder), what_to_do=what_to_do)
-    own = (*encoder.grid, encoder.frozen_channels + encoder.residual_channels)
+    own = (*encoder.grid, encoder.channels)
     if own != shape:
         raise MismatchError(f"{where}: holds latents of {shape}, but {autoencoder} decodes {own}. {what_to_do}")
     return encoder
@@ -116,3 +151,8 @@ class DiffusionManifest(Manifest):
     untrained_classes: list[int] = Field([], description="Class indexes without training images; never sampled.")
     heldout_loss: float | None = None
     origin: str | None = Field(None, description="Imported: source file and its sha256.")
+
+    @classmethod
+    def upgraded(cls, config: Json) -> Json:
+        """Return a config with `objective`, which was always flow in older versions."""
+        return {"objective": "flow", **config}

@@ -7,9 +7,13 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from .precision import Precision
+from .presets import NAMES as PRESETS
+from .presets import Preset, preset_values
 from .section import Section
 
 Labels = Literal["equal", "drawn"]
+Objective = Literal["flow", "ddpm"]
+AutoencoderKind = Literal["svg", "vision", "kl", "aligned-kl"]
 WEIGHTS = r"^(raw|ema|(ema-)?0(\.\d+)?)$"
 MIN_RESAMPLINGS = 20  # fewer have no quantiles for a 95 % interval
 
@@ -42,7 +46,7 @@ class ShardSection(Section):
 
 
 class BackboneSection(Section):
-    """The frozen feature extractor: any timm model."""
+    """The frozen vision model: any timm model. svg and vision encode with it, aligned-kl is trained towards it."""
 
     name: str = Field("vit_small_plus_patch16_dinov3.lvd1689m", description="timm model: a ViT or a CNN.")
     weights: str = Field(
@@ -66,9 +70,8 @@ class BackboneSection(Section):
 
 
 class ResidualSection(Section):
-    """The residual encoder, a timm VisionTransformer. The defaults are the official values."""
+    """The residual encoder of kind svg, a timm VisionTransformer. The defaults are the official values."""
 
-    enabled: bool = Field(True, description="False: backbone features alone.")
     channels: Positive = Field(8, description="Residual channels.")
     depth: Positive = Field(6, description="Number of transformer blocks.")
     width: Positive = Field(384, description="Width of the transformer.")
@@ -85,15 +88,38 @@ class ResidualSection(Section):
         return self
 
 
+class KLSection(Section):
+    """Latents of the kinds kl and aligned-kl."""
+
+    channels: Positive = Field(4, description="Channels of a latent. SD-VAE has 4, VA-VAE 32.")
+    weight: float = Field(1e-6, ge=0, description="Weight of the KL divergence, a sum over the latent of an image.")
+
+
+class VisionLossSection(Section):
+    """The loss of kind aligned-kl that pulls latents towards the features of the vision model (VF loss)."""
+
+    weight: float = Field(0.1, ge=0, description="Weight of the loss.")
+    adaptive: bool = Field(True, description="Multiply the weight by the ratio of gradients at the encoder's end.")
+    distance_margin: float = Field(
+        0.25, ge=0, description="Difference of cosines between positions that costs nothing."
+    )
+    cosine_margin: float = Field(0.5, ge=0, description="Difference to cosine 1 that costs nothing.")
+
+
 class DecoderSection(Section):
-    """The LDM / VA-VAE decoder. len(ch_mult) levels must match the stride of the backbone."""
+    """The LDM / VA-VAE decoder; for kl and aligned-kl also the encoder, its mirror image.
+
+    kl and aligned-kl have the stride 2^(levels - 1). For svg and vision, the levels must match the backbone's stride.
+    """
 
     ch: Positive = Field(128, description="Channels at the highest resolution.")
     ch_mult: tuple[Positive, ...] = Field(
         (1, 1, 2, 2, 4), description="Channel multiplier of each level, highest resolution first."
     )
     num_res_blocks: Positive = Field(2, description="Residual blocks per level.")
-    attention: bool = Field(True, description="Attention at the lowest resolution, as in the official decoder.")
+    attention: bool = Field(
+        True, description="Attention in every block of the lowest level; it is always in the middle."
+    )
 
     @model_validator(mode="after")
     def _groups_divide(self) -> Self:
@@ -135,11 +161,18 @@ class ScheduleSection(Section):
 
 
 class AutoencoderSection(Section):
-    """`svgpipe train-autoencoder`: residual encoder and decoder of a frozen backbone."""
+    """`svgpipe train-autoencoder`: the tokenizer."""
 
+    kind: AutoencoderKind = Field(
+        "svg",
+        description="svg: frozen backbone and residual encoder; vision: frozen backbone alone; kl: VAE, as SD-VAE; "
+        "aligned-kl: VAE with the VF loss, as VA-VAE.",
+    )
     image_size: Positive = Field(256, description="Pixels per side of the images.")
     backbone: BackboneSection = BackboneSection()
     residual: ResidualSection = ResidualSection()
+    kl: KLSection = KLSection()
+    vision_loss: VisionLossSection = VisionLossSection()
     decoder: DecoderSection = DecoderSection()
     perceptual: PerceptualSection = PerceptualSection()
     discriminator: DiscriminatorSection = DiscriminatorSection()
@@ -161,9 +194,24 @@ class AutoencoderSection(Section):
 
     @model_validator(mode="after")
     def _can_train(self) -> Self:
-        if self.perceptual.kind == "backbone" and self.perceptual.weight > 0 and not self.perceptual.levels:
+        if self.perceives_with_backbone and not self.perceptual.levels:
             raise ValueError("perceptual.levels is empty, but perceptual.kind is backbone")
         return self
+
+    @property
+    def encodes_with_backbone(self) -> bool:
+        """Whether the backbone is part of the encoder."""
+        return self.kind in ("svg", "vision")
+
+    @property
+    def perceives_with_backbone(self) -> bool:
+        """Whether the perceptual loss needs the backbone."""
+        return self.perceptual.kind == "backbone" and self.perceptual.weight > 0
+
+    @property
+    def trains_with_backbone(self) -> bool:
+        """Whether the training needs the backbone, if only for a loss."""
+        return self.encodes_with_backbone or self.kind == "aligned-kl" or self.perceives_with_backbone
 
 
 class ExtractSection(Section):
@@ -176,6 +224,11 @@ class ExtractSection(Section):
         ("original", "flip"), description="Views to store: original, or original and flip."
     )
     calibration_images: Positive = Field(4096, description="Images that channel mean and std are measured on.")
+    factor: float | None = Field(
+        None,
+        gt=0,
+        description="Multiply all latents by this number, as SD-VAE's 0.18215; null: mean 0, std 1 per channel.",
+    )
     store_dtype: Literal["float16", "int8"] = Field("float16", description="float16, or int8: less than half the size.")
     compile: bool = Field(False, description="torch.compile the encoder. Changes the last bits of the features.")
 
@@ -194,7 +247,10 @@ class DiTSection(Section):
     heads: Positive = Field(6, description="Attention heads.")
     mlp_ratio: float = Field(4.0, gt=0, description="MLP width / width.")
     qk_norm: bool = Field(True, description="Normalise queries and keys.")
-    learn_sigma: bool = Field(False, description="Only to load official files: twice the output, half of it unused.")
+    learn_sigma: bool = Field(
+        False,
+        description="Twice the output. DDPM: the second half is the variance; flow: unused, to load official files.",
+    )
     patch_size: Positive | None = Field(
         None, description="Rows and columns of grid cells in a token; null: 1. DiT and SiT on SD-VAE latents have 2."
     )
@@ -213,10 +269,23 @@ class DiTSection(Section):
         return self
 
 
+class AlignSection(Section):
+    """Representation alignment: tokens inside the model are drawn towards features of a vision model."""
+
+    depth: Positive = Field(8, description="Tokens after this block are aligned, counted from 1.")
+    projector: Literal["mlp", "conv"] = Field("mlp", description="mlp: three layers (REPA); conv: 3x3 (iREPA).")
+    width: Positive = Field(2048, description="mlp: width of its two hidden layers.")
+    coefficient: float = Field(0.5, gt=0, description="Weight of the loss. REPA: 0.5, iREPA: 1.")
+    zscore: bool = Field(False, description="Normalise the features of an image over its grid (iREPA).")
+
+
 class DiffusionSection(Section):
     """`svgpipe train-diffusion`: the diffusion transformer, from the cache alone."""
 
     model: DiTSection = DiTSection()
+    objective: Objective = Field(
+        "flow", description="flow: velocity of a straight path; ddpm: noise and variance, as DiT."
+    )
     schedule: ScheduleSection = ScheduleSection()
     steps: Positive = Field(400_000, description="Optimizer steps.")
     batch_size: Positive = Field(256, description="Samples per step, over all workers.")
@@ -233,6 +302,9 @@ class DiffusionSection(Section):
         False, description="Training times are logit-normal, not uniform, before the shift."
     )
     cosine_loss: bool = Field(False, description="Add 1 - cosine of predicted and true velocity to the loss.")
+    align: AlignSection | None = Field(
+        None, description="Alignment with the cache of --align, or with the cache itself; null: none."
+    )
     clip_grad_norm: float | None = Field(None, gt=0, description="Maximum gradient norm; null: no clipping.")
     precision: Precision = Field("bfloat16", description="float32, bfloat16, or auto: the faster one on this machine.")
     compile: Literal["auto"] | bool = Field("auto", description="torch.compile the model. auto: on CUDA.")
@@ -268,6 +340,14 @@ class DiffusionSection(Section):
             raise ValueError(f"accumulate {self.accumulate} is more than batch_size {self.batch_size}")
         return self
 
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Self:
+        if self.objective == "ddpm" and not self.model.learn_sigma:
+            raise ValueError("objective ddpm learns the variance: set model.learn_sigma=true")
+        if self.objective == "ddpm" and (self.logit_normal_time or self.cosine_loss):
+            raise ValueError("logit_normal_time and cosine_loss belong to objective flow, not to ddpm")
+        return self
+
 
 class ExtractorSection(Section):
     """The feature extractor of the metrics."""
@@ -292,13 +372,17 @@ class ExtractorSection(Section):
 class EvaluationSection(Section):
     """`svgpipe sample-and-eval`: a sweep of steps × guidance, decoded and measured."""
 
+    preset: Preset | None = Field(
+        None, description=f"Settings that published numbers were made with: {', '.join(PRESETS)}; null: none."
+    )
     steps: tuple[Annotated[int, Field(gt=0, le=100_000)], ...] = Field((25,), description="Numbers of sampling steps.")
     guidance: tuple[Annotated[float, Field(ge=0)], ...] = Field((1.0,), description="Guidance scales; 1: no guidance.")
-    solver: Literal["euler", "heun", "multistep", "sde"] = Field(
+    solver: Literal["euler", "heun", "multistep", "sde", "dopri5", "ddpm", "ddim"] = Field(
         "euler",
         description="euler; heun: two evaluations per step; multistep: second order, one evaluation per step; "
-        "sde: Euler-Maruyama.",
+        "sde: Euler-Maruyama; dopri5: chooses the steps of every sample. ddpm, ddim: for models of objective ddpm.",
     )
+    ddim_eta: float | None = Field(None, ge=0, le=1, description="ddim: share of noise in the steps; null: 0.")
     guidance_mode: str = Field(
         "constant", description="constant, interval-LO-HI, linear, late, early-R or cfg_star-K-R."
     )
@@ -331,6 +415,14 @@ class EvaluationSection(Section):
             if len({f"{value:g}" for value in values}) != len(values):
                 raise ValueError(f"{name} must name no value twice, found {list(values)}")
         return self
+
+    def deviations(self) -> list[str]:
+        """Return what differs from the preset: `steps: [25] instead of [250]`."""
+        if self.preset is None:
+            return []
+        values = preset_values(self.preset)
+        wanted, own = (one.model_dump(mode="json") for one in (EvaluationSection.model_validate(values), self))
+        return [f"{key}: {own[key]} instead of {wanted[key]}" for key in values if own[key] != wanted[key]]
 
 
 class ReconstructionSection(Section):

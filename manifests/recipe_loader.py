@@ -1,7 +1,8 @@
 """Loads recipes by name or from a file, and overrides single values.
 
 `--set section.key=value` overrides a value. A file may begin with `extends: NAME|FILE` and then lists only its
-differences. An unknown key is an error that names the nearest valid key.
+differences. `evaluation.preset` fills in keys that are not given beside it. An unknown key is an error that names the
+nearest valid key.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from .errors import UsageError
+from .presets import NAMES as PRESETS
+from .presets import preset_values
 from .recipe import Recipe
 from .section import Section
 from .yaml_values import parse_value, parse_yaml
 
 YAML_SUFFIXES = {".yaml", ".yml"}
+PRESET_KEY = "evaluation.preset"
 
 
 def builtin_names() -> list[str]:
@@ -39,8 +43,11 @@ def load_recipe(name_or_file: str | None, overrides: Sequence[str] = ()) -> Reci
     """
     raw, where = _read_with_base(name_or_file) if name_or_file is not None else ({}, "recipe")
     _refuse_unknown_keys(raw, Recipe, where)
-    for override in overrides:
+    # First the preset, so that other options of the command line win over it, and it over the recipe.
+    for override in sorted(overrides, key=lambda text: not text.startswith(f"{PRESET_KEY}=")):
         _apply_override(raw, override)
+        if override.startswith(f"{PRESET_KEY}="):
+            raw["evaluation"] = {**raw["evaluation"], **_preset(raw["evaluation"])}
     _refuse_unknown_keys(raw, Recipe, "--set")
     try:
         return Recipe.model_validate(raw)
@@ -89,6 +96,8 @@ def _read_with_base(name_or_file: str, seen: tuple[str, ...] = ()) -> tuple[dict
         UsageError: `extends` does not name another recipe.
     """
     raw, where = _read_source(name_or_file)
+    if isinstance(section := raw.get("evaluation"), dict):
+        raw["evaluation"] = {**_preset(section), **section}
     base_name = raw.pop("extends", None)
     if base_name is None:
         return raw, where
@@ -98,6 +107,12 @@ def _read_with_base(name_or_file: str, seen: tuple[str, ...] = ()) -> tuple[dict
         base_name = str(Path(name_or_file).parent / base_name)
     base, _ = _read_with_base(base_name, (*seen, base_name))
     return _merge(base, raw), where
+
+
+def _preset(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of the preset that a section names; none for an unknown name, which is refused later."""
+    name = evaluation.get("preset")
+    return preset_values(name) if name in PRESETS else {}
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +153,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     target = raw
     *sections, key = name.split(".")
     for section in sections:
-        inner = target.get(section, {})
+        inner = target.get(section) or {}
         if not isinstance(inner, dict):
             raise UsageError(f"--set {override!r}: {section} is a value, not a section.")
         # Copied, because a YAML alias (`a: &x {…}`, `b: *x`) makes two sections one object.
@@ -161,7 +176,7 @@ def _refuse_unknown_keys(raw: dict[str, Any], model: type[BaseModel], where: str
                 hint = f"did you mean {prefix}{near[0]}?" if near else f"expected one of {', '.join(names)}."
             raise UsageError(f"{where}: unknown key {prefix}{key}; {hint}")
         inner = _section_of(field.annotation)
-        if inner is not None:
+        if inner is not None and (value is not None or inner is field.annotation):
             if not isinstance(value, dict):
                 raise UsageError(f"{where}: {prefix}{key}: expected a section with keys, found {_brief(value)}.")
             _refuse_unknown_keys(value, inner, where, f"{prefix}{key}.")

@@ -19,7 +19,9 @@ class Reconstructed(FrozenModel):
     """Metrics of reconstructed images against their originals."""
 
     name: str = Field(description="Folder of the images.")
-    residual: bool = Field(description="False: the mask token replaced the output of the residual encoder.")
+    residual: bool | None = Field(
+        description="False: the mask token replaced the output of the residual encoder; null: there is none."
+    )
     psnr: Estimate | None = Field(description="dB, mean over images; null if all are reproduced exactly.")
     ssim: Estimate = Field(description="Mean over images; Gaussian window of 1.5 pixels (Wang 2004).")
     lpips: Estimate | None = Field(description="VGG16; lower is better.")
@@ -40,7 +42,7 @@ class ReconstructionReport(WrittenReport):
     image_size: int = Field(description="Pixels per side of all images.")
     num_images: int = Field(description="Held-out images, centre-cropped.")
     images: str = Field(description="Digest of these images and of their crop.")
-    results: list[Reconstructed] = Field(description="With residual branch, then without.")
+    results: list[Reconstructed] = Field(description="Kind svg: with residual branch, then without. Other kinds: one.")
     not_measured: list[str] = Field(
         default_factory=list, description="Metrics that were not measured, with the reason."
     )

@@ -8,6 +8,9 @@ from typing import Literal
 from .filesystem import Location
 
 StoreDtype = Literal["float16", "int8"]
+Distribution = Literal[
+    "point", "gaussian"
+]  # what is stored of an image: a latent, or mean and deviation of a posterior
 
 
 @dataclass(frozen=True)

@@ -108,9 +108,10 @@ class StageSpec(Generic[M]):
         return {key for key in self.kind.GROWS if key in config and self.config[key] > config[key]}
 
     def _require_equal(self, found: Json, noun: str, what_to_do: str, may_change: frozenset[str]) -> None:
-        allowed = may_change | self._grown(found["config"])
+        config = self.kind.upgraded(found["config"])
+        allowed = may_change | self._grown(config)
         changed = {key: value for key, value in self.config.items() if key in allowed}
-        there = {**_with_new_keys(found["config"], self.config), **changed}
+        there = {**_with_new_keys(config, self.config), **changed}
         lines = differing_fields({**found, "config": there}, self.plan)
         if lines:
             hints = [INPUTS_DIFFER] if any(line.startswith("inputs.") for line in lines) else []

@@ -1,110 +1,57 @@
-"""The SVG autoencoder: frozen backbone + residual encoder → latent map → decoder.
+"""What all autoencoders (tokenizers) have in common: images to un-normalised latents, and back.
 
-Legend: B batch, F frozen channels, R residual channels, C = F + R, h w grid.
-Source: official dino_decoder.py.
+Legend: B batch, C latent channels, h w grid.
 """
 
 from __future__ import annotations
 
-import torch
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
-from .backbone import Backbone
 from .convert import require_fit
 from .decoder import Decoder
-from .residual import IMAGENET_MEAN, IMAGENET_STD, Alignment, ResidualEncoder
 
 
-class Autoencoder(nn.Module):
-    """Encode images to un-normalised latents and back.
+class Autoencoder(nn.Module, ABC):
+    """Encodes images and decodes latents. A cache stores points, or means and deviations of posteriors."""
 
-    Only the residual encoder, the mask token and the decoder are trained. The backbone runs without gradients, and its
-    weights are not part of `trained_state`.
-    """
-
-    imagenet_mean: Tensor
-    imagenet_std: Tensor
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        decoder: Decoder,
-        residual: ResidualEncoder | None,
-        *,
-        align: bool = True,
-        mask_ratio: float = 0.1,
-    ) -> None:
-        """Build the module.
-
-        Raises:
-            ValueError: backbone, residual encoder and decoder do not fit each other.
-        """
-        super().__init__()
-        self.backbone, self.decoder, self.residual = backbone, decoder, residual
-        self.alignment = Alignment() if align and residual is not None else None
-        self.mask_ratio = mask_ratio
-        residual_channels = residual.channels if residual is not None else 0
-        self.mask_token = nn.Parameter(
-            0.02 * torch.randn(1, residual_channels, 1, 1), requires_grad=residual is not None
-        )
-        for name, values in (("imagenet_mean", IMAGENET_MEAN), ("imagenet_std", IMAGENET_STD)):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
-        if decoder.conv_in.in_channels != self.channels:
-            raise ValueError(
-                f"autoencoder: decoder: expected {self.channels} latent channels "
-                f"({backbone.channels} frozen + {residual_channels} residual), "
-                f"found {decoder.conv_in.in_channels}"
-            )
-        if residual is not None and residual.image_size // residual.patch_size != backbone.grid:
-            raise ValueError(
-                f"autoencoder: residual encoder: expected the backbone's grid of {backbone.grid}, "
-                f"found {residual.image_size // residual.patch_size}"
-            )
+    FROZEN_PREFIX = ""  # of the weights that are not trained; empty: all are trained
+    decoder: Decoder
 
     @property
+    @abstractmethod
     def channels(self) -> int:
-        """Channels of the latent map, frozen first, residual last."""
-        return self.backbone.channels + (self.residual.channels if self.residual is not None else 0)
+        """Channels of a latent."""
 
-    def encode(self, images: Tensor, mask_draws: Tensor | None = None) -> Tensor:
-        """(B,3,H,W) in [0,1] → (B,C,h,w) un-normalised.
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the decoder's last convolution, where the adaptive weight of the discriminator is measured."""
+        return self.decoder.conv_out.weight
 
-        Args:
-            images: RGB in [0,1].
-            mask_draws: (B,) uniform draws. In train mode, if a draw is below `mask_ratio`, the mask token replaces the
-                whole residual of that sample, before alignment. None: no masking.
-        """
-        with torch.no_grad():
-            frozen = self.backbone(images)
-        if self.residual is None:
-            return frozen
-        residual = self.residual((images - self.imagenet_mean) / self.imagenet_std)
-        return self.join(frozen, residual, mask_draws)
+    @property
+    def can_encode(self) -> bool:
+        """Whether everything that `encode` needs is trained or measured."""
+        return True
 
-    def encode_without_residual(self, images: Tensor) -> Tensor:
-        """Encode like `encode`, with the mask token in place of every residual token, as training masks it."""
-        frozen = self.backbone(images)
-        token = self.mask_token.to(frozen.dtype).expand(len(frozen), -1, *frozen.shape[-2:])
-        return self.join(frozen, token)
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """(B,3,H,W) in [0,1] → what a cache stores: (B,C,h,w), or (B,2C,h,w) means and standard deviations."""
 
-    def join(self, frozen: Tensor, residual: Tensor, mask_draws: Tensor | None = None) -> Tensor:
-        """Mask, align and concatenate: (B,F,h,w), (B,R,h,w) → (B,C,h,w), residual last."""
-        if self.training and mask_draws is not None:
-            masked = (mask_draws < self.mask_ratio).view(-1, 1, 1, 1)
-            residual = torch.where(masked, self.mask_token.to(residual.dtype), residual)
-        if self.alignment is not None:
-            residual = self.alignment(frozen, residual)
-        return torch.cat([frozen, residual.to(frozen.dtype)], dim=1)
+    def latents(self, stored: Tensor) -> Tensor:
+        """Return the latents (B,C,h,w) of the result of `encode`; of a posterior its mean."""
+        return stored[:, : self.channels]
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B,C,h,w) un-normalised → (B,3,H,W), nominally in [-1,1]; not clamped."""
         return self.decoder(latents)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Return the state without the backbone."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+        """Return the state without frozen weights."""
+        frozen = self.FROZEN_PREFIX
+        return {k: v for k, v in self.state_dict().items() if not (frozen and k.startswith(frozen))}
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
         """Strictly load `trained_state`. Raises ValueError naming keys or shapes that do not fit."""
         require_fit("autoencoder", self.trained_state(), state)
-        self.load_state_dict(state, strict=False)  # strictness was checked above; the backbone is not in `state`
+        self.load_state_dict(state, strict=False)  # strictness was checked above; frozen weights are not in `state`

@@ -12,52 +12,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attend, fastest_kernel
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-class ResBlock(nn.Module):
-    """GN-SiLU-conv, GN-SiLU-dropout-conv, plus a 1x1 shortcut where widths differ: (B,in,h,w) → (B,out,h,w)."""
-
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.norm1 = _norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-        self.has_shortcut = in_channels != out_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        skip = self.nin_shortcut(x) if self.has_shortcut else x
-        return skip + h
-
-
-class AttnBlock(nn.Module):
-    """Single-head attention over the grid, residual: (B,C,h,w) → (B,C,h,w)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.kernel = fastest_kernel()
-        self.norm = _norm(channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
-        normed = self.norm(x)
-        q, k, v = (f(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for f in (self.q, self.k, self.v))
-        mixed = attend(q, k, v, self.kernel).squeeze(1).transpose(1, 2).reshape(b, c, h, w)
-        return x + self.proj_out(mixed)
+from .convolution import AttnBlock, Middle, ResBlock, group_norm, require_groups
 
 
 class Upsample(nn.Module):
@@ -69,17 +24,6 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class _Mid(nn.Module):
-    def __init__(self, channels: int, dropout: float) -> None:
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels, dropout)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResBlock(channels, channels, dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class _Level(nn.Module):
@@ -125,15 +69,13 @@ class Decoder(nn.Module):
             ValueError: a width is no multiple of GroupNorm's 32 groups.
         """
         super().__init__()
-        bad = [ch * m for m in ch_mult if ch * m % 32]
-        if bad:
-            raise ValueError(f"decoder: expected widths that are multiples of 32, found {bad}")
+        require_groups("decoder", [ch * m for m in ch_mult])
         levels = len(ch_mult)
         self.factor = 2 ** (levels - 1)
         width = ch * ch_mult[-1]
         side = resolution // self.factor
         self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
-        self.mid = _Mid(width, dropout)
+        self.mid = Middle(width, dropout)
         up: list[nn.Module] = []
         for level in reversed(range(levels)):
             out = ch * ch_mult[level]
@@ -147,7 +89,7 @@ class Decoder(nn.Module):
             )
             width, side = out, side * 2
         self.up = nn.ModuleList(reversed(up))  # key up.0 is the highest resolution
-        self.norm_out = _norm(width)
+        self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Source: official models of SVG, DiT, SiT and LightningDiT. Module names follow S
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,13 @@ from .positions import rotary_tables, rotate, sincos_position_table
 
 def time_features(t_B: Tensor, count: int = 256) -> Tensor:
     """(B,) times in [0,1], unscaled → (B,count): cosines, then sines, of t * 10000^(-k/(count/2))."""
-    half = count // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t_B.device) / half)
-    angles = t_B.float()[:, None] * frequencies
+    angles = t_B.float()[:, None] * time_frequencies(count // 2, t_B.device)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def time_frequencies(count: int, device: torch.device | None = None) -> Tensor:
+    """(count,) frequencies 10000^(-k/count)."""
+    return torch.exp(-math.log(10000) * torch.arange(count, dtype=torch.float32, device=device) / count)
 
 
 class TimeEmbedder(nn.Module):
@@ -157,7 +161,8 @@ class DiT(nn.Module):
 
     - patch_size p: a token is p × p cells (DiT and SiT: 2; None: 1);
     - qk_norm: queries and keys are normalised (SVG);
-    - learn_sigma: the last layer is twice as wide, and the second half is dropped, as in SVG's and SiT's samplers;
+    - learn_sigma: the last layer is twice as wide; the second half is dropped, as in SVG's and SiT's samplers, except
+      with returns_variance (DDPM): then the result is (B,T,2C);
     - rms_norm, swiglu, rope: RMSNorm with weights, SwiGLU with 2/3 of the width, rotary positions beside the fixed
       table (LightningDiT).
     """
@@ -182,6 +187,7 @@ class DiT(nn.Module):
         rms_norm: bool = False,
         swiglu: bool = False,
         rope: bool = False,
+        returns_variance: bool = False,
         null_row: bool = True,
     ) -> None:
         """Build a new model.
@@ -189,19 +195,22 @@ class DiT(nn.Module):
         Without `null_row` it has no null label, like official models of class_dropout_prob 0.
 
         Raises:
-            ValueError: heads do not divide the width, or patches the grid, or the grid is empty.
+            ValueError: heads do not divide the width, or patches the grid, the grid is empty, or returns_variance
+                without learn_sigma.
         """
         super().__init__()
         if width % heads:
             raise ValueError(f"DiT: width: expected a multiple of heads {heads}, found {width}")
         if min(grid) < 1:
             raise ValueError(f"DiT: grid: expected positive rows and columns, found {grid}")
+        if returns_variance and not learn_sigma:
+            raise ValueError("DiT: returns_variance needs learn_sigma")
         self.patch = patch_size or 1
         if any(side % self.patch for side in grid):
             raise ValueError(f"DiT: patch_size {self.patch} does not divide the latents' grid of {grid[0]}x{grid[1]}")
         self.grid, self.in_channels, self.num_classes = grid, in_channels, num_classes
         self.recompute = False  # recompute blocks in the backward pass: less memory, about a third more time
-        self.learn_sigma = learn_sigma
+        self.learn_sigma, self.drops_half = learn_sigma, learn_sigma and not returns_variance
         tokens = (grid[0] // self.patch, grid[1] // self.patch)
         self.register_buffer("pos_embed", sincos_position_table(width, *tokens))
         self.rope = rope
@@ -237,17 +246,14 @@ class DiT(nn.Module):
         """The label for 'no class'."""
         return self.num_classes
 
-    def forward(self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
-        """The velocity, (B,T,C).
-
-        Raises:
-            ValueError: tokens or channels are not the model's.
-        """
-        out = self.raw(x_BTC, t_B, y_B)
-        return out[..., : self.in_channels] if self.learn_sigma else out
-
-    def raw(self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
-        """The whole output of the last layer: (B,T,C), with `learn_sigma` (B,T,2C).
+    @overload
+    def forward(self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor, tap: int) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor, tap: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The velocity, (B,T,C); with `tap` also the tokens (B,N,D) after that block, counted from 1.
 
         Raises:
             ValueError: cells or channels are not the model's.
@@ -257,13 +263,16 @@ class DiT(nn.Module):
             raise ValueError(f"DiT: expected cells x channels {expected}, found {tuple(x_BTC.shape[1:])}")
         c_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
         rotation = (self.rotary_cos, self.rotary_sin) if self.rope else None
-        x_BND = self.ln1(self._patches(x_BTC)) + self.pos_embed
-        for block in self.blocks:
+        x_BND = tapped = self.ln1(self._patches(x_BTC)) + self.pos_embed
+        for number, block in enumerate(self.blocks, 1):
             if self.recompute and torch.is_grad_enabled():
                 x_BND = checkpoint(block, x_BND, c_BD, rotation, use_reentrant=False)
             else:
                 x_BND = block(x_BND, c_BD, rotation)
-        return self._cells(self.final_layer(x_BND, c_BD))
+            tapped = x_BND if number == tap else tapped
+        out = self._cells(self.final_layer(x_BND, c_BD))
+        velocity = out[..., : self.in_channels] if self.drops_half else out
+        return velocity if tap is None else (velocity, tapped)
 
     def _patches(self, x_BTC: Tensor) -> Tensor:
         """(B,T,C) → (B,N,C p p): channel, row in the patch, column in the patch."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .backbone import Backbone
 from .residual import itself
 
+ADVERSARIAL_LIMIT = 1e4  # of the adaptive weight of the adversarial loss
 Total = Callable[[Tensor], Tensor]
 """Sums over the processes that share a batch."""
 Perceptual = Callable[[Tensor, Tensor], Tensor]
@@ -175,10 +176,10 @@ def _unit(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GeneratorLoss:
-    """Result of one generator pass: the loss, and its parts (detached scalars).
+    """Result of one generator pass: the loss, and its parts (scalars).
 
     With several processes, all values except the adaptive weight are the contribution of this process: their sum over
-    the processes is the mean over the batch.
+    the processes is the mean over the batch. `nll` has its gradient, which other losses are weighted by.
     """
 
     total: Tensor
@@ -231,7 +232,7 @@ def generator_loss(
         loss = nll + adaptive * adversarial
     return GeneratorLoss(
         total=loss,
-        nll=nll.detach(),
+        nll=nll,
         l1=_part_of_mean(l1, count).detach(),
         perceptual=_part_of_mean(distance, count).detach(),
         adversarial=adversarial.detach(),
@@ -244,12 +245,12 @@ def _part_of_mean(values: Tensor, count: int) -> Tensor:
     return values.float().sum() / (count * values[0].numel())
 
 
-def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor, total: Total = itself) -> Tensor:
-    """clamp(|grad nll| / (|grad g| + 1e-4), 0, 1e4), detached; gradients with respect to `last_layer`."""
-    nll_grad, g_grad = (
-        total(torch.autograd.grad(part, last_layer, retain_graph=True)[0]) for part in (nll, adversarial)
-    )
-    return (nll_grad.norm() / (g_grad.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+def adaptive_weight(
+    nll: Tensor, other: Tensor, layer: Tensor, total: Total = itself, *, largest: float = ADVERSARIAL_LIMIT
+) -> Tensor:
+    """clamp(|grad nll| / (|grad other| + 1e-4), 0, largest), detached; gradients with respect to `layer`."""
+    nll_grad, other_grad = (total(torch.autograd.grad(part, layer, retain_graph=True)[0]) for part in (nll, other))
+    return (nll_grad.norm() / (other_grad.norm() + 1e-4)).clamp(0.0, largest).detach()
 
 
 def discriminator_loss(

@@ -97,7 +97,7 @@ def backbone_name(state: State) -> str:
     """
     if "storage_tokens" not in state or "cls_token" not in state:
         raise ValueError("encoder: expected a DINOv3 ViT in Meta's keys (cls_token, storage_tokens, …)")
-    width, depth = _need(state, "cls_token", 3).shape[-1], _count(state, r"blocks\.(\d+)\.")
+    width, depth = need(state, "cls_token", 3).shape[-1], count(state, r"blocks\.(\d+)\.")
     swiglu = "blocks.0.mlp.w1.weight" in state
     if (width, depth, swiglu) not in DINOV3:
         raise ValueError(
@@ -114,16 +114,16 @@ def residual_sizes(state: State) -> dict[str, int | float]:
     Raises:
         ValueError: a tensor is missing, or the number of positions is not a square.
     """
-    patches, positions = _need(state, "conv_proj.weight", 4), _need(state, "encoder.pos_embedding", 3)
+    patches, positions = need(state, "conv_proj.weight", 4), need(state, "encoder.pos_embedding", 3)
     width, patch, side = patches.shape[0], patches.shape[-1], math.isqrt(positions.shape[1] - 1)
     if side**2 != positions.shape[1] - 1:
         raise ValueError(f"extra_vit: expected positions of a square grid and a class, found {positions.shape[1]}")
-    hidden = _need(state, "encoder.layers.encoder_layer_0.mlp.0.weight", 2).shape[0]
+    hidden = need(state, "encoder.layers.encoder_layer_0.mlp.0.weight", 2).shape[0]
     return {
         "image_size": side * patch,
         "patch_size": patch,
-        "channels": _need(state, "heads.2.weight", 2).shape[0],
-        "depth": _count(state, r"encoder\.layers\.encoder_layer_(\d+)\."),
+        "channels": need(state, "heads.2.weight", 2).shape[0],
+        "depth": count(state, r"encoder\.layers\.encoder_layer_(\d+)\."),
         "width": width,
         "heads": RESIDUAL_HEADS,
         "mlp_ratio": hidden / width,
@@ -147,16 +147,16 @@ def decoder_sizes(state: State) -> DecoderSizes:
     Raises:
         ValueError: a tensor is missing, or a width is not a multiple of the narrowest one.
     """
-    levels = _count(state, r"up\.(\d+)\.")
-    widths = [_need(state, f"up.{level}.block.0.conv2.weight", 4).shape[0] for level in range(levels)]
+    levels = count(state, r"up\.(\d+)\.")
+    widths = [need(state, f"up.{level}.block.0.conv2.weight", 4).shape[0] for level in range(levels)]
     ch = widths[0]
     if any(width % ch for width in widths):
         raise ValueError(f"decoder: expected widths that are multiples of {ch}, found {widths}")
     return DecoderSizes(
-        z_channels=_need(state, "conv_in.weight", 4).shape[1],
+        z_channels=need(state, "conv_in.weight", 4).shape[1],
         ch=ch,
         ch_mult=tuple(width // ch for width in widths),
-        num_res_blocks=_count(state, r"up\.0\.block\.(\d+)\.") - 1,
+        num_res_blocks=count(state, r"up\.0\.block\.(\d+)\.") - 1,
         attention=f"up.{levels - 1}.attn.0.q.weight" in state,
     )
 
@@ -185,34 +185,35 @@ class DiTSizes:
         return DIT_NAMES.get((self.width, self.depth), f"of width {self.width} and depth {self.depth}")
 
 
-def dit_sizes(state: State) -> DiTSizes:
-    """Return the sizes of an official SVG, DiT, SiT or LightningDiT transformer.
+def dit_sizes(state: State, heads: int | None = None) -> DiTSizes:
+    """Return the sizes of an official SVG, DiT, SiT, REPA or LightningDiT transformer.
 
-    The last row of its label table is assumed to be the null label.
+    The last row of its label table is assumed to be the null label. `heads` is the number of attention heads; None: as
+    a tensor or the published width says.
 
     Raises:
         ValueError: a tensor is missing, the grid is not square, or the number of heads is unknown for this width.
     """
-    table, positions = _need(state, "y_embedder.embedding_table.weight", 2), _need(state, "pos_embed", 3)
-    out, side = _need(state, "final_layer.linear.weight", 2).shape[0], math.isqrt(positions.shape[1])
+    table, positions = need(state, "y_embedder.embedding_table.weight", 2), need(state, "pos_embed", 3)
+    out, side = need(state, "final_layer.linear.weight", 2).shape[0], math.isqrt(positions.shape[1])
     if PATCHES in state:
-        width, channels, patch, _ = _need(state, PATCHES, 4).shape
+        width, channels, patch, _ = need(state, PATCHES, 4).shape
     else:
-        (width, channels), patch = _need(state, "ln1.weight", 2).shape, 1
+        (width, channels), patch = need(state, "ln1.weight", 2).shape, 1
     if side**2 != positions.shape[1]:
         raise ValueError(f"pos_embed: expected a square grid, found {positions.shape[1]} positions")
     once = patch**2 * channels
     if out not in (once, 2 * once):
         raise ValueError(f"final_layer: expected {once} or {2 * once} outputs, found {out}")
     swiglu = "blocks.0.mlp.w12.weight" in state
-    hidden = _need(state, "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight", 2).shape[1]
+    hidden = need(state, "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight", 2).shape[1]
     return DiTSizes(
         grid=side * patch,
         in_channels=channels,
         num_classes=table.shape[0] - 1,
         width=width,
-        depth=_count(state, r"blocks\.(\d+)\."),
-        heads=_heads(state, width),
+        depth=count(state, r"blocks\.(\d+)\."),
+        heads=heads or _heads(state, width),
         mlp_ratio=hidden * (1.5 if swiglu else 1) / width,
         qk_norm=HEAD_NORM in state,
         learn_sigma=out == 2 * once,
@@ -230,15 +231,22 @@ def _heads(state: State, width: int) -> int:
         ValueError: none does, and the width is not a published one.
     """
     if HEAD_NORM in state:
-        return width // _need(state, HEAD_NORM, 1).shape[0]
+        return width // need(state, HEAD_NORM, 1).shape[0]
     if ROTATIONS[0] in state:
-        return width // _need(state, ROTATIONS[0], 2).shape[1]
+        return width // need(state, ROTATIONS[0], 2).shape[1]
     if width not in DIT_HEADS:
-        raise ValueError(f"width {width} is not a published one; without QK-norm the number of heads is unknown")
+        raise ValueError(
+            f"width {width} is not a published one; without QK-norm the number of heads is unknown (--heads)"
+        )
     return DIT_HEADS[width]
 
 
-def _need(state: Mapping[str, Tensor], key: str, dimensions: int) -> Tensor:
+def need(state: Mapping[str, Tensor], key: str, dimensions: int) -> Tensor:
+    """Return a tensor of a state dict.
+
+    Raises:
+        ValueError: it is missing, empty, or has another number of dimensions.
+    """
     if key not in state:
         raise ValueError(f"missing {key}")
     if state[key].ndim != dimensions or not state[key].numel():
@@ -246,6 +254,6 @@ def _need(state: Mapping[str, Tensor], key: str, dimensions: int) -> Tensor:
     return state[key]
 
 
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+def count(state: Mapping[str, Tensor], pattern: str) -> int:
     """Return one more than the largest number in the keys that begin with the pattern; 0 if there are none."""
     return 1 + max((int(match[1]) for key in state if (match := re.match(pattern, key))), default=-1)

@@ -14,10 +14,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .dopri5 import integrate
 from .flow import Velocity, shift_time
 
-Solver = Literal["euler", "heun", "multistep", "sde"]
-"""Euler; Heun: two evaluations per step; Adams-Bashforth of second order: one evaluation per step; Euler-Maruyama."""
+Solver = Literal["euler", "heun", "multistep", "sde", "dopri5"]
+"""Euler; Heun: two evaluations per step; Adams-Bashforth of second order: one evaluation per step; Euler-Maruyama;
+Dormand-Prince, which chooses its steps."""
 Noise = Callable[[int], Tensor]
 """Step → (B,T,C) standard normal noise."""
 Weights = tuple[float, float]
@@ -68,7 +70,9 @@ def sde_grid(steps: int, shift: float) -> Tensor:
 
 
 def times_of_evaluations(solver: Solver, steps: int, shift: float) -> list[tuple[int, float]]:
-    """Return the step and the time of every evaluation of the model."""
+    """Return the step and the time of every evaluation of the model; of dopri5 the first: guidance is constant."""
+    if solver == "dopri5":
+        return [(0, 0.0)]
     times = (sde_grid(steps, shift) if solver == "sde" else time_grid(steps, shift)).tolist()
     return [*enumerate(times[:-1]), *(enumerate(times[1:]) if solver == "heun" else ())]
 
@@ -148,10 +152,10 @@ class GuidedVelocity:
     weak: Velocity | None = None
     channels: int | None = None
 
-    def __call__(self, z_BTC: Tensor, t: float, y_B: Tensor, weights: Weights) -> Tensor:
+    def __call__(self, z_BTC: Tensor, t: float | Tensor, y_B: Tensor, weights: Weights) -> Tensor:
         conditional, other = weights
         b = len(z_BTC)
-        t_2B = torch.full((2 * b,), t, dtype=z_BTC.dtype, device=z_BTC.device)
+        t_2B = t.repeat(2) if isinstance(t, Tensor) else z_BTC.new_full((2 * b,), t)
         t_B = t_2B[:b]
         if other == 0:
             return conditional * self.velocity(z_BTC, t_B, y_B)
@@ -191,7 +195,8 @@ def sample(
     Euler evaluates the model once per step. Heun evaluates it twice, also in the last step (at t = 1), like the
     official sampler. Multistep evaluates it once: second-order Adams-Bashforth for unequal steps. It takes an Euler
     step if there is no previous velocity, or if guidance was switched on or off since (not for linear, which changes
-    smoothly). It extrapolates by at most `MAX_AHEAD` of the last step. Sde: see `_sample_sde`.
+    smoothly). It extrapolates by at most `MAX_AHEAD` of the last step. Sde: see `_sample_sde`. Dopri5: see dopri5.py;
+    it ignores steps and shift, and guidance must be constant.
 
     Args:
         velocity: the model.
@@ -200,13 +205,13 @@ def sample(
         null_label: the label for 'no class'.
         steps: number of steps.
         shift: shift of the time grid, see `time_grid`.
-        solver: euler, heun, multistep or sde.
+        solver: one of `Solver`.
         guidance: scale and mode; None: no guidance.
         weak: a worse model, for autoguidance; see `GuidedVelocity`.
         noise: noise of the solver sde.
 
     Raises:
-        ValueError: an unknown solver, too few steps, or sde without noise.
+        ValueError: an unknown solver, too few steps, sde without noise, or dopri5 with guidance that changes.
     """
     if solver not in get_args(Solver):
         raise ValueError(f"solver: expected one of {', '.join(get_args(Solver))}; found {solver!r}")
@@ -216,6 +221,11 @@ def sample(
         if noise is None:
             raise ValueError("solver sde: expected noise for its steps, found none")
         return _sample_sde(v_at, z0_BTC, y_B, guidance, sde_grid(steps, shift), noise)
+    if solver == "dopri5":
+        if guidance.kind != "constant":
+            raise ValueError(f"solver dopri5: guidance must be constant, found {guidance.mode!r}")
+        weights = guidance.weights(0, 1, 0.0)
+        return integrate(lambda z, t, samples: v_at(z, t, y_B[samples], weights).to(z.dtype), z0_BTC)
     return _sample_ode(v_at, z0_BTC, y_B, guidance, time_grid(steps, shift), solver)
 
 

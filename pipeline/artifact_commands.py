@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import location
 from svgpipe.manifests.kinds import artifacts_below
 from svgpipe.manifests.manifest import MANIFEST_NAME, write_json
+from svgpipe.manifests.model_manifests import AutoencoderManifest, System
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.store_spec import StoreDtype
@@ -40,6 +42,9 @@ from .options import (
     resources_of,
 )
 from .tables import print_result, show_cost, show_diff, show_plan
+
+if TYPE_CHECKING:
+    from svgpipe.stages.artifacts.import_diffusion import DiffusionFiles
 
 app = typer.Typer()
 
@@ -192,14 +197,30 @@ def export(
 @app.command(rich_help_panel=MEND)
 def import_official(
     autoencoder: Annotated[
-        Path, typer.Option("--autoencoder", metavar="FILE", help="Lightning checkpoint of the SVG autoencoder.")
+        Path, typer.Option("--autoencoder", metavar="FILE", help="SVG's Lightning checkpoint, SD-VAE or VA-VAE.")
     ],
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Directory for `autoencoder` and `diffusion`.")],
     diffusion: Annotated[
-        Path | None, typer.Option("--diffusion", metavar="FILE", help="Checkpoint of the transformer.")
+        Path | None,
+        typer.Option("--diffusion", metavar="FILE", help="Transformer of SVG, DiT, SiT, REPA or LightningDiT."),
     ] = None,
     stats: Annotated[
-        Path | None, typer.Option("--stats", metavar="FILE", help="dinov3_sp_stats.pt; required with --diffusion.")
+        Path | None,
+        typer.Option("--stats", metavar="FILE", help="dinov3_sp_stats.pt of SVG, latents_stats.pt of LightningDiT."),
+    ] = None,
+    factor: Annotated[
+        float | None,
+        typer.Option("--factor", metavar="X", min=1e-6, help="Factor of the latents. DiT, SiT, REPA: 0.18215."),
+    ] = None,
+    system: Annotated[
+        System | None, typer.Option("--system", help="Needed for DiT and SiT, whose files look the same.")
+    ] = None,
+    heads: Annotated[
+        int | None,
+        typer.Option("--heads", metavar="N", min=1, help="Attention heads, for sizes that are not published."),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", metavar="N", min=8, help="SD-VAE, VA-VAE: pixels. Default: 256.")
     ] = None,
     class_names: Annotated[
         Path | None,
@@ -208,15 +229,31 @@ def import_official(
         ),
     ] = None,
 ) -> None:
-    """Import the released SVG checkpoints as an autoencoder and a diffusion model."""
+    """Import released checkpoints as an autoencoder and a diffusion model."""
     from svgpipe.stages.artifacts.import_official import import_official as run_stage
 
-    names = read_class_names(class_names)
-    for imported in run_stage(autoencoder, location(out), diffusion=diffusion, stats=stats, class_names=names):
+    files = _transformer_files(diffusion, stats, factor, read_class_names(class_names), system, heads)
+    for imported in run_stage(autoencoder, location(out), diffusion=files, image_size=image_size):
         typer.echo(f"{imported.directory}: {imported.what} ({imported.fingerprint[:12]}); {imported.used} tensors used")
         for reason, keys in imported.ignored.items():
             typer.echo(f"  not used: {len(keys)} {'entry' if len(keys) == 1 else 'entries'}, {keys[0]} …: {reason}")
-    typer.echo("Official files hold no alignment. The first extraction or evaluation measures it.")
+    if AutoencoderManifest.read(location(out) / "autoencoder").section.kind == "svg":
+        typer.echo("Official files hold no alignment. The first extraction or evaluation measures it.")
+
+
+def _transformer_files(diffusion: Path | None, *described: Any) -> DiffusionFiles | None:
+    """Return the transformer's file with what describes it; None without a file.
+
+    Raises:
+        UsageError: something describes a file that is not given.
+    """
+    from svgpipe.stages.artifacts.import_diffusion import DiffusionFiles
+
+    if diffusion is None and any(value is not None for value in described):
+        raise UsageError(
+            "--stats, --factor, --class-names, --system and --heads are about --diffusion: give it as well."
+        )
+    return None if diffusion is None else DiffusionFiles(diffusion, *described)
 
 
 @app.command(rich_help_panel=MEND)

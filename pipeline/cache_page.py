@@ -22,8 +22,7 @@ def render_cache(cache: FeatureCache, out: Location, samples: int = SAMPLES) -> 
     """Write the page of `cache` to `out`, with source images and reconstructions if their artifacts exist."""
     statistics = CacheStatistics.of(cache)
     sheet = contact_sheet(cache, samples)
-    word = "backbone" if "autoencoder" in cache.manifest.inputs else "features"
-    channels, frozen = len(statistics.mean), statistics.frozen_channels
+    channels, word = len(statistics.mean), next(iter(statistics.groups))
     energy = np.cumsum(statistics.eigenvalues) / max(float(statistics.eigenvalues.sum()), 1e-12)
     order = list(range(1, channels + 1))
     pictures = [
@@ -34,7 +33,7 @@ def render_cache(cache: FeatureCache, out: Location, samples: int = SAMPLES) -> 
                 picture(pixels, caption, lossless=caption != "source")
                 for pixels, caption in (
                     (row.source, "source"),
-                    (row.backbone, word),
+                    (row.features, word),
                     (row.residual, "residual"),
                     (row.decoded, "decoded"),
                 )
@@ -57,10 +56,10 @@ def render_cache(cache: FeatureCache, out: Location, samples: int = SAMPLES) -> 
         sheet=sheet,
         pictures=pictures,
         columns=max(len(entry["shown"]) for entry in pictures),  # type: ignore[arg-type]
-        frozen_map=picture(_heat(sheet.histogram[:frozen]), "backbone channels", lossless=True),
-        residual_map=None
-        if frozen == channels
-        else picture(_heat(sheet.histogram[frozen:]), "residual", lossless=True),
+        maps=[
+            (name, group.stop - group.start, picture(_heat(sheet.histogram[group]), name, lossless=True))
+            for name, group in statistics.groups.items()
+        ],
         histogram_range=HISTOGRAM_RANGE,
         curves=curves,
         lineage=lineage(cache.manifest.as_input(cache.path), "cache"),

@@ -120,16 +120,25 @@ def _classes_without_images(names: list[str], empty: list[int]) -> Json:
 
 def _autoencoder_facts(path: Location, manifest: Any) -> Json:
     assert isinstance(manifest, AutoencoderManifest)
-    backbone, measured = manifest.config["backbone"], MeasuredAlignment.read(path)
+    section, measured = manifest.section, MeasuredAlignment.read(path)
+    backbone = f"{section.backbone.name}, weights {section.backbone.weights} ({manifest.backbone_weights[:12]})"
+    scalars = manifest.alignment or (None if measured is None else list(measured.scalars))
+    role = "backbone" if section.encodes_with_backbone else "backbone in training"
     return {
-        "backbone": f"{backbone['name']}, weights {backbone['weights']} ({manifest.backbone_weights[:12]})",
-        "latent": f"{manifest.grid[0]}x{manifest.grid[1]} x ({manifest.frozen_channels} frozen + "
-        f"{manifest.residual_channels} residual) from {manifest.image_size} px",
+        "tokenizer": section.kind,
+        **({role: backbone} if manifest.backbone_weights else {}),
+        "latent": f"{manifest.grid[0]}x{manifest.grid[1]} x {_channels(manifest)} from {manifest.image_size} px",
         "steps": manifest.steps,
         "held-out PSNR (dB)": None if manifest.heldout_psnr is None else round(manifest.heldout_psnr, 2),
-        "alignment scalars": manifest.alignment or (None if measured is None else list(measured.scalars)),
+        **({"alignment scalars": scalars} if section.kind == "svg" else {}),
         "reconstructions": manifest.reconstruction_grid and str(path / manifest.reconstruction_grid),
     }
+
+
+def _channels(manifest: AutoencoderManifest) -> str:
+    if manifest.posterior_channels:
+        return f"{manifest.posterior_channels} (stored: mean and standard deviation)"
+    return f"({manifest.frozen_channels} frozen + {manifest.residual_channels} residual)"
 
 
 def _cache_facts(path: Location, manifest: Any) -> Json:
@@ -141,7 +150,7 @@ def _cache_facts(path: Location, manifest: Any) -> Json:
         "shape": "x".join(map(str, cache.shape)) + f" {manifest.store_dtype} (sample, view, row, column, channel)",
         "views": cache.views,
         **({"distribution": "gaussian: means and standard deviations"} if manifest.distribution == "gaussian" else {}),
-        "backbone": f"{manifest.backbone}, weights {manifest.backbone_weights}",
+        "encoder": f"{manifest.backbone}, weights {manifest.backbone_weights}",
         "classes": f"{len(cache.classes)}: {_some(cache.classes)}",
         **_classes_without_images(cache.classes, cache.untrained_classes),
         "bytes": manifest.num_bytes,

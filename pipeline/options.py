@@ -12,6 +12,7 @@ import typer
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location, location, make_directory
 from svgpipe.manifests.local_copy import LocalDisk
+from svgpipe.manifests.presets import NAMES as PRESETS
 from svgpipe.manifests.store_spec import StoreDtype
 
 from .synsets import imagenet_synsets
@@ -120,6 +121,10 @@ MaxRejectsOption = Annotated[
         help="Stop when more than this fraction of images is unusable.",
     ),
 ]
+PresetOption = Annotated[
+    str | None,
+    typer.Option("--preset", metavar="NAME", help=f"Settings of a published number: {', '.join(PRESETS)}."),
+]
 StepsOption = Annotated[
     str | None, typer.Option("--steps", metavar="N,N,…", help="Sampling steps, for example 5,10,25.")
 ]
@@ -158,6 +163,7 @@ def overrides_with(
     holdout: float | None = None,
     keep_damaged: bool = False,
     store_dtype: str | None = None,
+    preset: str | None = None,
     steps: str | None = None,
     guidance: str | None = None,
     ema: str | None = None,
@@ -171,6 +177,7 @@ def overrides_with(
         "shard.holdout": holdout,
         "shard.keep_damaged": keep_damaged or None,
         "extract.store_dtype": store_dtype,
+        "evaluation.preset": preset,
         "evaluation.steps": None if steps is None else f"[{steps}]",
         "evaluation.guidance": None if guidance is None else f"[{guidance}]",
         "evaluation.weights": None if ema is None else f'"{ema}"',

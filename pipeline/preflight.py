@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import typer
+
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import MANIFEST_NAME
 from svgpipe.manifests.model_manifests import choose_weights
-from svgpipe.manifests.recipe import Recipe
+from svgpipe.manifests.recipe import AutoencoderSection, Recipe
+from svgpipe.models.backbone import Backbone
 from svgpipe.stages.evaluate.features import load_extractor
 from svgpipe.stages.evaluate.plan import require_sampling
-from svgpipe.stages.networks.autoencoder import build_backbone
-from svgpipe.stages.networks.diffusion import open_diffusion, require_patches
+from svgpipe.stages.networks.autoencoder import latent_grid
+from svgpipe.stages.networks.backbone import build_backbone
+from svgpipe.stages.networks.diffusion import open_diffusion, require_patches, width_warning
 from svgpipe.stages.networks.perceptual import load_lpips
 from svgpipe.stages.training.metrics_log import require_wandb
 
 from .run import STAGES, RunOptions, require_demo
 from .sources import source_folder
+
+
+def _channels(section: AutoencoderSection, backbone: Backbone | None) -> int:
+    """Return the channels of a latent."""
+    if backbone is None or not section.encodes_with_backbone:
+        return section.kl.channels
+    return backbone.channels + (section.residual.channels if section.kind == "svg" else 0)
 
 
 def check_before_run(recipe: Recipe, workdir: Location, options: RunOptions, *, weights: bool) -> None:
@@ -31,16 +42,24 @@ def _check_settings(recipe: Recipe, workdir: Location, options: RunOptions) -> N
     """Check all that needs no weights.
 
     Raises:
-        UsageError: no image folder, an unknown guidance mode, an average that is not trained, or a missing package.
+        UsageError: no image folder, an unknown guidance mode, an average that is not trained, alignment without
+            features, or a missing package.
         ArtifactError: `--guide` is not a diffusion model.
     """
     source_folder(recipe.source, workdir)
     require_demo(recipe.source, workdir)
-    require_sampling(recipe.evaluation, guided=options.guide is not None)
+    require_sampling(recipe.evaluation, recipe.diffusion.objective, guided=options.guide is not None)
     try:
         choose_weights(recipe.diffusion.ema_decays, recipe.evaluation.weights)
     except UsageError as error:
         raise UsageError(f"evaluation.weights: {error} (diffusion.ema_decays)") from error
+    align = recipe.diffusion.align
+    if align is not None and not recipe.autoencoder.encodes_with_backbone:
+        raise UsageError(
+            f"diffusion.align: latents of kind {recipe.autoencoder.kind} hold no features to align with, and `run` "
+            "makes one cache. Run the stages one by one, and give the cache of a vision model to train-diffusion "
+            "--align."
+        )
     if options.guide is not None:
         open_diffusion(options.guide).weights_name(recipe.evaluation.guide_weights)
     if options.wandb_project is not None:
@@ -59,8 +78,18 @@ def _check_weights(recipe: Recipe, workdir: Location) -> None:
         return
     section = recipe.autoencoder
     trained = (encoder / MANIFEST_NAME).exists()
-    backbone = build_backbone(section.backbone, section.image_size, encoder if trained else None)
-    require_patches(recipe.diffusion.model, (backbone.grid, backbone.grid), f"{section.backbone.name}'s features")
+    backbone = None
+    if section.trains_with_backbone:
+        backbone = build_backbone(section.backbone, section.image_size, encoder if trained else None)
+    grid = latent_grid(section, backbone if section.encodes_with_backbone else None)
+    require_patches(recipe.diffusion.model, (grid, grid), f"the latents of kind {section.kind}")
+    if (narrow := width_warning(recipe.diffusion.model, _channels(section, backbone))) is not None:
+        typer.echo(narrow, err=True)
     if not trained and section.perceptual.kind == "lpips-vgg" and section.perceptual.weight > 0:
         load_lpips(section.perceptual, "autoencoder.perceptual")
+    if recipe.evaluation.extractor.kind == "backbone" and not section.trains_with_backbone:
+        raise UsageError(
+            f"evaluation.extractor.kind: backbone is that of the autoencoder, but kind {section.kind} has none here. "
+            "Choose inception, or timm with a name."
+        )
     load_extractor(recipe.evaluation.extractor, backbone)

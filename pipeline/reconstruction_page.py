@@ -89,4 +89,4 @@ def _spread_over_classes(labels: NDArray[np.int64], count: int) -> list[int]:
 
 
 def _title(result: Reconstructed) -> str:
-    return "residual on" if result.residual else "residual off"
+    return {True: "residual on", False: "residual off", None: "reconstruction"}[result.residual]

@@ -31,6 +31,7 @@ from .options import (
     NpzOption,
     PngOption,
     PoolOption,
+    PresetOption,
     SetOption,
     StepsOption,
     StoreDtypeOption,
@@ -70,6 +71,7 @@ def run(
     keep_damaged: KeepDamagedOption = False,
     store_dtype: StoreDtypeOption = None,
     max_rejects: MaxRejectsOption = 0.001,
+    preset: PresetOption = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     ema: EmaOption = None,
@@ -90,19 +92,9 @@ def run(
     """Run all stages in order. Finished, unchanged stages are skipped."""
     from .run import RunOptions
 
-    changed = overrides_with(
-        overrides,
-        source=source,
-        heldout=heldout,
-        heldout_labels=heldout_labels,
-        unlabelled=unlabelled,
-        holdout=holdout,
-        keep_damaged=keep_damaged,
-        store_dtype=store_dtype,
-        steps=steps,
-        guidance=guidance,
-        ema=ema,
-    )
+    changed = overrides_with(overrides, source=source, heldout=heldout, heldout_labels=heldout_labels)
+    changed = overrides_with(changed, unlabelled=unlabelled, holdout=holdout, keep_damaged=keep_damaged)
+    changed = overrides_with(changed, store_dtype=store_dtype, preset=preset, steps=steps, guidance=guidance, ema=ema)
     options = RunOptions(
         resources=resources_of(workers, cpus_per_worker, gpus_per_worker),
         trainers=None if train_workers is None else resources_of(train_workers, cpus_per_worker, gpus_per_worker),

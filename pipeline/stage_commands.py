@@ -14,6 +14,7 @@ import typer
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import location
+from svgpipe.manifests.recipe import AlignSection
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet, expand
 
@@ -39,6 +40,7 @@ from .options import (
     OutOption,
     PngOption,
     PoolOption,
+    PresetOption,
     ProcessesOption,
     RecipeOption,
     RequiredRecipeOption,
@@ -213,6 +215,12 @@ def train_diffusion(
     out: OutOption,
     recipe: RequiredRecipeOption,
     overrides: SetOption = None,
+    align: Annotated[
+        str | None,
+        typer.Option(
+            "--align", metavar="DIR", help="Second cache of the same shards, whose features the model is aligned with."
+        ),
+    ] = None,
     autoencoder: Annotated[
         str | None,
         typer.Option("--autoencoder", metavar="DIR", help="Decodes sample grids during training. Default: no grids."),
@@ -232,6 +240,8 @@ def train_diffusion(
     from .cluster import training_cluster
 
     config = load_recipe(recipe, overrides or []).diffusion
+    if align is not None and config.align is None:
+        config = config.model_copy(update={"align": AlignSection()})
     opened, decoder = FeatureCache(cache), None if autoencoder is None else location(autoencoder)
     asked = {"cpus_per_worker": cpus_per_worker, "gpus_per_worker": gpus_per_worker}
     resources = trainers_of(workers, **asked, strategy=strategy, address=address)
@@ -240,6 +250,7 @@ def train_diffusion(
             opened,
             location(out),
             config,
+            align=None if align is None else FeatureCache(align),
             autoencoder=decoder,
             resources=resources,
             strategy=strategy or "ddp",
@@ -264,6 +275,7 @@ def sample_and_eval(
     out: OutOption,
     recipe: RequiredRecipeOption,
     overrides: SetOption = None,
+    preset: PresetOption = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     ema: EmaOption = None,
@@ -284,7 +296,8 @@ def sample_and_eval(
     from .report import render_report
     from .run import export_samples
 
-    config = load_recipe(recipe, overrides_with(overrides, steps=steps, guidance=guidance, ema=ema)).evaluation
+    changed = overrides_with(overrides, preset=preset, steps=steps, guidance=guidance, ema=ema)
+    config = load_recipe(recipe, changed).evaluation
     model, decoder, directory = location(diffusion), location(autoencoder), location(out)
     shared = directory.parent if pool is None else location(pool)
     opened = open_reference(reference, count=config.reference_images, hashes=shared / "features" / "reference-hashes")

@@ -76,7 +76,7 @@ def show_cost(cost: RequantizeCost) -> None:
     table = new_table("size and loss")
     sizes = f"{cost.small_bytes / 1e6:.1f} of {cost.reference_bytes / 1e6:.1f} MB: {cost.bytes_ratio:.3f}"
     table.add_row("bytes", sizes)
-    for group, snr in (("backbone", cost.backbone_snr), ("residual", cost.residual_snr)):
+    for group, snr in cost.snr.items():
         if snr is not None:
             table.add_row(f"signal to noise, {group} channels", f"{snr:.1f} dB")
     if cost.decoded_psnr is not None:

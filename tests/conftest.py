@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -230,6 +231,42 @@ def finished(tmp_path_factory: pytest.TempPathFactory, photographs: Path, tiny_r
     root = tmp_path_factory.mktemp("finished") / "work"
     assert main(["run", str(tiny_recipe), "--workdir", str(root), "--source", str(photographs)]) == 0
     return Finished(root, tiny_recipe)
+
+
+VAE_CHANNELS = 3
+
+
+def _recipe_of(folder: Path, kind: str) -> Path:
+    """Write the tiny recipe for a kind."""
+    recipe = copy.deepcopy(TINY)
+    autoencoder = {"kind": kind, "kl": {"channels": VAE_CHANNELS}, "vision_loss": {"cosine_margin": 0.1}}
+    recipe["autoencoder"] = {**recipe["autoencoder"], **autoencoder}  # type: ignore[dict-item]
+    path = folder / f"{kind}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture(scope="session")
+def vaes(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For kl and aligned-kl: autoencoder, cache, diffusion model and samples, on the shards of `finished`."""
+    root, shards = tmp_path_factory.mktemp("vaes"), finished.root / "shards"
+    for kind in ("kl", "aligned-kl"):
+        recipe, at = _recipe_of(root, kind), root / kind
+        for arguments in (
+            ["train-autoencoder", "--shards", shards, "--out", at / "autoencoder"],
+            ["extract", "--shards", shards, "--autoencoder", at / "autoencoder", "--out", at / "cache"],
+            [
+                "train-diffusion",
+                "--cache",
+                at / "cache",
+                "--autoencoder",
+                at / "autoencoder",
+                "--out",
+                at / "diffusion",
+            ],
+        ):
+            assert main([str(a) for a in (*arguments, "--recipe", recipe)]) == 0
+    return root
 
 
 # All files of a cache that must not depend on how it was made.

@@ -136,7 +136,7 @@ class _Field(DiT):
         super().__init__(grid=(1, 1), in_channels=2, num_classes=2, width=8, depth=1, heads=1)
         self.field = field
 
-    def forward(self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:  # type: ignore[override]
         return self.field(x_BTC, t_B)
 
 

@@ -37,8 +37,7 @@ def test_requantize_reports_the_quantization_error(finished: Finished, small: Pa
     cost = json.loads((small / "cost.json").read_text())
     assert cost["bytes_ratio"] == other.manifest.num_bytes / cache.manifest.num_bytes < 0.5
     assert cost["not_measured"] == []
-    assert cost["backbone_snr"] > 35
-    assert cost["residual_snr"] > 35
+    assert cost["snr"]["backbone"] > 35 and cost["snr"]["residual"] > 35
     assert abs(cost["psnr_change"]) < 0.05
     assert abs(cost["loss_change"]) < 0.01
     assert other.manifest.store_dtype == "int8"
@@ -85,7 +84,7 @@ def test_a_cache_smaller_than_a_batch_trains(
 def test_a_quantization_without_error_can_be_written(small: Path) -> None:
     cache = FeatureCache(small)
     cost = measure_cost(cache, cache, autoencoder=None, diffusion=None)
-    assert cost.backbone_snr is None
+    assert cost.snr == {"backbone": None, "residual": None}
     assert json.loads(json.dumps(cost.model_dump(mode="json"), allow_nan=False))["bytes_ratio"] == 1
 
 

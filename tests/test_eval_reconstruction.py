@@ -16,13 +16,15 @@ from skimage.metrics import peak_signal_noise_ratio
 from svgpipe.manifests.reconstruction import ReconstructionReport
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.models.losses import LPIPS
+from svgpipe.models.svg_autoencoder import SVGAutoencoder
 from svgpipe.pipeline.reconstruction_page import _spread_over_classes
 from svgpipe.stages.evaluate import reconstruction as stage
 from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.images.decode import RGBArray
 from svgpipe.stages.images.stream import load_images
 from svgpipe.stages.images.tensors import as_unit_range
-from svgpipe.stages.networks.autoencoder import load_autoencoder, reconstruct, state_digest
+from svgpipe.stages.networks.autoencoder import load_autoencoder, reconstruct
+from svgpipe.stages.networks.backbone import state_digest
 
 from .conftest import Finished, Outcome
 
@@ -68,6 +70,7 @@ def test_both_reconstructions_equal_the_autoencoders(evaluated: Path, finished: 
 
 def test_residual_off_replaces_the_residual_by_the_mask_token(finished: Finished) -> None:
     model, _ = load_autoencoder(finished.root / "autoencoder")
+    assert isinstance(model, SVGAutoencoder)
     images = as_unit_range(heldout_pixels(finished)[:2])
     with torch.no_grad():
         on, off = model.encode(images), model.encode_without_residual(images)
@@ -145,20 +148,19 @@ def test_the_page_shows_originals_and_both(evaluated: Path, finished: Finished) 
     assert "<script" not in html and "residual off" in html and 'href="#p1-1"' in html
 
 
-def test_an_autoencoder_without_residual_branch_is_off(
+def test_a_kind_without_residual_encoder_has_one_set(
     finished: Finished, svgpipe: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     made = ["--shards", finished.root / "shards", "--out", tmp_path / "autoencoder", "--recipe", finished.recipe_file]
-    change = ["--set", "autoencoder.steps=1", "--set", "autoencoder.residual.enabled=false"]
+    change = ["--set", "autoencoder.steps=1", "--set", "autoencoder.kind=vision"]
     assert svgpipe("train-autoencoder", *made, *change).code == 0
     given = arguments(finished, tmp_path / "out")
     given[given.index("--autoencoder") + 1] = tmp_path / "autoencoder"
     done = svgpipe(*given)
     assert done.code == 0, done.err
     report = ReconstructionReport.read(tmp_path / "out")
-    assert [(r.name, r.residual) for r in report.results] == [("without-residual", False)]
-    assert "residual off" in done.out and "residual on" not in done.out
-    assert any("this autoencoder has none" in reason for reason in report.not_measured)
+    assert [(r.name, r.residual) for r in report.results] == [("reconstructions", None)]
+    assert "residual on" not in done.out and "residual off" not in done.out
 
 
 def test_overview_columns_use_the_classes_present() -> None:

@@ -17,16 +17,24 @@ from PIL import Image
 from torch import Tensor
 
 from svgpipe.models import convert
-from svgpipe.models.autoencoder import Autoencoder
 from svgpipe.models.backbone import Backbone
+from svgpipe.models.ddpm import Process, ddim_steps, ddpm_loss, equal_steps, noised, sample_ddpm
 from svgpipe.models.decoder import Decoder
 from svgpipe.models.dit import DiT, time_features
+from svgpipe.models.dopri5 import integrate
+from svgpipe.models.encoder import Encoder
 from svgpipe.models.flow import drop_labels, flow_loss, logit_normal, shift_time
+from svgpipe.models.kl_autoencoder import KLAutoencoder, Posterior
 from svgpipe.models.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from svgpipe.models.official import dit_sizes
+from svgpipe.models.official_vae import kl_from_official
+from svgpipe.models.representation_alignment import MLPProjector, representation_loss
 from svgpipe.models.residual import Alignment, ResidualEncoder
-from svgpipe.models.sampler import Guidance, Solver, sample, time_grid
+from svgpipe.models.sampler import Guidance, GuidedVelocity, Solver, sample, time_grid
+from svgpipe.models.svg_autoencoder import SVGAutoencoder
+from svgpipe.models.vision_loss import distance_matrix_loss, marginal_cosine_loss, vision_loss_weight
 from svgpipe.stages.images.decode import centre_crop
+from svgpipe.stages.images.tensors import as_pixels
 
 from .conftest import Golden, GoldenFolder
 
@@ -83,12 +91,13 @@ def test_golden_dit(golden: GoldenFolder, name: str) -> None:
     with torch.no_grad():
         close(time_features(t, 256), recording["mid.t_freq"], recording.atol)
         close(model.t_embedder(t) + model.y_embedder(y), recording["mid.c"], recording.atol)
-        close(model.raw(x, t, y), recording["out"], recording.atol)
         close(model(x, t, y), recording["out"][..., : x.shape[-1]], recording.atol)
+        model.drops_half = False
+        close(model(x, t, y), recording["out"], recording.atol)
         state = recording.group("sd.")
         state["pos_embed"] = recording["alt.pos_embed_random"]
         model.load_state_dict(state)
-        close(model.raw(x, t, y), recording["alt.out_with_pos_embed_random"], recording.atol)
+        close(model(x, t, y), recording["alt.out_with_pos_embed_random"], recording.atol)
 
 
 # Prefixes of the weights, and outputs; `sdq.` is with QK-norm.
@@ -104,8 +113,8 @@ def test_golden_transformers_of_other_systems(golden: GoldenFolder, name: str, p
     with torch.no_grad():
         x, t, y = tokens_from_map(recording["x"]), recording["t"], recording["y"]
         expected = tokens_from_map(recording[out])
-        found = model.raw(x, t, y) if expected.shape[-1] > x.shape[-1] else model(x, t, y)
-        close(found, expected, atol)
+        model.drops_half = expected.shape[-1] == x.shape[-1]
+        close(model(x, t, y), expected, atol)
 
 
 def other_transformer(recording: Golden, prefix: str = "sd.") -> DiT:
@@ -133,6 +142,142 @@ def require_gradients(recording: Golden, model: DiT, rtol: float) -> None:
     assert recorded
     for key, expected in recorded.items():
         close(grads[key], expected, rtol * float(expected.abs().max()))
+
+
+def test_golden_projections_and_loss_of_repa(golden: GoldenFolder) -> None:
+    """Its time and velocity run the other way: t → 1 - t, v → -v."""
+    recording = golden.weights_of("repa")
+    config, atol = recording.meta["config"], recording.meta["suggested_atol"]
+    model, weights = other_transformer(recording), recording.group("sd.projectors.")
+    projectors = []
+    for number, channels in enumerate(config["z_dims"]):
+        projectors.append(MLPProjector(config["hidden_size"], config["projector_dim"], channels))
+        projectors[-1].load_state_dict({k[2:]: v for k, v in weights.items() if k.startswith(f"{number}.")})
+    depth = config["encoder_depth"]
+    with torch.no_grad():
+        out, tokens = model(tokens_from_map(recording["x"]), recording["t"], recording["y"], tap=depth)
+    close(out, tokens_from_map(recording["out"]), atol["out"])
+    for number, projector in enumerate(projectors):
+        close(projector(tokens), recording[f"zs.{number}"], atol["zs"])
+    x1, part = tokens_from_map(recording["train.images"]), "train.linear_uniform"
+    tapped: list[Tensor] = []
+
+    def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        out, tokens = model(x, 1 - t, y, tap=depth)
+        tapped.append(tokens)
+        return -out
+
+    noise, t = tokens_from_map(recording[f"{part}.noise"]), 1 - recording[f"{part}.draw"].flatten()
+    loss = flow_loss(velocity, x1, noise, t, recording["train.y"])
+    close(loss.per_sample, recording[f"{part}.denoising"], atol["train"])
+    aligned = torch.stack(
+        [representation_loss(p(tapped[0]), recording[f"train.feature.{i}"]) for i, p in enumerate(projectors)]
+    ).mean()
+    close(aligned, recording[f"{part}.projection"], atol["train"])
+    (loss.mean + 0.5 * aligned).backward()
+    rtol = recording.meta["suggested_rtol"]["grads (of each one's largest entry)"]
+    found = dict(model.named_parameters()) | {
+        f"projectors.{i}.{name}": value for i, p in enumerate(projectors) for name, value in p.named_parameters()
+    }
+    for key, expected in recording.group("train.grad.").items():
+        gradient = found[key].grad
+        assert gradient is not None
+        close(gradient, expected, rtol * float(expected.abs().max()))
+
+
+@torch.no_grad()
+def test_golden_schedule_of_dit(golden: GoldenFolder) -> None:
+    recording = golden.weights_of("dit")
+    whole, atol = Process.of_training(), recording.meta["suggested_atol"]["tables"]
+    for name, numbers in (("8", equal_steps([8])), ("250", equal_steps([250])), ("3,2,5", equal_steps([3, 2, 5]))):
+        assert numbers == recording[f"map.{name}"].tolist()
+    assert ddim_steps(8) == recording["map.ddim8"].tolist()
+    for prefix, process in (("table1000", whole), ("table8", whole.respaced(equal_steps([8])))):
+        for name, table in (
+            ("betas", process.betas),
+            ("alphas_cumprod", process.abar),
+            ("posterior_variance", process.posterior_variance),
+            ("posterior_log_variance_clipped", process.posterior_log_variance),
+            ("posterior_mean_coef1", process.data_weight),
+            ("posterior_mean_coef2", process.noised_weight),
+        ):
+            torch.testing.assert_close(table, recording[f"{prefix}.{name}"], atol=atol, rtol=1e-12)
+
+
+def test_golden_loss_of_dit(golden: GoldenFolder) -> None:
+    recording = golden.weights_of("dit")
+    atol, rtol = recording.meta["suggested_atol"], recording.meta["suggested_rtol"]
+    model, process = other_transformer(recording), Process.of_training()
+    model.drops_half = False
+    x, eps, step = (
+        tokens_from_map(recording["train.x"]),
+        tokens_from_map(recording["train.noise"]),
+        recording["train.t"],
+    )
+    close(noised(x, eps, step, process), tokens_from_map(recording["train.x_t"]), atol["train.x_t"])
+    loss = ddpm_loss(model, x, eps, step, recording["train.y"], process)
+    close(loss.squared_error, recording["train.mse"], atol["train.mse"])
+    torch.testing.assert_close(loss.bound, recording["train.vb"], rtol=rtol["train.vb"], atol=1e-7)
+    total = loss.squared_error + loss.bound
+    torch.testing.assert_close(total, recording["train.loss"], rtol=rtol["train.loss"], atol=0)
+    total.mean().backward()
+    require_gradients(recording, model, rtol["grads (of each one's largest entry)"])
+
+
+@torch.no_grad()
+def test_golden_sampling_of_dit(golden: GoldenFolder) -> None:
+    recording = golden.weights_of("dit")
+    model, grid = other_transformer(recording), (8, 8)
+    model.drops_half = False
+    null, half = recording.meta["config"]["num_classes"], slice(0, 2)
+    guided = GuidedVelocity(model, null, channels=3)
+    both = guided(
+        tokens_from_map(recording["cfg.x"][half]), float(recording["cfg.t"][0]), recording["cfg.y"][half], (4, -3)
+    )
+    close(both, tokens_from_map(recording["cfg.out"][half]), recording.meta["suggested_atol"]["cfg.out"])
+    compared = 0
+    for name, case in recording.meta["cases"].items():
+        if case["clip_denoised"]:
+            continue  # DiT's scripts do not clip, because these are latents
+        ddim, count = case["loop"] == "ddim_sample_loop", len(case["steps"])
+        drawn = recording[f"noise.{name}"] if name != "ddim_cfg" else torch.zeros(count, 2, 4, *grid)
+        found = sample_ddpm(
+            model,
+            tokens_from_map(recording["z"]),
+            recording["z_y"],
+            null_label=null,
+            numbers=ddim_steps(8) if case["respacing"] == "ddim8" else equal_steps([8]),
+            guidance=Guidance(case["cfg"], channels=3) if case["cfg"] else None,
+            noise=lambda step, drawn=drawn: tokens_from_map(drawn[step][half]),  # type: ignore[misc]
+            ddim_eta=case["eta"] if ddim else None,
+        )
+        close(map_from_tokens(found, grid), recording[f"out.{name}"], case["suggested_atol"])
+        compared += 1
+    assert compared == 4
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("nocfg", Guidance()), ("cfg", Guidance(4.0, channels=3))])
+@torch.no_grad()
+def test_golden_dopri5_of_sit(golden: GoldenFolder, name: str, guidance: Guidance) -> None:
+    """The official steps are those of the whole batch, so ours differ. Both are as near to the exact solution."""
+    recording = golden.weights_of("sit")
+    model, case = other_transformer(recording), recording.meta["cases"][f"ode_dopri5_{name}"]
+    z, y, null = tokens_from_map(recording["z"]), recording["z_y"], recording.meta["config"]["num_classes"]
+    exact = tokens_from_map(recording[f"exact.ode_dopri5_{name}"])
+    official = tokens_from_map(recording[f"out.ode_dopri5_{name}"])
+    common: dict[str, Any] = {"null_label": null, "steps": 1, "shift": 1.0, "solver": "dopri5", "guidance": guidance}
+    found = sample(model, z, y, **common)
+    distance = (found - exact).abs().max().item()
+    tolerance = 1e-3 * exact.abs().max().item()
+    assert max(distance, case["distance_to_exact"]) <= tolerance
+    close(found, official, tolerance)
+
+    def field(x: Tensor, t: Tensor, samples: Tensor) -> Tensor:
+        return GuidedVelocity(model, null, channels=guidance.channels)(x, t, y[samples], guidance.weights(0, 1, 0.0))
+
+    close(integrate(field, z, (1e-6, 1e-7)), exact, recording.meta["suggested_atol"][f"exact.ode_dopri5_{name}"])
+    alone = torch.cat([sample(model, z[i : i + 1], y[i : i + 1], **common) for i in range(2)])
+    close(found, alone, 2e-4)
 
 
 def test_golden_velocity_loss_of_sit(golden: GoldenFolder) -> None:
@@ -320,6 +465,143 @@ def test_golden_decoder(golden: GoldenFolder) -> None:
     assert out.mean().item() == pytest.approx(summary["mean"], abs=1e-4)
 
 
+def kl_autoencoder(state: dict[str, Tensor]) -> KLAutoencoder:
+    """Build the model that released weights belong to."""
+    official = kl_from_official(state)
+    sizes = dataclasses.asdict(official.sizes)
+    z, attention = sizes["z_channels"], sizes.pop("attention")
+    encoder = Encoder(**sizes, attention=attention)
+    decoder = Decoder(**sizes, attn_resolutions=(256 // encoder.factor,) if attention else (), resolution=256)
+    model = KLAutoencoder(encoder, decoder, z).eval()
+    model.load_trained_state(official.state)
+    return model
+
+
+def older_names(recording: Golden, state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The weights of diffusers under the names that older diffusers and CompVis gave them, CompVis in a whole model."""
+    older, compvis = recording.meta["older_diffusers_keys"], recording.meta["compvis_keys"]
+    flat = {
+        f"{a}.{b}.weight" for a in ("encoder.mid.attn_1", "decoder.mid.attn_1") for b in ("q", "k", "v", "proj_out")
+    }
+    original = {compvis[key]: value for key, value in state.items()}
+    original = {key: value[:, :, None, None] if key in flat else value for key, value in original.items()}
+    whole = {f"first_stage_model.{key}": value for key, value in original.items()} | {"model.x": torch.zeros(1)}
+    return [{older.get(key, key): value for key, value in state.items()}, original, whole]
+
+
+@torch.no_grad()
+def test_golden_sd_vae(golden: GoldenFolder) -> None:
+    recording = golden.open("sd_vae")
+    atol, state = recording.meta["suggested_atol"], recording.group("sd.")
+    model, channels = kl_autoencoder(state), recording.meta["config"]["latent_channels"]
+    moments = model.quant_conv(model.encoder(recording["image"]))
+    close(moments, recording["moments"], atol["moments"])
+    posterior = model.posterior((recording["image"] + 1) / 2)
+    close(posterior.mean, recording["mean"], atol["mean"])
+    close(posterior.log_variance, recording["logvar"], atol["logvar"])
+    close(posterior.std, recording["std"], atol["std"])
+    close(posterior.draw(recording["noise"]), recording["sample"], atol["sample"])
+    torch.testing.assert_close(
+        posterior.divergence(), recording["kl"], rtol=recording.meta["suggested_rtol"]["kl"], atol=0
+    )
+    factor = recording.meta["config"]["scaling_factor"]
+    close(posterior.draw(recording["noise"]) * factor, recording["latent"], atol["latent"])
+    close(model.decode(recording["latent"] / factor), recording["decoded"], atol["decoded"])
+    stored = model.encode((recording["image"] + 1) / 2)
+    assert stored.shape[1] == 2 * channels
+    close(model.decode(model.latents(stored)), recording["decoded_mode"], atol["decoded_mode"])
+    clamped = Posterior.of(recording["clamp.raw_moments"])
+    close(clamped.log_variance, recording["clamp.logvar"], atol["clamp"])
+    torch.testing.assert_close(clamped.std, recording["clamp.std"], rtol=1e-5, atol=atol["clamp"])
+    for names in older_names(recording, state):
+        assert all(
+            torch.equal(a, b) for a, b in zip(kl_autoencoder(names).parameters(), model.parameters(), strict=True)
+        )
+
+
+@torch.no_grad()
+def test_golden_va_vae(golden: GoldenFolder) -> None:
+    recording = golden.open("va_vae")
+    atol, state = recording.meta["suggested_atol"], recording.group("sd.")
+    model = kl_autoencoder(state)
+    found = [k for k, m in model.named_modules() if type(m).__name__ == "AttnBlock"]
+    assert sorted(found) == sorted(recording.meta["attention_modules"])
+    close(model.quant_conv(model.encoder(recording["image"])), recording["moments"], atol["moments"])
+    posterior = model.posterior((recording["image"] + 1) / 2)
+    close(posterior.mean, recording["mean"], atol["mean"])
+    close(posterior.log_variance, recording["logvar"], atol["logvar"])
+    close(posterior.draw(recording["noise"]), recording["sample"], atol["sample"])
+    torch.testing.assert_close(
+        posterior.divergence(), recording["kl"], rtol=recording.meta["suggested_rtol"]["kl"], atol=0
+    )
+    decoded = model.decode(recording["sample"])
+    close(decoded, recording["decoded"], atol["decoded"])
+    pixels = as_pixels(decoded).astype(int)
+    assert np.abs(pixels - recording["decoded_uint8"].numpy()).max() <= atol["decoded_uint8"]
+    projected = F.conv2d(recording["sample"], state["linear_proj.weight"].float())
+    close(projected, recording["projected"], atol["projected"])
+    latents = recording["stats.latents"]
+    mean, std = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True)
+    close(mean, recording["stats.mean"], atol["stats"])
+    close(std, recording["stats.std"], atol["stats"])
+    normalised = (latents - mean) / std * recording.meta["latent_multiplier"]
+    close(normalised, recording["stats.normalised"], atol["stats"])
+
+
+def test_golden_vf_loss(golden: GoldenFolder) -> None:
+    recording = golden.open("vf_loss")
+    atol, rtol = recording.meta["suggested_atol"]["terms"], recording.meta["suggested_rtol"]["graph"]
+    for case, margins in recording.meta["term_cases"].items():
+        z, part = recording["terms.z"].clone().requires_grad_(), f"terms.{case}"
+        distances = distance_matrix_loss(z, recording["terms.aux"], margins["distmat_margin"]).mean()
+        cosines = marginal_cosine_loss(z, recording["terms.aux"], margins["cos_margin"]).mean()
+        close(distances, recording[f"{part}.distmat"], atol)
+        close(cosines, recording[f"{part}.cos"], atol)
+        close(torch.autograd.grad(distances, z)[0], recording[f"{part}.grad_z_distmat"], atol)
+        close(torch.autograd.grad(cosines, z)[0], recording[f"{part}.grad_z_cos"], atol)
+    for case, settings in recording.meta["graph_cases"].items():
+        names = ("feat", "enc_last_w", "proj_w", "last_w")
+        leaves = {name: recording[f"graph.{name}"].clone().requires_grad_() for name in names}
+        loss = _vf_graph(recording, leaves, settings)
+        torch.testing.assert_close(loss.detach(), recording[f"graph.{case}.loss"], rtol=rtol, atol=0)
+        loss.backward()
+        for name, leaf in leaves.items():
+            expected = recording[f"graph.{case}.grad.{name}"]
+            assert leaf.grad is not None
+            torch.testing.assert_close(leaf.grad, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+
+
+def _vf_graph(recording: Golden, leaves: dict[str, Tensor], settings: dict[str, Any]) -> Tensor:
+    """Return the whole loss of the recording's small autoencoder."""
+    image = recording["graph.image"]
+    posterior = Posterior.of(F.conv2d(leaves["feat"], leaves["enc_last_w"], padding=1))
+    latents = posterior.draw(recording["graph.noise"])
+    r = F.conv2d(F.interpolate(latents, scale_factor=8.0, mode="nearest"), leaves["last_w"], padding=1)
+    loss = generator_loss(
+        image,
+        r,
+        perceptual=lambda a, b: 0.7 * (a - b).square().mean(dim=(1, 2, 3), keepdim=True),
+        perceptual_weight=1.0,
+        discriminator=None,
+        last_layer=leaves["last_w"],
+        discriminator_weight=0.0,
+        discriminator_on=False,
+    )
+    assert loss.nll.item() == pytest.approx(settings["nll_loss"], rel=1e-4)
+    divergence = posterior.divergence().mean()
+    assert divergence.item() == pytest.approx(settings["kl_loss"], rel=1e-4)
+    projected, aux = F.conv2d(latents, leaves["proj_w"]), recording["graph.aux"]
+    distances = distance_matrix_loss(projected, aux, settings["distmat_margin"])
+    vision = (distances + marginal_cosine_loss(projected, aux, settings["cos_margin"])).mean()
+    assert vision.item() == pytest.approx(settings["vf_loss"], rel=1e-4)
+    setting = settings["vf_weight_setting"]
+    weight = torch.tensor(setting)
+    if settings["adaptive_vf"]:
+        weight = vision_loss_weight(loss.nll, vision, leaves["enc_last_w"], setting)
+    assert weight.item() == pytest.approx(settings["vf_weight"], rel=1e-4)
+    return loss.total + settings["kl_weight"] * divergence + weight * vision
+
+
 def build_residual(recording: Golden) -> ResidualEncoder:
     config = recording.meta["config"]
     model = ResidualEncoder(
@@ -415,7 +697,7 @@ def test_golden_encode(golden: GoldenFolder) -> None:
         if extra is not None:
             # Only its sizes matter here: join() is given the recorded output.
             encoder = ResidualEncoder(image_size=grid[0], patch_size=1, channels=channels, depth=1, width=8, heads=2)
-        model = Autoencoder(
+        model = SVGAutoencoder(
             backbone,
             Decoder(z_channels=config["D1"] + channels, ch=32, ch_mult=(1,), num_res_blocks=1),
             encoder,
@@ -511,7 +793,7 @@ def test_golden_encode_e2e(golden: GoldenFolder) -> None:
     encoder = build_residual(residual)
     channels = backbone.channels + encoder.channels
     decoder = Decoder(z_channels=channels, ch=32, ch_mult=(1,), num_res_blocks=1)
-    model = Autoencoder(backbone, decoder, encoder, mask_ratio=0.0).eval()
+    model = SVGAutoencoder(backbone, decoder, encoder, mask_ratio=0.0).eval()
     images = x * backbone.std + backbone.mean
     assert model.alignment is not None
 

@@ -13,7 +13,7 @@ from .gpu.checks import Check
 
 
 @pytest.mark.parametrize(
-    ("part", "measured"), [("parity", "one step, float32: weights"), ("pipeline", "samples are finite")]
+    ("part", "measured"), [("parity", "one step, flow, float32: weights"), ("pipeline", "samples are finite")]
 )
 def test_parts_of_the_gpu_suite(part: str, measured: str, tmp_path: Path) -> None:
     options = ["--device", "cpu", "--small", "--only", part, "--out", str(tmp_path)]

@@ -18,7 +18,6 @@ from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.recipe import BackboneSection
 from svgpipe.models import attention
 from svgpipe.models.attention import attend
-from svgpipe.models.autoencoder import Autoencoder
 from svgpipe.models.backbone import Backbone, own_input
 from svgpipe.models.convert import in_order, residual_from_official
 from svgpipe.models.decoder import Decoder
@@ -26,7 +25,8 @@ from svgpipe.models.dit import DiT
 from svgpipe.models.flow import logit_normal, shift_time
 from svgpipe.models.losses import LPIPS, BackbonePerceptual, PatchDiscriminator
 from svgpipe.models.residual import Alignment, ResidualEncoder
-from svgpipe.stages.networks.autoencoder import build_backbone
+from svgpipe.models.svg_autoencoder import SVGAutoencoder
+from svgpipe.stages.networks.backbone import build_backbone
 from svgpipe.stages.networks.weight_files import read_weight_file
 
 LITE = BackboneSection(
@@ -135,11 +135,11 @@ def test_timm_dinov3_weights_get_bf16_periods() -> None:
     assert not torch.equal(backbone.model.rope.periods, before)
 
 
-def autoencoder() -> Autoencoder:
+def autoencoder() -> SVGAutoencoder:
     torch.manual_seed(0)
     backbone = build_backbone(LITE, 32)
     residual = ResidualEncoder(image_size=32, patch_size=8, channels=4, depth=1, width=32, heads=2)
-    return Autoencoder(backbone, Decoder(z_channels=116, ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1), residual)
+    return SVGAutoencoder(backbone, Decoder(z_channels=116, ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1), residual)
 
 
 def test_gradients_reach_residual_and_decoder_but_not_the_backbone() -> None:
@@ -179,10 +179,10 @@ def test_mismatching_parts_of_an_export_are_named() -> None:
     backbone = build_backbone(LITE, 32)
     residual = ResidualEncoder(image_size=32, patch_size=8, channels=4, depth=1, width=32, heads=2)
     with pytest.raises(ValueError, match=r"expected 116 latent channels .* found 64"):
-        Autoencoder(backbone, Decoder(z_channels=64, ch=32, ch_mult=(1,)), residual)
+        SVGAutoencoder(backbone, Decoder(z_channels=64, ch=32, ch_mult=(1,)), residual)
     other = ResidualEncoder(image_size=32, patch_size=16, channels=4, depth=1, width=32, heads=2)
     with pytest.raises(ValueError, match="grid of 4, found 2"):
-        Autoencoder(backbone, Decoder(z_channels=116, ch=32, ch_mult=(1,)), other)
+        SVGAutoencoder(backbone, Decoder(z_channels=116, ch=32, ch_mult=(1,)), other)
     with pytest.raises(ValueError, match="expected images of 32x32, found 16x16"):
         residual(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="multiple of the patch size"):

@@ -13,12 +13,14 @@ from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.precision import computes_bfloat16
 from svgpipe.manifests.recipe import Recipe
 from svgpipe.manifests.recipe_loader import builtin_names, load_recipe
+from svgpipe.stages.networks.diffusion import width_warning
 from svgpipe.stages.runtime import device
 from svgpipe.stages.runtime.device import autocast, warn_if_imitated
 
 
 def test_builtins_are_the_documented_ones() -> None:
-    names = ["demo", *(f"imagenet256-svg-{size}" for size in ("b", "l", "s", "xl"))]
+    systems = ("dit-xl-sdvae", "rae", "repa-xl-sdvae", "sit-xl-sdvae", "sit-xl-vavae", "svg-b", "svg-l", "svg-xl")
+    names = ["demo", *(f"imagenet256-{name}" for name in systems)]
     assert builtin_names() == names
     for name in names:
         assert load_recipe(name).name == name
@@ -34,9 +36,60 @@ def test_xl_has_the_official_values() -> None:
 
 
 def test_sizes_extend_xl_and_change_only_the_model() -> None:
-    xl, small = load_recipe("imagenet256-svg-xl"), load_recipe("imagenet256-svg-s")
+    xl, small = load_recipe("imagenet256-svg-xl"), load_recipe("imagenet256-svg-b")
     assert small.autoencoder == xl.autoencoder
-    assert small.diffusion.model.width == 384
+    assert small.diffusion.model.width == 768
+
+
+def test_no_built_in_model_is_narrower_than_its_tokens() -> None:
+    channels = {"svg": 392, "vision": 384}
+    for name in builtin_names():
+        recipe = load_recipe(name)
+        kind = recipe.autoencoder.kind
+        values = 120 if name == "demo" else channels.get(kind, recipe.autoencoder.kl.channels)
+        assert width_warning(recipe.diffusion.model, values) is None, name
+    narrow = width_warning(load_recipe("demo").diffusion.model, 392)
+    assert narrow is not None and "width 192 is below the 392 values of a token" in narrow
+    patched = load_recipe("demo", ["diffusion.model.patch_size=2"]).diffusion.model
+    assert width_warning(patched, 100) is not None and width_warning(patched, 48) is None
+
+
+def test_recipes_of_other_systems_are_theirs() -> None:
+    sit, dit, repa, vavae, rae = (
+        load_recipe(f"imagenet256-{name}")
+        for name in ("sit-xl-sdvae", "dit-xl-sdvae", "repa-xl-sdvae", "sit-xl-vavae", "rae")
+    )
+    for recipe in (sit, dit, repa):
+        assert (recipe.autoencoder.kind, recipe.extract.factor, recipe.diffusion.model.patch_size) == ("kl", 0.18215, 2)
+        assert recipe.evaluation.deviations() == []
+    assert (sit.evaluation.solver, dit.evaluation.solver, repa.evaluation.solver) == ("dopri5", "ddpm", "sde")
+    assert dit.diffusion.objective == "ddpm" and repa.diffusion.align is not None and repa.diffusion.align.depth == 8
+    assert (vavae.autoencoder.kind, vavae.autoencoder.kl.channels, vavae.extract.factor) == ("aligned-kl", 32, None)
+    assert vavae.diffusion.model.patch_size is None and vavae.diffusion.model.learn_sigma
+    assert (rae.autoencoder.kind, rae.evaluation.preset) == ("vision", "paper-svg-unguided")
+
+
+def test_a_preset_fills_in_what_is_not_given(tmp_path: Path) -> None:
+    assert load_recipe("demo", ["evaluation.preset=repa"]).evaluation.deviations() == []
+    file = tmp_path / "own.yaml"
+    file.write_text("extends: demo\nevaluation: {preset: sit-sde, steps: [10]}\n")
+    recipe = load_recipe(str(file)).evaluation
+    assert (recipe.solver, recipe.guidance, recipe.guidance_channels, recipe.steps) == ("sde", (1.5,), 3, (10,))
+    assert recipe.deviations() == ["steps: [10] instead of [250]"]
+    # The command line's preset wins over the recipe, and other options of the command line over it, in any order.
+    changed = load_recipe(str(file), ["evaluation.guidance=[2.0]", "evaluation.preset=repa"]).evaluation
+    assert (changed.solver, changed.guidance, changed.guidance_mode) == ("sde", (2.0,), "interval-0.3-1")
+    assert changed.steps == (250,) and changed.deviations() == ["guidance: [2.0] instead of [1.8]"]
+    with pytest.raises(UsageError, match=r"evaluation\.preset: expected 'paper-svg'"):
+        load_recipe("demo", ["evaluation.preset=paper"])
+
+
+def test_a_nullable_section_can_be_null_and_set() -> None:
+    assert load_recipe("imagenet256-repa-xl-sdvae", ["diffusion.align=null"]).diffusion.align is None
+    align = load_recipe("demo", ["diffusion.align.depth=3"]).diffusion.align
+    assert align is not None and (align.depth, align.coefficient) == (3, 0.5)
+    with pytest.raises(UsageError, match="expected a section"):
+        load_recipe("demo", ["diffusion.model=null"])
 
 
 def test_overrides_apply_in_order_and_read_numbers() -> None:

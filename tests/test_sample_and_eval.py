@@ -47,7 +47,8 @@ from svgpipe.stages.evaluate.plan import Sampler
 from svgpipe.stages.evaluate.reference import RealSets, open_reference, shard_reference
 from svgpipe.stages.images.decode import decode_image, to_array
 from svgpipe.stages.images.image_set import ImageSet
-from svgpipe.stages.networks.autoencoder import build_backbone, latent_decoder, state_digest
+from svgpipe.stages.networks.autoencoder import latent_decoder
+from svgpipe.stages.networks.backbone import build_backbone, state_digest
 from svgpipe.stages.networks.diffusion import open_diffusion
 from svgpipe.stages.networks.downloads import Download
 from svgpipe.stages.networks.sampling import SamplerSettings, initial_noise, keep_as_computed, labels_of, sample_latents
@@ -724,7 +725,7 @@ def test_autoguidance_by_a_checkpoint(finished: Finished, tmp_path: Path, svgpip
 def test_a_guide_that_does_not_belong_is_refused(finished: Finished, tmp_path: Path) -> None:
     model = open_diffusion(finished.root / "diffusion")
     Sampler(model, model).require_match()
-    with pytest.raises(MismatchError, match="another shape or other classes"):
+    with pytest.raises(MismatchError, match="another shape, objective or other classes"):
         Sampler(model, replace(model, class_names=model.class_names[::-1])).require_match()
     other = replace(model, directory=tmp_path, content={**model.content})
     mean, std = model.statistics()

@@ -18,6 +18,7 @@ from svgpipe.manifests.manifest import read_json, write_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.models.residual import Alignment
+from svgpipe.models.svg_autoencoder import SVGAutoencoder
 from svgpipe.stages.images.decode import psnr
 from svgpipe.stages.images.stream import TrainingImages, load_images, training_batches
 from svgpipe.stages.networks.autoencoder import load_autoencoder, reconstruct
@@ -90,7 +91,7 @@ def test_alignment_scalars_are_measured_on_training_images(finished: Finished) -
     rows = np.flatnonzero(~finished.shards.rows.heldout)
     chosen = [int(rows[i]) for i in np.linspace(0, len(rows) - 1, 16).round().astype(int)]
     images = torch.from_numpy(load_images(finished.shards, chosen, 32)).permute(0, 3, 1, 2).float() / 255
-    assert model.residual is not None
+    assert isinstance(model, SVGAutoencoder) and model.residual is not None
     with torch.no_grad():
         residual = model.residual((images - model.imagenet_mean) / model.imagenet_std)
         expected = Alignment.statistics(model.backbone(images), residual)
@@ -119,6 +120,7 @@ def test_a_backbone_from_a_file_lies_beside_the_autoencoder(
 ) -> None:
     """The recipe names a relative path, and later the working directory is another one and the file is gone."""
     model, _ = load_autoencoder(finished.root / "autoencoder")
+    assert isinstance(model, SVGAutoencoder)
     monkeypatch.chdir(tmp_path)
     save_file(model.backbone.model.state_dict(), "weights.safetensors")
     given = ("--set", "autoencoder.backbone.weights=weights.safetensors", "--set", "autoencoder.steps=1")

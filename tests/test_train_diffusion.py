@@ -272,7 +272,7 @@ def test_a_transformer_with_the_options_of_other_systems(
     assert refused.code == 2 and "expected a divisor of the grid of" in refused.err and "4x4, found 3" in refused.err
     whole = ("run", finished.recipe_file, "--workdir", tmp_path / "w", "--source", photographs)
     refused = svgpipe(*whole, "--set", "diffusion.model.patch_size=3")
-    assert refused.code == 2 and "expected a divisor of the grid of tf_efficientnet_lite0" in refused.err
+    assert refused.code == 2 and "expected a divisor of the grid of the latents of kind svg" in refused.err
     assert not (tmp_path / "w" / "shards").exists()
 
 

@@ -26,7 +26,7 @@ from ..networks.diffusion import TrainedDiffusion, open_diffusion
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Silent
 from .class_distances import Distances, class_distances, tsne
-from .pooling import BACKBONE, BOTH, channel_groups, pooled, spread
+from .pooling import channel_groups, pooled, spread
 from .straightness import Straightness, straightness
 from .velocity_agreement import Agreement, velocity_agreement
 
@@ -171,7 +171,7 @@ def _analyze_one(
         except ValueError as error:
             missing.append(str(error))
         progress.advance(1, f"distances, {name}")
-    places = tsne(features[:, groups[BOTH if BOTH in groups else BACKBONE]], seed)
+    places = tsne(features, seed)
     if places is None:
         missing.append("t-SNE: there are fewer than five images, or one channel only")
     progress.advance(1, "t-SNE")
@@ -217,6 +217,9 @@ def _straightness(
 ) -> Straightness | None:
     if trained is None:
         missing.append("curvature of sampling paths: no model of this cache was given (--diffusion)")
+        return None
+    if trained.objective != "flow":
+        missing.append("curvature of sampling paths: the model predicts noise (objective ddpm), not a velocity")
         return None
     name = trained.weights_name(weights)
     model = trained.load(name).to(pick_device())

@@ -17,15 +17,13 @@ BLOCK_ROWS = 128
 READERS = 3
 # A channel with less variation is not rescaled: it would dominate the other channels.
 MIN_SPREAD = 1e-6
-BACKBONE, RESIDUAL, BOTH = "backbone", "residual", "both"
+BOTH = "both"
 
 
 def channel_groups(cache: FeatureCache) -> dict[str, slice]:
-    """Return the slices of backbone, residual and both; of the backbone alone for a cache without residual."""
-    frozen, channels = cache.manifest.frozen_channels, cache.manifest.latent_shape[-1]
-    if frozen == channels:
-        return {BACKBONE: slice(0, frozen)}
-    return {BACKBONE: slice(0, frozen), RESIDUAL: slice(frozen, channels), BOTH: slice(0, channels)}
+    """Return the slices of the groups of channels; if there are several, also of both together."""
+    groups = cache.manifest.channel_groups
+    return groups | ({BOTH: slice(0, cache.manifest.latent_shape[-1])} if len(groups) > 1 else {})
 
 
 def pooled(cache: FeatureCache, rows: Sequence[int], progress: Progress | None = None) -> NDArray[np.float32]:

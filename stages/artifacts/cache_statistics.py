@@ -27,7 +27,7 @@ class CacheStatistics:
     maximum: NDArray[np.float64]
     eigenvalues: NDArray[np.float64]  # (C,) of the covariance, largest first
     effective_rank: float
-    frozen_channels: int
+    groups: dict[str, slice]  # of channels, by what made them
     calibrated_on_all: bool | None  # whether calibration used all training images; None: it is not recorded
 
     @classmethod
@@ -57,15 +57,14 @@ class CacheStatistics:
             maximum=arrays["max"],
             eigenvalues=np.clip(np.linalg.eigvalsh(covariance)[::-1], 0, None),
             effective_rank=effective_rank(covariance),
-            frozen_channels=cache.manifest.frozen_channels,
+            groups=cache.manifest.channel_groups,
             calibrated_on_all=None if calibrated is None else len(cache.training_rows) <= calibrated,
         )
 
     def name_of(self, channel: int) -> str:
         """Return `backbone 17` or `residual 3`, each counted from 0."""
-        if channel < self.frozen_channels:
-            return f"backbone {channel}"
-        return f"residual {channel - self.frozen_channels}"
+        name, group = next((n, g) for n, g in reversed(self.groups.items()) if g.start <= channel)
+        return f"{name} {channel - group.start}"
 
     @property
     def off(self) -> list[int]:

@@ -35,7 +35,7 @@ class SheetRow:
     class_name: str
     heldout: bool
     source: RGBArray | None
-    backbone: RGBArray  # the first three principal components as red, green, blue
+    features: RGBArray  # the first three principal components of the first group of channels as red, green, blue
     residual: RGBArray | None  # every residual channel, side by side
     decoded: RGBArray | None
 
@@ -60,9 +60,9 @@ def contact_sheet(cache: FeatureCache, count: int) -> ContactSheet:
     if not chosen:
         raise ArtifactError(f"{cache.path}: expected a valid row to show, found none.")
     features = cache.read_latents(chosen).astype(np.float32)
-    frozen = cache.manifest.frozen_channels
-    backbone = _principal_colours(features[..., :frozen])
-    residual = _residual_maps(features[..., frozen:]) if frozen < features.shape[-1] else None
+    groups = cache.manifest.channel_groups
+    colours = _principal_colours(features[..., next(iter(groups.values()))])
+    residual = _residual_maps(features[..., groups["residual"]]) if "residual" in groups else None
     missing: list[str] = []
     sources = _sources(cache, chosen, missing)
     decoded = _decoded(cache, features, missing)
@@ -72,7 +72,7 @@ def contact_sheet(cache: FeatureCache, count: int) -> ContactSheet:
             class_name=cache.classes[int(cache.labels[row])],
             heldout=bool(cache.heldout[row]),
             source=None if sources is None else sources[i],
-            backbone=backbone[i],
+            features=colours[i],
             residual=None if residual is None else residual[i],
             decoded=None if decoded is None else decoded[i],
         )

@@ -66,15 +66,16 @@ def diff(
         )
     usable = np.flatnonzero(one.valid & two.valid)
     chosen = choose_evenly(usable.tolist(), rows)
-    frozen, channels = a.frozen_channels, a.feature_shape[2]
-    groups = [("backbone", slice(0, frozen))] + ([("residual", slice(frozen, channels))] if frozen < channels else [])
-    tallies = [_Tally(name) for name, _ in groups]
+    groups = dict(a.channel_groups)
+    if a.distribution == "gaussian":
+        groups["deviation"] = slice(a.latent_shape[2], a.feature_shape[2])
+    tallies = [_Tally(name) for name in groups]
     progress.begin("diff", len(chosen) * len(views), "images")
     for view in views:
         for start in range(0, len(chosen), BLOCK_ROWS):
             block = chosen[start : start + BLOCK_ROWS]
             x, y = (cache.denormalize(cache.read(block, view)) for cache in (one, two))
-            for tally, (_, group) in zip(tallies, groups, strict=True):
+            for tally, group in zip(tallies, groups.values(), strict=True):
                 tally.add(x[..., group], y[..., group], one.channel_std[group], block, view)
             progress.advance(len(block))
     return CacheDifference(

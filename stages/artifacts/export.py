@@ -80,7 +80,7 @@ def _require_free(out: Location) -> None:
 def _config(model: TrainedDiffusion, config: DiffusionSection, name: str) -> Json:
     """Return the content of config.json, which is written last."""
     arguments: dict[str, Any] = dit_arguments(
-        config.model, grid=model.grid, channels=model.channels, num_classes=len(model.class_names)
+        config, grid=model.grid, channels=model.channels, num_classes=len(model.class_names)
     )
     return {
         "model": arguments,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from svgpipe.manifests.errors import ArtifactError, first_line
@@ -62,7 +63,7 @@ class _MappingShell:
 
 
 def read_official(path: Path) -> Any:
-    """Return the content of a file of `torch.save`, tensors on the CPU.
+    """Return the content of a .safetensors file, or of one of `torch.save`, tensors on the CPU.
 
     Raises:
         ArtifactError: the file is missing, not a torch file, or would have to run code.
@@ -70,6 +71,8 @@ def read_official(path: Path) -> Any:
     if not path.is_file():
         raise ArtifactError(f"{path}: expected a checkpoint file, found none.")
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         needed = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         foreign = sorted({*needed} - {*OBJECTS, *MAPPINGS})
         if foreign:

@@ -38,8 +38,7 @@ class RequantizeCost(FrozenModel):
     reference_bytes: int
     small_bytes: int
     bytes_ratio: float = Field(description="small / reference.")
-    backbone_snr: float | None = Field(description="dB, backbone channels.")
-    residual_snr: float | None = Field(description="dB, residual channels.")
+    snr: dict[str, float | None] = Field(description="dB, by group of channels.")
     decoded_psnr: float | None = Field(None, description="dB, images decoded from small against those from reference.")
     source_psnr_reference: float | None = Field(None, description="dB, images decoded from reference against sources.")
     source_psnr_small: float | None = Field(None, description="dB, images decoded from small against sources.")
@@ -73,15 +72,13 @@ def measure_cost(
     """
     usable = np.flatnonzero(reference.valid)
     rows = choose_evenly(usable.tolist(), MEASURED_ROWS)
-    frozen = reference.manifest.frozen_channels
     a, b = reference.read_latents(rows), small.read_latents(rows)
     missing: list[str] = []
     return RequantizeCost(
         reference_bytes=reference.manifest.num_bytes,
         small_bytes=small.manifest.num_bytes,
         bytes_ratio=small.manifest.num_bytes / reference.manifest.num_bytes,
-        backbone_snr=_snr(a[..., :frozen], b[..., :frozen]),
-        residual_snr=None if frozen == a.shape[-1] else _snr(a[..., frozen:], b[..., frozen:]),
+        snr={name: _snr(a[..., group], b[..., group]) for name, group in reference.manifest.channel_groups.items()},
         **_decoded(reference, small, rows, autoencoder, missing),
         **_losses(reference, small, diffusion, missing),
         not_measured=missing,

@@ -20,14 +20,15 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from svgpipe.manifests.errors import ArtifactError, UsageError, first_line
-from svgpipe.manifests.filesystem import file_sha256
+from svgpipe.manifests.filesystem import Location, file_sha256
 from svgpipe.manifests.manifest import InputRef, svgpipe_version
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.recipe import BackboneSection, ExtractorSection
 from svgpipe.manifests.report_file import ExtractorInfo
 from svgpipe.models.backbone import Backbone, own_input
 
 from ..images.image_set import ImageSet
-from ..networks.autoencoder import build_backbone, state_digest
+from ..networks.backbone import build_backbone, state_digest
 from ..networks.downloads import Download
 from ..networks.weight_files import read_weight_file
 from ..runtime.device import pick_device
@@ -95,7 +96,32 @@ def weight_inputs(**sources: str) -> dict[str, InputRef]:
     }
 
 
-def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "evaluation.extractor") -> Extractor:
+def extractor_for(
+    config: ExtractorSection, encoder: AutoencoderManifest, autoencoder: Location, where: str = "evaluation.extractor"
+) -> Extractor:
+    """Load the extractor of a recipe, with the backbone of the autoencoder if it is asked for.
+
+    Returns:
+        The extractor.
+
+    Raises:
+        UsageError: the autoencoder has no backbone.
+        ArtifactError: see `load_extractor`.
+    """
+    backbone = None
+    if config.kind == "backbone":
+        if not encoder.backbone_weights:
+            raise UsageError(
+                f"{where}.kind: backbone is that of the autoencoder, but {autoencoder} was made without one. Choose "
+                "inception, or timm with a name."
+            )
+        backbone = build_backbone(encoder.section.backbone, encoder.image_size, autoencoder)
+    return load_extractor(config, backbone, where)
+
+
+def load_extractor(
+    config: ExtractorSection, backbone: Backbone | None, where: str = "evaluation.extractor"
+) -> Extractor:
     """Load the extractor of a recipe.
 
     Args:
@@ -113,6 +139,7 @@ def load_extractor(config: ExtractorSection, backbone: Backbone, where: str = "e
     if config.kind == "timm":
         backbone = _timm(config, where)
     if config.kind != "inception":
+        assert backbone is not None, "built where the recipe names kind backbone"
         name = backbone.name
         return Extractor(
             BackboneExtractor(backbone).eval(),

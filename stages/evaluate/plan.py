@@ -12,25 +12,35 @@ from svgpipe.manifests.evaluation import EvaluationManifest
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import InputRef
 from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest, require_decoder
-from svgpipe.manifests.recipe import AutoencoderSection, EvaluationSection
+from svgpipe.manifests.recipe import EvaluationSection, Objective
 from svgpipe.manifests.workdir import StageSpec
+from svgpipe.models.ddpm import ddim_steps, equal_steps
 from svgpipe.models.sampler import Guidance
 
-from ..networks.autoencoder import build_backbone
 from ..networks.diffusion import TrainedDiffusion, open_diffusion
-from ..networks.sampling import SamplerSettings
-from .features import Extractor, load_extractor, weight_inputs
+from ..networks.sampling import DDPM_SOLVERS, SamplerSettings
+from .features import Extractor, extractor_for, weight_inputs
 from .reference import RealSets, Reference, require_extractor
 
 
-def require_sampling(config: EvaluationSection, *, guided: bool) -> None:
-    """Check the guidance mode and the numbers of steps.
+def require_sampling(config: EvaluationSection, objective: Objective, *, guided: bool) -> None:
+    """Check the solver, the guidance mode and the numbers of steps.
+
+    Args:
+        config: section `evaluation` of a recipe.
+        objective: of the model.
+        guided: whether a worse model guides it.
 
     Raises:
-        UsageError: the mode is unknown or makes no sense with a guide, or the solver needs more steps.
+        UsageError: the solver is not one for the model, or cannot make as many steps; the mode is unknown or makes no
+            sense with a guide.
     """
-    if config.solver == "sde" and min(config.steps) < 2:
-        raise UsageError("evaluation.steps: the solver sde needs at least 2 steps, found 1.")
+    if (config.solver in DDPM_SOLVERS) != (objective == "ddpm"):
+        fitting = "ddpm or ddim" if objective == "ddpm" else "euler, heun, multistep, sde or dopri5"
+        raise UsageError(
+            f"evaluation.solver: expected {fitting} for a model of objective {objective}, found {config.solver}."
+        )
+    _require_steps(config)
     try:
         guidance = Guidance(1.0, config.guidance_mode, config.guidance_channels)
     except ValueError as error:
@@ -39,6 +49,21 @@ def require_sampling(config: EvaluationSection, *, guided: bool) -> None:
         raise UsageError(
             "evaluation.guidance_mode: cfg_star needs unconditional velocities, which a guide does not have."
         )
+
+
+def _require_steps(config: EvaluationSection) -> None:
+    if config.solver == "dopri5" and (len(config.steps) > 1 or config.guidance_mode != "constant"):
+        raise UsageError(
+            "evaluation.solver: dopri5 chooses the steps of every sample itself. Expected one value in "
+            "evaluation.steps, which only names the setting, and guidance_mode constant."
+        )
+    if config.solver == "sde" and min(config.steps) < 2:
+        raise UsageError("evaluation.steps: the solver sde needs at least 2 steps, found 1.")
+    try:
+        for steps in config.steps if config.solver in DDPM_SOLVERS else ():
+            ddim_steps(steps) if config.solver == "ddim" else equal_steps([steps])
+    except ValueError as error:
+        raise UsageError(f"evaluation.steps: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -54,7 +79,7 @@ class Sampler:
         Raises:
             UsageError: an unknown guidance mode, one that makes no sense with a guide, or too many guided channels.
         """
-        require_sampling(config, guided=self.guide is not None)
+        require_sampling(config, self.model.objective, guided=self.guide is not None)
         if (config.guidance_channels or 0) > self.model.channels:
             raise UsageError(
                 f"evaluation.guidance_channels: expected at most the model's {self.model.channels} channels, found "
@@ -74,6 +99,7 @@ class Sampler:
                 guide=None if self.guide is None else self.guide.described(config.guide_weights),
                 classes=self.model.classes,
                 guidance_channels=config.guidance_channels,
+                ddim_eta=config.ddim_eta if config.solver == "ddim" else None,
             )
             for scale in config.guidance
             for steps in config.steps
@@ -88,12 +114,14 @@ class Sampler:
         if self.guide is None:
             return
         ours, theirs = self.model, self.guide
-        same_shape = (ours.grid, ours.channels, ours.class_names) == (theirs.grid, theirs.channels, theirs.class_names)
+        same_shape = all(
+            getattr(ours, name) == getattr(theirs, name) for name in ("grid", "channels", "class_names", "objective")
+        )
         pairs = zip(ours.statistics(), theirs.statistics(), strict=True)
         if not same_shape or not all(np.array_equal(a, b) for a, b in pairs):
             raise MismatchError(
                 f"--guide {theirs.directory}: expected a model of the same latents as {ours.directory}, found one of "
-                f"another {'cache' if same_shape else 'shape or other classes'}. Train both on one cache."
+                f"another {'cache' if same_shape else 'shape, objective or other classes'}. Train both on one cache."
             )
 
     def guide_input(self, config: EvaluationSection) -> dict[str, InputRef]:
@@ -185,9 +213,7 @@ class EvaluationPlan:
             ArtifactError: weights are not available.
             UsageError: the reference is statistics of other features.
         """
-        section = AutoencoderSection.model_validate(self.encoder.config).backbone
-        backbone = build_backbone(section, self.encoder.image_size, self.autoencoder)
-        extractor = load_extractor(self.config.extractor, backbone)
+        extractor = extractor_for(self.config.extractor, self.encoder, self.autoencoder)
         require_extractor(self.reference, extractor.dimensions, extractor.description.name)
         return extractor
 

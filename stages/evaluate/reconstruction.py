@@ -37,14 +37,14 @@ from ..extract.align import align_for_evaluation, needs_alignment
 from ..images.decode import CROP, RGBArray, psnr
 from ..images.image_set import ImageSet
 from ..images.tensors import as_unit_range
-from ..networks.autoencoder import build_backbone, state_digest
+from ..networks.backbone import state_digest
 from ..networks.perceptual import load_lpips
 from ..networks.weight_files import read_weight_file
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Recorded
 from ..runtime.runner import LocalRunner, Runner
 from .decode_latents import DecoderOptions, ImageJob, decode
-from .features import POOLED, Extractor, load_extractor, software, weight_inputs
+from .features import POOLED, Extractor, extractor_for, software, weight_inputs
 from .intervals import mean_estimate
 from .measure_images import RECONSTRUCTIONS, extracted
 from .metrics import Comparison, Features
@@ -108,7 +108,7 @@ class ReconstructionPlan:
     @property
     def section(self) -> AutoencoderSection:
         """Recipe section of the autoencoder."""
-        return AutoencoderSection.model_validate(self.encoder.config)
+        return self.encoder.section
 
     @cached_property
     def extractor(self) -> Extractor:
@@ -117,8 +117,7 @@ class ReconstructionPlan:
         Raises:
             ArtifactError: weights are not available.
         """
-        backbone = build_backbone(self.section.backbone, self.encoder.image_size, self.autoencoder)
-        return load_extractor(self.config.extractor, backbone, "reconstruction.extractor")
+        return extractor_for(self.config.extractor, self.encoder, self.autoencoder, "reconstruction.extractor")
 
     @property
     def originals(self) -> ImageSet:
@@ -126,22 +125,21 @@ class ReconstructionPlan:
         return ImageSet(self.chosen, self.encoder.image_size)
 
     def jobs(self) -> list[ImageJob]:
-        """Return the sets to decode: with the residual branch, if there is one, then without."""
-        count, channels = len(self.chosen), self.encoder.residual_channels
-        with_residual = [ImageJob(RECONSTRUCTIONS, count, originals=self.chosen)] if channels else []
-        return [*with_residual, ImageJob(WITHOUT_RESIDUAL, count, originals=self.chosen, residual=False)]
+        """Return the sets to decode. Kind svg has a second set, without the residual branch."""
+        count = len(self.chosen)
+        whole = ImageJob(RECONSTRUCTIONS, count, originals=self.chosen)
+        without = ImageJob(WITHOUT_RESIDUAL, count, originals=self.chosen, residual=False)
+        return [whole, without] if self.section.kind == "svg" else [whole]
 
     def not_measured(self) -> list[str]:
         """Return what cannot be measured for this autoencoder, with the reason."""
-        if not self.encoder.residual_channels:
-            return ["reconstructions with the residual branch: this autoencoder has none"]
-        if self.section.residual.mask_ratio == 0:
+        if self.section.kind == "svg" and self.section.residual.mask_ratio == 0:
             return ["a fair reconstruction without residual: it was never masked in training (mask_ratio 0)"]
         return []
 
     def decoder_options(self) -> DecoderOptions:
         """Return options with neutral mean and std, because no normalised latents are decoded."""
-        channels, config = self.encoder.frozen_channels + self.encoder.residual_channels, self.config
+        channels, config = self.encoder.channels, self.config
         return DecoderOptions(
             self.autoencoder,
             mean=np.zeros(channels, np.float32),
@@ -277,7 +275,7 @@ def _measure(
         results.append(
             Reconstructed(
                 name=name,
-                residual=name == RECONSTRUCTIONS,
+                residual=name == RECONSTRUCTIONS if plan.section.kind == "svg" else None,
                 frechet_distance=comparison.frechet(features),
                 kernel_distance=comparison.kernel(features),
                 **{"lpips": None, **means},

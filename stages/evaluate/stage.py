@@ -157,6 +157,8 @@ def _report(plan: EvaluationPlan, measured: Compared) -> Report:
         num_samples=plan.config.num_samples,
         image_size=plan.sets.size,
         class_names=plan.class_names,
+        preset=plan.config.preset,
+        deviations=plan.config.deviations(),
         results=measured.results,
         not_measured=measured.not_measured,
     )

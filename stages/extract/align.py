@@ -10,7 +10,6 @@ from svgpipe.manifests.alignment import ALIGNMENT_NAME, MeasuredAlignment
 from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.lock import locked
 from svgpipe.manifests.model_manifests import AutoencoderManifest
-from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.shards import ShardSet
 
 from ..runtime.progress import Progress
@@ -21,8 +20,8 @@ from .encoder_actor import EncoderOptions
 
 def needs_alignment(autoencoder: Location, manifest: AutoencoderManifest) -> bool:
     """Return whether the autoencoder aligns, but its alignment is not measured yet."""
-    residual = AutoencoderSection.model_validate(manifest.config).residual
-    aligns = residual.enabled and residual.align and manifest.alignment is None
+    section = manifest.section
+    aligns = section.kind == "svg" and section.residual.align and manifest.alignment is None
     return aligns and MeasuredAlignment.read(autoencoder) is None
 
 
@@ -47,7 +46,7 @@ def measure_alignment(
     with locked(autoencoder):
         if MeasuredAlignment.read(autoencoder) is not None:
             return
-        chosen = training_rows(shards, AutoencoderSection.model_validate(manifest.config).calibration_images)
+        chosen = training_rows(shards, manifest.section.calibration_images)
         unaligned = replace(options, aligned=False)
         total, _ = measure_features(shards, chosen, manifest.image_size, unaligned, runner, progress, "align")
         std = total.std * np.sqrt(total.count / max(1, total.count - 1))

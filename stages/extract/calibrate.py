@@ -5,13 +5,15 @@ The extraction stores them in its journal, so that every resume normalises with 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from svgpipe.manifests.calibration import MIN_STD, Calibration
+from svgpipe.manifests.calibration import MIN_STD, Calibration, given_calibration, measured_calibration
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.moments import Moments
 from svgpipe.manifests.recipe import ExtractSection
 from svgpipe.manifests.selection import choose_evenly
@@ -26,13 +28,13 @@ from .quantization import SAMPLED_VECTORS, int8_scales
 
 def calibrate(
     shards: ShardSet,
-    image_size: int,
+    encoder: AutoencoderManifest,
     options: EncoderOptions,
     config: ExtractSection,
     runner: Runner,
     progress: Progress,
 ) -> Calibration:
-    """Measure the calibration.
+    """Measure the calibration; with `config.factor` only the int8 steps.
 
     Returns:
         Mean, standard deviation and int8 steps.
@@ -40,15 +42,20 @@ def calibrate(
     Raises:
         ArtifactError: no chosen image can be decoded.
     """
+    given = None
+    if config.factor is not None:
+        given = given_calibration(0.0, 1 / config.factor, encoder.channels, encoder.distribution)
+        if config.store_dtype != "int8":
+            return given
     chosen = training_rows(shards, config.calibration_images)
-    total, vectors = measure_features(shards, chosen, image_size, options, runner, progress, "calibrate")
-    mean, std = total.mean.astype(np.float32), total.std.astype(np.float32)
-    constant = np.flatnonzero(std < MIN_STD)
-    if constant.size:
+    total, vectors = measure_features(shards, chosen, encoder.image_size, options, runner, progress, "calibrate")
+    calibration = given or measured_calibration(total, encoder.distribution)
+    constant = np.flatnonzero(total.std[: encoder.channels] < MIN_STD)
+    if constant.size and encoder.distribution == "point":
         progress.say(f"channels {constant.tolist()} are constant; stored without division")
-        std[constant] = 1.0
-    scale = int8_scales((vectors - mean) / std) if config.store_dtype == "int8" else None
-    return Calibration(mean, std, scale)
+    if config.store_dtype != "int8":
+        return calibration
+    return replace(calibration, scale=int8_scales((vectors - calibration.mean) / calibration.std))
 
 
 def training_rows(shards: ShardSet, count: int) -> list[int]:

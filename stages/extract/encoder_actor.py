@@ -15,6 +15,7 @@ from torch import Tensor
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.precision import Precision
+from svgpipe.models.svg_autoencoder import SVGAutoencoder
 
 from ..images.decode import RGBArray
 from ..images.tensors import as_unit_range
@@ -44,7 +45,7 @@ class EncodeUnits:
     def __init__(self, device: torch.device, options: EncoderOptions) -> None:
         self.device, self.options = device, options
         model, _ = load_autoencoder(options.autoencoder)
-        if not options.aligned:
+        if not options.aligned and isinstance(model, SVGAutoencoder):
             model.alignment = None
         self.model = model.to(device)
         self.run = torch.compile(self.model.encode) if options.compiled else self.model.encode

@@ -110,7 +110,7 @@ class _Job:
             num_samples=len(self.shards),
             views=self.config.views,
             grid=self.encoder.grid,
-            channels=self.encoder.frozen_channels + self.encoder.residual_channels,
+            channels=self.encoder.stored_channels,
             unit_rows=self.config.unit_rows,
             class_names=tuple(self.shards.manifest.class_names),
             dtype=self.config.store_dtype,
@@ -174,8 +174,7 @@ class _Job:
         """Return the calibration of an earlier run of this cache, or measure it."""
         if journal.has(CALIBRATION):
             return Calibration.read(journal)
-        size = self.encoder.image_size
-        calibration = calibrate(self.shards, size, self.options, self.config, self.runner, self.progress)
+        calibration = calibrate(self.shards, self.encoder, self.options, self.config, self.runner, self.progress)
         work.check_lock()
         calibration.record(journal)
         return calibration
@@ -189,7 +188,7 @@ class _Job:
             self.progress.say(f"row {reject.row} is not valid: {reject.reason}")
         if (more := len(stored.rejects) - NAMED_REJECTS) > 0:
             self.progress.say(f"… and {more} more rows, see {work.path / REJECTS_NAME}")
-        backbone = self.encoder.config["backbone"]
+        section = self.encoder.section
         manifest = CacheManifest(
             num_samples=len(rows),
             num_valid=int(stored.valid.sum()),
@@ -201,9 +200,10 @@ class _Job:
             store_dtype=spec.dtype,
             unit_rows=spec.unit_rows,
             class_names=list(spec.class_names),
-            backbone=backbone["name"],
-            backbone_weights=backbone["weights"],
+            backbone=section.backbone.name if section.encodes_with_backbone else f"{section.kind} encoder",
+            backbone_weights=section.backbone.weights if section.encodes_with_backbone else "trained",
             content=stored.content,
+            distribution=self.encoder.distribution,
             num_bytes=stored.num_bytes,
             timings=timings,
         )

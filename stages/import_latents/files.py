@@ -24,8 +24,8 @@ import safetensors
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from svgpipe.manifests.cache_manifest import Distribution
 from svgpipe.manifests.errors import ArtifactError, UsageError
+from svgpipe.manifests.store_spec import Distribution
 
 from ..images.folder import visible_files, visible_folders
 

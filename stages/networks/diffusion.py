@@ -21,7 +21,7 @@ from svgpipe.manifests.model_manifests import (
     choose_weights,
     weights_file,
 )
-from svgpipe.manifests.recipe import DiffusionSection, DiTSection
+from svgpipe.manifests.recipe import DiffusionSection, DiTSection, Objective
 from svgpipe.models.dit import DiT
 
 
@@ -40,6 +40,11 @@ class TrainedDiffusion:
     made_from: str
     autoencoder: str | None = None  # imported model, which has no cache: fingerprint of the autoencoder of its latents
     untrained_classes: tuple[int, ...] = ()
+
+    @property
+    def objective(self) -> Objective:
+        """What the model was trained to predict."""
+        return DiffusionSection.model_validate(self.config).objective
 
     @property
     def classes(self) -> tuple[int, ...] | None:
@@ -70,7 +75,7 @@ class TrainedDiffusion:
             UsageError: no such weights.
         """
         config = DiffusionSection.model_validate(self.config)
-        model = build_dit(config.model, grid=self.grid, channels=self.channels, num_classes=len(self.class_names))
+        model = build_dit(config, grid=self.grid, channels=self.channels, num_classes=len(self.class_names))
         file = weights_file(self.weights_name(weights))
         try:
             model.load_state_dict(load_tensors(self.directory / file, self.content[file]))
@@ -141,7 +146,7 @@ def trained_classes(num_classes: int, untrained: Sequence[int]) -> tuple[int, ..
     return tuple(c for c in range(num_classes) if c not in without) if without else None
 
 
-def build_dit(config: DiTSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> DiT:
+def build_dit(config: DiffusionSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> DiT:
     """Return a new transformer of the recipe's size. Raises the errors of `DiT`."""
     return DiT(**dit_arguments(config, grid=grid, channels=channels, num_classes=num_classes))
 
@@ -159,6 +164,21 @@ def require_patches(config: DiTSection, grid: tuple[int, int], where: str) -> No
         )
 
 
-def dit_arguments(config: DiTSection, *, grid: tuple[int, int], channels: int, num_classes: int) -> dict[str, Any]:
+def width_warning(config: DiTSection, channels: int) -> str | None:
+    """Return a warning if the transformer is narrower than its tokens, or None. Source: arXiv 2510.11690 (RAE), 4.1."""
+    values = channels * (config.patch_size or 1) ** 2
+    if config.width >= values:
+        return None
+    return (
+        f"warning: diffusion.model.width {config.width} is below the {values} values of a token. Such a model cannot "
+        f"fit even one image, because a token does not fit through its width. Use a width of at least {values}."
+    )
+
+
+def dit_arguments(
+    config: DiffusionSection, *, grid: tuple[int, int], channels: int, num_classes: int
+) -> dict[str, Any]:
     """Return the constructor arguments of `DiT` for a recipe and the shape of the latents."""
-    return {"grid": grid, "in_channels": channels, "num_classes": num_classes, **config.model_dump()}
+    shape = {"grid": grid, "in_channels": channels, "num_classes": num_classes}
+    variance = {"returns_variance": True} if config.objective == "ddpm" else {}
+    return {**shape, **config.model.model_dump(), **variance}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from svgpipe.manifests.errors import ArtifactError, UsageError, first_line
 from svgpipe.manifests.recipe import PerceptualSection
-from svgpipe.models.autoencoder import Autoencoder
+from svgpipe.models.backbone import Backbone
 from svgpipe.models.losses import LPIPS, BackbonePerceptual
 
 from .downloads import Download
@@ -21,8 +21,8 @@ LINEAR = Download(
 )
 
 
-def load_perceptual(config: PerceptualSection, model: Autoencoder) -> BackbonePerceptual | LPIPS | None:
-    """Return the frozen perceptual loss of a recipe. There is no silent fallback.
+def load_perceptual(config: PerceptualSection, backbone: Backbone | None) -> BackbonePerceptual | LPIPS | None:
+    """Return the frozen perceptual loss of a recipe. There is no silent fallback. Only kind backbone needs a backbone.
 
     Raises:
         ArtifactError: LPIPS weights are not available.
@@ -31,8 +31,9 @@ def load_perceptual(config: PerceptualSection, model: Autoencoder) -> BackbonePe
     if config.weight == 0:
         return None
     if config.kind == "backbone":
+        assert backbone is not None, "built wherever the recipe needs it"
         try:
-            return BackbonePerceptual(model.backbone, config.levels)
+            return BackbonePerceptual(backbone, config.levels)
         except ValueError as error:
             raise UsageError(f"autoencoder.perceptual: {error}") from error
     return load_lpips(config, "autoencoder.perceptual")

@@ -8,18 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from svgpipe.manifests.precision import Precision
 from svgpipe.manifests.recipe import Labels
+from svgpipe.models.ddpm import STEPS, ddim_steps, equal_steps, sample_ddpm
 from svgpipe.models.dit import DiT
 from svgpipe.models.sampler import Guidance, Solver, sample, times_of_evaluations
 from svgpipe.models.seeds import generator, seed_of
 
 from ..runtime.device import autocast
+
+DDPMSolver = Literal["ddpm", "ddim"]
+DDPM_SOLVERS: tuple[str, ...] = get_args(DDPMSolver)
+ADDED = ("guidance_channels", "ddim_eta")  # settings that were added later: not part of the identity at their default
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class SamplerSettings:
 
     steps: int
     guidance: float
-    solver: Solver
+    solver: Solver | DDPMSolver
     guidance_mode: str
     time_shift: float
     seed: int
@@ -38,6 +43,7 @@ class SamplerSettings:
     guide: str | None = None
     classes: tuple[int, ...] | None = None  # that are sampled; None: all
     guidance_channels: int | None = None  # that are guided; None: all
+    ddim_eta: float | None = None  # share of noise of the solver ddim; None: 0
 
     @property
     def name(self) -> str:
@@ -52,8 +58,16 @@ class SamplerSettings:
     @property
     def acts(self) -> bool:
         """Whether guidance changes anything at any evaluation."""
-        evaluations = times_of_evaluations(self.solver, self.steps, self.time_shift)
+        if self.solver == "ddpm" or self.solver == "ddim":
+            evaluations = [*enumerate(1 - number / (STEPS - 1) for number in reversed(self.numbers))]
+        else:
+            evaluations = times_of_evaluations(self.solver, self.steps, self.time_shift)
         return any(self.guided.weights(step, self.steps, t) != (1, 0) for step, t in evaluations)
+
+    @property
+    def numbers(self) -> list[int]:
+        """Noising steps that the solvers ddpm and ddim visit. Raises ValueError for a number that is not possible."""
+        return ddim_steps(self.steps) if self.solver == "ddim" else equal_steps([self.steps])
 
     def labels_of(self, indices: Sequence[int], num_classes: int) -> Tensor:
         """Return (B,) int64 labels of samples."""
@@ -71,7 +85,7 @@ class SamplerSettings:
     def identity(self) -> dict[str, Any]:
         """What decides latents, as JSON values. A setting that was added later is left out at its default."""
         values = asdict(self.deciding)
-        return {key: value for key, value in values.items() if key != "guidance_channels" or value is not None}
+        return {key: value for key, value in values.items() if key not in ADDED or value is not None}
 
 
 def keep_as_computed(model: nn.Module, precision: Precision) -> None:
@@ -116,17 +130,18 @@ def sample_latents(
 ) -> Tensor:
     """Return normalised latents (B,T,C) float32 of the samples numbered `indices`; `guide`: see `sample`."""
     noise = initial_noise(settings.seed, indices, model.grid[0] * model.grid[1], model.in_channels)
-    steps_noise = partial(noise_of_step, settings.seed, indices, noise.shape[1:], device)
+    labels = settings.labels_of(indices, model.num_classes).to(device)
+    common: dict[str, Any] = {
+        "null_label": model.null_label,
+        "guidance": settings.guided,
+        "weak": guide,
+        "noise": partial(noise_of_step, settings.seed, indices, noise.shape[1:], device),
+    }
     with autocast(device, settings.precision):
-        return sample(
-            model,
-            noise.to(device),
-            settings.labels_of(indices, model.num_classes).to(device),
-            null_label=model.null_label,
-            steps=settings.steps,
-            shift=settings.time_shift,
-            solver=settings.solver,
-            guidance=settings.guided,
-            weak=guide,
-            noise=steps_noise,
-        ).float()
+        if settings.solver in DDPM_SOLVERS:
+            eta = (settings.ddim_eta or 0.0) if settings.solver == "ddim" else None
+            latents = sample_ddpm(model, noise.to(device), labels, numbers=settings.numbers, ddim_eta=eta, **common)
+        else:
+            grid: dict[str, Any] = {"steps": settings.steps, "shift": settings.time_shift, "solver": settings.solver}
+            latents = sample(model, noise.to(device), labels, **grid, **common)
+    return latents.float()

@@ -9,16 +9,21 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore, save_tensors
+from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location, make_directory, write_atomic
 from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, AutoencoderManifest
 from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.selection import choose_evenly, evenly_spread
 from svgpipe.manifests.shards import ShardSet
+from svgpipe.models.autoencoder import Autoencoder
+from svgpipe.models.backbone import Backbone
+from svgpipe.models.svg_autoencoder import SVGAutoencoder
 
 from ..images.decode import RGBArray, encode_png, psnr, tile
 from ..images.stream import TrainingImages, load_images, training_batches
 from ..images.tensors import as_unit_range
-from ..networks.autoencoder import build_autoencoder, reconstruct, state_digest
+from ..networks.autoencoder import build_autoencoder, described, latent_grid, reconstruct
+from ..networks.backbone import build_backbone, state_digest
 from ..networks.perceptual import load_perceptual
 from ..training.distributed import ProcessGroup
 from ..training.loop import TrainingRun
@@ -49,9 +54,10 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
         self.shards, self.config = shards, config
         super().__init__(group, supervisor, out, CheckpointStore(out / "checkpoints"))
         model = build_autoencoder(config, out)
-        self.backbone_weights = state_digest(model.backbone.state_dict())
-        perceptual = load_perceptual(config.perceptual, model)
-        self.trainer = AutoencoderTrainer(model, config, group, perceptual, self.last_good)
+        backbone = _backbone(model, config, out)
+        self.backbone_weights = "" if backbone is None else state_digest(backbone.state_dict())
+        perceptual = load_perceptual(config.perceptual, backbone)
+        self.trainer = AutoencoderTrainer(model, config, group, backbone, perceptual, self.last_good)
         usable = shards.rows.label[~shards.rows.rejected & ~shards.rows.heldout].size
         epochs = config.steps * config.batch_size / max(1, usable)
         supervisor.say(
@@ -100,24 +106,16 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
         return training_batches(dataset, config.workers)
 
     def logged(self, result: Step) -> tuple[dict[str, float], str]:
-        loss = result.generator
-        parts = {
-            "l1": loss.l1,
-            "perceptual": loss.perceptual,
-            "nll": loss.nll,
-            "adversarial": loss.adversarial,
-            "discriminator": result.discriminator,
-        }
-        summed = self.group.sum(torch.stack([part.float() for part in parts.values()])).tolist()
-        values = dict(zip(parts, summed, strict=True)) | {"adaptive_weight": loss.adaptive_weight.item()}
+        summed = self.group.sum(torch.stack([part.float() for part in result.parts.values()])).tolist()
+        weights = {name: weight.item() for name, weight in result.weights.items()}
+        values = dict(zip(result.parts, summed, strict=True)) | weights
         return values, f"L1 {values['l1']:.4f}  perceptual {values['perceptual']:.4f}"
 
     @torch.no_grad()
     def evaluate(self) -> float | None:
         """Return the mean PSNR (dB, 8-bit images) of the held-out images, and write a grid of the first ones."""
         model = self.trainer.model
-        ready = model.alignment is None or bool(model.alignment.num_tracked > 0)
-        if self.heldout is None or self.log is None or not ready:
+        if self.heldout is None or self.log is None or not model.can_encode:
             return None
         model.eval()
         reconstructed = reconstruct(model, self.heldout, self.config.batch_size)
@@ -138,11 +136,11 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
 
     @torch.no_grad()
     def freeze_alignment(self) -> None:
-        """Measure the four alignment scalars on evenly spread training images, and freeze them."""
+        """Measure the four alignment scalars of kind svg on evenly spread training images, and freeze them."""
         model, group, config = self.trainer.model, self.group, self.config
-        alignment, residual = model.alignment, model.residual
-        if alignment is None or residual is None:
+        if not isinstance(model, SVGAutoencoder) or model.alignment is None or model.residual is None:
             return
+        alignment, residual = model.alignment, model.residual
         rows = np.flatnonzero(~self.shards.rows.heldout & ~self.shards.rows.rejected)
         spread = evenly_spread(len(rows), config.calibration_images)
         chosen = [int(rows[spread[place]]) for place in group.local_slice(len(spread))]
@@ -165,24 +163,41 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
         """
         self.freeze_alignment()
         psnr_db = self.evaluate()
-        model, content, grid = self.trainer.model, "", None
+        model, content, sheet = self.trainer.model, "", None
         if self.log is not None:
             self.log.close()
             self.supervisor.check()
             content = save_tensors(self.out / AUTOENCODER_FILE, model.trained_state())
-            grid = f"{GRID_FOLDER}/{self._grid_file.name}" if self._grid_file.exists() else None
+            sheet = f"{GRID_FOLDER}/{self._grid_file.name}" if self._grid_file.exists() else None
         return AutoencoderManifest(
+            **described(model, self.config),
             steps=self.config.steps,
-            image_size=self.config.image_size,
-            grid=(model.backbone.grid, model.backbone.grid),
-            frozen_channels=model.backbone.channels,
-            residual_channels=model.channels - model.backbone.channels,
             backbone_weights=self.backbone_weights,
-            alignment=None if model.alignment is None else [float(v) for v in model.alignment.scalars],
             content=content,
             heldout_psnr=psnr_db,
-            reconstruction_grid=grid,
+            reconstruction_grid=sheet,
         )
+
+
+def _backbone(model: Autoencoder, config: AutoencoderSection, out: Location) -> Backbone | None:
+    """Return the vision model that the training needs: the encoder's own, or one for a loss.
+
+    Raises:
+        UsageError: kind aligned-kl, and its features have another grid than the latents.
+    """
+    if isinstance(model, SVGAutoencoder):
+        return model.backbone
+    if not config.trains_with_backbone:
+        return None
+    backbone = build_backbone(config.backbone, config.image_size, out)
+    grid = latent_grid(config, None)
+    if config.kind == "aligned-kl" and backbone.grid != grid:
+        raise UsageError(
+            f"autoencoder.backbone: kind aligned-kl compares every latent with a feature, but the latents have "
+            f"{grid}x{grid} places and the features {backbone.grid}x{backbone.grid}. Change decoder.ch_mult, "
+            "backbone.input_size or backbone.feature_level."
+        )
+    return backbone
 
 
 def _moments(features: Tensor) -> Tensor:

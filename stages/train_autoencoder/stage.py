@@ -1,4 +1,4 @@
-"""`svgpipe train-autoencoder`: residual encoder and decoder of a frozen backbone (phase 1)."""
+"""`svgpipe train-autoencoder`: the tokenizer, from images (phase 1)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def train_autoencoder(
 ) -> AutoencoderManifest:
     """Train on the training split of `shards` and publish the autoencoder at `out`; run again to resume.
 
-    The backbone is frozen and runs without gradients. After the last step, the alignment scalars are measured over
-    `calibration_images` and frozen. Losses: models/losses.py. Dropout and alignment: models/residual.py.
+    The backbone is frozen and runs without gradients. After the last step, the alignment scalars of kind svg are
+    measured over `calibration_images` and frozen. Losses: models/losses.py, models/vision_loss.py. Dropout and
+    alignment: models/residual.py.
 
     Args:
         shards: training and held-out images.
@@ -56,8 +57,8 @@ def train_autoencoder(
     with WorkDir(autoencoder_spec(shards, out, config)) as work:
         if work.finished is not None:
             return work.finished
-        if config.backbone.is_file:
-            from ..networks.autoencoder import keep_backbone  # here, because it loads timm
+        if config.trains_with_backbone and config.backbone.is_file:
+            from ..networks.backbone import keep_backbone  # here, because it loads timm
 
             keep_backbone(config.backbone, out)
         start = partial(

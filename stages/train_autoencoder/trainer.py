@@ -6,7 +6,7 @@ Legend: B images of this process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.models.autoencoder import Autoencoder
+from svgpipe.models.backbone import Backbone
+from svgpipe.models.kl_autoencoder import KLAutoencoder
 from svgpipe.models.losses import (
     LPIPS,
     BackbonePerceptual,
@@ -26,20 +28,28 @@ from svgpipe.models.losses import (
     discriminator_loss,
     generator_loss,
 )
-from svgpipe.models.seeds import generator, seed_of
+from svgpipe.models.seeds import seed_of
+from svgpipe.models.svg_autoencoder import SVGAutoencoder
+from svgpipe.models.vision_loss import distance_matrix_loss, marginal_cosine_loss, vision_loss_weight
 
 from ..runtime.device import autocast, to_device
 from ..training.distributed import ProcessGroup, gradient_norms, replicate
 from ..training.divergence import DivergenceGuard
 from ..training.optimizer import learning_rate, load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from .forward import Forward, KLForward, SVGForward
 
 
 @dataclass(frozen=True)
 class Step:
-    """Losses of one step, on the device; with several processes, the contribution of this one to the means."""
+    """Losses of one step by name, on the device.
 
-    generator: GeneratorLoss
-    discriminator: Tensor  # () 0 before its first step
+    Attributes:
+        parts: with several processes, the contribution of this one to the means.
+        weights: weights that were computed; the same in all processes.
+    """
+
+    parts: dict[str, Tensor]
+    weights: dict[str, Tensor]
 
 
 class AutoencoderTrainer:
@@ -50,28 +60,42 @@ class AutoencoderTrainer:
         model: Autoencoder,
         config: AutoencoderSection,
         group: ProcessGroup,
+        backbone: Backbone | None,
         perceptual: BackbonePerceptual | LPIPS | None,
         last_good: Callable[[], Location | None],
     ) -> None:
-        """Build a new model. `last_good` returns the last checkpoint, for the message of a diverged run."""
+        """Start to train a new model.
+
+        Args:
+            model: autoencoder.
+            config: section of the recipe.
+            group: processes that share a batch.
+            backbone: vision model that kind aligned-kl is trained towards.
+            perceptual: perceptual loss.
+            last_good: returns the last checkpoint, for the message of a diverged run.
+        """
         self.config, self.group = config, group
-        self.model, self.perceptual = model.to(group.device), perceptual
-        if perceptual is not None:
-            perceptual.to(group.device)
-        if group.size > 1 and model.alignment is not None:
-            model.alignment.total = group.sum
-        self.reconstruct = replicate(_Reconstruction(model), group)
+        self.model, self.perceptual, self.backbone = model.to(group.device), perceptual, backbone
+        for frozen in (perceptual, backbone):
+            if frozen is not None:
+                frozen.to(group.device)
+        self.projection = _new_projection(model, config, group, backbone)
+        self.forward = _forward(model, self.projection, group)
+        self.reconstruct = replicate(self.forward, group)
         self.discriminator = _new_discriminator(config, group)
         self.judge = None if self.discriminator is None else replicate(_Judgement(self.discriminator), group)
-        trained = {"generator": [p for p in model.parameters() if p.requires_grad]}
+        self.modules: dict[str, nn.Module] = {"generator": model}
+        if self.projection is not None:
+            self.modules["generator"] = nn.ModuleDict({"model": model, "projection": self.projection})
         if self.discriminator is not None:
-            trained["discriminator"] = list(self.discriminator.parameters())
+            self.modules["discriminator"] = self.discriminator
+        trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in self.modules.items()}
         self.parameters = trained
         self.optimizers = {
             name: torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.5, 0.9))
             for name, parameters in trained.items()
         }
-        names = {id(p): name for part in (model, self.discriminator) if part for name, p in part.named_parameters()}
+        names = {id(p): name for part in self.modules.values() for name, p in part.named_parameters()}
         self.guards = {
             name: DivergenceGuard([names[id(p)] for p in parameters], last_good, what=f"the {name}'s loss")
             for name, parameters in trained.items()
@@ -80,8 +104,10 @@ class AutoencoderTrainer:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return the training state. Raises the error of `settle` instead of returning a bad state."""
         self.settle()
-        groups = {name: optimizer_tensors(self._module(name), optimizer) for name, optimizer in self.optimizers.items()}
+        groups = {name: optimizer_tensors(self.modules[name], optimizer) for name, optimizer in self.optimizers.items()}
         groups["model"] = self.model.trained_state()
+        if self.projection is not None:
+            groups["projection"] = self.projection.state_dict()
         if self.discriminator is not None:
             groups["discriminator_model"] = self.discriminator.state_dict()
         return groups
@@ -90,13 +116,11 @@ class AutoencoderTrainer:
         """Restore the result of `state`."""
         self.model.load_trained_state(groups["model"])
         for name, optimizer in self.optimizers.items():
-            load_optimizer_tensors(self._module(name), optimizer, groups[name])
+            load_optimizer_tensors(self.modules[name], optimizer, groups[name])
+        if self.projection is not None:
+            self.projection.load_state_dict(groups["projection"])
         if self.discriminator is not None:
             self.discriminator.load_state_dict(groups["discriminator_model"])
-
-    def _module(self, name: str) -> nn.Module:
-        """Return the module whose parameters an optimizer updates."""
-        return self.model if name == "generator" or self.discriminator is None else self.discriminator
 
     def settle(self) -> None:
         """Check all watched values. Raises the error of `DivergenceGuard.settle`."""
@@ -117,32 +141,67 @@ class AutoencoderTrainer:
             set_learning_rate(optimizer, learning_rate(step, config.steps, config.learning_rate, config.schedule))
         images = to_device(pixels, group.device).float() / 255
         target = images * 2 - 1
-        mask_draws = mask_draws_at(config.seed, step, group.local_slice(config.batch_size), group.device)
+        positions = group.local_slice(config.batch_size)
+        draws = to_device(self.forward.draws(config.seed, step, positions, config.image_size), group.device)
         # Dropout uses the global generator: the same in a resumed run with the same number of workers.
         torch.manual_seed(seed_of(config.seed, "dropout", step, group.rank))
         on = self.discriminator is not None and step >= config.discriminator.start_step
         self.model.train()
         with autocast(group.device, config.precision), _frozen(self.discriminator):
-            reconstruction = self.reconstruct(images, mask_draws)
-            loss = generator_loss(
-                target,
-                reconstruction,
-                perceptual=self.perceptual,
-                perceptual_weight=config.perceptual.weight,
-                discriminator=self.discriminator,
-                last_layer=self.model.decoder.conv_out.weight,
-                discriminator_weight=config.discriminator.weight,
-                discriminator_on=on,
-                count=config.batch_size,
-                total=group.sum,
-            )
-        self._apply("generator", step, loss.total)
+            result: Forward = self.reconstruct(images, draws)
+            loss, step_losses = self._losses(target, images, result, on)
+        self._apply("generator", step, loss)
         if self.judge is None or not on:
-            return Step(loss, torch.zeros((), device=group.device))
+            return step_losses
         with autocast(group.device, config.precision):
-            judged = self.judge(target, reconstruction.detach(), config.discriminator.loss, config.batch_size)
+            judged = self.judge(target, result.reconstruction.detach(), config.discriminator.loss, config.batch_size)
         self._apply("discriminator", step, judged)
-        return Step(loss, judged.detach())
+        return Step({**step_losses.parts, "discriminator": judged.detach()}, step_losses.weights)
+
+    def _losses(self, target: Tensor, images: Tensor, result: Forward, on: bool) -> tuple[Tensor, Step]:
+        """Return this process's part of the generator's loss, and its parts by name.
+
+        Args:
+            target: images in [-1,1].
+            images: the same in [0,1].
+            result: of the forward pass.
+            on: whether the adversarial loss counts.
+        """
+        config, group, count = self.config, self.group, self.config.batch_size
+        loss = generator_loss(
+            target,
+            result.reconstruction,
+            perceptual=self.perceptual,
+            perceptual_weight=config.perceptual.weight,
+            discriminator=self.discriminator,
+            last_layer=self.model.last_layer,
+            discriminator_weight=config.discriminator.weight,
+            discriminator_on=on,
+            count=count,
+            total=group.sum,
+        )
+        total, parts, weights = loss.total, _named(loss), {"adaptive_weight": loss.adaptive_weight}
+        if result.posterior is not None:
+            divergence = result.posterior.divergence().sum() / count
+            total, parts["kl"] = total + config.kl.weight * divergence, divergence.detach()
+        if result.projected is not None:
+            vision, weight = self._vision_loss(images, result.projected, loss.nll)
+            total = total + weight * vision
+            parts["vision"], weights["vision_weight"] = vision.detach(), weight
+        return total, Step(parts, weights)
+
+    def _vision_loss(self, images: Tensor, projected: Tensor, nll: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this process's part of the VF loss, and its weight."""
+        section, model = self.config.vision_loss, self.model
+        assert self.backbone is not None and isinstance(model, KLAutoencoder), "only kind aligned-kl projects"
+        with torch.no_grad():
+            features = self.backbone(images)
+        distances = distance_matrix_loss(projected, features, section.distance_margin)
+        cosines = marginal_cosine_loss(projected, features, section.cosine_margin)
+        loss = (distances + cosines).sum() / self.config.batch_size
+        if not section.adaptive:
+            return loss, torch.full_like(nll, section.weight)
+        return loss, vision_loss_weight(nll, loss, model.encoder.conv_out.weight, section.weight, self.group.sum)
 
     def _apply(self, name: str, step: int, part: Tensor) -> None:
         """Update the parameters with this process's part of a loss; parts add up over the processes."""
@@ -151,17 +210,6 @@ class AutoencoderTrainer:
         (part * self.group.size).backward()
         self.guards[name].watch(step + 1, self.group.sum(part.detach()), gradient_norms(parameters, self.group))
         optimizer.step()
-
-
-class _Reconstruction(nn.Module):
-    """Encodes and decodes in one forward pass, so that DDP averages its gradients."""
-
-    def __init__(self, model: Autoencoder) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, mask_draws: Tensor) -> Tensor:
-        return self.model.decode(self.model.encode(images, mask_draws)).float()
 
 
 class _Judgement(nn.Module):
@@ -173,6 +221,36 @@ class _Judgement(nn.Module):
 
     def forward(self, target: Tensor, reconstruction: Tensor, kind: Literal["hinge", "vanilla"], count: int) -> Tensor:
         return discriminator_loss(self.discriminator, target, reconstruction, kind, count)
+
+
+def _named(loss: GeneratorLoss) -> dict[str, Tensor]:
+    """Return the parts of a loss, detached; that of the discriminator is 0 before its first step."""
+    return {
+        "l1": loss.l1,
+        "perceptual": loss.perceptual,
+        "nll": loss.nll.detach(),
+        "adversarial": loss.adversarial,
+        "discriminator": torch.zeros_like(loss.l1),
+    }
+
+
+def _forward(model: Autoencoder, projection: nn.Conv2d | None, group: ProcessGroup) -> SVGForward | KLForward:
+    if isinstance(model, KLAutoencoder):
+        return KLForward(model, projection)
+    assert isinstance(model, SVGAutoencoder)
+    if group.size > 1 and model.alignment is not None:
+        model.alignment.total = group.sum
+    return SVGForward(model)
+
+
+def _new_projection(
+    model: Autoencoder, config: AutoencoderSection, group: ProcessGroup, backbone: Backbone | None
+) -> nn.Conv2d | None:
+    """Return the 1x1 convolution from latents to the width of the vision model, for kind aligned-kl."""
+    if config.kind != "aligned-kl" or backbone is None:
+        return None
+    torch.manual_seed(seed_of(config.seed, "projection"))
+    return nn.Conv2d(model.channels, backbone.channels, 1, bias=False).to(group.device)
 
 
 def _new_discriminator(config: AutoencoderSection, group: ProcessGroup) -> PatchDiscriminator | None:
@@ -199,9 +277,3 @@ def _frozen(module: nn.Module | None) -> Iterator[None]:
     yield
     if module is not None:
         module.requires_grad_(True)
-
-
-def mask_draws_at(seed: int, step: int, positions: Sequence[int], device: torch.device) -> Tensor:
-    """Return (B,) uniform draws in [0, 1) that decide the masking; a function of (seed, step, position)."""
-    draws = [torch.rand(1, generator=generator(seed, "image", step, position)) for position in positions]
-    return to_device(torch.cat(draws), device)

@@ -90,7 +90,7 @@ def settings_in_training(config: DiffusionSection, cache: FeatureCache) -> Sampl
     return SamplerSettings(
         config.sample_steps,
         1.0,
-        "euler",
+        "ddim" if config.objective == "ddpm" else "euler",
         "constant",
         config.sample_shift,
         0,

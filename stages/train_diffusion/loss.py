@@ -1,4 +1,4 @@
-"""The flow loss of training and held-out rows. All random values are functions of the row.
+"""The loss of training and held-out rows. All random values are functions of the row.
 
 Legend: B batch, T tokens, C channels.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,8 +17,11 @@ from torch import Tensor
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.selection import evenly_spread
+from svgpipe.models.ddpm import STEPS as DDPM_STEPS
+from svgpipe.models.ddpm import Process, ddpm_loss
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import Velocity, drop_labels, flow_loss, logit_normal, shift_time
+from svgpipe.models.representation_alignment import representation_loss, spatial_zscore
 from svgpipe.models.seeds import seed_of
 
 from ..runtime.device import autocast, to_device
@@ -25,37 +29,74 @@ from ..runtime.retry import Say, call_with_retries
 from ..training.distributed import ProcessGroup
 
 
-def flow_times(draws: Draws, config: DiffusionSection) -> Tensor:
-    """Return the times (B,) of the samples, from the distribution of the recipe, shifted."""
+def times_of(draws: Draws, config: DiffusionSection) -> Tensor:
+    """Return the times (B,) of the samples, noise at 0 and data at 1; of ddpm the middles of the noising steps."""
+    if config.objective == "ddpm":
+        return 1 - (_ddpm_step(draws) + 0.5) / DDPM_STEPS
     u = logit_normal(draws.time) if config.logit_normal_time else draws.time
     return shift_time(u, config.time_shift)
 
 
+def _ddpm_step(draws: Draws) -> Tensor:
+    """Return uniform step numbers (B,) int64 below 1,000."""
+    return (draws.time * DDPM_STEPS).long().clamp_max(DDPM_STEPS - 1)
+
+
+def _losses(
+    model: Velocity, x1: Tensor, labels: Tensor, draws: Draws, config: DiffusionSection
+) -> tuple[Tensor, Tensor]:
+    """Return the loss to minimise and its squared error, (B,) each."""
+    if config.objective == "ddpm":
+        ddpm = ddpm_loss(model, x1, draws.noise, _ddpm_step(draws), labels, Process.of_training())
+        return ddpm.squared_error + ddpm.bound, ddpm.squared_error
+    flow = flow_loss(model, x1, draws.noise, times_of(draws, config), labels, cosine=config.cosine_loss)
+    return flow.per_sample + flow.cosine, flow.per_sample
+
+
 def training_losses(
-    velocity: Velocity, x1: Tensor, labels: Tensor, draws: Draws, config: DiffusionSection, null_label: int
-) -> Tensor:
-    """Return the loss of every sample, (B,) float32.
+    model: Any,
+    x1: Tensor,
+    labels: Tensor,
+    draws: Draws,
+    config: DiffusionSection,
+    null_label: int,
+    features: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of every sample (B,) float32, and of it the loss of alignment, without its coefficient.
 
     Args:
-        velocity: the model.
+        model: a `DiT`; an `AlignedDiT` if there are `features`.
         x1: (B,T,C) latents.
         labels: (B,) int64. Some are replaced by `null_label`, as `draws` decides.
         draws: random values of the samples.
         config: section `diffusion` of a recipe.
         null_label: the label for 'no class'.
+        features: (B,N,Z) features to align with, as the vision model gave them; None: no alignment.
     """
     if config.label_dropout > 0:
         labels = drop_labels(labels, draws.drop, config.label_dropout, null_label)
+    projected: list[Tensor] = []
+
+    def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if features is None:
+            return cast(Tensor, model(x, t, y))
+        predicted, tokens = model(x, t, y)
+        projected.append(tokens)
+        return cast(Tensor, predicted)
+
     with autocast(x1.device, config.precision):
-        loss = flow_loss(velocity, x1, draws.noise, flow_times(draws, config), labels, cosine=config.cosine_loss)
-    return loss.per_sample + loss.cosine
+        total, _ = _losses(velocity, x1, labels, draws, config)
+    if features is None or config.align is None:
+        return total, None
+    aligned = representation_loss(projected[0], spatial_zscore(features) if config.align.zscore else features)
+    return total + config.align.coefficient * aligned, aligned.detach()
 
 
 @torch.no_grad()
 def heldout_loss(
     model: DiT, cache: FeatureCache, config: DiffusionSection, group: ProcessGroup, say: Say = lambda text: None
 ) -> float | None:
-    """Return the mean squared error of the velocity on `eval_rows` evenly spread held-out rows; None without any.
+    """Return the mean squared error on `eval_rows` evenly spread held-out rows; None without any.
 
     Noise and times are fixed. All processes of the group must call it. `say` receives messages about retries.
     """
@@ -78,8 +119,8 @@ def heldout_loss(
         )
         x1 = draws.latents(stored.to(group.device).float())
         with autocast(group.device, config.precision):
-            loss = flow_loss(model, x1, draws.noise, flow_times(draws, config), labels)
-        total += loss.per_sample[: len(share)].sum()
+            _, squared_error = _losses(model, x1, labels, draws, config)
+        total += squared_error[: len(share)].sum()
     return float(group.sum(total)) / len(held)
 
 

@@ -20,10 +20,12 @@ from svgpipe.manifests.model_manifests import STATISTICS_FILE, DiffusionManifest
 from svgpipe.manifests.recipe import DiffusionSection
 
 from ..images.decode import encode_png, tile
+from ..networks.diffusion import width_warning
 from ..training.distributed import ProcessGroup, Strategy
 from ..training.loop import TrainingRun
 from ..training.supervisor import Supervisor
-from .data import CacheBatches, blocks_of
+from .alignment_target import AlignmentTarget
+from .data import CacheBatch, CacheBatches, blocks_of
 from .latent_quality import LatentQuality, sample_in_training, settings_in_training
 from .loss import LossByTime, heldout_loss
 from .order import pairs_in_one_file
@@ -38,7 +40,7 @@ Decode = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
 """Denormalised latents (B,row,column,channel) → (B,H,W,3) uint8."""
 
 
-class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
+class DiffusionRun(TrainingRun[CacheBatch, Step, DiffusionManifest]):
     """The trainer, its batches, and its measurements."""
 
     section, item = "diffusion", "sample"
@@ -55,24 +57,28 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         strategy: Strategy,
         wandb_project: str | None,
         disk: LocalDisk | None = None,
+        target: AlignmentTarget | None = None,
     ) -> None:
         """Open the run; see `train_diffusion` for arguments and errors."""
-        self.cache, self.config, self.decoder = cache, config, decoder
+        self.cache, self.config, self.decoder, self.target = cache, config, decoder, target
         super().__init__(
             group, supervisor, out, CheckpointStore(out / "checkpoints", config.keep_checkpoints, config.keep_every)
         )
         self.rows = self._training_rows()
         rows, columns, channels = cache.manifest.latent_shape
         sizes: dict[str, Any] = {"grid": (rows, columns), "channels": channels, "num_classes": len(cache.classes)}
-        self.trainer = FlowTrainer(
-            config, group, scale=cache.store.feature_scale, last_good=self.last_good, strategy=strategy, **sizes
-        )
-        size, epochs = self.num_parameters / 1e6, config.steps * config.batch_size / len(self.rows)
+        options: dict[str, Any] = {"last_good": self.last_good, "strategy": strategy, "target": target}
+        self.trainer = FlowTrainer(config, group, scale=cache.store.feature_scale, **options, **sizes)
+        size, epochs = self._num_parameters / 1e6, config.steps * config.batch_size / len(self.rows)
         supervisor.say(
             f"{size:.1f} M parameters; {config.steps} steps of {config.batch_size} rows: {epochs:.3g} epochs of "
             f"{len(self.rows)} training rows"
         )
-        self.copy = self._local_copy(disk)
+        if (narrow := width_warning(config.model, channels)) is not None:
+            supervisor.say(narrow)
+        self.copy = self._local_copy(disk, cache)
+        other = None if target is None or target.own else target.cache
+        self.target_copy = None if other is None else self._local_copy(disk, other)
         if config.shuffle_files is not None and group.is_main:
             self._tell_quality_of_shuffle()
         self.decode = self._load_decoder() if group.is_main else None
@@ -80,13 +86,14 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         self.resume(wandb_project)
 
     @property
-    def num_parameters(self) -> int:
-        """Number of trained parameters."""
-        return sum(p.numel() for p in self.trainer.parameters)
+    def _num_parameters(self) -> int:
+        return sum(p.numel() for p in self.trainer.model_parameters)
 
     def _training_rows(self) -> NDArray[np.int64]:
         cache, say = self.cache, self.supervisor.say
         rows = cache.training_rows
+        if self.target is not None:
+            rows = rows[self.target.cache.valid[rows]]
         if not len(rows):
             raise UsageError(f"{cache.path}: expected valid rows to train on, found none that are not held out.")
         if self.config.batch_size > len(rows):
@@ -101,11 +108,11 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
             )
         return rows
 
-    def _local_copy(self, disk: LocalDisk | None) -> LocalCopy | None:
+    def _local_copy(self, disk: LocalDisk | None, cache: FeatureCache) -> LocalCopy | None:
         if disk is None:
             return None
-        folder, group = disk.folder_of(self.cache, self.out), self.group
-        return LocalCopy(self.cache, folder, group.rank, group.size, self.supervisor.say)
+        folder, group = disk.folder_of(cache, self.out), self.group
+        return LocalCopy(cache, folder, group.rank, group.size, self.supervisor.say)
 
     def _tell_quality_of_shuffle(self) -> None:
         config, views = self.config, len(self.cache.views) if self.config.use_flips else 1
@@ -145,12 +152,14 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         grid, channels = self.trainer.model.grid, self.trainer.model.in_channels
         return Checkpoint(self.step, groups, self._described | {"grid": grid, "channels": channels})
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Iterator[CacheBatch]:
         share = self.group.local_slice(self.config.batch_size)
-        say = self.supervisor.say
-        return iter(CacheBatches(self.cache, self.rows, self.config, self.step, share, say, self.copy))
+        say, copies = self.supervisor.say, {"copy": self.copy, "target_copy": self.target_copy}
+        return iter(
+            CacheBatches(self.cache, self.rows, self.config, self.step, share, say, target=self.target, **copies)
+        )
 
-    def take_step(self, batch: tuple[Tensor, Tensor]) -> Step:
+    def take_step(self, batch: CacheBatch) -> Step:
         result = self.trainer(self.step, *batch)
         self.by_time.add(result.sample_losses, result.times)
         return result
@@ -162,7 +171,9 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         by_time = self.by_time.summed(self.group).means()
         self.by_time = LossByTime(self.group.device)
         loss, norm = result.loss.item(), result.grad_norm.item()
-        return {"loss": loss, "grad_norm": norm, **by_time}, f"loss {loss:.4f}"
+        aligned = {} if result.alignment is None else {"alignment": result.alignment.item()}
+        told = "".join(f"  alignment {value:.4f}" for value in aligned.values())
+        return {"loss": loss, "grad_norm": norm, **aligned, **by_time}, f"loss {loss:.4f}{told}"
 
     def measure(self) -> None:
         config = self.config
@@ -230,8 +241,9 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
         self.measure_quality()
         weights = self.trainer.weights()
         content = {}
-        if self.copy is not None:
-            self.copy.close(delete=True)
+        for copy in (self.copy, self.target_copy):
+            if copy is not None:
+                copy.close(delete=True)
         if self.log is not None:
             self.log.close()
             self.supervisor.check()
@@ -245,7 +257,7 @@ class DiffusionRun(TrainingRun[tuple[Tensor, Tensor], Step, DiffusionManifest]):
             grid=self.trainer.model.grid,
             channels=self.trainer.model.in_channels,
             content=content,
-            num_parameters=self.num_parameters,
+            num_parameters=self._num_parameters,
             **self._described,
             heldout_loss=loss,
         )

@@ -40,7 +40,9 @@ from ..training.optimizer import (
     optimizer_tensors,
     set_learning_rate,
 )
-from .loss import draws_at, flow_times, training_losses
+from .aligned import AlignedDiT, new_aligned
+from .alignment_target import AlignmentTarget
+from .loss import draws_at, times_of, training_losses
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Step:
     grad_norm: Tensor  # () before clipping
     sample_losses: Tensor  # (B,) of this process
     times: Tensor  # (B,) flow times of its samples, shifted
+    alignment: Tensor | None = None  # () mean loss of alignment over the whole batch, without its coefficient
 
 
 class FlowTrainer:
@@ -67,6 +70,7 @@ class FlowTrainer:
         scale: NDArray[np.float32] | None,
         last_good: Callable[[], Location | None],
         strategy: Strategy = "ddp",
+        target: AlignmentTarget | None = None,
     ) -> None:
         """Build a new model from the recipe's seed, the same on every process.
 
@@ -79,20 +83,28 @@ class FlowTrainer:
             scale: (C,) factors of stored int8 values, or None.
             last_good: returns the last checkpoint, for the message of a diverged run.
             strategy: how processes share the model; changes results by rounding only.
+            target: features to align with.
         """
         self.config, self.group, device = config, group, group.device
         torch.manual_seed(seed_of(config.seed, "initial weights"))
-        self.model = build_dit(config.model, grid=grid, channels=channels, num_classes=num_classes).to(device)
+        self.model = build_dit(config, grid=grid, channels=channels, num_classes=num_classes).to(device)
         self.model.recompute = config.activation_checkpointing
         self.averages = [new_average(self.model) for _ in config.ema_decays]
+        self.trained: AlignedDiT | DiT = self.model
+        self.projector: nn.Module | None = None
+        if target is not None and config.align is not None:
+            aligned = new_aligned(self.model, config.align, target.channels, seed_of(config.seed, "projector"))
+            self.trained, self.projector = aligned, aligned.projector.to(device)
+            self.features = [values.to(device) for values in target.scaling()]
         if group.size > 1 and strategy == "fsdp2":
-            for model in (self.model, *self.averages):
-                shard_parameters(model, list(model.blocks), group)
-            self.averaged: nn.Module = self.model
+            for average in self.averages:
+                shard_parameters(average, list(average.blocks), group)
+            shard_parameters(self.trained, list(self.model.blocks), group)
+            self.averaged: nn.Module = self.trained
         else:
-            self.averaged = replicate(self.model, group)
-        self.velocity = torch.compile(self.averaged) if is_compiled(config.compile, device) else self.averaged
-        self.parameters = list(self.model.parameters())
+            self.averaged = replicate(self.trained, group)
+        self.compiled = torch.compile(self.averaged) if is_compiled(config.compile, device) else self.averaged
+        self.parameters, self.model_parameters = list(self.trained.parameters()), list(self.model.parameters())
         self.averaged_parameters = [list(average.parameters()) for average in self.averages]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -102,7 +114,7 @@ class FlowTrainer:
             fused=True,
         )
         self.scale = None if scale is None else torch.from_numpy(scale).to(device)
-        self.guard = DivergenceGuard([name for name, _ in self.model.named_parameters()], last_good)
+        self.guard = DivergenceGuard([name for name, _ in self.trained.named_parameters()], last_good)
 
     @property
     def models(self) -> dict[str, DiT]:
@@ -112,7 +124,8 @@ class FlowTrainer:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return the training state. Raises the error of `DivergenceGuard.settle` instead of returning a bad state."""
         self.guard.settle()
-        return self.weights() | {"optimizer": optimizer_tensors(self.model, self.optimizer)}
+        projector = {} if self.projector is None else {"projector": model_tensors(self.projector)}
+        return self.weights() | projector | {"optimizer": optimizer_tensors(self.trained, self.optimizer)}
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of every model, by the names of `models`; complete on the main process."""
@@ -122,13 +135,21 @@ class FlowTrainer:
         """Restore the result of `state`. World size and strategy may differ from those that saved it."""
         for name, model in self.models.items():
             load_model_tensors(model, groups[name])
-        load_optimizer_tensors(self.model, self.optimizer, groups["optimizer"])
+        if self.projector is not None:
+            load_model_tensors(self.projector, groups["projector"])
+        load_optimizer_tensors(self.trained, self.optimizer, groups["optimizer"])
 
-    def __call__(self, step: int, tokens: Tensor, labels: Tensor) -> Step:
-        """Make optimizer step `step` (from 0) on this process's stored latents (B,T,C) and labels (B,).
+    def __call__(self, step: int, tokens: Tensor, labels: Tensor, features: Tensor | None = None) -> Step:
+        """Make optimizer step `step` (from 0) on this process's rows.
+
+        Args:
+            step: number of the step.
+            tokens: (B,T,C) stored latents.
+            labels: (B,).
+            features: (B,N,Z) stored features to align with; required if there is a target.
 
         Returns:
-            Loss and gradient norm.
+            Losses and gradient norm.
 
         Raises:
             DivergedError: NaN or infinity; on CUDA possibly of the previous step.
@@ -136,18 +157,20 @@ class FlowTrainer:
         config, group, size = self.config, self.group, self.config.batch_size
         set_learning_rate(self.optimizer, learning_rate(step, config.steps, config.learning_rate, config.schedule))
         self.optimizer.zero_grad(set_to_none=True)
-        losses, times = [], []
+        losses, times, aligned = [], [], []
         share = group.local_slice(size)
         # The same number of parts on every process, none empty, because sharded models are gathered for each part.
         parts = np.array_split(np.arange(len(share)), min(config.accumulate, size // group.size))
         for number, places in enumerate(parts, 1):
             part = slice(int(places[0]), int(places[-1]) + 1)
             with gradient_sync(self.averaged, enabled=number == len(parts)):
-                part_losses, at = self._losses(step, tokens[part], labels[part], share[part])
+                shown = None if features is None else features[part]
+                part_losses, at, alignment = self._losses(step, tokens[part], labels[part], share[part], shown)
                 # Parts of any size add up to the mean over all; processes are averaged.
                 (part_losses.sum() / size * group.size).backward()
             losses.append(part_losses.detach())
             times.append(at)
+            aligned += [] if alignment is None else [alignment]
         per_sample = torch.cat(losses)
         loss, norms = group.sum(per_sample.sum()) / size, gradient_norms(self.parameters, group)
         self.guard.watch(step + 1, loss, norms)
@@ -155,10 +178,14 @@ class FlowTrainer:
         if config.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, config.clip_grad_norm, norm)
         self.optimizer.step()
-        update_averages(self.averaged_parameters, config.ema_decays, self.parameters, step)
-        return Step(loss, norm, per_sample, torch.cat(times))
+        update_averages(self.averaged_parameters, config.ema_decays, self.model_parameters, step)
+        alignment = group.sum(torch.cat(aligned).sum()) / size if aligned else None
+        return Step(loss, norm, per_sample, torch.cat(times), alignment)
 
-    def _losses(self, step: int, tokens: Tensor, labels: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _losses(
+        self, step: int, tokens: Tensor, labels: Tensor, positions: Sequence[int], features: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return losses, times and losses of alignment, (B,)."""
         device = self.group.device
         stored = to_device(tokens, device).float()
         if self.scale is not None:  # int8 is copied to the device and converted there
@@ -167,6 +194,9 @@ class FlowTrainer:
         length, channels = stored.shape[1], self.model.in_channels
         from_posterior = stored.shape[2] != channels
         draws = draws_at(self.config.seed, step, positions, length, channels, device, posterior=from_posterior)
-        x1 = draws.latents(stored)
-        losses = training_losses(self.velocity, x1, labels, draws, self.config, self.model.null_label)
-        return losses, flow_times(draws, self.config)
+        if features is not None:
+            factor, offset = self.features
+            features = to_device(features, device).float() * factor + offset
+        x1, null = draws.latents(stored), self.model.null_label
+        losses, aligned = training_losses(self.compiled, x1, labels, draws, self.config, null, features)
+        return losses, times_of(draws, self.config), aligned

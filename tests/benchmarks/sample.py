@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from svgpipe.manifests.precision import Precision, computes_bfloat16
-from svgpipe.manifests.recipe import DiTSection
+from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.attention import attend, fastest_kernel
 from svgpipe.models.dit import Attention, DiT
 from svgpipe.models.sampler import Guidance, sample, time_grid
@@ -55,7 +55,7 @@ def build() -> tuple[DiT, Tensor, Tensor]:
     """Return the same model, noise and labels in every process."""
     device = pick_device()
     torch.manual_seed(0)
-    model = build_dit(DiTSection(), grid=(16, 16), channels=392, num_classes=1000).to(device).eval()
+    model = build_dit(DiffusionSection(), grid=(16, 16), channels=392, num_classes=1000).to(device).eval()
     for parameter in model.parameters():  # the zeros of the initialisation would make all variants agree
         torch.nn.init.normal_(parameter, std=0.02)
     return model, initial_noise(0, range(BATCH), 256, 392).to(device), torch.arange(BATCH, device=device)

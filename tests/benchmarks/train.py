@@ -8,7 +8,10 @@ not change the speed); on the GPU if there is one. In turns, within one run, a s
 - memory: the batch is a tensor in memory, the limit;
 - cache: read ahead from the feature cache by a thread, as in `train-diffusion`;
 - online: eight JPEGs are decoded and encoded first, at the same precision, as in the official loop;
-- official: that loop in float32, as in the official code.
+- official: that loop in float32, as in the official code;
+- aligned: representation alignment with a second cache of the frozen features (384 channels, block 8), read beside the
+  first;
+- aligned online: the same features are computed by the vision model at every step, as REPA's code does.
 
 Medians. Data wait is the time that a step from the cache waits for its batch. Peak memory is that of one step of 32
 samples in its own process, with and without activation checkpointing, and of one step of the autoencoder. The last
@@ -32,7 +35,7 @@ from torch import Tensor
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.precision import Precision
-from svgpipe.manifests.recipe import DiffusionSection, Recipe
+from svgpipe.manifests.recipe import AlignSection, DiffusionSection, Recipe
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.stages.extract.encoder_actor import EncoderOptions, EncodeUnits
@@ -46,7 +49,8 @@ from svgpipe.stages.shard.from_images import shard
 from svgpipe.stages.shard.scan import ImageSources
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
 from svgpipe.stages.train_autoencoder.trainer import AutoencoderTrainer
-from svgpipe.stages.train_diffusion.data import CacheBatches
+from svgpipe.stages.train_diffusion.alignment_target import AlignmentTarget
+from svgpipe.stages.train_diffusion.data import CacheBatch, CacheBatches
 from svgpipe.stages.train_diffusion.trainer import FlowTrainer
 from svgpipe.stages.training.distributed import ProcessGroup
 
@@ -68,7 +72,7 @@ OVERRIDES = [
 ]
 
 
-def trainer_of(config: DiffusionSection) -> FlowTrainer:
+def trainer_of(config: DiffusionSection, target: AlignmentTarget | None = None) -> FlowTrainer:
     return FlowTrainer(
         config,
         ProcessGroup(pick_device()),
@@ -77,6 +81,7 @@ def trainer_of(config: DiffusionSection) -> FlowTrainer:
         num_classes=4,
         scale=None,
         last_good=lambda: None,
+        target=target,
     )
 
 
@@ -105,8 +110,8 @@ def peak_of_the_autoencoder() -> None:
     """Run one step of the autoencoder on a few images, with the discriminator."""
     config = load_recipe(None, [*FROZEN_ONLY, f"autoencoder.batch_size={PEAK_IMAGES}"]).autoencoder
     group, model = ProcessGroup(pick_device()), build_autoencoder(config)
-    perceptual = load_perceptual(config.perceptual, model)
-    trainer = AutoencoderTrainer(model, config, group, perceptual, lambda: None)
+    perceptual = load_perceptual(config.perceptual, None)
+    trainer = AutoencoderTrainer(model, config, group, None, perceptual, lambda: None)
     trainer(config.discriminator.start_step, torch.zeros(PEAK_IMAGES, 3, 256, 256, dtype=torch.uint8))
     print_peak(group.device)
 
@@ -121,21 +126,26 @@ def peaks() -> dict[str, float]:
     return found
 
 
-def prepare(root: Path, recipe: Recipe) -> tuple[FeatureCache, ShardSet]:
+def prepare(root: Path, recipe: Recipe) -> tuple[FeatureCache, FeatureCache, ShardSet]:
+    """Return a cache of SVG's latents, one of the frozen features alone, and their shards."""
     shard(ImageSources(write_images(root / "images", IMAGES)), root / "shards", recipe.shard)
     shards = ShardSet.open(root / "shards")
-    train_autoencoder(shards, root / "autoencoder", recipe.autoencoder)
-    extract(shards, root / "autoencoder", root / "cache", recipe.extract)
-    return FeatureCache(root / "cache"), shards
+    caches = []
+    for kind in ("svg", "vision"):
+        config = recipe.autoencoder.model_copy(update={"kind": kind})
+        train_autoencoder(shards, root / kind / "autoencoder", config)
+        extract(shards, root / kind / "autoencoder", root / kind / "cache", recipe.extract)
+        caches.append(FeatureCache(root / kind / "cache"))
+    return caches[0], caches[1], shards
 
 
 class Online:
     """Batches as in the official loop: images are decoded and encoded at every step."""
 
-    def __init__(self, root: Path, shards: ShardSet, cache: FeatureCache, recipe: Recipe, precision: Precision) -> None:
+    def __init__(self, shards: ShardSet, cache: FeatureCache, precision: Precision) -> None:
         self.shards, self.labels = shards, torch.from_numpy(cache.labels.astype(np.int64))
-        statistics = (cache.channel_mean, cache.channel_std)
-        options = EncoderOptions(root / "autoencoder", BATCH, precision, False, *statistics)
+        statistics, encoder = (cache.channel_mean, cache.channel_std), cache.path.parent / "autoencoder"
+        options = EncoderOptions(encoder, BATCH, precision, False, *statistics)
         self.encoder = EncodeUnits(pick_device(), options)
         self.rng = np.random.default_rng(0)
 
@@ -149,34 +159,43 @@ class Online:
 def measure(root: Path, turns: int) -> tuple[dict[str, float], float]:
     """Return the median seconds per step of each variant, and the fraction that the cache's steps waited for data."""
     recipe = load_recipe(None, [*UNTRAINED, *OVERRIDES])
-    cache, shards = prepare(root, recipe)
+    cache, features, shards = prepare(root, recipe)
     config = recipe.diffusion
     half, full = trainer_of(config), trainer_of(config.model_copy(update={"precision": "float32"}))
-    stream = iter(CacheBatches(cache, np.flatnonzero(cache.valid), config, 0, range(BATCH)))
+    rows = np.flatnonzero(cache.valid)
+    stream = iter(CacheBatches(cache, rows, config, 0, range(BATCH)))
     held = [next(stream) for _ in range(4)]
-    online, official = (Online(root, shards, cache, recipe, name) for name in ("bfloat16", "float32"))
+    online, official = (Online(shards, cache, name) for name in ("bfloat16", "float32"))
+    target = AlignmentTarget(features, own=False)
+    aligned = trainer_of(config.model_copy(update={"align": AlignSection()}), target)
+    both, vision = (
+        iter(CacheBatches(cache, rows, config, 0, range(BATCH), target=target)),
+        Online(shards, features, "bfloat16"),
+    )
     waits: list[float] = []
 
-    def from_cache() -> tuple[Tensor, Tensor]:
+    def from_cache() -> CacheBatch:
         started = time.perf_counter()
         batch = next(stream)
         waits.append(time.perf_counter() - started)
         return batch
 
-    ways: dict[str, tuple[FlowTrainer, Callable[[], tuple[Tensor, Tensor]]]] = {
+    ways: dict[str, tuple[FlowTrainer, Callable[[], tuple[Tensor | None, ...]]]] = {
         "memory": (half, lambda: held[len(waits) % len(held)]),
         "cache": (half, from_cache),
         "online": (half, online),
         "official": (full, official),
+        "aligned": (aligned, lambda: next(both)),
+        "aligned online": (aligned, lambda: (*held[0][:2], vision()[0])),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 1):
         # The two similar variants swap places, so that neither benefits from what ran before it.
-        names = ("memory", "cache", "online", "cache", "memory", "official")
+        names = ("memory", "cache", "online", "cache", "memory", "official", "aligned", "aligned online")
         for name in names if turn % 2 else names[::-1]:
             trainer, batch = ways[name]
             started = time.perf_counter()
-            trainer(turn, *batch())
+            trainer(turn, *batch())  # type: ignore[arg-type]
             finished()
             if turn:
                 seconds[name].append(time.perf_counter() - started)
@@ -188,7 +207,7 @@ def compare(turns: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         medians, wait = measure(Path(folder), turns)
     for name, value in medians.items():
-        print(f"{name:10}{value:8.3f} s per step of {BATCH}{BATCH / value:10.2f} samples/s")
+        print(f"{name:16}{value:8.3f} s per step of {BATCH}{BATCH / value:10.2f} samples/s")
     memory = peaks()
     for name, found in memory.items():
         print(f"one step of {PEAKS[name]}: {found:.2f} GB")
@@ -196,6 +215,7 @@ def compare(turns: int) -> None:
         "cache_over_memory": medians["memory"] / medians["cache"],
         "cache_over_online": medians["online"] / medians["cache"],
         "cache_over_official": medians["official"] / medians["cache"],
+        "align_cached_over_online": medians["aligned online"] / medians["aligned"],
         "data_wait_share": wait,
         "checkpointed_over_held": memory["checkpointed"] / memory["held"],
     }

@@ -9,9 +9,10 @@ from unittest.mock import patch
 
 import torch
 
-from svgpipe.manifests.recipe import DiffusionSection, DiTSection
+from svgpipe.manifests.recipe import AutoencoderSection, DiffusionSection, DiTSection
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.models.attention import attend, fastest_kernel
+from svgpipe.models.svg_autoencoder import SVGAutoencoder
 from svgpipe.stages.networks.autoencoder import build_autoencoder
 from svgpipe.stages.networks.diffusion import build_dit
 from svgpipe.stages.runtime.device import autocast
@@ -40,29 +41,36 @@ def exact_float32() -> Iterator[None]:
 
 
 def autoencoder(setup: Setup) -> Iterator[Check]:
-    """Features and decoded images of DINOv3 ViT-S/16+ at 256 pixels with random weights; small: 64 pixels."""
+    """Encoded and decoded images at 256 pixels: DINOv3 ViT-S/16+, and VA-VAE's size; small: 64. Random weights."""
     size = [] if not setup.small else ["autoencoder.image_size=64"]
-    config = load_recipe(None, ["autoencoder.backbone.weights=random", *size]).autoencoder
+    for kind in ("svg", "kl"):
+        given = ["autoencoder.backbone.weights=random", f"autoencoder.kind={kind}", "autoencoder.kl.channels=32", *size]
+        yield from _autoencoder(kind, load_recipe(None, given).autoencoder, setup)
+
+
+def _autoencoder(kind: str, config: AutoencoderSection, setup: Setup) -> Iterator[Check]:
     model = build_autoencoder(config).eval()
-    model.alignment = None
+    if isinstance(model, SVGAutoencoder):
+        model.alignment = None
     images = torch.rand(4, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), exact_float32():
         features = model.encode(images)
-        decoded = model.decode(features)
+        decoded = model.decode(model.latents(features))
         model.to(setup.device)
         for precision, limit in (("float32", FLOAT32), ("bfloat16", BFLOAT16)):
             with autocast(setup.device, precision):  # type: ignore[arg-type]
                 found = model.encode(images.to(setup.device)).float()
-                image = model.decode(features.to(setup.device)).float()
-            yield Check(f"features, {precision}, against the CPU", relative_error(found, features), at_most=limit)
-            yield Check(f"decoded images, {precision}, against the CPU", relative_error(image, decoded), at_most=limit)
+                image = model.decode(model.latents(features).to(setup.device)).float()
+            name = f"{precision}, against the CPU"
+            yield Check(f"{kind}: encoded images, {name}", relative_error(found, features), at_most=limit)
+            yield Check(f"{kind}: decoded images, {name}", relative_error(image, decoded), at_most=limit)
 
 
 def transformer(setup: Setup) -> Iterator[Check]:
     """Velocities of DiT-S with random weights; also compiled."""
     torch.manual_seed(0)
     section = SMALL if setup.small else DiTSection()
-    model = build_dit(section, grid=(16, 16), channels=392, num_classes=10).eval()
+    model = build_dit(DiffusionSection(model=section), grid=(16, 16), channels=392, num_classes=10).eval()
     for parameter in model.parameters():  # the zeros of the initialisation would make everything agree
         torch.nn.init.normal_(parameter, std=0.02)
     x, t, labels = torch.randn(4, 256, 392), torch.rand(4), torch.arange(4)
@@ -106,7 +114,7 @@ def _step(device: torch.device, config: DiffusionSection, strategy: str = "") ->
     elif strategy == "ddp":
         from torch.nn.parallel import DistributedDataParallel
 
-        trainer.velocity = trainer.averaged = DistributedDataParallel(replicate(trainer.model, group))
+        trainer.compiled = trainer.averaged = DistributedDataParallel(replicate(trainer.model, group))
     if strategy == "fsdp2":  # its parameters are other objects now; averages would have to be sharded too
         trainer.parameters = list(trainer.model.parameters())
         trainer.optimizer = torch.optim.AdamW(trainer.parameters, lr=config.learning_rate)
@@ -121,15 +129,21 @@ def _step(device: torch.device, config: DiffusionSection, strategy: str = "") ->
 
 
 def training_step(setup: Setup) -> Iterator[Check]:
-    """Loss, gradient norm and weights after one step of diffusion training."""
+    """Loss, gradient norm and weights after one step of diffusion training, for both objectives."""
     base = DiffusionSection(model=SMALL, batch_size=8, precision="float32", compile=False, learning_rate=1e-3)
+    yield from _training_step("flow", base, setup)
+    learned = SMALL.model_copy(update={"learn_sigma": True})
+    yield from _training_step("ddpm", base.model_copy(update={"objective": "ddpm", "model": learned}), setup)
+
+
+def _training_step(objective: str, base: DiffusionSection, setup: Setup) -> Iterator[Check]:
     loss, norm, weights = _step(CPU, base)
     for precision, limit in (("float32", FLOAT32), ("bfloat16", BFLOAT16)):
         for compiled in (False, True):
             config = base.model_copy(update={"precision": precision, "compile": compiled})
             with exact_float32():
                 found = _step(setup.device, config)
-            name = f"one step, {precision}{', compiled' if compiled else ''}"
+            name = f"one step, {objective}, {precision}{', compiled' if compiled else ''}"
             yield Check(f"{name}: loss", abs(found[0] - loss) / loss, at_most=limit)
             yield Check(f"{name}: gradient norm", abs(found[1] - norm) / norm, at_most=limit)
             # Adam's first step moves every weight by the learning rate, whatever the size of its gradient. Rounding may

@@ -1,0 +1,66 @@
+"""The forward pass of a training step, by kind of autoencoder, and its random values.
+
+Legend: B images of this process, C latent channels, F feature channels, h w grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from svgpipe.models.kl_autoencoder import KLAutoencoder, Posterior
+from svgpipe.models.seeds import generator
+from svgpipe.models.svg_autoencoder import SVGAutoencoder
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Result of a forward pass.
+
+    Attributes:
+        reconstruction: (B,3,H,W) float32.
+        posterior: of a KL autoencoder.
+        projected: (B,F,h,w) latents projected to the width of the vision model, if they are trained towards it.
+    """
+
+    reconstruction: Tensor
+    posterior: Posterior | None = None
+    projected: Tensor | None = None
+
+
+class SVGForward(nn.Module):
+    """Encodes, masks and decodes in one forward pass, so that DDP averages its gradients."""
+
+    def __init__(self, model: SVGAutoencoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def draws(self, seed: int, step: int, positions: Sequence[int], image_size: int) -> Tensor:
+        """Return (B,) uniform draws in [0, 1) that decide the masking; a function of (seed, step, position)."""
+        return torch.cat([torch.rand(1, generator=generator(seed, "image", step, position)) for position in positions])
+
+    def forward(self, images: Tensor, draws: Tensor) -> Forward:
+        return Forward(self.model.decode(self.model.encode(images, draws)).float())
+
+
+class KLForward(nn.Module):
+    """Encodes, draws latents from the posterior and decodes them; `projection` leads to the vision model's width."""
+
+    def __init__(self, model: KLAutoencoder, projection: nn.Conv2d | None) -> None:
+        super().__init__()
+        self.model, self.projection = model, projection
+
+    def draws(self, seed: int, step: int, positions: Sequence[int], image_size: int) -> Tensor:
+        """Return (B,C,h,w) standard normal noise of the posterior; a function of (seed, step, position)."""
+        side = image_size // self.model.encoder.factor
+        shape = (self.model.channels, side, side)
+        return torch.stack([torch.randn(shape, generator=generator(seed, "image", step, p)) for p in positions])
+
+    def forward(self, images: Tensor, draws: Tensor) -> Forward:
+        posterior = self.model.posterior(images)
+        latents = posterior.draw(draws)
+        projected = None if self.projection is None else self.projection(latents)
+        return Forward(self.model.decode(latents).float(), posterior, projected)
