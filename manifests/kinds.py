@@ -24,6 +24,9 @@ KINDS: dict[str, type[Manifest]] = {
 }
 
 
+STUDY_FOLDERS = ("tokenizers", "models")  # of a study, with a folder per tokenizer and model
+
+
 def read_any(path: Location) -> Manifest:
     """Return the manifest of a finished artifact of any kind.
 
@@ -39,16 +42,23 @@ def read_any(path: Location) -> Manifest:
 def artifacts_below(path: Location) -> list[Location]:
     """Return `path` if it is an artifact, finished or not; otherwise the artifacts in it, in the order of the stages.
 
+    Of a study, these include the artifacts of its tokenizers and models.
+
     Raises:
         ArtifactError: there is none, or a manifest is damaged.
     """
     if not path.exists():
         raise ArtifactError(f"{path}: expected an svgpipe artifact, found no such directory.")
-    candidates = [path, *children(path)]
+    of_study = [folder for name in STUDY_FOLDERS for one in _folders(path / name) for folder in _folders(one)]
+    candidates = [path, *children(path), *of_study]
     artifacts = [p for p in candidates if (p / MANIFEST_NAME).exists() or (p / PLAN_NAME).exists()]
     if not artifacts:
         raise ArtifactError(f"{path}: expected an svgpipe artifact or a directory of artifacts, found neither.")
     return [path] if artifacts[0] == path else sorted(artifacts, key=_order)
+
+
+def _folders(path: Location) -> list[Location]:
+    return [child for child in children(path) if child.is_dir()] if path.is_dir() else []
 
 
 def _order(path: Location) -> int:

@@ -45,3 +45,31 @@ class PaperProbe(FrozenModel):
 
 
 PAPER_PROBES = [PaperProbe(features="raw DINOv3", top1=81.7), PaperProbe(features="SVG", top1=81.8)]
+
+
+class PaperModel(FrozenModel):
+    """A row of the paper's Table 1 (v4): FID on ImageNet at 256 pixels with 50,000 samples."""
+
+    model: str
+    reconstruction: float = Field(description="FID of reconstructions.")
+    epochs: int = Field(description="Training epochs.")
+    steps: int = Field(description="Sampling steps.")
+    plain: float = Field(description="Without guidance.")
+    guided: float = Field(description="With guidance.")
+
+
+PAPER_MODELS = [
+    PaperModel(model=model, reconstruction=rebuilt, epochs=epochs, steps=steps, plain=plain, guided=guided)
+    for model, rebuilt, epochs, steps, plain, guided in (
+        ("DiT-XL, SD-VAE", 0.61, 1400, 250, 9.62, 2.27),
+        ("SiT-XL, SD-VAE", 0.61, 1400, 250, 9.35, 2.15),
+        ("REPA-XL, SD-VAE", 0.61, 80, 250, 7.90, 2.65),
+        ("REPA-XL, SD-VAE", 0.61, 800, 250, 5.90, 1.42),
+        ("SiT-XL, VA-VAE", 0.26, 80, 250, 5.96, 3.63),
+        ("SiT-XL, SD-VAE", 0.61, 80, 25, 22.58, 6.06),
+        ("SiT-XL, VA-VAE", 0.26, 80, 25, 7.29, 4.13),
+        ("SVG-XL", 0.65, 80, 25, 6.57, 3.54),
+        ("SVG-XL", 0.65, 500, 25, 3.94, 2.10),
+        ("SVG-XL", 0.65, 1400, 25, 3.36, 1.92),
+    )
+]

@@ -50,6 +50,7 @@ STYLE: dict[str, Any] = {
 OTHER_SCRIPTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "IPAGothic", "Noto Sans", "Unifont")
 WIDE, SMALL, SQUARE = (4.8, 2.9), (3.2, 1.7), (4.4, 4.4)  # inches; readable on a phone
 CROWDED = 8  # more ticks have smaller labels
+LEGEND_COLUMNS = 4  # more names of series continue below
 LABEL_GAP = 0.07  # minimum distance of the names of levels, relative to the height
 
 
@@ -112,7 +113,7 @@ class LineChart:
         axes.set_xlim(-0.5, len(self.xs) - 0.5)
         axes.set_xlabel(self.x_name)
         axes.set_ylabel(f"{self.y_name}, logarithmic" if self.logarithmic else self.y_name)
-        figure.legend(loc="outside upper left", ncols=len(self.series), frameon=False)
+        figure.legend(loc="outside upper left", ncols=min(len(self.series), LEGEND_COLUMNS), frameon=False)
         return _finish(figure, self.title)
 
     def _draw_series(self, axes: Axes, number: int, name: str, values: Sequence[Estimate]) -> None:
@@ -150,6 +151,21 @@ def curve(title: str, xs: Sequence[float], values: Sequence[float], x_name: str)
     axes.plot(xs, values, color=COLOURS[0], linewidth=1.2)
     axes.set_xlabel(x_name)
     axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
+    return _finish(figure, title)
+
+
+def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str) -> Drawing:
+    """Return a chart of several curves with points (x, y) of their own; the y axis is logarithmic."""
+    figure, axes = _new(WIDE)
+    for number, (name, points) in enumerate(lines.items()):
+        xs, ys = zip(*points, strict=True)
+        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
+        axes.plot(xs, ys, label=name, color=colour, linestyle=dash, linewidth=1.3)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(x_name)
+    axes.set_ylabel(f"{y_name}, logarithmic")
+    figure.legend(loc="outside upper left", ncols=min(len(lines), LEGEND_COLUMNS), frameon=False)
     return _finish(figure, title)
 
 

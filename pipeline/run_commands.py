@@ -10,6 +10,7 @@ import typer
 from svgpipe.manifests.filesystem import Location, location
 from svgpipe.manifests.recipe import Recipe
 from svgpipe.manifests.recipe_loader import builtin_names, load_recipe, recipe_yaml
+from svgpipe.manifests.study import Study, Variant, builtin_studies, load_study
 
 from .console import ConsoleProgress
 from .options import (
@@ -109,6 +110,59 @@ def run(
         png=png,
     )
     _run(load_recipe(recipe, changed), location(workdir), options, dry_run)
+
+
+@app.command(rich_help_panel=RUN)
+def study(
+    study: Annotated[str, typer.Argument(help=f"Built-in study ({', '.join(builtin_studies())}) or .yaml file.")],
+    workdir: WorkdirOption,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="NAME,NAME,…", help="Make these variants alone. Default: all.")
+    ] = None,
+    source: SourceOption = None,
+    overrides: SetOption = None,
+    max_rejects: MaxRejectsOption = 0.001,
+    workers: WorkersOption = None,
+    train_workers: TrainWorkersOption = None,
+    strategy: StrategyOption = None,
+    cpus_per_worker: CpusOption = None,
+    gpus_per_worker: GpusOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Train and measure all variants of a study over one shard set; write their tables."""
+    from .run import RunOptions
+
+    loaded = load_study(study, overrides_with(overrides, source=source))
+    chosen = loaded.chosen(None if only is None else [name.strip() for name in only.split(",")])
+    options = RunOptions(
+        resources=resources_of(workers, cpus_per_worker, gpus_per_worker),
+        trainers=None if train_workers is None else resources_of(train_workers, cpus_per_worker, gpus_per_worker),
+        address=address,
+        strategy=strategy or "ddp",
+        max_rejects=max_rejects,
+    )
+    _run_study(loaded, chosen, location(workdir), options)
+
+
+def _run_study(loaded: Study, chosen: list[Variant], workdir: Location, options: RunOptions) -> None:
+    """Run a study, and write its page, also if some variants failed.
+
+    Raises:
+        Exit: a variant failed.
+    """
+    from .study import StudyRun
+    from .study_page import render_study, show_study
+    from .study_results import collect
+
+    with ConsoleProgress() as progress:
+        run = StudyRun(loaded, workdir, options, progress)
+        run.run(chosen)
+    results = collect(loaded, workdir, run.failures)
+    results.write(workdir)
+    show_study(results)
+    typer.echo(f"page: {render_study(results, workdir)}")
+    if run.failures:
+        raise typer.Exit(1)
 
 
 def _run(loaded: Recipe, workdir: Location, options: RunOptions, dry_run: bool) -> None:

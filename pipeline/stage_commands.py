@@ -161,7 +161,7 @@ def train_autoencoder(
     address: AddressOption = None,
     wandb: WandbOption = None,
 ) -> None:
-    """Train the residual encoder and the decoder; the backbone stays frozen."""
+    """Train the tokenizer: that of SVG, of a vision model alone, SD-VAE or VA-VAE."""
     from svgpipe.stages.train_autoencoder.stage import train_autoencoder as run_stage
 
     from .cluster import training_cluster

