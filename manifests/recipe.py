@@ -254,6 +254,9 @@ class DiTSection(Section):
     patch_size: Positive | None = Field(
         None, description="Rows and columns of grid cells in a token; null: 1. DiT and SiT on SD-VAE latents have 2."
     )
+    time_scale: float | None = Field(
+        None, gt=0, description="Times are multiplied by this number before their features; null: 1. Not for ddpm."
+    )
     rms_norm: bool = Field(False, description="RMSNorm with weights instead of LayerNorm without.")
     swiglu: bool = Field(False, description="SwiGLU with 2/3 of the width instead of the GELU MLP.")
     rope: bool = Field(False, description="Rotary positions, beside the fixed position table.")
@@ -344,6 +347,8 @@ class DiffusionSection(Section):
     def _objective_fits(self) -> Self:
         if self.objective == "ddpm" and not self.model.learn_sigma:
             raise ValueError("objective ddpm learns the variance: set model.learn_sigma=true")
+        if self.objective == "ddpm" and self.model.time_scale is not None:
+            raise ValueError("model.time_scale belongs to objective flow: the times of ddpm are numbers of steps")
         if self.objective == "ddpm" and (self.logit_normal_time or self.cosine_loss):
             raise ValueError("logit_normal_time and cosine_loss belong to objective flow, not to ddpm")
         return self

@@ -30,14 +30,15 @@ def time_frequencies(count: int, device: torch.device | None = None) -> Tensor:
 
 
 class TimeEmbedder(nn.Module):
-    """(B,) → (B,D)."""
+    """(B,) → (B,D). Times are multiplied by `scale` first."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t_B: Tensor) -> Tensor:
-        return self.mlp(time_features(t_B))
+        return self.mlp(time_features(t_B * self.scale))
 
 
 class LabelEmbedder(nn.Module):
@@ -159,6 +160,7 @@ class DiT(nn.Module):
 
     A new model outputs exactly 0. Options:
 
+    - time_scale: times are multiplied by this number (None: 1), as by codes whose times run to 1,000;
     - patch_size p: a token is p × p cells (DiT and SiT: 2; None: 1);
     - qk_norm: queries and keys are normalised (SVG);
     - learn_sigma: the last layer is twice as wide; the second half is dropped, as in SVG's and SiT's samplers, except
@@ -184,6 +186,7 @@ class DiT(nn.Module):
         qk_norm: bool = True,
         learn_sigma: bool = False,
         patch_size: int | None = None,
+        time_scale: float | None = None,
         rms_norm: bool = False,
         swiglu: bool = False,
         rope: bool = False,
@@ -219,7 +222,7 @@ class DiT(nn.Module):
             self.register_buffer("rotary_cos", cos, persistent=False)
             self.register_buffer("rotary_sin", sin, persistent=False)
         self.ln1 = nn.Linear(self.patch**2 * in_channels, width)
-        self.t_embedder = TimeEmbedder(width)
+        self.t_embedder = TimeEmbedder(width, time_scale or 1.0)
         self.y_embedder = LabelEmbedder(num_classes, width, null_row=null_row)
         options = {"qk_norm": qk_norm, "rms_norm": rms_norm, "swiglu": swiglu}
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, **options) for _ in range(depth))

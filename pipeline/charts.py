@@ -50,7 +50,7 @@ STYLE: dict[str, Any] = {
 OTHER_SCRIPTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "IPAGothic", "Noto Sans", "Unifont")
 WIDE, SMALL, SQUARE = (4.8, 2.9), (3.2, 1.7), (4.4, 4.4)  # inches; readable on a phone
 CROWDED = 8  # more ticks have smaller labels
-LEGEND_COLUMNS = 4  # more names of series continue below
+LEGEND_COLUMNS = 3  # more names of series continue below
 LABEL_GAP = 0.07  # minimum distance of the names of levels, relative to the height
 
 
@@ -156,6 +156,8 @@ def curve(title: str, xs: Sequence[float], values: Sequence[float], x_name: str)
 
 def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str) -> Drawing:
     """Return a chart of several curves with points (x, y) of their own; the y axis is logarithmic."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _new(WIDE)
     for number, (name, points) in enumerate(lines.items()):
         xs, ys = zip(*points, strict=True)
@@ -163,6 +165,9 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_nam
         axes.plot(xs, ys, label=name, color=colour, linestyle=dash, linewidth=1.3)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")  # within a decade, the minor ticks are all there is
+    axes.tick_params(axis="y", which="minor", labelsize=7)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel(x_name)
     axes.set_ylabel(f"{y_name}, logarithmic")
     figure.legend(loc="outside upper left", ncols=min(len(lines), LEGEND_COLUMNS), frameon=False)

@@ -104,7 +104,7 @@ def _overview(results: StudyResults) -> StudyTable:
                     _text(None if tokenizer is None else tokenizer.kind),
                     _text(None if tokenizer is None else "x".join(map(str, tokenizer.latent))),
                     _estimate(None if tokenizer is None else tokenizer.reconstruction_distance, "%.2f"),
-                    _text(None if variant.parameters is None else f"{variant.parameters / 1e6:.1f} M"),
+                    _text(None if variant.parameters is None else f"{variant.parameters / 1e6:.3g} M"),
                     _text(None if variant.epochs is None else f"{variant.epochs:.3g}"),
                     _text(None if not most else str(most)),
                     _distance(results, variant, plain[0] if plain else None),
@@ -190,21 +190,20 @@ def _drawings(results: StudyResults) -> list[Drawing]:
     drawings = []
     steps = sorted({s.steps for v in results.variants for s in v.samples if s.guidance == 1})
     series = {
-        v.name: [s.frechet_distance for count in steps if (s := _setting(v, count, 1.0)) is not None]
+        v.title: [s.frechet_distance for count in steps if (s := _setting(v, count, 1.0)) is not None]
         for v in results.variants
     }
     series = {name: values for name, values in series.items() if len(values) == len(steps)}
     if series and len(steps) > 1:
         levels = {} if results.heldout_distance is None else {"held-out images": results.heldout_distance.value}
-        chart = LineChart(
-            "Distance against steps", "sampling steps", str(results.metric), steps, series, levels, logarithmic=True
-        )
+        measure = "FID" if results.metric == "FID" else "Fréchet distance"
+        chart = LineChart("Distance against steps", "sampling steps", measure, steps, series, levels, logarithmic=True)
         drawings.append(chart.render())
     for title, attribute, y_name in (
         ("Held-out loss", "heldout_loss", "mean squared error"),
         ("Distance of latents", "latent_distance", "over that of real rows"),
     ):
-        lines = {v.name: [(p.step, p.value) for p in getattr(v, attribute)] for v in results.variants}
+        lines = {v.title: [(p.step, p.value) for p in getattr(v, attribute)] for v in results.variants}
         lines = {name: points for name, points in lines.items() if len(points) > 1}
         if lines:
             drawings.append(curves(title, lines, "training step", y_name))

@@ -218,6 +218,18 @@ def test_a_compiled_dit_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(compiled(*arguments), model(*arguments))
 
 
+def test_a_time_scale_multiplies_the_times() -> None:
+    sizes = {"grid": (2, 2), "in_channels": 4, "num_classes": 3, "width": 16, "depth": 2, "heads": 2}
+    plain, scaled = DiT(**sizes).eval(), DiT(**sizes, time_scale=1000.0).eval()  # type: ignore[arg-type]
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    scaled.load_state_dict(plain.state_dict())
+    x, t, y = torch.randn(2, 4, 4), torch.tensor([0.1, 0.9]), torch.tensor([0, 3])
+    with torch.no_grad():
+        torch.testing.assert_close(scaled(x, t, y), plain(x, 1000 * t, y))
+        assert not torch.allclose(scaled(x, t, y), plain(x, t, y), atol=1e-2)
+
+
 def test_an_attention_kernel_is_used_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replacement for xformers receives (B,T,heads,D), and its result is transposed back."""
     q, k, v = torch.randn(3, 2, 4, 7, 16)
