@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -374,6 +374,14 @@ class ExtractorSection(Section):
         return self
 
 
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Return `{"extractor.kind": …}` for `{"extractor": {"kind": …}}`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
 class EvaluationSection(Section):
     """`svgpipe sample-and-eval`: a sweep of steps × guidance, decoded and measured."""
 
@@ -426,8 +434,9 @@ class EvaluationSection(Section):
         if self.preset is None:
             return []
         values = preset_values(self.preset)
-        wanted, own = (one.model_dump(mode="json") for one in (EvaluationSection.model_validate(values), self))
-        return [f"{key}: {own[key]} instead of {wanted[key]}" for key in values if own[key] != wanted[key]]
+        wanted, own = (_flat(one.model_dump(mode="json")) for one in (EvaluationSection.model_validate(values), self))
+        keys = [key for key in wanted if key.partition(".")[0] in values]
+        return [f"{key}: {own[key]} instead of {wanted[key]}" for key in keys if own[key] != wanted[key]]
 
 
 class ReconstructionSection(Section):

@@ -408,6 +408,29 @@ def test_the_page_names_the_sampler_beside_the_numbers(finished: Finished) -> No
     assert "weights ema" in words and "labels equal" in words
 
 
+def test_a_report_names_its_preset_and_the_deviations(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    changes = ["evaluation.num_samples=6", "evaluation.extractor={kind: backbone}", "evaluation.guidance=[1.0]"]
+    sets = [part for change in changes for part in ("--set", change)]
+    done = svgpipe(*eval_args(finished, tmp_path / "out", "--preset", "sit-sde", "--steps", 2, *sets))
+    assert done.code == 0, done.err
+    report = Report.read(tmp_path / "out")
+    assert (report.preset, report.deviations) == (
+        "sit-sde",
+        [
+            "steps: [2] instead of [250]",
+            "guidance: [1.0] instead of [1.5]",
+            "num_samples: 6 instead of 50000",
+            "extractor.kind: backbone instead of inception",
+        ],
+    )
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Preset <strong>sit-sde</strong>, with deviations: steps: [2] instead of [250]; " in page
+    sampler = next(result.sampler for result in report.results if result.sampler is not None)
+    assert (sampler.solver, sampler.guidance_channels, sampler.labels) == ("sde", 3, "drawn")
+
+
 def test_a_finished_evaluation_is_found_with_another_batch_size(
     finished: Finished, svgpipe: Callable[..., Outcome]
 ) -> None:
