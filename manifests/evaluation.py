@@ -24,7 +24,7 @@ from .report_file import ExtractorInfo, WrittenReport
 class SamplerInfo(FrozenModel):
     """All settings that determine a sample, besides the model."""
 
-    steps: int = Field(description="Number of steps.")
+    steps: int = Field(description="Number of steps; of dopri5, which chooses its steps, only a name.")
     guidance: float = Field(description="Guidance scale; 1: no guidance.")
     solver: str = Field(description="euler, heun (two evaluations per step), multistep, sde, dopri5, ddpm or ddim.")
     guidance_mode: str = Field(description="Where on the path guidance acts.")
@@ -37,6 +37,13 @@ class SamplerInfo(FrozenModel):
     classes: list[int] | None = Field(None, description="Class indexes that are sampled; null: all.")
     guidance_channels: int | None = Field(None, description="Number of channels that are guided; null: all.")
     ddim_eta: float | None = Field(None, description="ddim: share of noise in the steps; null: 0.")
+
+    @property
+    def named_steps(self) -> str:
+        """Return the steps for a sentence: `1 step`, `25 steps`, `adaptive steps`."""
+        if self.solver == "dopri5":
+            return "adaptive steps"
+        return f"{self.steps} step{'s' if self.steps > 1 else ''}"
 
 
 class ReferenceInfo(FrozenModel):

@@ -1,7 +1,8 @@
 """Named settings of sampling: what the published numbers of each system were made with.
 
-A preset fills in keys of the recipe's section `evaluation`. Keys that stand beside it, or that the command line gives,
-win; the report lists them as deviations. All presets: 50,000 samples, drawn labels, Inception features, EMA weights.
+A preset replaces keys of the recipe's section `evaluation`. Keys that stand beside it in the same file, or that the
+command line gives, win; the report lists them as deviations. All presets: 50,000 samples with drawn labels. Published
+numbers are FID; the extractor stays that of the recipe, and a report calls a distance FID only if it is one.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ Preset = Literal["paper-svg", "paper-svg-unguided", "sit-ode", "sit-sde", "repa"
 _COMMON: dict[str, Any] = {
     "num_samples": 50_000,
     "labels": "drawn",
-    "weights": "ema",
     "precision": "float32",
-    "extractor": {"kind": "inception"},
     "guidance_mode": "constant",
     "guidance_channels": None,
     "time_shift": 1.0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -374,14 +374,6 @@ class ExtractorSection(Section):
         return self
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Return `{"extractor.kind": …}` for `{"extractor": {"kind": …}}`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
-
-
 class EvaluationSection(Section):
     """`svgpipe sample-and-eval`: a sweep of steps × guidance, decoded and measured."""
 
@@ -422,6 +414,8 @@ class EvaluationSection(Section):
 
     @model_validator(mode="after")
     def _sweep(self) -> Self:
+        if self.ddim_eta is not None and self.solver != "ddim":
+            raise ValueError(f"ddim_eta belongs to solver ddim, found {self.solver}")
         if not self.steps or not self.guidance:
             raise ValueError("steps and guidance must each name at least one value")
         for name, values in (("steps", self.steps), ("guidance", self.guidance)):
@@ -429,14 +423,21 @@ class EvaluationSection(Section):
                 raise ValueError(f"{name} must name no value twice, found {list(values)}")
         return self
 
+    def preset_keys(self) -> set[str]:
+        """Return the keys that are as the preset sets them."""
+        values = {} if self.preset is None else preset_values(self.preset)
+        wanted = EvaluationSection.model_validate(values)
+        return {key for key in values if getattr(self, key) == getattr(wanted, key)}
+
     def deviations(self) -> list[str]:
         """Return what differs from the preset: `steps: [25] instead of [250]`."""
         if self.preset is None:
             return []
         values = preset_values(self.preset)
-        wanted, own = (_flat(one.model_dump(mode="json")) for one in (EvaluationSection.model_validate(values), self))
-        keys = [key for key in wanted if key.partition(".")[0] in values]
-        return [f"{key}: {own[key]} instead of {wanted[key]}" for key in keys if own[key] != wanted[key]]
+        wanted, own = (one.model_dump(mode="json") for one in (EvaluationSection.model_validate(values), self))
+        return [
+            f"{key}: {own[key]} instead of {wanted[key]}" for key in wanted if key in values and own[key] != wanted[key]
+        ]
 
 
 class ReconstructionSection(Section):

@@ -21,12 +21,13 @@ from pydantic import BaseModel, ValidationError
 from .errors import UsageError
 from .presets import NAMES as PRESETS
 from .presets import preset_values
-from .recipe import Recipe
+from .recipe import EvaluationSection, Recipe
 from .section import Section
 from .yaml_values import parse_value, parse_yaml
 
+MOVED = {"autoencoder.residual.enabled": "autoencoder.kind: svg or vision"}  # keys of earlier versions
 YAML_SUFFIXES = {".yaml", ".yml"}
-PRESET_KEY = "evaluation.preset"
+PRESET_OVERRIDE = "evaluation.preset="
 
 
 def builtin_names() -> list[str]:
@@ -41,13 +42,20 @@ def load_recipe(name_or_file: str | None, overrides: Sequence[str] = ()) -> Reci
     Raises:
         UsageError: no such recipe or file, not YAML, an unknown key, or an invalid value.
     """
-    raw, where = _read_with_base(name_or_file) if name_or_file is not None else ({}, "recipe")
-    _refuse_unknown_keys(raw, Recipe, where)
+    layers, where = _read_layers(name_or_file) if name_or_file is not None else ([], "recipe")
+    for layer in layers:
+        _refuse_unknown_keys(layer, Recipe, where)
     # First the preset, so that other options of the command line win over it, and it over the recipe.
-    for override in sorted(overrides, key=lambda text: not text.startswith(f"{PRESET_KEY}=")):
-        _apply_override(raw, override)
-        if override.startswith(f"{PRESET_KEY}="):
-            raw["evaluation"] = {**raw["evaluation"], **_preset(raw["evaluation"])}
+    first = [override for override in overrides if override.startswith(PRESET_OVERRIDE)]
+    for override in first:
+        layers.append({})
+        _apply_override(layers[-1], override)
+    raw = _merged(layers)
+    for override in overrides:
+        if override not in first:
+            _apply_override(raw, override)
+    if any(override.startswith("evaluation=") for override in overrides):  # it replaces the whole section
+        raw["evaluation"] = {**_preset(raw["evaluation"]), **raw["evaluation"]}
     _refuse_unknown_keys(raw, Recipe, "--set")
     try:
         return Recipe.model_validate(raw)
@@ -61,8 +69,9 @@ def _explained(error: dict[str, Any], where: str, given: set[str]) -> str:
     """Return one line for an invalid value, which begins with its origin: the file, or the command line."""
     name = ".".join(str(part) for part in error["loc"] if not isinstance(part, int))
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
-    origin = "command line" if name in given else where
-    return f"{origin}: {name or 'recipe'}: {message}, found {_brief(error['input'])}"
+    origin = "command line" if any(f"{key}.".startswith(f"{name}.") for key in given) else where
+    found = "" if isinstance(error["input"], dict) else f", found {_brief(error['input'])}"  # a section has many keys
+    return f"{origin}: {name or 'recipe'}: {message}{found}"
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -73,6 +82,7 @@ def recipe_yaml(recipe: Recipe) -> str:
 
 def _yaml_lines(section: Section, indent: str = "") -> Iterator[str]:
     values = section.model_dump(mode="json")
+    preset = section.preset_keys() if isinstance(section, EvaluationSection) else set()
     for name, field in type(section).model_fields.items():
         inner = getattr(section, name)
         if isinstance(inner, Section):
@@ -81,7 +91,8 @@ def _yaml_lines(section: Section, indent: str = "") -> Iterator[str]:
         else:
             dumped = yaml.safe_dump(values[name], default_flow_style=True, allow_unicode=True, width=10**6)
             comment = "" if field.description is None else f"  # {field.description}"
-            yield f"{indent}{name}: {dumped.splitlines()[0]}{comment}"
+            off = "# of the preset: " if name in preset else ""  # so that another preset can be chosen in this file
+            yield f"{indent}{off}{name}: {dumped.splitlines()[0]}{comment}"
 
 
 def _brief(value: object) -> str:
@@ -89,24 +100,33 @@ def _brief(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def _read_with_base(name_or_file: str, seen: tuple[str, ...] = ()) -> tuple[dict[str, Any], str]:
-    """Return a recipe merged over those that it extends, and its origin. Base files are relative to the recipe.
+def _read_layers(name_or_file: str, seen: tuple[str, ...] = ()) -> tuple[list[dict[str, Any]], str]:
+    """Return the recipes that a recipe extends, then the recipe, and its origin. Files are relative to the recipe.
 
     Raises:
         UsageError: `extends` does not name another recipe.
     """
     raw, where = _read_source(name_or_file)
-    if isinstance(section := raw.get("evaluation"), dict):
-        raw["evaluation"] = {**_preset(section), **section}
     base_name = raw.pop("extends", None)
     if base_name is None:
-        return raw, where
+        return [raw], where
     if base_name in seen or not isinstance(base_name, str):
         raise UsageError(f"{where}: extends: expected another recipe, found {base_name!r}.")
     if Path(base_name).suffix in YAML_SUFFIXES:
         base_name = str(Path(name_or_file).parent / base_name)
-    base, _ = _read_with_base(base_name, (*seen, base_name))
-    return _merge(base, raw), where
+    base, _ = _read_layers(base_name, (*seen, base_name))
+    return [*base, raw], where
+
+
+def _merged(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the layers merged, later ones over earlier ones. The last preset that is named begins with its layer."""
+    named = [i for i, layer in enumerate(layers) if "preset" in (layer.get("evaluation") or {})]
+    merged: dict[str, Any] = {}
+    for i, layer in enumerate(layers):
+        if named and i == named[-1]:
+            merged = _merge(merged, {"evaluation": _preset(layer["evaluation"])})
+        merged = _merge(merged, layer)
+    return merged
 
 
 def _preset(evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +190,9 @@ def _refuse_unknown_keys(raw: dict[str, Any], model: type[BaseModel], where: str
             names = list(model.model_fields)
             near = difflib.get_close_matches(str(key), names, 1, 0.5)
             deeper = [f"{section}.{key}" for section in names if key in _keys_of(model, section)]
-            if deeper:
+            if f"{prefix}{key}" in MOVED:
+                hint = f"it is {MOVED[f'{prefix}{key}']} now."
+            elif deeper:
                 hint = f"did you mean {' or '.join(deeper)}?"
             else:
                 hint = f"did you mean {prefix}{near[0]}?" if near else f"expected one of {', '.join(names)}."

@@ -8,9 +8,8 @@ from typing import Literal
 from .filesystem import Location
 
 StoreDtype = Literal["float16", "int8"]
-Distribution = Literal[
-    "point", "gaussian"
-]  # what is stored of an image: a latent, or mean and deviation of a posterior
+# What is stored of an image: a latent, or mean and standard deviation of a posterior.
+Distribution = Literal["point", "gaussian"]
 
 
 @dataclass(frozen=True)

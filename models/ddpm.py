@@ -231,7 +231,7 @@ def sample_ddpm(
         eps, fraction = predict(x, float(number), labels, weights).to(x.dtype).chunk(2, dim=-1)
         step = torch.full((len(x),), index, device=x.device)
         data = process.data(x, eps, step)
-        drawn = noise(place) if index > 0 else torch.zeros_like(x)
+        drawn = torch.zeros_like(x) if index == 0 or ddim_eta == 0 else noise(place)
         if ddim_eta is None:
             deviation = (0.5 * process.log_variance(fraction, step)).exp()
             x = process.mean(data, x, step) + deviation * drawn

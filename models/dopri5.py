@@ -47,7 +47,7 @@ def integrate(field: Field, z_BTC: Tensor, tolerance: Tolerance = TOLERANCE) -> 
     """
     z, active = z_BTC.clone(), torch.arange(len(z_BTC), device=z_BTC.device)
     t = torch.zeros(len(z), device=z.device)
-    v = field(z, t, active)
+    v = field(z, t, active).clone()
     dt = _first_step(field, z, v, active, tolerance)
     for _ in range(MAX_STEPS):
         here, start = z[active], t[active]

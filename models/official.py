@@ -213,7 +213,7 @@ def dit_sizes(state: State, heads: int | None = None) -> DiTSizes:
         num_classes=table.shape[0] - 1,
         width=width,
         depth=count(state, r"blocks\.(\d+)\."),
-        heads=heads or _heads(state, width),
+        heads=heads or _heads(state),
         mlp_ratio=hidden * (1.5 if swiglu else 1) / width,
         qk_norm=HEAD_NORM in state,
         learn_sigma=out == 2 * once,
@@ -224,21 +224,29 @@ def dit_sizes(state: State, heads: int | None = None) -> DiTSizes:
     )
 
 
-def _heads(state: State, width: int) -> int:
-    """Return the number of heads: from the width of a head, if a tensor shows it.
+def heads_of(state: State) -> tuple[int, int | None]:
+    """Return the width of a transformer, and its number of heads: from the width of a head, or a published one.
+
+    None: no tensor shows it, and the width is not a published one. Raises ValueError for a missing tensor.
+    """
+    width = need(state, "y_embedder.embedding_table.weight", 2).shape[1]
+    if HEAD_NORM in state:
+        return width, width // need(state, HEAD_NORM, 1).shape[0]
+    if ROTATIONS[0] in state:
+        return width, width // need(state, ROTATIONS[0], 2).shape[1]
+    return width, DIT_HEADS.get(width)
+
+
+def _heads(state: State) -> int:
+    """Return the number of heads.
 
     Raises:
-        ValueError: none does, and the width is not a published one.
+        ValueError: it is unknown.
     """
-    if HEAD_NORM in state:
-        return width // need(state, HEAD_NORM, 1).shape[0]
-    if ROTATIONS[0] in state:
-        return width // need(state, ROTATIONS[0], 2).shape[1]
-    if width not in DIT_HEADS:
-        raise ValueError(
-            f"width {width} is not a published one; without QK-norm the number of heads is unknown (--heads)"
-        )
-    return DIT_HEADS[width]
+    width, heads = heads_of(state)
+    if heads is None:
+        raise ValueError(f"width {width} is not a published one; without QK-norm the number of heads is unknown")
+    return heads
 
 
 def need(state: Mapping[str, Tensor], key: str, dimensions: int) -> Tensor:

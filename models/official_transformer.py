@@ -15,7 +15,8 @@ from .convert import State, transformer_from_official
 from .dit import time_frequencies
 from .official import PATCHES, ROTATIONS, count
 
-EITHER = "dit or sit"  # with learned variance their files look the same
+# Files that look the same: with learned variance, and without it where REPA's projectors were removed.
+WITH_VARIANCE, WITHOUT_VARIANCE = "dit or sit", "sit or repa"
 LABELS = "y_embedder.embedding_table.weight"
 PROJECTORS = "projectors.", "projectors of the alignment, only needed in training"
 LEGACY = re.compile(r"decoder_blocks\.(\d+)\.")
@@ -23,7 +24,7 @@ ROTATION_REASON = "tables of rotary positions, which are computed"
 
 
 def system_of(state: State) -> str | None:
-    """Return the system that a state dict looks like: svg, dit, sit, repa, lightningdit, or `dit or sit`.
+    """Return the system that a state dict looks like: svg, repa, lightningdit, `dit or sit`, or `sit or repa`.
 
     None: no transformer.
     """
@@ -37,7 +38,7 @@ def system_of(state: State) -> str | None:
         return "lightningdit"
     patches, final = state[PATCHES], state.get("final_layer.linear.weight")
     once = patches.shape[1] * patches.shape[-1] ** 2 if patches.ndim == 4 else 0
-    return "sit" if final is not None and final.shape[0] == once else EITHER
+    return WITHOUT_VARIANCE if final is not None and final.shape[0] == once else WITH_VARIANCE
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Source: official LightningDiT vavae/ldm/modules/losses/contperceptual.py.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,7 +25,8 @@ def distance_matrix_loss(projected: Tensor, features: Tensor, margin: float) -> 
         margin: difference of the cosines that costs nothing.
     """
     ours, theirs = (F.normalize(values.float().flatten(2), dim=1) for values in (projected, features))  # (B,F,N)
-    cosines, targets = (unit.transpose(1, 2) @ unit for unit in (ours, theirs))
+    with torch.autocast(projected.device.type, enabled=False):  # which would multiply in bfloat16
+        cosines, targets = (unit.transpose(1, 2) @ unit for unit in (ours, theirs))
     return F.relu((cosines - targets).abs() - margin).mean(dim=(1, 2))
 
 

@@ -236,7 +236,8 @@ def import_official(
     for imported in run_stage(autoencoder, location(out), diffusion=files, image_size=image_size):
         typer.echo(f"{imported.directory}: {imported.what} ({imported.fingerprint[:12]}); {imported.used} tensors used")
         for reason, keys in imported.ignored.items():
-            typer.echo(f"  not used: {len(keys)} {'entry' if len(keys) == 1 else 'entries'}, {keys[0]} …: {reason}")
+            several = f"{len(keys)} entries, {keys[0]} …" if len(keys) > 1 else keys[0]
+            typer.echo(f"  not used: {several}: {reason}")
     if AutoencoderManifest.read(location(out) / "autoencoder").section.kind == "svg":
         typer.echo("Official files hold no alignment. The first extraction or evaluation measures it.")
 

@@ -11,11 +11,13 @@ from svgpipe.manifests.model_manifests import choose_weights
 from svgpipe.manifests.recipe import AutoencoderSection, Recipe
 from svgpipe.models.backbone import Backbone
 from svgpipe.stages.evaluate.features import load_extractor
-from svgpipe.stages.evaluate.plan import require_sampling
+from svgpipe.stages.evaluate.plan import require_guided_channels, require_sampling
 from svgpipe.stages.networks.autoencoder import latent_grid
 from svgpipe.stages.networks.backbone import build_backbone
 from svgpipe.stages.networks.diffusion import open_diffusion, require_patches, width_warning
 from svgpipe.stages.networks.perceptual import load_lpips
+from svgpipe.stages.train_diffusion.alignment_target import require_depth
+from svgpipe.stages.train_diffusion.stage import require_sample_steps
 from svgpipe.stages.training.metrics_log import require_wandb
 
 from .run import STAGES, RunOptions, require_demo
@@ -53,6 +55,7 @@ def _check_settings(recipe: Recipe, workdir: Location, options: RunOptions) -> N
         choose_weights(recipe.diffusion.ema_decays, recipe.evaluation.weights)
     except UsageError as error:
         raise UsageError(f"evaluation.weights: {error} (diffusion.ema_decays)") from error
+    require_sample_steps(recipe.diffusion)
     align = recipe.diffusion.align
     if align is not None and not recipe.autoencoder.encodes_with_backbone:
         raise UsageError(
@@ -60,6 +63,14 @@ def _check_settings(recipe: Recipe, workdir: Location, options: RunOptions) -> N
             "makes one cache. Run the stages one by one, and give the cache of a vision model to train-diffusion "
             "--align."
         )
+    if align is not None:
+        require_depth(recipe.diffusion)
+        if (recipe.diffusion.model.patch_size or 1) > 1:
+            raise UsageError(
+                "diffusion.align: a latent that is aligned with its own features has one feature per cell, so the "
+                "tokens must be single cells: expected model.patch_size null, found "
+                f"{recipe.diffusion.model.patch_size}."
+            )
     if options.guide is not None:
         open_diffusion(options.guide).weights_name(recipe.evaluation.guide_weights)
     if options.wandb_project is not None:
@@ -83,7 +94,9 @@ def _check_weights(recipe: Recipe, workdir: Location) -> None:
         backbone = build_backbone(section.backbone, section.image_size, encoder if trained else None)
     grid = latent_grid(section, backbone if section.encodes_with_backbone else None)
     require_patches(recipe.diffusion.model, (grid, grid), f"the latents of kind {section.kind}")
-    if (narrow := width_warning(recipe.diffusion.model, _channels(section, backbone))) is not None:
+    channels = _channels(section, backbone)
+    require_guided_channels(recipe.evaluation, channels)
+    if (narrow := width_warning(recipe.diffusion.model, channels)) is not None:
         typer.echo(narrow, err=True)
     if not trained and section.perceptual.kind == "lpips-vgg" and section.perceptual.weight > 0:
         load_lpips(section.perceptual, "autoencoder.perceptual")

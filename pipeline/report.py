@@ -120,11 +120,10 @@ def _grids(
             title = f"Steps side by side, guidance {guidance:g}"
             grids.append(_side_by_side(evaluation, names, title, "steps", of_one, rows))
     elif len(samples) > 1:
-        steps = sampler_of(best).steps
-        title = f"Guidance side by side, {steps} step{'s' if steps > 1 else ''}"
+        title = f"Guidance side by side, {sampler_of(best).named_steps}"
         grids.append(_side_by_side(evaluation, names, title, "guidance", samples, rows))
     settings = sampler_of(best)
-    title = f"Samples, {settings.steps} step{'s' if settings.steps > 1 else ''}"
+    title = f"Samples, {settings.named_steps}"
     some = "" if settings.guidance_channels is None else f" of {settings.guidance_channels} channels"
     note = f"guidance {settings.guidance:g}{some}, {settings.solver}; the setting with the smallest distance"
     grids.append(grid(title, note, decoded_images(evaluation, best.name), ROWS, names))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,13 @@ from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.recipe import AlignSection
+from svgpipe.models.dit import DiT
 from svgpipe.models.representation_alignment import ConvProjector, representation_loss, spatial_zscore
 from svgpipe.pipeline.cli import main
+from svgpipe.stages.train_diffusion.aligned import new_aligned
 from svgpipe.stages.train_diffusion.alignment_target import alignment_target
 from svgpipe.stages.train_diffusion.data import CacheBatches
+from svgpipe.stages.train_diffusion.stage import train_diffusion
 
 from .commands import run_and_kill
 from .conftest import Finished, Outcome
@@ -51,6 +55,9 @@ def test_both_inputs_are_recorded_and_the_loss_is_logged(aligned: Path, vaes: Pa
     entries = logged(aligned)
     assert len(entries) == 12 and all(-1 <= e["alignment"] <= 1 for e in entries)
     assert entries[-1]["alignment"] < entries[0]["alignment"]
+    # Before the first update, the loss is that of a training without alignment, and half the loss of alignment.
+    plain = next(e["loss"] for e in read_metrics(vaes / "kl" / "diffusion" / "metrics.jsonl") if "loss" in e)
+    assert entries[0]["loss"] == pytest.approx(plain + 0.5 * entries[0]["alignment"], rel=1e-5)
     # The projector is only needed in training.
     assert not [key for key in load_file(aligned / "ema-0.9.safetensors") if "projector" in key]
 
@@ -132,7 +139,48 @@ def test_irepa(vaes: Path, finished: Finished, tmp_path: Path, svgpipe: Callable
     irepa = "diffusion.align={depth: 2, projector: conv, coefficient: 1.0, zscore: true}"
     done = svgpipe(*align_args(vaes / "kl", finished, tmp_path / "out", irepa))
     assert done.code == 0, done.err
-    assert logged(tmp_path / "out")[-1]["alignment"] < logged(tmp_path / "out")[0]["alignment"]
+    entries = logged(tmp_path / "out")
+    assert entries[-1]["alignment"] < entries[0]["alignment"]
+    plain = next(e["loss"] for e in read_metrics(vaes / "kl" / "diffusion" / "metrics.jsonl") if "loss" in e)
+    assert entries[0]["loss"] == pytest.approx(plain + entries[0]["alignment"], rel=1e-5)
+    raw = irepa.replace("zscore: true", "zscore: false")
+    assert svgpipe(*align_args(vaes / "kl", finished, tmp_path / "raw", raw)).code == 0
+    assert logged(tmp_path / "raw")[0]["alignment"] != entries[0]["alignment"]
+
+
+def test_tokens_after_the_chosen_block_are_projected() -> None:
+    torch.manual_seed(0)
+    model = DiT(grid=(2, 2), in_channels=4, num_classes=3, width=16, depth=3, heads=2).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, t, y = torch.randn(2, 4, 4), torch.tensor([0.1, 0.9]), torch.tensor([0, 3])
+    seen: list[torch.Tensor] = []
+    model.blocks[1].register_forward_hook(lambda block, given, out: seen.append(out))
+    aligned = new_aligned(model, AlignSection(depth=2, width=8), 5, seed=1)
+    with torch.no_grad():
+        velocity, projected = aligned(x, t, y)
+        torch.testing.assert_close(projected, aligned.projector(seen[0]))
+        torch.testing.assert_close(velocity, model(x, t, y))
+    assert projected.shape == (2, 4, 5)
+
+
+def test_rows_that_one_of_the_caches_rejects_are_not_trained_on(
+    vaes: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, other = FeatureCache(vaes / "kl" / "cache"), FeatureCache(finished.root / "cache")
+    rejected = cache.training_rows[:20]
+    other.valid[rejected] = False
+    read: list[int] = []
+    original = FeatureCache.read_stored
+
+    def watched(self: FeatureCache, rows: Any, views: Any) -> Any:
+        read.extend(np.asarray(rows).tolist())
+        return original(self, rows, views)
+
+    monkeypatch.setattr(FeatureCache, "read_stored", watched)
+    config = finished.recipe.diffusion.model_copy(update={"align": AlignSection(depth=1, width=16)})
+    train_diffusion(cache, tmp_path / "out", config, align=other)
+    assert set(read) == set(cache.training_rows[20:].tolist())
 
 
 def test_copies_on_a_local_disk_change_nothing(
@@ -161,6 +209,16 @@ def test_caches_that_do_not_belong_together_are_refused(
     patches = svgpipe(*align_args(kl, finished, out, "diffusion.model.patch_size=2"))
     assert patches.code == 2 and "2x2 places" in patches.err and "found 4x4" in patches.err
     assert not out.exists()
+    for sets, word in (
+        (["diffusion.align={depth: 3}"], "at most the model's 2 blocks"),
+        (["diffusion.align={depth: 1}", "diffusion.model.patch_size=2"], "single cells"),
+        (["diffusion.align={depth: 1}", "autoencoder.kind=kl"], "train-diffusion --align"),
+        (["evaluation.guidance_channels=117"], "at most the model's 116 channels"),
+    ):
+        more = [part for item in sets for part in ("--set", item)]
+        early = svgpipe("run", finished.recipe_file, "--workdir", tmp_path / "w", "--source", tmp_path, *more)
+        assert early.code == 2 and word in early.err, early.err
+        assert not (tmp_path / "w").exists()
 
 
 def test_another_shard_set_is_refused_with_both_fingerprints(

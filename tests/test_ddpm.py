@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 
 from svgpipe.manifests.evaluation import Report
 from svgpipe.manifests.feature_store import FeatureStore
+from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.models.ddpm import STEPS, Process, ddim_steps, equal_steps, noised, sample_ddpm
+from svgpipe.models.dit import DiT
 from svgpipe.models.sampler import Guidance
 from svgpipe.pipeline.cli import main
 
@@ -59,7 +61,8 @@ def test_samples_do_not_depend_on_their_batch(
     ddpm: Path, finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], solver: str
 ) -> None:
     change = ["--set", f"evaluation.solver={solver}", "--steps", "4", "--guidance", "1.0,1.5"]
-    change += ["--set", "evaluation.ddim_eta=0.5", "--set", "evaluation.guidance_channels=3"]
+    change += ["--set", "evaluation.guidance_channels=3"]
+    change += ["--set", "evaluation.ddim_eta=0.5"] if solver == "ddim" else []
     stored = []
     for size in (4, 1):
         out = tmp_path / str(size) / "evaluation"
@@ -81,6 +84,11 @@ def test_samples_do_not_depend_on_their_batch(
         (["--set", "evaluation.solver=euler"], ["expected ddpm or ddim", "objective ddpm", "found euler"]),
         (["--set", "evaluation.solver=ddim", "--steps", "600"], ["evaluation.steps", "600", "500"]),
         (["--set", "evaluation.solver=ddpm", "--steps", "1001"], ["expected 1 to 1000, found 1001"]),
+        (["--set", "evaluation.solver=ddpm", "--set", "evaluation.ddim_eta=0.5"], ["ddim_eta belongs to solver ddim"]),
+        (
+            ["--set", "evaluation.solver=ddpm", "--set", "evaluation.guidance_mode=cfg_star-1-0"],
+            ["cfg_star changes velocities"],
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(
@@ -112,6 +120,22 @@ def test_recipes_that_cannot_work_are_refused(
     assert found.code == 2 and word in found.err
     before = svgpipe("run", finished.recipe_file, "--workdir", tmp_path, "--source", tmp_path, *DDPM)
     assert before.code == 2 and "evaluation.solver" in before.err
+
+
+def test_an_exported_model_samples_without_the_pipeline(
+    ddpm: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    assert svgpipe("export", ddpm, "--out", tmp_path / "exported").code == 0
+    config = read_json(tmp_path / "exported" / "config.json")
+    assert config["objective"] == "ddpm"
+    model = DiT(**config["model"]).eval()
+    model.load_state_dict(load_file(tmp_path / "exported" / "model.safetensors"))
+    x = torch.randn(2, model.grid[0] * model.grid[1], model.in_channels)
+    latents = sample_ddpm(
+        model, x, torch.tensor([0, 1]), null_label=model.null_label, numbers=equal_steps([4]),
+        noise=lambda step: torch.randn_like(x),
+    )  # fmt: skip
+    assert latents.shape == x.shape and bool(latents.isfinite().all())
 
 
 def test_analysis_says_that_there_are_no_velocities(

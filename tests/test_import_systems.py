@@ -134,6 +134,26 @@ def test_every_key_is_used_or_listed_with_a_reason(
     ]
 
 
+def test_a_file_of_repa_without_projectors_is_not_taken_for_sit(
+    golden: GoldenFolder, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """Their layers look the same, but time and velocity run the other way. In bfloat16, as some files are."""
+    recording = golden.weights_of("repa")
+    state = {key: v.bfloat16() for key, v in weights(golden, "repa").items() if not key.startswith("projectors.")}
+    torch.save({f"_orig_mod.{key}": value for key, value in state.items()}, tmp_path / "repa.pt")
+    given = ["--autoencoder", write_vae(golden, tmp_path, "sd_vae"), "--image-size", SIZE, "--heads", 3]
+    given += ["--diffusion", tmp_path / "repa.pt", "--out", tmp_path / "out"]
+    unsaid = svgpipe("import-official", *given)
+    assert unsaid.code == 2 and "may be a file of sit or repa" in unsaid.err
+    done = svgpipe("import-official", *given, "--system", "repa")
+    assert done.code == 0, done.err
+    trained = open_diffusion(tmp_path / "out" / "diffusion")
+    x, t, y = tokens_from_map(recording["x"]), 1 - recording["t"], recording["y"]
+    with torch.no_grad():
+        found = map_from_tokens(trained.load("raw")(x, t, y), trained.grid)
+    torch.testing.assert_close(found, -recording["out"], atol=0.15, rtol=0)
+
+
 def test_an_imported_vae_extracts_and_is_trained_on(
     golden: GoldenFolder, finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
@@ -218,20 +238,31 @@ def test_files_of_another_system_are_named(
     out = ["--out", tmp_path / "out", "--image-size", SIZE]
 
     def diffusion(path: Path, *more: object) -> Outcome:
-        return svgpipe("import-official", "--autoencoder", vae, "--diffusion", path, *out, "--heads", 3, *more)
+        heads = () if "--heads" in more else ("--heads", 3)
+        return svgpipe("import-official", "--autoencoder", vae, "--diffusion", path, *out, *heads, *more)
 
-    swapped = svgpipe("import-official", "--autoencoder", files["sit"], *out)
-    assert swapped.code == 1 and "It looks like dit or sit: give it as --diffusion" in swapped.err
+    for system, found in (("sit", "dit or sit"), ("lightningdit", "lightningdit")):
+        swapped = svgpipe("import-official", "--autoencoder", files[system], *out)
+        assert swapped.code == 1 and f"looks like {found}: give it as --diffusion" in swapped.err
     both = diffusion(vae)
     assert both.code == 1 and "looks like a KL autoencoder: give it as --autoencoder" in both.err
     unsaid = diffusion(files["dit"])
-    assert unsaid.code == 2 and "--system dit or sit" in unsaid.err
+    assert unsaid.code == 2 and "may be a file of dit or sit" in unsaid.err and "--system" in unsaid.err
     wrong = diffusion(files["repa"], "--system", "sit")
     assert wrong.code == 1 and "expected a transformer of sit, found one that looks like repa" in wrong.err
     other = diffusion(files["lightningdit"])
     assert other.code == 1 and "4x4x8, those of the autoencoder 8x8x4 (--image-size" in other.err
     heads = svgpipe("import-official", "--autoencoder", vae, "--diffusion", files["repa"], *out)
-    assert heads.code == 1 and "number of heads is unknown (--heads)" in heads.err
+    assert heads.code == 2 and "does not show the number of attention heads. Add --heads" in heads.err
+    odd = diffusion(files["repa"], "--heads", 5)
+    assert odd.code == 2 and "--heads 5: expected a divisor of the width 48" in odd.err
+    seen = diffusion(files["lightningdit"], "--heads", 2)
+    assert seen.code == 2 and "--heads 2: expected 3, as the file shows" in seen.err
+    infinite = diffusion(files["repa"], "--factor", "inf")
+    assert infinite.code == 2 and "--factor" in infinite.err
+    torch.save({"x.weight": torch.zeros(2)}, tmp_path / "other.pt")
+    foreign = svgpipe("import-official", "--autoencoder", tmp_path / "other.pt", "--out", tmp_path / "foreign")
+    assert foreign.code == 1 and "found keys like x.weight" in foreign.err
     two = diffusion(files["repa"], "--stats", vae, "--factor", 0.18215)
     assert two.code == 2 and "two ways" in two.err
     statistics = svgpipe(
@@ -240,7 +271,7 @@ def test_files_of_another_system_are_named(
     )  # fmt: skip
     assert statistics.code == 2 and "latents_stats.pt" in statistics.err
     size = svgpipe("import-official", "--autoencoder", vae, "--out", tmp_path / "odd", "--image-size", 60)
-    assert size.code == 1 and "stride of 8" in size.err
+    assert size.code == 2 and "--image-size: expected a multiple of the stride 8, found 60" in size.err
 
 
 def test_damaged_weights_are_refused_by_name(

@@ -22,6 +22,7 @@ from svgpipe.models.backbone import Backbone, own_input
 from svgpipe.models.convert import in_order, residual_from_official
 from svgpipe.models.decoder import Decoder
 from svgpipe.models.dit import DiT
+from svgpipe.models.dopri5 import integrate
 from svgpipe.models.flow import logit_normal, shift_time
 from svgpipe.models.losses import LPIPS, BackbonePerceptual, PatchDiscriminator
 from svgpipe.models.residual import Alignment, ResidualEncoder
@@ -216,6 +217,21 @@ def test_a_compiled_dit_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = torch.randn(2, 4, 4), torch.tensor([0.1, 0.9]), torch.tensor([0, 3])
     with torch.no_grad():
         torch.testing.assert_close(compiled(*arguments), model(*arguments))
+
+
+def test_dopri5_rejects_steps_that_are_too_long_and_treats_samples_alone() -> None:
+    """A velocity that rises suddenly at another time in every sample: its integral is known."""
+    places = torch.tensor([0.3, 0.6, 0.9])
+
+    def field(z: torch.Tensor, t: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+        return (100 * torch.sigmoid((t - places[samples]) * 60))[:, None, None].expand_as(z)
+
+    found = integrate(field, torch.ones(3, 2, 2))
+    expected = 1 + 100 * (F.softplus((1 - places) * 60) - F.softplus(-places * 60)) / 60
+    torch.testing.assert_close(found, expected[:, None, None].expand(3, 2, 2), rtol=5e-3, atol=0)
+    for sample in range(3):
+        alone = integrate(lambda z, t, samples, at=sample: field(z, t, samples + at), torch.ones(1, 2, 2))  # type: ignore[misc]
+        torch.testing.assert_close(alone[0], found[sample])
 
 
 def test_a_time_scale_multiplies_the_times() -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.precision import computes_bfloat16
 from svgpipe.manifests.recipe import Recipe
-from svgpipe.manifests.recipe_loader import builtin_names, load_recipe
+from svgpipe.manifests.recipe_loader import builtin_names, load_recipe, recipe_yaml
 from svgpipe.stages.networks.diffusion import width_warning
 from svgpipe.stages.runtime import device
 from svgpipe.stages.runtime.device import autocast, warn_if_imitated
@@ -80,6 +80,22 @@ def test_a_preset_fills_in_what_is_not_given(tmp_path: Path) -> None:
     changed = load_recipe(str(file), ["evaluation.guidance=[2.0]", "evaluation.preset=repa"]).evaluation
     assert (changed.solver, changed.guidance, changed.guidance_mode) == ("sde", (2.0,), "interval-0.3-1")
     assert changed.steps == (250,) and changed.deviations() == ["guidance: [2.0] instead of [1.8]"]
+    whole = load_recipe("demo", ["evaluation={preset: dit}"]).evaluation
+    assert (whole.solver, whole.labels, whole.extractor.kind) == ("ddpm", "drawn", "inception")
+    # Without the preset of its base, a recipe has nothing of it; with another one, nothing of the first.
+    for text, solver, steps in (("preset: null", "euler", (25,)), ("preset: dit", "ddpm", (250,))):
+        (tmp_path / "child.yaml").write_text(f"extends: own.yaml\nevaluation: {{{text}}}\n")
+        child = load_recipe(str(tmp_path / "child.yaml")).evaluation
+        assert (child.solver, child.steps if solver == "ddpm" else (25,)) == (solver, steps)
+        assert child.extractor == load_recipe("demo").evaluation.extractor
+    # A printed recipe can be given another preset.
+    printed = recipe_yaml(load_recipe("imagenet256-dit-xl-sdvae"))
+    (tmp_path / "printed.yaml").write_text(printed)
+    assert load_recipe(str(tmp_path / "printed.yaml")) == load_recipe("imagenet256-dit-xl-sdvae")
+    (tmp_path / "printed.yaml").write_text(printed.replace("  preset: dit", "  preset: sit-sde"))
+    assert load_recipe(str(tmp_path / "printed.yaml")).evaluation.solver == "sde"
+    with pytest.raises(UsageError, match=r"command line: diffusion: objective ddpm learns the variance[^,]*$"):
+        load_recipe("demo", ["diffusion.objective=ddpm"])
     with pytest.raises(UsageError, match=r"evaluation\.preset: expected 'paper-svg'"):
         load_recipe("demo", ["evaluation.preset=paper"])
 

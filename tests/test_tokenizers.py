@@ -21,6 +21,7 @@ from svgpipe.stages.images.decode import psnr
 from svgpipe.stages.images.stream import load_images
 from svgpipe.stages.images.tensors import as_pixels, as_unit_range
 from svgpipe.stages.networks.autoencoder import load_autoencoder
+from svgpipe.stages.train_autoencoder.forward import KLForward
 
 from .commands import run_and_kill
 from .conftest import VAE_CHANNELS, Finished, Outcome
@@ -90,6 +91,28 @@ def test_losses_are_logged_and_the_vision_loss_changes_the_weights(
     assert done.code == 0, done.err
     off, same = (load_file(f / "autoencoder.safetensors") for f in (tmp_path / "off", vaes / "kl" / "autoencoder"))
     assert off.keys() == same.keys() and all(torch.equal(off[key], same[key]) for key in off)
+
+
+def test_the_kl_divergence_counts(
+    vaes: Path, finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    change = ("autoencoder.kl.weight=1.0", "autoencoder.learning_rate=0.01", "autoencoder.steps=20")
+    for name, sets in (("heavy", change), ("light", (*change, "autoencoder.kl.weight=0"))):
+        assert svgpipe(*train(finished.root / "shards", tmp_path / name, vaes / "kl.yaml", *sets)).code == 0
+    heavy, light = (
+        [e["kl"] for e in read_metrics(tmp_path / n / "metrics.jsonl") if "kl" in e] for n in ("heavy", "light")
+    )
+    assert heavy[0] == light[0] and heavy[-1] < 0.7 * light[-1]
+
+
+def test_the_noise_of_the_posterior_depends_on_seed_step_and_position(vaes: Path) -> None:
+    forward = KLForward(load_kl(vaes / "kl" / "autoencoder"), None)
+    draws = forward.draws(1, 2, [3, 4], 32)
+    assert draws.shape == (2, VAE_CHANNELS, 4, 4)
+    assert torch.equal(draws[1:], forward.draws(1, 2, [4], 32))
+    for other in (forward.draws(2, 2, [3, 4], 32), forward.draws(1, 3, [3, 4], 32)):
+        assert not torch.equal(draws, other)
+    assert not torch.equal(draws[0], draws[1])
 
 
 def test_a_killed_training_ends_with_the_same_weights(
@@ -162,7 +185,7 @@ def test_the_cache_is_inspected_probed_and_analyzed(
         ("aligned-kl", "autoencoder.backbone.input_size=128", ["4x4 places", "8x8", "input_size"]),
         ("kl", "autoencoder.kl.channels=0", ["kl.channels"]),
         ("kl", "autoencoder.kind=vae", ["kind", "aligned-kl"]),
-        ("kl", "autoencoder.residual.enabled=false", ["residual.enabled"]),
+        ("kl", "autoencoder.residual.enabled=false", ["residual.enabled", "autoencoder.kind: svg or vision now"]),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(
@@ -200,6 +223,8 @@ def test_autoencoders_of_earlier_versions_are_read(
     assert load_autoencoder(old)[0].can_encode
     again = svgpipe(*train(finished.root / "shards", old, finished.recipe_file))
     assert again.code == 0, again.err
+    without = {**raw["config"], "residual": {**raw["config"]["residual"], "enabled": False}}
+    assert AutoencoderManifest.upgraded(without)["kind"] == "vision"
     changed = svgpipe(*train(finished.root / "shards", old, finished.recipe_file, "autoencoder.kind=vision"))
     assert changed.code == 1 and 'kind: "svg" there, "vision" here' in changed.err
 

@@ -87,6 +87,7 @@ def _config(model: TrainedDiffusion, config: DiffusionSection, name: str) -> Jso
         "class_names": model.class_names,
         "weights": name,
         "step": model.step,
-        "time_shift": {"training": config.time_shift, "sampling": config.sample_shift},
+        "objective": config.objective,
+        "time_shift": {"training": config.time_shift, "sampling": config.sample_shift},  # of objective flow
         "made_from": model.made_from,
     }

@@ -62,13 +62,12 @@ def import_autoencoder(path: Path, out: Location, image_size: int | None) -> Imp
         UsageError: an image size for SVG, whose size is in the file.
     """
     checkpoint = read_official(path)
+    _require_no_transformer(path, checkpoint)
     state = tensors_of(path, checkpoint, "state_dict")
     try:
         converted = _kl(state, image_size or IMAGE_SIZE) if is_kl_autoencoder(state) else _svg(state)
-    except (ValueError, RuntimeError, UsageError) as error:
-        system = system_of(state)
-        hint = "" if system is None else f" It looks like {system}: give it as --diffusion."
-        raise ArtifactError(f"{path}: {error}.{hint}") from error
+    except (ValueError, RuntimeError) as error:
+        raise ArtifactError(f"{path}: {error}") from error
     if image_size is not None and converted.config.image_size != image_size:
         raise UsageError(f"--image-size: {path} is for images of {converted.config.image_size} pixels.")
     source = as_input(path, "official-autoencoder")
@@ -77,6 +76,21 @@ def import_autoencoder(path: Path, out: Location, image_size: int | None) -> Imp
         manifest = work.finished or work.publish(_manifest(converted, out, f"{path.name}, sha256 {source.fingerprint}"))
     ignored = {**converted.ignored, **beside(checkpoint, ["state_dict"])}
     return Imported(out, manifest.fingerprint, converted.what, converted.used, ignored)
+
+
+def _require_no_transformer(path: Path, checkpoint: Any) -> None:
+    """Check that a file is not a transformer, bare or in a training checkpoint.
+
+    Raises:
+        ArtifactError: it is.
+    """
+    held = checkpoint if isinstance(checkpoint, dict) else {}
+    for state in (held, *(held.get(name) for name in ("ema", "model"))):
+        if isinstance(state, dict) and (system := system_of(state)) is not None:
+            raise ArtifactError(
+                f"{path}: expected an autoencoder, found a transformer that looks like {system}: give it as "
+                "--diffusion."
+            )
 
 
 def _manifest(converted: _Converted, out: Location, origin: str) -> AutoencoderManifest:
@@ -100,8 +114,16 @@ def _manifest(converted: _Converted, out: Location, origin: str) -> AutoencoderM
 
 
 def _kl(state: dict[str, Tensor], image_size: int) -> _Converted:
-    """Return a KL autoencoder. Raises ValueError for keys or shapes without a place."""
+    """Return a KL autoencoder.
+
+    Raises:
+        ValueError: keys or shapes without a place.
+        UsageError: its stride does not divide the images.
+    """
     official = kl_from_official(state)
+    stride = 2 ** (len(official.sizes.ch_mult) - 1)
+    if image_size % stride:
+        raise UsageError(f"--image-size: expected a multiple of the stride {stride}, found {image_size}.")
     sizes = DecoderSection(
         ch=official.sizes.ch,
         ch_mult=official.sizes.ch_mult,
@@ -113,14 +135,22 @@ def _kl(state: dict[str, Tensor], image_size: int) -> _Converted:
     )
     model = build_autoencoder(config)
     model.load_trained_state(official.state)
-    stride = 2 ** (len(sizes.ch_mult) - 1)
     what = f"KL autoencoder for {image_size} pixels, stride {stride}, {model.channels} channels"
     used = len(state) - sum(map(len, official.ignored.values()))
     return _Converted(config, model, None, used, official.ignored, what)
 
 
 def _svg(state: dict[str, Tensor]) -> _Converted:
-    """Return SVG's autoencoder. Raises ValueError for keys or shapes without a place."""
+    """Return SVG's autoencoder.
+
+    Raises:
+        ValueError: keys or shapes without a place.
+    """
+    if not any(key.startswith(("extra_vit.", "encoder.", "decoder.")) for key in state):
+        raise ValueError(
+            "expected SVG's autoencoder (extra_vit.*) or a KL autoencoder (encoder.conv_in.weight), found keys like "
+            f"{next(iter(state))}"
+        )
     parts = split_autoencoder(state)
     residual, decoder = residual_sizes(parts.extra_vit), decoder_sizes(parts.decoder)
     name = backbone_name(parts.encoder)

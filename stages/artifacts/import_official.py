@@ -11,6 +11,7 @@ A key without a place is an error. No code in a file is run.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from svgpipe.manifests.errors import UsageError
@@ -43,8 +44,11 @@ def import_official(
         ArtifactError: files that are missing, unsafe, of another system, or have unknown keys.
         MismatchError: `out` holds another import, or the latents of transformer and autoencoder differ in shape.
     """
-    if diffusion is not None and diffusion.stats is not None and diffusion.factor is not None:
-        raise UsageError("--stats and --factor are two ways to normalise the latents: give one of them.")
+    if diffusion is not None and diffusion.factor is not None:
+        if diffusion.stats is not None:
+            raise UsageError("--stats and --factor are two ways to normalise the latents: give one of them.")
+        if not 0 < diffusion.factor < math.inf:
+            raise UsageError(f"--factor: expected a positive number, found {diffusion.factor}.")
     imports = [import_autoencoder(autoencoder, out / "autoencoder", image_size)]
     if diffusion is not None:
         imports.append(import_diffusion(diffusion, out / "autoencoder", out / "diffusion"))

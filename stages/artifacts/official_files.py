@@ -45,6 +45,9 @@ MAPPINGS = (
 )
 
 
+WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+
+
 class _Shell:
     """Replaces an object of a known class: accepts any state and keeps nothing."""
 
@@ -93,7 +96,7 @@ def read_official(path: Path) -> Any:
 def tensors_of(path: Path, checkpoint: Any, *names: str) -> dict[str, Tensor]:
     """Return the state dict at the first existing key of `names`, or the whole checkpoint; floats in float32.
 
-    The prefix `module.` of DistributedDataParallel is removed.
+    The prefixes of DistributedDataParallel and torch.compile are removed.
 
     Raises:
         ArtifactError: it is not a dict of dense tensors.
@@ -109,8 +112,8 @@ def tensors_of(path: Path, checkpoint: Any, *names: str) -> dict[str, Tensor]:
         if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
             kind = "no data" if value.is_meta else f"{value.layout} of {value.dtype}"
             raise ArtifactError(f"{path}: {key}: expected a dense tensor of real numbers, found {kind}.")
-    wrapped = all(str(key).startswith("module.") for key in state)
-    return {
-        str(key).removeprefix("module.") if wrapped else str(key): v.float() if v.is_floating_point() else v
-        for key, v in state.items()
-    }
+    named = {str(key): value.float() if value.is_floating_point() else value for key, value in state.items()}
+    for wrapper in WRAPPERS:
+        if all(key.startswith(wrapper) for key in named):
+            named = {key.removeprefix(wrapper): value for key, value in named.items()}
+    return named

@@ -72,13 +72,16 @@ def measure_cost(
     """
     usable = np.flatnonzero(reference.valid)
     rows = choose_evenly(usable.tolist(), MEASURED_ROWS)
-    a, b = reference.read_latents(rows), small.read_latents(rows)
+    a, b = reference.read(rows), small.read(rows)
+    groups = dict(reference.manifest.channel_groups)
+    if reference.manifest.distribution == "gaussian":
+        groups["deviation"] = slice(reference.manifest.latent_shape[-1], None)
     missing: list[str] = []
     return RequantizeCost(
         reference_bytes=reference.manifest.num_bytes,
         small_bytes=small.manifest.num_bytes,
         bytes_ratio=small.manifest.num_bytes / reference.manifest.num_bytes,
-        snr={name: _snr(a[..., group], b[..., group]) for name, group in reference.manifest.channel_groups.items()},
+        snr={name: _snr(a[..., group], b[..., group]) for name, group in groups.items()},
         **_decoded(reference, small, rows, autoencoder, missing),
         **_losses(reference, small, diffusion, missing),
         not_measured=missing,

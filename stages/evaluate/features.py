@@ -160,8 +160,8 @@ def load_extractor(
     except Exception as error:  # errors of urllib, and of torch for a damaged file
         raise ArtifactError(
             f"{where}: Inception weights could not be loaded ({first_line(error)}). "
-            f"Download {INCEPTION_WEIGHTS.url} and give it with --set {where}.weights=FILE, or measure in the "
-            f"backbone's space with --set {where}.kind=backbone."
+            f"Download {INCEPTION_WEIGHTS.url} and give it with --set {where}.weights=FILE, or measure in another "
+            f"space: --set {where}.kind=backbone (of the autoencoder), or timm."
         ) from error
     published = config.weights == "hub" or INCEPTION_WEIGHTS.is_file(Path(config.weights))
     return Extractor(

@@ -45,9 +45,26 @@ def require_sampling(config: EvaluationSection, objective: Objective, *, guided:
         guidance = Guidance(1.0, config.guidance_mode, config.guidance_channels)
     except ValueError as error:
         raise UsageError(f"evaluation.guidance_mode: {error}") from error
+    if objective == "ddpm" and guidance.kind == "cfg_star":
+        raise UsageError(
+            "evaluation.guidance_mode: cfg_star changes velocities, which a model of objective ddpm has not."
+        )
     if guided and guidance.kind == "cfg_star":
         raise UsageError(
             "evaluation.guidance_mode: cfg_star needs unconditional velocities, which a guide does not have."
+        )
+
+
+def require_guided_channels(config: EvaluationSection, channels: int) -> None:
+    """Check the number of guided channels.
+
+    Raises:
+        UsageError: the model has fewer.
+    """
+    if (config.guidance_channels or 0) > channels:
+        raise UsageError(
+            f"evaluation.guidance_channels: expected at most the model's {channels} channels, found "
+            f"{config.guidance_channels}."
         )
 
 
@@ -80,11 +97,7 @@ class Sampler:
             UsageError: an unknown guidance mode, one that makes no sense with a guide, or too many guided channels.
         """
         require_sampling(config, self.model.objective, guided=self.guide is not None)
-        if (config.guidance_channels or 0) > self.model.channels:
-            raise UsageError(
-                f"evaluation.guidance_channels: expected at most the model's {self.model.channels} channels, found "
-                f"{config.guidance_channels}."
-            )
+        require_guided_channels(config, self.model.channels)
         return [
             SamplerSettings(
                 steps=steps,
@@ -99,7 +112,7 @@ class Sampler:
                 guide=None if self.guide is None else self.guide.described(config.guide_weights),
                 classes=self.model.classes,
                 guidance_channels=config.guidance_channels,
-                ddim_eta=config.ddim_eta if config.solver == "ddim" else None,
+                ddim_eta=config.ddim_eta,
             )
             for scale in config.guidance
             for steps in config.steps

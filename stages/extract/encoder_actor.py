@@ -137,6 +137,6 @@ class EncodeUnits:
         if bad.size:
             raise ArtifactError(
                 f"unit {unit.unit}: row {bad[0]} of it: a feature is not a finite float16 number. "
-                "Extract with --set extract.precision=float32, or check the autoencoder."
+                "Extract with --set extract.precision=float32, or check extract.factor and the autoencoder."
             )
         return values

@@ -66,15 +66,24 @@ def alignment_target(
         return None
     own = other is None or other.manifest.fingerprint == cache.manifest.fingerprint
     target = AlignmentTarget(cache if other is None or own else other, own)
-    if config.align.depth > config.model.depth:
-        raise UsageError(
-            f"diffusion.align.depth: expected at most the model's {config.model.depth} blocks, found "
-            f"{config.align.depth}."
-        )
+    require_depth(config)
     _require_features(cache, target, config)
     if not own:
         _require_same_images(cache, target.cache)
     return target
+
+
+def require_depth(config: DiffusionSection) -> None:
+    """Check the block whose tokens are aligned.
+
+    Raises:
+        UsageError: the model has fewer blocks.
+    """
+    if config.align is not None and config.align.depth > config.model.depth:
+        raise UsageError(
+            f"diffusion.align.depth: expected at most the model's {config.model.depth} blocks, found "
+            f"{config.align.depth}."
+        )
 
 
 def _require_features(cache: FeatureCache, target: AlignmentTarget, config: DiffusionSection) -> None:

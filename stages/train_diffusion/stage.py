@@ -85,6 +85,18 @@ def train_diffusion(
         return work.publish(run_job(job, resources, Recorded(progress, out), work.check_lock))
 
 
+def require_sample_steps(config: DiffusionSection) -> None:
+    """Check the number of steps of samples during training.
+
+    Raises:
+        UsageError: it is not possible for objective ddpm.
+    """
+    try:
+        _ = ddim_steps(config.sample_steps) if config.objective == "ddpm" else []
+    except ValueError as error:
+        raise UsageError(f"diffusion.sample_steps: {error}.") from error
+
+
 def _require_decoder(cache: FeatureCache, autoencoder: Location | None) -> None:
     """Raise the errors of `require_decoder`, if there is an autoencoder."""
     if autoencoder is not None:
@@ -121,11 +133,7 @@ def diffusion_spec(
             sampling steps that are not possible.
     """
     require_patches(config.model, cache.manifest.latent_shape[:2], str(cache.path))
-    if config.objective == "ddpm":
-        try:
-            ddim_steps(config.sample_steps)
-        except ValueError as error:
-            raise UsageError(f"diffusion.sample_steps: {error}.") from error
+    require_sample_steps(config)
     inputs = {"cache": cache.manifest.as_input(cache.path)}
     if align is not None:
         if config.align is None:
