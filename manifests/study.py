@@ -44,6 +44,10 @@ class StudyFile(_Model):
     name: str
     recipe: str = Field(description="Recipe that all variants begin with.")
     set: dict[str, Any] = Field(default_factory=dict, description="Changes for all variants: section.key: value.")
+    reference: str | None = Field(
+        None,
+        description="Real images, or .npz with mu and sigma, that distances are measured to; null: training split.",
+    )
     variants: dict[str, VariantFile]
 
 
@@ -64,6 +68,7 @@ class Study(_Model):
     """A checked study."""
 
     name: str
+    reference: str | None
     variants: list[Variant]
 
     def variant(self, name: str) -> Variant:
@@ -109,7 +114,7 @@ def load_study(name_or_file: str, overrides: list[str] | None = None) -> Study:
     if bad := [name for name in file.variants if not NAME.fullmatch(name)]:
         raise UsageError(f"{where}: variant {bad[0]!r}: expected letters, digits, '-', '_' and '.': it names a folder.")
     folder = Path(name_or_file).parent if Path(name_or_file).suffix in YAML_SUFFIXES else None
-    study = Study(name=file.name, variants=_variants(file, folder, overrides or [], where))
+    study = Study(name=file.name, reference=file.reference, variants=_variants(file, folder, overrides or [], where))
     _require_comparable(study, where)
     return study
 

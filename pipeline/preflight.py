@@ -50,12 +50,7 @@ def _check_settings(recipe: Recipe, workdir: Location, options: RunOptions) -> N
     """
     source_folder(recipe.source, workdir)
     require_demo(recipe.source, workdir)
-    require_sampling(recipe.evaluation, recipe.diffusion.objective, guided=options.guide is not None)
-    try:
-        choose_weights(recipe.diffusion.ema_decays, recipe.evaluation.weights)
-    except UsageError as error:
-        raise UsageError(f"evaluation.weights: {error} (diffusion.ema_decays)") from error
-    require_sample_steps(recipe.diffusion)
+    check_model_settings(recipe, guided=options.guide is not None)
     align = recipe.diffusion.align
     if align is not None and not recipe.autoencoder.encodes_with_backbone:
         raise UsageError(
@@ -63,18 +58,30 @@ def _check_settings(recipe: Recipe, workdir: Location, options: RunOptions) -> N
             "makes one cache. Run the stages one by one, and give the cache of a vision model to train-diffusion "
             "--align."
         )
-    if align is not None:
-        require_depth(recipe.diffusion)
-        if (recipe.diffusion.model.patch_size or 1) > 1:
-            raise UsageError(
-                "diffusion.align: a latent that is aligned with its own features has one feature per cell, so the "
-                "tokens must be single cells: expected model.patch_size null, found "
-                f"{recipe.diffusion.model.patch_size}."
-            )
+    if align is not None and (recipe.diffusion.model.patch_size or 1) > 1:
+        raise UsageError(
+            "diffusion.align: a latent that is aligned with its own features has one feature per cell, so the tokens "
+            f"must be single cells: expected model.patch_size null, found {recipe.diffusion.model.patch_size}."
+        )
     if options.guide is not None:
         open_diffusion(options.guide).weights_name(recipe.evaluation.guide_weights)
     if options.wandb_project is not None:
         require_wandb()
+
+
+def check_model_settings(recipe: Recipe, *, guided: bool = False) -> None:
+    """Check what a recipe says about training and sampling, without weights.
+
+    Raises:
+        UsageError: solver, guidance, steps, average or block of alignment do not fit the model.
+    """
+    require_sampling(recipe.evaluation, recipe.diffusion.objective, guided=guided)
+    try:
+        choose_weights(recipe.diffusion.ema_decays, recipe.evaluation.weights)
+    except UsageError as error:
+        raise UsageError(f"evaluation.weights: {error} (diffusion.ema_decays)") from error
+    require_sample_steps(recipe.diffusion)
+    require_depth(recipe.diffusion)
 
 
 def _check_weights(recipe: Recipe, workdir: Location) -> None:

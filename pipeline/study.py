@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.errors import InterruptedRunError, SvgpipeError
+from svgpipe.manifests.errors import InterruptedRunError, SvgpipeError, UsageError, memory_error
 from svgpipe.manifests.evaluation import Report
 from svgpipe.manifests.filesystem import Location, location, make_directory
 from svgpipe.manifests.kinds import STUDY_FOLDERS
@@ -26,7 +26,7 @@ from svgpipe.manifests.study import Study, Variant
 from svgpipe.stages.analyze.analyze import analyze
 from svgpipe.stages.analyze.probe import probe
 from svgpipe.stages.evaluate.reconstruction import eval_reconstruction
-from svgpipe.stages.evaluate.reference import Reference, shard_reference
+from svgpipe.stages.evaluate.reference import Reference, open_reference, shard_reference
 from svgpipe.stages.evaluate.stage import sample_and_eval
 from svgpipe.stages.extract.stage import extract
 from svgpipe.stages.runtime.progress import Progress
@@ -36,6 +36,7 @@ from svgpipe.stages.train_diffusion.stage import train_diffusion
 
 from .cluster import runner_for, training_cluster
 from .demo import write_photographs
+from .preflight import check_model_settings
 from .report import render_report
 from .run import RunOptions
 from .sources import DEMO_SOURCE, image_sources, source_folder
@@ -95,7 +96,19 @@ class StudyRun:
     failures: dict[str, str] = field(default_factory=dict)
 
     def run(self, chosen: list[Variant]) -> None:
-        """Make the shards, then every chosen variant. Raises the errors of `shard`."""
+        """Make the shards, then every chosen variant.
+
+        Args:
+            chosen: variants of the study.
+
+        Raises:
+            UsageError: settings of a variant that do not fit each other; nothing was made. Also the errors of `shard`.
+        """
+        for variant in chosen:
+            try:
+                check_model_settings(variant.recipe)
+            except UsageError as error:
+                raise UsageError(f"variant {variant.name}: {error}") from error
         make_directory(self.workdir)
         recipe = self.study.variants[0].recipe
         folder = source_folder(recipe.source, self.workdir)
@@ -122,9 +135,12 @@ class StudyRun:
             self._model(places, shards, target)
         except InterruptedRunError:
             raise
-        except SvgpipeError as error:
-            self.failures[variant.name] = str(error)
-            self.progress.say(f"variant {variant.name} failed: {str(error).splitlines()[0]} The others go on.")
+        except Exception as error:
+            known = error if isinstance(error, SvgpipeError) else memory_error(error)
+            if known is None:
+                raise
+            self.failures[variant.name] = str(known)
+            self.progress.say(f"variant {variant.name} failed: {str(known).splitlines()[0]} The others go on.")
 
     def _tokenizer(self, variant: Variant, shards: ShardSet) -> Places:
         """Train the autoencoder, extract, and measure the latents.
@@ -173,7 +189,7 @@ class StudyRun:
                     strategy=options.strategy,
                     progress=progress,
                 )
-        reference, out = shard_reference(shards), places.model / "evaluation"
+        reference, out = self._reference(shards, variant), places.model / "evaluation"
         with runner_for(options.resources, options.address) as runner:
             evaluate = partial(sample_and_eval, pool=self.workdir / SHARED, runner=runner, progress=progress)
             evaluate(places.diffusion, places.autoencoder, reference, out, recipe.evaluation)
@@ -181,6 +197,14 @@ class StudyRun:
         key = f"{cache.manifest.fingerprint} {Report.read(out).diffusion.weights_sha256}"
         made = partial(analyze, [cache], [places.diffusion], progress=progress)
         _kept(places.model / ANALYSIS_NAME, key, made)
+
+    def _reference(self, shards: ShardSet, variant: Variant) -> Reference:
+        """Return the images that distances are measured to: of the study, or the training split."""
+        if self.study.reference is None:
+            return shard_reference(shards)
+        hashes = self.workdir / SHARED / "features" / "reference-hashes"
+        count = variant.recipe.evaluation.reference_images
+        return open_reference(self.study.reference, count=count, hashes=hashes)
 
 
 def _write_page(evaluation: Location, places: Places, reference: Reference) -> None:

@@ -146,17 +146,24 @@ def test_only_some_variants_and_one_that_fails(
         "broken": {"set": {"autoencoder.learning_rate": 1e30}},
         "kl": {"set": {"autoencoder.kind": "kl"}},
         "late": {"set": {"autoencoder.kind": "vision"}},
+        "given": {
+            "autoencoder": str(finished.root / "autoencoder"),
+            "diffusion": str(finished.root / "diffusion"),
+        },
     }
-    arguments = study_args(finished, photographs, tmp_path, tmp_path / "work", variants=variants)
-    found = svgpipe(*arguments, "--only", "kl,broken")
+    given = {"variants": variants, "reference": str(photographs)}
+    arguments = study_args(finished, photographs, tmp_path, tmp_path / "work", **given)
+    found = svgpipe(*arguments, "--only", "kl,broken,given")
     assert found.code == 1
     assert "variant broken failed: " in found.err and "diverged" in found.err
     states = {v["name"]: v["state"] for v in results_of(tmp_path / "work")["variants"]}
-    assert states == {"broken": "failed", "kl": "finished", "late": "unfinished"}
+    assert states == {"broken": "failed", "kl": "finished", "late": "unfinished", "given": "finished"}
+    assert not (tmp_path / "work" / "models" / "given" / "diffusion").exists()  # used where it is
+    assert f"the images in {photographs}" in results_of(tmp_path / "work")["reference"]
     page = (tmp_path / "work" / "study.html").read_text()
     assert "failed: " in page and "is not finished" in page
     unknown = svgpipe(*arguments, "--only", "kk")
-    assert unknown.code == 2 and "expected one of broken, kl, late" in unknown.err
+    assert unknown.code == 2 and "expected one of broken, kl, late, given" in unknown.err
 
 
 @pytest.mark.parametrize(
@@ -181,6 +188,10 @@ def test_only_some_variants_and_one_that_fails(
         ({"variants": {"a": {}}, "set": {}}, ["extractor.kind backbone is another space"]),
         ({"variants": {"a": {"diffusion": "x"}}}, ["needs the autoencoder"]),
         ({"recipe": "none.yaml"}, ["none.yaml", "found none"]),
+        (
+            {"variants": {"a": {"set": {"evaluation.solver": "ddpm"}}}},
+            ["variant a: evaluation.solver: expected euler"],
+        ),
     ],
 )
 def test_studies_that_cannot_work_are_refused(

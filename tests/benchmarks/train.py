@@ -38,6 +38,7 @@ from svgpipe.manifests.precision import Precision
 from svgpipe.manifests.recipe import AlignSection, DiffusionSection, Recipe
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet
+from svgpipe.models.svg_autoencoder import SVGAutoencoder
 from svgpipe.stages.extract.encoder_actor import EncoderOptions, EncodeUnits
 from svgpipe.stages.extract.stage import extract
 from svgpipe.stages.images.decode import RGBArray
@@ -110,8 +111,9 @@ def peak_of_the_autoencoder() -> None:
     """Run one step of the autoencoder on a few images, with the discriminator."""
     config = load_recipe(None, [*FROZEN_ONLY, f"autoencoder.batch_size={PEAK_IMAGES}"]).autoencoder
     group, model = ProcessGroup(pick_device()), build_autoencoder(config)
-    perceptual = load_perceptual(config.perceptual, None)
-    trainer = AutoencoderTrainer(model, config, group, None, perceptual, lambda: None)
+    assert isinstance(model, SVGAutoencoder)
+    perceptual = load_perceptual(config.perceptual, model.backbone)
+    trainer = AutoencoderTrainer(model, config, group, model.backbone, perceptual, lambda: None)
     trainer(config.discriminator.start_step, torch.zeros(PEAK_IMAGES, 3, 256, 256, dtype=torch.uint8))
     print_peak(group.device)
 
