@@ -19,6 +19,7 @@ from .yaml_values import parse_yaml
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 PaperColumn = Literal["svg", "sd_vae", "va_vae"]
 # What must be equal so that numbers compare: keys of the section `evaluation`.
+SHARED_SECTIONS = ("source", "heldout", "heldout_labels", "shard", "reconstruction")
 COMMON = ("num_samples", "seed", "labels", "extractor", "reference_images", "bootstrap")
 
 
@@ -107,6 +108,8 @@ def load_study(name_or_file: str, overrides: list[str] | None = None) -> Study:
     raw = parse_yaml(text, where)
     if not isinstance(raw, dict):
         raise UsageError(f"{where}: expected a study with name, recipe and variants.")
+    if isinstance(given := raw.get("variants"), dict):  # `svg:` alone is a variant without changes
+        raw["variants"] = {name: {} if variant is None else variant for name, variant in given.items()}
     try:
         file = StudyFile.model_validate(raw)
     except ValidationError as error:
@@ -185,6 +188,9 @@ def _require_comparable(study: Study, where: str) -> None:
             f"{where}: evaluation.extractor.kind backbone is another space for every tokenizer. Choose inception, or "
             "timm with a name."
         )
+    titles = [variant.title for variant in study.variants]
+    if twice := [title for title in titles if titles.count(title) > 1]:
+        raise UsageError(f"{where}: the title {twice[0]!r} is given twice. Lines in charts have titles.")
     names = [variant.name for variant in study.variants]
     for variant in study.variants:
         _require_target(study, variant, names, where)
@@ -192,7 +198,8 @@ def _require_comparable(study: Study, where: str) -> None:
 
 def _shared(one: Recipe, two: Recipe) -> list[tuple[str, Any, Any]]:
     """Return what two variants must have in common: name and both values."""
-    images = [(key, getattr(one, key), getattr(two, key)) for key in ("source", "heldout", "heldout_labels", "shard")]
+    images = [(key, getattr(one, key), getattr(two, key)) for key in SHARED_SECTIONS]
+    images.append(("autoencoder.image_size", one.autoencoder.image_size, two.autoencoder.image_size))
     return images + [
         (f"evaluation.{key}", getattr(one.evaluation, key), getattr(two.evaluation, key)) for key in COMMON
     ]
@@ -202,6 +209,12 @@ def _require_target(study: Study, variant: Variant, names: list[str], where: str
     if variant.diffusion is not None and variant.autoencoder is None:
         raise UsageError(f"{where}: variant {variant.name}: diffusion needs the autoencoder of its latents.")
     if variant.align is None:
+        section = variant.recipe.autoencoder
+        if variant.recipe.diffusion.align is not None and not section.encodes_with_backbone and not variant.diffusion:
+            raise UsageError(
+                f"{where}: variant {variant.name}: diffusion.align needs `align`: a variant of kind vision or svg, "
+                f"because latents of kind {section.kind} hold no features."
+            )
         return
     if variant.align not in names:
         raise UsageError(f"{where}: variant {variant.name}: align names {variant.align!r}, which is no variant.")

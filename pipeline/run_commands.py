@@ -117,7 +117,7 @@ def study(
     study: Annotated[str, typer.Argument(help=f"Built-in study ({', '.join(builtin_studies())}) or .yaml file.")],
     workdir: WorkdirOption,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="NAME,NAME,…", help="Make these variants alone. Default: all.")
+        str | None, typer.Option("--only", metavar="NAME,NAME,…", help="Make only these variants. Default: all.")
     ] = None,
     source: SourceOption = None,
     overrides: SetOption = None,
@@ -133,7 +133,7 @@ def study(
     from .run import RunOptions
 
     loaded = load_study(study, overrides_with(overrides, source=source))
-    chosen = loaded.chosen(None if only is None else [name.strip() for name in only.split(",")])
+    chosen = loaded.chosen(None if only is None else [name.strip() for name in only.split(",") if name.strip()])
     options = RunOptions(
         resources=resources_of(workers, cpus_per_worker, gpus_per_worker),
         trainers=None if train_workers is None else resources_of(train_workers, cpus_per_worker, gpus_per_worker),

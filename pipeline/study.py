@@ -11,20 +11,24 @@ A variant that fails does not stop the others. Every stage resumes, and finished
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.errors import InterruptedRunError, SvgpipeError, UsageError, memory_error
+from svgpipe.manifests.errors import ArtifactError, InterruptedRunError, SvgpipeError, UsageError, memory_error
 from svgpipe.manifests.evaluation import Report
 from svgpipe.manifests.filesystem import Location, location, make_directory
 from svgpipe.manifests.kinds import STUDY_FOLDERS
 from svgpipe.manifests.manifest import FrozenModel, read_json, write_json
+from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.study import Study, Variant
 from svgpipe.stages.analyze.analyze import analyze
 from svgpipe.stages.analyze.probe import probe
+from svgpipe.stages.evaluate.features import load_extractor
 from svgpipe.stages.evaluate.reconstruction import eval_reconstruction
 from svgpipe.stages.evaluate.reference import Reference, open_reference, shard_reference
 from svgpipe.stages.evaluate.stage import sample_and_eval
@@ -86,7 +90,8 @@ class StudyRun:
     """One run of a study.
 
     Attributes:
-        failures: messages by the name of the variant or of the tokenizer.
+        failures: messages by the name of the variant.
+        broken: tokenizers that failed; they are not tried again for other variants.
     """
 
     study: Study
@@ -94,6 +99,7 @@ class StudyRun:
     options: RunOptions
     progress: Progress
     failures: dict[str, str] = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)
 
     def run(self, chosen: list[Variant]) -> None:
         """Make the shards, then every chosen variant.
@@ -104,11 +110,7 @@ class StudyRun:
         Raises:
             UsageError: settings of a variant that do not fit each other; nothing was made. Also the errors of `shard`.
         """
-        for variant in chosen:
-            try:
-                check_model_settings(variant.recipe)
-            except UsageError as error:
-                raise UsageError(f"variant {variant.name}: {error}") from error
+        self._check(chosen)
         make_directory(self.workdir)
         recipe = self.study.variants[0].recipe
         folder = source_folder(recipe.source, self.workdir)
@@ -119,16 +121,36 @@ class StudyRun:
         for variant in chosen:
             self._one(variant)
 
+    def _check(self, chosen: list[Variant]) -> None:
+        """Check what can be known before hours of work: settings, given artifacts, reference, weights of the extractor.
+
+        Raises:
+            UsageError: settings of a variant do not fit each other.
+            ArtifactError: something that is given is not there or not usable.
+        """
+        for variant in chosen:
+            try:
+                check_model_settings(variant.recipe)
+                if variant.autoencoder is not None:
+                    AutoencoderManifest.read(location(variant.autoencoder))
+                if variant.diffusion is not None:
+                    DiffusionManifest.read(location(variant.diffusion))
+            except (UsageError, ArtifactError) as error:
+                raise type(error)(f"variant {variant.name}: {error}") from error
+        evaluation = self.study.variants[0].recipe.evaluation
+        if self.study.reference is not None:
+            open_reference(self.study.reference, count=evaluation.reference_images)
+        load_extractor(evaluation.extractor, None)
+
     def _one(self, variant: Variant) -> None:
         """Make one variant. Its failure is recorded and does not stop the others.
 
         Raises:
             InterruptedRunError: the user stopped the run.
         """
-        shards = ShardSet.open(self.workdir / SHARDS)
         self.progress.say(f"variant {variant.name}")
         try:
-            target = None
+            shards, target = ShardSet.open(self.workdir / SHARDS), None
             if variant.align is not None:
                 target = FeatureCache(self._tokenizer(self.study.variant(variant.align), shards).cache)
             places = self._tokenizer(variant, shards)
@@ -136,13 +158,33 @@ class StudyRun:
         except InterruptedRunError:
             raise
         except Exception as error:
-            known = error if isinstance(error, SvgpipeError) else memory_error(error)
-            if known is None:
+            known = error if isinstance(error, SvgpipeError | OSError) else memory_error(error)
+            if known is None or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
                 raise
-            self.failures[variant.name] = str(known)
-            self.progress.say(f"variant {variant.name} failed: {str(known).splitlines()[0]} The others go on.")
+            self.failures[variant.name] = " ".join(str(known).split())
+            self.progress.say(f"variant {variant.name} failed: {self.failures[variant.name]} The others go on.")
 
     def _tokenizer(self, variant: Variant, shards: ShardSet) -> Places:
+        """Make a tokenizer, unless that failed before.
+
+        Returns:
+            Where it is.
+
+        Raises:
+            InterruptedRunError: the user stopped the study.
+            SvgpipeError: it failed, now or for another variant.
+        """
+        if variant.tokenizer in self.broken:
+            raise SvgpipeError(f"its tokenizer {variant.tokenizer} failed, see there.")
+        try:
+            return self._make_tokenizer(variant, shards)
+        except InterruptedRunError:
+            raise
+        except SvgpipeError:
+            self.broken.add(variant.tokenizer)
+            raise
+
+    def _make_tokenizer(self, variant: Variant, shards: ShardSet) -> Places:
         """Train the autoencoder, extract, and measure the latents.
 
         Returns:
@@ -215,6 +257,7 @@ def _write_page(evaluation: Location, places: Places, reference: Reference) -> N
 
 def _kept(path: Location, key: str, make: Callable[[], FrozenModel]) -> None:
     """Write a result as JSON, unless the file has the result for this key: what it was made from."""
-    if path.exists() and read_json(path).get("made_from") == key:
-        return
+    with suppress(ArtifactError):  # a damaged file is made again
+        if path.exists() and read_json(path).get("made_from") == key:
+            return
     write_json(path, {"made_from": key, "result": make().model_dump(mode="json")})

@@ -14,7 +14,8 @@ from .page import render
 from .tables import new_table, print_table, with_interval
 
 PAGE = "study.html"
-PAPER_SAMPLES = 50_000  # a number is compared with the paper's only if it was measured like it
+# A number is compared with the paper's only if it was measured like it.
+PAPER_SAMPLES, PAPER_EPOCHS, PAPER_GUIDANCE = 50_000, 80, (1.0, 1.5, 1.55)
 NONE = "–"
 
 
@@ -113,7 +114,8 @@ def _overview(results: StudyResults) -> StudyTable:
             )
         )
     columns = ["tokenizer", "latent", "reconstruction", "parameters", "epochs", "steps", "no guidance", "best guidance"]
-    return StudyTable("Reconstruction and generation", f"{results.metric}; lower is better", columns, rows)
+    note = f"{results.metric or 'distance'}, of reconstructions and of samples at the most steps; lower is better"
+    return StudyTable("Reconstruction and generation", note, columns, rows)
 
 
 def _by_steps(results: StudyResults) -> list[StudyTable]:
@@ -142,15 +144,15 @@ def _latents(results: StudyResults) -> StudyTable:
                     _estimate(None if tokenizer is None else tokenizer.ssim, "%.3f"),
                     _estimate(None if tokenizer is None else tokenizer.linear_probe, "%.1f", 100),
                     _estimate(variant.velocity_agreement, "%.2f"),
-                    _estimate(variant.curvature, "%.3f"),
+                    _estimate(variant.curvature, "%.3g"),
                     _estimate(variant.one_step_error, "%.3f"),
                 ],
             )
         )
     columns = ["PSNR (dB)", "SSIM", "linear probe (%)", "velocity fields", "curvature", "one-step error"]
     note = (
-        "velocity fields: how much those of two classes differ, over those of two halves of one class; curvature of "
-        "the sampling paths and error of a single step: 0 is straight"
+        "velocity fields: difference between two classes, divided by that between two halves of one class; "
+        "curvature of the sampling paths and error of a single step: 0 is straight"
     )
     return StudyTable("Latents and paths", note, columns, rows)
 
@@ -188,12 +190,12 @@ def _cost(results: StudyResults) -> StudyTable:
 def _drawings(results: StudyResults) -> list[Drawing]:
     """Return the charts: distance against steps without guidance, and learning curves."""
     drawings = []
-    steps = sorted({s.steps for v in results.variants for s in v.samples if s.guidance == 1})
+    steps = _common_steps(results)
     series = {
         v.title: [s.frechet_distance for count in steps if (s := _setting(v, count, 1.0)) is not None]
         for v in results.variants
     }
-    series = {name: values for name, values in series.items() if len(values) == len(steps)}
+    series = {name: values for name, values in series.items() if values and len(values) == len(steps)}
     if series and len(steps) > 1:
         levels = {} if results.heldout_distance is None else {"held-out images": results.heldout_distance.value}
         measure = "FID" if results.metric == "FID" else "Fréchet distance"
@@ -210,6 +212,12 @@ def _drawings(results: StudyResults) -> list[Drawing]:
     return drawings
 
 
+def _common_steps(results: StudyResults) -> list[int]:
+    """Return the numbers of steps that most variants were sampled with, without guidance."""
+    sets = [sorted(s.steps for s in v.samples if s.guidance == 1) for v in results.variants]
+    return max(filter(None, sets), key=lambda steps: (sets.count(steps), len(steps)), default=[])
+
+
 def _setting(variant: VariantResult, steps: int, guidance: float) -> Sampled | None:
     return next((s for s in variant.samples if (s.steps, s.guidance) == (steps, guidance)), None)
 
@@ -220,6 +228,8 @@ def _distance(results: StudyResults, variant: VariantResult, sampled: Sampled | 
         return Cell(NONE)
     cell = _estimate(sampled.frechet_distance, "%.4g")
     if results.metric != "FID" or results.num_samples != PAPER_SAMPLES or variant.paper is None:
+        return cell
+    if variant.epochs is None or round(variant.epochs) != PAPER_EPOCHS or sampled.guidance not in PAPER_GUIDANCE:
         return cell
     names = (f"{sampled.steps} steps", f"{sampled.steps} steps, 80 epochs")
     row = next((r for r in PAPER_ROWS if r.setting in names and r.guided == (sampled.guidance != 1)), None)

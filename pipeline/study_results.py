@@ -6,12 +6,15 @@ import statistics
 from typing import TypeVar
 
 from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.cache_manifest import CacheManifest
+from svgpipe.manifests.errors import ArtifactError, SvgpipeError
 from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report
 from svgpipe.manifests.filesystem import Location
-from svgpipe.manifests.manifest import MANIFEST_NAME, FrozenModel, read_json
+from svgpipe.manifests.manifest import MANIFEST_NAME, FrozenModel, Manifest, read_json
 from svgpipe.manifests.metrics_file import METRICS_NAME, read_metrics
 from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.reconstruction import ReconstructionReport
+from svgpipe.manifests.section import Section
 from svgpipe.manifests.study import Study, Variant
 from svgpipe.manifests.study_results import CurvePoint, Sampled, StudyResults, TokenizerResult, VariantResult
 from svgpipe.stages.analyze.analyze import Analysis
@@ -20,6 +23,7 @@ from svgpipe.stages.analyze.probe import Probe
 from .study import ANALYSIS_NAME, PROBE_NAME, Places
 
 R = TypeVar("R", bound=FrozenModel)
+A = TypeVar("A", bound=Manifest)
 
 
 def collect(study: Study, workdir: Location, failures: dict[str, str]) -> StudyResults:
@@ -30,8 +34,12 @@ def collect(study: Study, workdir: Location, failures: dict[str, str]) -> StudyR
         workdir: of the study.
         failures: messages by the name of the variant.
     """
-    variants = [_variant(variant, Places(workdir, variant), failures.get(variant.name)) for variant in study.variants]
-    reports = [report for variant in study.variants if (report := _report(Places(workdir, variant))) is not None]
+    variants = [_readable(variant, Places(workdir, variant), failures.get(variant.name)) for variant in study.variants]
+    reports = [
+        report
+        for variant, result in zip(study.variants, variants, strict=True)
+        if result.samples and (report := _report(Places(workdir, variant))) is not None
+    ]
     lines = [result for report in reports for result in report.results]
     noise = [line.frechet_distance for line in lines if line.role == "decoded-noise"]
     heldout = [line.frechet_distance for line in lines if line.role == "heldout"]
@@ -46,10 +54,19 @@ def collect(study: Study, workdir: Location, failures: dict[str, str]) -> StudyR
     )
 
 
+def _readable(variant: Variant, places: Places, failure: str | None) -> VariantResult:
+    """Return the results of a variant; without numbers if one of its artifacts is damaged."""
+    try:
+        return _variant(variant, places, failure)
+    except SvgpipeError as error:
+        message = failure or str(error)
+        return VariantResult(name=variant.name, title=variant.title, state="failed", message=message)
+
+
 def _variant(variant: Variant, places: Places, failure: str | None) -> VariantResult:
-    report, finished = _report(places), _finished(places.diffusion)
-    model = DiffusionManifest.read(places.diffusion) if finished else None
-    analysis = _kept(places.model / ANALYSIS_NAME, Analysis)
+    model = _made(places.diffusion, DiffusionManifest, variant.recipe.diffusion, given=variant.diffusion is not None)
+    report = None if model is None else _report(places)
+    analysis = None if report is None else _kept(places.model / ANALYSIS_NAME, Analysis)
     one = None if analysis is None else analysis.caches[0]
     straight = None if one is None else one.straightness
     log = read_metrics(places.diffusion / METRICS_NAME)
@@ -77,9 +94,11 @@ def _variant(variant: Variant, places: Places, failure: str | None) -> VariantRe
 
 
 def _tokenizer(places: Places) -> TokenizerResult | None:
-    if not _finished(places.autoencoder) or not _finished(places.cache):
+    recipe, given = places.variant.recipe, places.variant.autoencoder is not None
+    encoder = _made(places.autoencoder, AutoencoderManifest, recipe.autoencoder, given=given)
+    manifest = _made(places.cache, CacheManifest, recipe.extract)
+    if encoder is None or manifest is None:
         return None
-    encoder, manifest = AutoencoderManifest.read(places.autoencoder), FeatureCache(places.cache).manifest
     out = places.tokenizer / "reconstruction"
     rebuilt = ReconstructionReport.read(out).results[0] if _finished(out) else None
     probed = _kept(places.tokenizer / PROBE_NAME, Probe)
@@ -119,7 +138,22 @@ def _epochs(variant: Variant, places: Places) -> float | None:
 
 def _report(places: Places) -> Report | None:
     out = places.model / "evaluation"
-    return Report.read(out) if _finished(out) else None
+    made = _made(out, EvaluationManifest, places.variant.recipe.evaluation)
+    return None if made is None else Report.read(out)
+
+
+def _made(path: Location, kind: type[A], section: Section, *, given: bool = False) -> A | None:
+    """Return the manifest of a finished artifact that was made with this section of a recipe, or was given."""
+    if not _finished(path):
+        return None
+    manifest, wanted = kind.read(path), section.model_dump(mode="json")
+    config = kind.upgraded(manifest.config)
+    same = all(
+        config[key] == value if key in config else value in (None, False)
+        for key, value in wanted.items()
+        if key not in kind.MAY_CHANGE
+    )
+    return manifest if given or same else None
 
 
 def _finished(path: Location) -> bool:
@@ -127,7 +161,11 @@ def _finished(path: Location) -> bool:
 
 
 def _kept(path: Location, kind: type[R]) -> R | None:
-    return kind.model_validate(read_json(path)["result"]) if path.exists() else None
+    """Return a result that the run has written; None if it is not there, or is damaged and will be made again."""
+    try:
+        return kind.model_validate(read_json(path)["result"]) if path.exists() else None
+    except ArtifactError:
+        return None
 
 
 def _curve(log: list[dict[str, float]], name: str) -> list[CurvePoint]:

@@ -187,6 +187,11 @@ def test_only_some_variants_and_one_that_fails(
         ({"variants": {"a": {}, "b": {"set": {"evaluation.seed": 3}}}}, ["a and b differ in evaluation.seed"]),
         ({"variants": {"a": {}}, "set": {}}, ["extractor.kind backbone is another space"]),
         ({"variants": {"a": {"diffusion": "x"}}}, ["needs the autoencoder"]),
+        ({"variants": {"a": {"title": "b"}, "b": {}}}, ["the title 'b' is given twice"]),
+        (
+            {"variants": {"a": {}, "b": {"set": {"autoencoder.kind": "kl", "diffusion.align": {}}}}},
+            ["variant b: diffusion.align needs `align`", "kind kl hold no features"],
+        ),
         ({"recipe": "none.yaml"}, ["none.yaml", "found none"]),
         (
             {"variants": {"a": {"set": {"evaluation.solver": "ddpm"}}}},
@@ -207,6 +212,33 @@ def test_studies_that_cannot_work_are_refused(
     for word in words:
         assert word in found.err
     assert not (tmp_path / "work").exists()
+
+
+def test_what_is_given_is_checked_before_anything_is_made(
+    finished: Finished, photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    gone = {"a": {}, "b": {"autoencoder": str(tmp_path / "gone")}}
+    for changes, word in (({"reference": str(tmp_path / "empty")}, "empty"), ({"variants": gone}, "variant b: ")):
+        arguments = study_args(finished, photographs, tmp_path, tmp_path / "work", **changes)
+        found = svgpipe(*arguments)
+        assert found.code in (1, 2) and word in found.err and "Traceback" not in found.err
+        assert not (tmp_path / "work").exists()
+
+
+def test_numbers_of_other_settings_and_damaged_files_are_not_shown(
+    done: Path, finished: Finished, photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    shutil.copytree(done, tmp_path / "work")
+    (tmp_path / "work/models/svg/analysis.json").write_text("{")
+    (tmp_path / "work/models/kl-repa/diffusion/manifest.json").write_text("{")
+    variants = {**STUDY["variants"], "svg-seed2": {"set": {"diffusion.seed": 3}}}
+    found = svgpipe(*study_args(finished, photographs, tmp_path, tmp_path / "work", variants=variants), "--only", "svg")
+    assert found.code == 0, found.err
+    svg, kl, again = results_of(tmp_path / "work")["variants"]
+    assert svg["samples"] and svg["curvature"] == results_of(done)["variants"][0]["curvature"]  # made again
+    assert kl["state"] == "failed" and "manifest.json" in kl["message"] and not kl["samples"]
+    assert again["state"] == "unfinished" and not again["samples"]
 
 
 def test_a_name_that_is_given_twice_is_refused(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
