@@ -110,11 +110,14 @@ def _overview(results: StudyResults) -> StudyTable:
                     _text(None if not most else str(most)),
                     _distance(results, variant, plain[0] if plain else None),
                     _distance(results, variant, best),
+                    _text(None if best is None else f"{best.guidance:g}"),
                 ],
             )
         )
-    columns = ["tokenizer", "latent", "reconstruction", "parameters", "epochs", "steps", "no guidance", "best guidance"]
-    note = f"{results.metric or 'distance'}, of reconstructions and of samples at the most steps; lower is better"
+    columns = ["tokenizer", "latent", "reconstruction", "parameters", "epochs", "steps"]
+    columns += ["no guidance", "guided", "guidance scale"]
+    metric = results.metric or "distance"
+    note = f"{metric}, of reconstructions and of samples at the most steps, guided with the best scale; lower is better"
     return StudyTable("Reconstruction and generation", note, columns, rows)
 
 

@@ -104,7 +104,14 @@ def test_every_variant_is_measured_in_the_same_way(done: Path) -> None:
 
 def test_the_page_shows_tables_and_charts(done: Path) -> None:
     page = (done / "study.html").read_text()
-    for text in ("Reconstruction and generation", "Steps, without guidance", "Latents and paths", "Cost", "SVG"):
+    for text in (
+        "Reconstruction and generation",
+        "Steps, without guidance",
+        "guidance scale",
+        "Latents and paths",
+        "Cost",
+        "SVG",
+    ):
         assert text in page
     assert page.count("<svg") == 3 and "<script" not in page and "failed" not in page
     assert (done / "study-distance-against-steps.pdf").read_bytes().startswith(b"%PDF")
