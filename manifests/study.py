@@ -185,8 +185,8 @@ def _require_comparable(study: Study, where: str) -> None:
                 )
     if first.recipe.evaluation.extractor.kind == "backbone":
         raise UsageError(
-            f"{where}: evaluation.extractor.kind backbone is another space for every tokenizer. Choose inception, or "
-            "timm with a name."
+            f"{where}: evaluation.extractor.kind=backbone measures every tokenizer in another feature space. Choose "
+            "inception, or timm with a name."
         )
     titles = [variant.title for variant in study.variants]
     if twice := [title for title in titles if titles.count(title) > 1]:

@@ -7,6 +7,7 @@ Source: official ldm/modules/diffusionmodules/model.py.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -61,6 +62,23 @@ class AttnBlock(nn.Module):
         q, k, v = (f(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for f in (self.q, self.k, self.v))
         mixed = attend(q, k, v, self.kernel).squeeze(1).transpose(1, 2).reshape(b, c, h, w)
         return x + self.proj_out(mixed)
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, each followed by attention if that is asked for: (B,in,h,w) → (B,out,h,w)."""
+
+    def __init__(self, widths: Sequence[int], *, attention: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        pairs = list(itertools.pairwise(widths))
+        self.block = nn.ModuleList(ResBlock(a, b, dropout) for a, b in pairs)
+        self.attn = nn.ModuleList(AttnBlock(b) for _, b in pairs if attention)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        return x
 
 
 class Middle(nn.Module):

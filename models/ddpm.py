@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -38,8 +38,9 @@ class Process:
     betas: Tensor
 
     @classmethod
+    @cache
     def of_training(cls) -> Process:
-        """Return the 1,000 steps of the training: linear betas."""
+        """Return the 1,000 steps of the training: linear betas. Every call returns the same object with its tables."""
         return cls(range(STEPS), torch.linspace(FIRST_BETA, LAST_BETA, STEPS, dtype=torch.float64))
 
     def respaced(self, numbers: Sequence[int]) -> Process:

@@ -6,13 +6,12 @@ Source: official ldm/modules/diffusionmodules/model.py (class Decoder).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convolution import AttnBlock, Middle, ResBlock, group_norm, require_groups
+from .convolution import Level, Middle, group_norm, require_groups
 
 
 class Upsample(nn.Module):
@@ -26,22 +25,13 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class _Level(nn.Module):
+class _Level(Level):
     def __init__(self, widths: Sequence[int], *, attention: bool, upsample: bool, dropout: float) -> None:
-        super().__init__()
-        pairs = list(itertools.pairwise(widths))
-        self.block = nn.ModuleList(ResBlock(a, b, dropout) for a, b in pairs)
-        self.attn = nn.ModuleList(AttnBlock(b) for _, b in pairs if attention)
-        if upsample:
-            self.upsample = Upsample(widths[-1])
-        self.has_upsample = upsample
+        super().__init__(widths, attention=attention, dropout=dropout)
+        self.upsample = Upsample(widths[-1]) if upsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[i](x)
-        return self.upsample(x) if self.has_upsample else x
+        return self.upsample(super().forward(x))
 
 
 class Decoder(nn.Module):

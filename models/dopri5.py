@@ -1,4 +1,4 @@
-"""The Dormand-Prince solver of order 5(4) with a step size of its own for every sample.
+"""The Dormand-Prince solver of order 5(4). Every sample has its own step size.
 
 A sample therefore does not depend on the others of its batch. In torchdiffeq, which SiT uses, the batch shares one step
 size. Error norm, first step and step control are those of torchdiffeq, applied to one sample.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convolution import AttnBlock, Middle, ResBlock, group_norm, require_groups
+from .convolution import Level, Middle, group_norm, require_groups
 
 
 class Downsample(nn.Module):
@@ -26,22 +26,13 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class _Level(nn.Module):
+class _Level(Level):
     def __init__(self, widths: Sequence[int], *, attention: bool, downsample: bool) -> None:
-        super().__init__()
-        pairs = list(itertools.pairwise(widths))
-        self.block = nn.ModuleList(ResBlock(a, b) for a, b in pairs)
-        self.attn = nn.ModuleList(AttnBlock(b) for _, b in pairs if attention)
-        if downsample:
-            self.downsample = Downsample(widths[-1])
-        self.has_downsample = downsample
+        super().__init__(widths, attention=attention)
+        self.downsample = Downsample(widths[-1]) if downsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[i](x)
-        return self.downsample(x) if self.has_downsample else x
+        return self.downsample(super().forward(x))
 
 
 class Encoder(nn.Module):

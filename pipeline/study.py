@@ -197,7 +197,6 @@ class StudyRun:
             with training_cluster(trainers, options.address):
                 train_autoencoder(shards, places.autoencoder, recipe.autoencoder, resources=trainers, progress=progress)
         with runner_for(options.resources, options.address) as runner:
-            common = {"runner": runner, "progress": progress}
             extract(
                 shards,
                 places.autoencoder,
@@ -209,7 +208,7 @@ class StudyRun:
             )
             measured = recipe.reconstruction.model_copy(update={"extractor": recipe.evaluation.extractor})
             out, pool = places.tokenizer / "reconstruction", self.workdir / SHARED
-            eval_reconstruction(places.autoencoder, shards, out, measured, pool=pool, **common)  # type: ignore[arg-type]
+            eval_reconstruction(places.autoencoder, shards, out, measured, pool=pool, runner=runner, progress=progress)
         cache = FeatureCache(places.cache)
         _kept(places.tokenizer / PROBE_NAME, cache.manifest.fingerprint, lambda: probe(cache, progress=progress))
         return places

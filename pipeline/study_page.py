@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.manifests.paper import PAPER_MODELS, PAPER_ROWS
-from svgpipe.manifests.study_results import Sampled, StudyResults, VariantResult
+from svgpipe.manifests.study_results import Sampled, StudyResults, TokenizerResult, VariantResult
 
 from .charts import Drawing, LineChart, curves
 from .page import render
@@ -30,7 +31,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant: its name, a note, and its cells."""
+    """One variant and its cells."""
 
     variant: VariantResult
     cells: list[Cell]
@@ -44,6 +45,10 @@ class StudyTable:
     note: str
     columns: list[str]
     rows: list[Row]
+
+
+Columns = dict[str, Callable[[VariantResult], Cell]]
+"""Heads of columns, and what they show of a variant."""
 
 
 def render_study(results: StudyResults, workdir: Location) -> Location:
@@ -92,33 +97,30 @@ def tables(results: StudyResults) -> list[StudyTable]:
 
 def _overview(results: StudyResults) -> StudyTable:
     """Return a table in the shape of the paper's Table 1: reconstruction, training, distances at the most steps."""
-    rows = []
-    for variant in results.variants:
-        tokenizer, most = variant.tokenizer, max((s.steps for s in variant.samples), default=0)
-        plain = [s for s in variant.samples if s.steps == most and s.guidance == 1]
-        guided = [s for s in variant.samples if s.steps == most and s.guidance != 1]
-        best = min(guided, key=lambda s: s.frechet_distance.value, default=None)
-        rows.append(
-            Row(
-                variant,
-                [
-                    _text(None if tokenizer is None else tokenizer.kind),
-                    _text(None if tokenizer is None else "x".join(map(str, tokenizer.latent))),
-                    _estimate(None if tokenizer is None else tokenizer.reconstruction_distance, "%.2f"),
-                    _text(None if variant.parameters is None else f"{variant.parameters / 1e6:.3g} M"),
-                    _text(None if variant.epochs is None else f"{variant.epochs:.3g}"),
-                    _text(None if not most else str(most)),
-                    _distance(results, variant, plain[0] if plain else None),
-                    _distance(results, variant, best),
-                    _text(None if best is None else f"{best.guidance:g}"),
-                ],
-            )
-        )
-    columns = ["tokenizer", "latent", "reconstruction", "parameters", "epochs", "steps"]
-    columns += ["no guidance", "guided", "guidance scale"]
     metric = results.metric or "distance"
     note = f"{metric}, of reconstructions and of samples at the most steps, guided with the best scale; lower is better"
-    return StudyTable("Reconstruction and generation", note, columns, rows)
+    columns: Columns = {
+        "tokenizer": _of_tokenizer(lambda t: _text(t.kind)),
+        "latent": _of_tokenizer(lambda t: _text("x".join(map(str, t.latent)))),
+        "reconstruction": _of_tokenizer(lambda t: _estimate(t.reconstruction_distance, "%.2f")),
+        "parameters": lambda v: _text(None if v.parameters is None else f"{v.parameters / 1e6:.3g} M"),
+        "epochs": lambda v: _text(None if v.epochs is None else f"{v.epochs:.3g}"),
+        "steps": lambda v: _number(_most_steps(v)),
+        "no guidance": lambda v: _distance(results, v, _setting(v, _most_steps(v), 1.0)),
+        "guided": lambda v: _distance(results, v, _best_guided(v)),
+        "guidance scale": lambda v: _text(None if (best := _best_guided(v)) is None else f"{best.guidance:g}"),
+    }
+    return _table(results, "Reconstruction and generation", note, columns)
+
+
+def _most_steps(variant: VariantResult) -> int | None:
+    return max((s.steps for s in variant.samples), default=None)
+
+
+def _best_guided(variant: VariantResult) -> Sampled | None:
+    """Return the guided setting with the lowest distance, of those with the most steps."""
+    guided = [s for s in variant.samples if s.steps == _most_steps(variant) and s.guidance != 1]
+    return min(guided, key=lambda s: s.frechet_distance.value, default=None)
 
 
 def _by_steps(results: StudyResults) -> list[StudyTable]:
@@ -136,58 +138,42 @@ def _by_steps(results: StudyResults) -> list[StudyTable]:
 
 
 def _latents(results: StudyResults) -> StudyTable:
-    rows = []
-    for variant in results.variants:
-        tokenizer = variant.tokenizer
-        rows.append(
-            Row(
-                variant,
-                [
-                    _estimate(None if tokenizer is None else tokenizer.psnr, "%.2f"),
-                    _estimate(None if tokenizer is None else tokenizer.ssim, "%.3f"),
-                    _estimate(None if tokenizer is None else tokenizer.linear_probe, "%.1f", 100),
-                    _estimate(variant.velocity_agreement, "%.2f"),
-                    _estimate(variant.curvature, "%.3g"),
-                    _estimate(variant.one_step_error, "%.3f"),
-                ],
-            )
-        )
-    columns = ["PSNR (dB)", "SSIM", "linear probe (%)", "velocity fields", "curvature", "one-step error"]
     note = (
         "velocity fields: difference between two classes, divided by that between two halves of one class; "
         "curvature of the sampling paths and error of a single step: 0 is straight"
     )
-    return StudyTable("Latents and paths", note, columns, rows)
+    columns: Columns = {
+        "PSNR (dB)": _of_tokenizer(lambda t: _estimate(t.psnr, "%.2f")),
+        "SSIM": _of_tokenizer(lambda t: _estimate(t.ssim, "%.3f")),
+        "linear probe (%)": _of_tokenizer(lambda t: _estimate(t.linear_probe, "%.1f", 100)),
+        "velocity fields": lambda v: _estimate(v.velocity_agreement, "%.2f"),
+        "curvature": lambda v: _estimate(v.curvature, "%.3g"),
+        "one-step error": lambda v: _estimate(v.one_step_error, "%.3f"),
+    }
+    return _table(results, "Latents and paths", note, columns)
 
 
 def _cost(results: StudyResults) -> StudyTable:
-    rows = []
-    for variant in results.variants:
-        tokenizer = variant.tokenizer
-        rows.append(
-            Row(
-                variant,
-                [
-                    _text(None if tokenizer is None else f"{tokenizer.bytes_per_image:,.0f}"),
-                    _text(None if tokenizer is None else _minutes(tokenizer.training_seconds)),
-                    _text(None if tokenizer is None else _minutes(tokenizer.extraction_seconds)),
-                    _text(
-                        None
-                        if tokenizer is None or tokenizer.extraction_rate is None
-                        else f"{tokenizer.extraction_rate:,.0f}"
-                    ),
-                    _text(None if variant.training_seconds is None else _minutes(variant.training_seconds)),
-                    _text(None if variant.training_rate is None else f"{variant.training_rate:,.0f}"),
-                    _text(None if variant.evaluation_seconds is None else _minutes(variant.evaluation_seconds)),
-                ],
-            )
-        )
-    columns = [
-        *("bytes per image", "tokenizer (min)", "extraction (min)", "images/s"),
-        *("training (min)", "samples/s", "evaluation (min)"),
-    ]
     note = "bytes of the cache per image and view; wall time of the run that finished each stage"
-    return StudyTable("Cost", note, columns, rows)
+    columns: Columns = {
+        "bytes per image": _of_tokenizer(lambda t: _number(t.bytes_per_image)),
+        "tokenizer (min)": _of_tokenizer(lambda t: _minutes(t.training_seconds)),
+        "extraction (min)": _of_tokenizer(lambda t: _minutes(t.extraction_seconds)),
+        "images/s": _of_tokenizer(lambda t: _number(t.extraction_rate)),
+        "training (min)": lambda v: _minutes(v.training_seconds),
+        "samples/s": lambda v: _number(v.training_rate),
+        "evaluation (min)": lambda v: _minutes(v.evaluation_seconds),
+    }
+    return _table(results, "Cost", note, columns)
+
+
+def _of_tokenizer(cell: Callable[[TokenizerResult], Cell]) -> Callable[[VariantResult], Cell]:
+    return lambda variant: Cell(NONE) if variant.tokenizer is None else cell(variant.tokenizer)
+
+
+def _table(results: StudyResults, title: str, note: str, columns: Columns) -> StudyTable:
+    rows = [Row(variant, [cell(variant) for cell in columns.values()]) for variant in results.variants]
+    return StudyTable(title, note, list(columns), rows)
 
 
 def _drawings(results: StudyResults) -> list[Drawing]:
@@ -221,7 +207,7 @@ def _common_steps(results: StudyResults) -> list[int]:
     return max(filter(None, sets), key=lambda steps: (sets.count(steps), len(steps)), default=[])
 
 
-def _setting(variant: VariantResult, steps: int, guidance: float) -> Sampled | None:
+def _setting(variant: VariantResult, steps: int | None, guidance: float) -> Sampled | None:
     return next((s for s in variant.samples if (s.steps, s.guidance) == (steps, guidance)), None)
 
 
@@ -257,5 +243,9 @@ def _text(value: str | None) -> Cell:
     return Cell(NONE if value is None else value)
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f}"
+def _number(value: float | None) -> Cell:
+    return _text(None if value is None else f"{value:,.0f}")
+
+
+def _minutes(seconds: float | None) -> Cell:
+    return _text(None if seconds is None else f"{seconds / 60:.1f}")

@@ -192,7 +192,10 @@ def test_only_some_variants_and_one_that_fails(
         ),
         ({"variants": {"a": {}, "b": {"align": "a"}}}, ["align needs diffusion.align"]),
         ({"variants": {"a": {}, "b": {"set": {"evaluation.seed": 3}}}}, ["a and b differ in evaluation.seed"]),
-        ({"variants": {"a": {}}, "set": {}}, ["extractor.kind backbone is another space"]),
+        (
+            {"variants": {"a": {}}, "set": {}},
+            ["extractor.kind=backbone measures every tokenizer in another feature space"],
+        ),
         ({"variants": {"a": {"diffusion": "x"}}}, ["needs the autoencoder"]),
         ({"variants": {"a": {"title": "b"}, "b": {}}}, ["the title 'b' is given twice"]),
         (

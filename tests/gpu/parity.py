@@ -146,8 +146,8 @@ def _training_step(objective: str, base: DiffusionSection, setup: Setup) -> Iter
             name = f"one step, {objective}, {precision}{', compiled' if compiled else ''}"
             yield Check(f"{name}: loss", abs(found[0] - loss) / loss, at_most=limit)
             yield Check(f"{name}: gradient norm", abs(found[1] - norm) / norm, at_most=limit)
-            # Adam's first step moves every weight by the learning rate, whatever the size of its gradient. Rounding may
-            # flip the sign of a tiny gradient.
+            # The first step of Adam moves each weight by about the learning rate, even if its gradient is tiny.
+            # Rounding can change the sign of such a gradient.
             yield Check(f"{name}: weights", relative_error(found[2], weights), at_most=2e-2)
 
 
