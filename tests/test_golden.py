@@ -445,6 +445,17 @@ def test_golden_flow_tseq(golden: GoldenFolder) -> None:
         assert (grid[0].item(), grid[-1].item()) == (case["first"], case["last"])
 
 
+def test_golden_time_shift_of_rae(golden: GoldenFolder) -> None:
+    """The recording has noise at time 1, svgpipe at time 0: its shift is the inverse."""
+    recorded = golden.weights_of("rae").group("shift.")
+    shift = math.sqrt(768 * 16 * 16 / 4096)  # released: of the size of a latent and a base
+    u = recorded["u"]
+    close(1 - shift_time(1 - u, 1 / shift), recorded["t_released"], 1e-6)
+    evaluated = recorded["grid_released"]
+    grid = 1 - shift_time(torch.linspace(0, 0.999, len(evaluated), dtype=torch.float64), 1 / shift)
+    close(grid, evaluated, 1e-6)
+
+
 def test_golden_decoder(golden: GoldenFolder) -> None:
     recording = golden.open("decoder")
     config = recording.meta["config"]
