@@ -366,11 +366,16 @@ class ExtractorSection(Section):
         description="inception: torch-fidelity's file, or hub: download it. timm: as backbone.weights.",
     )
     name: str | None = Field(None, description="timm: name of the model.")
+    input_size: Positive | None = Field(
+        None, description="timm: pixels per side that images are resized to; null: the model's own."
+    )
 
     @model_validator(mode="after")
-    def _named(self) -> Self:
+    def _of_timm(self) -> Self:
         if (self.kind == "timm") != (self.name is not None):
             raise ValueError("name is the name of a timm model: required for kind timm, not allowed for other kinds")
+        if self.kind != "timm" and self.input_size is not None:
+            raise ValueError(f"input_size belongs to kind timm, found kind {self.kind}")
         return self
 
 

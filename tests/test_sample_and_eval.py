@@ -30,7 +30,7 @@ from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.filesystem import file_sha256, write_atomic
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.model_manifests import STATISTICS_FILE, AutoencoderManifest
-from svgpipe.manifests.recipe import ExtractorSection
+from svgpipe.manifests.recipe import BackboneSection, ExtractorSection
 from svgpipe.manifests.reconstruction import ReconstructionReport
 from svgpipe.manifests.shards import shard_name
 from svgpipe.models.sampler import time_grid
@@ -839,6 +839,19 @@ def test_any_timm_model_is_an_extractor(finished: Finished, name: str, dimension
     assert extractor.description.kind == "timm" and len(extractor.description.weights) == 64
 
 
+def test_a_timm_extractor_sees_images_of_the_wanted_size(finished: Finished) -> None:
+    """Size 96 gives the features of the model on images that were resized to 96."""
+    section = ExtractorSection(kind="timm", name="resnet10t", weights="random", input_size=96)
+    extractor = load_extractor(section, None)
+    images = decoded_images(finished.root / "evaluation", "reconstructions")
+    found = extractor.features(images, 6)["pooled"]
+    backbone = build_backbone(BackboneSection(name="resnet10t", weights="random", input_size=96, feature_level=-1), 96)
+    pixels = torch.stack([images[index] for index in range(6)]) / 255
+    with torch.no_grad():
+        expected = backbone(pixels).mean((2, 3))
+    assert torch.allclose(found, expected, atol=1e-4) and extractor.description.input_size == 96
+
+
 def test_features_are_not_shared_between_input_sizes(finished: Finished, tmp_path: Path) -> None:
     """At another input size, the same weights give other features."""
     images = decoded_images(finished.root / "evaluation", "reconstructions")
@@ -950,6 +963,12 @@ def test_partial_features_of_killed_evaluations_are_removed(finished: Finished, 
         ("evaluation.extractor={kind: timm, name: resnet18.nonsense}", 2, ["extractor.name", "resnet18.nonsense"]),
         ("evaluation.bootstrap=1", 2, ["bootstrap", "at least 20"]),
         ("evaluation.extractor={kind: timm}", 2, ["extractor", "kind timm"]),
+        ("evaluation.extractor={kind: backbone, input_size: 96}", 2, ["extractor", "input_size belongs to kind timm"]),
+        (
+            "evaluation.extractor={kind: timm, name: swin_tiny_patch4_window7_224, weights: random, input_size: 128}",
+            2,
+            ["extractor.input_size: swin_tiny_patch4_window7_224 does not take images of 128 pixels", "own, 224"],
+        ),
         (
             "evaluation.extractor={kind: timm, name: resnet10t, weights: gone.pth}",
             1,

@@ -184,15 +184,26 @@ def _record(kind: str, name: str, network: nn.Module, input_size: int, library: 
 
 
 def _timm(config: ExtractorSection, where: str) -> Backbone:
-    """Return a timm model at its own input size, pooled as for its classifier.
+    """Return a timm model at the recipe's input size or its own, pooled as for its classifier.
 
     Raises:
-        UsageError: an unknown model.
+        UsageError: an unknown model, or an input size that it cannot take.
     """
     assert config.name is not None, "the section is validated"
     try:
-        size, level = own_input(config.name)
+        own_size, level = own_input(config.name)
     except ValueError as error:
         raise UsageError(f"{where}.name: {error}") from error
+    size = config.input_size or own_size
     section = BackboneSection(name=config.name, weights=config.weights, input_size=size, feature_level=level)
-    return build_backbone(section, size, where=where, pooled=True)
+    if size == own_size:
+        return build_backbone(section, size, where=where, pooled=True)
+    try:
+        backbone = build_backbone(section, size, where=where, pooled=True)
+        BackboneExtractor(backbone)(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError) as error:  # timm's, in the constructor or in the forward pass
+        raise UsageError(
+            f"{where}.input_size: {config.name} does not take images of {size} pixels ({first_line(error)}). "
+            f"Leave it out for the model's own, {own_size}."
+        ) from error
+    return backbone
