@@ -11,6 +11,7 @@ from .feature_store import FeatureStore
 from .manifest import Json, Manifest, digest
 from .store_spec import Distribution, StoreDtype, StoreSpec
 
+VISION_FROM = "vision_features_from"  # in `timings`: cache that vision features were copied from
 STATISTICS = ("stored_mean", "stored_std", "stored_min", "stored_max", "stored_covariance")
 
 

@@ -45,6 +45,9 @@ class TokenizerResult(FrozenModel):
     training_seconds: float
     extraction_seconds: float
     extraction_rate: float | None = Field(description="Images per second once under way; null if too short.")
+    vision_features_copied: bool = Field(
+        False, description="Whether the extraction copied its vision features from another cache of the study."
+    )
 
 
 class VariantResult(FrozenModel):

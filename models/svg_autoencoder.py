@@ -84,8 +84,22 @@ class SVGAutoencoder(Autoencoder):
             frozen = self.backbone(images)
         if self.residual is None:
             return frozen
-        residual = self.residual((images - self.imagenet_mean) / self.imagenet_std)
-        return self.join(frozen, residual, mask_draws)
+        return self.join(frozen, self._residual(images), mask_draws)
+
+    def encode_residual(self, images: Tensor) -> Tensor:
+        """Encode to the residual channels of `encode` in eval mode, without the backbone: (B,3,H,W) → (B,R,h,w).
+
+        Raises:
+            ValueError: there is no residual encoder, or the model is in train mode, whose alignment needs both parts.
+        """
+        if self.residual is None or self.training:
+            raise ValueError("expected a residual encoder in eval mode")
+        residual = self._residual(images)
+        return residual if self.alignment is None else self.alignment(residual, residual)
+
+    def _residual(self, images: Tensor) -> Tensor:
+        assert self.residual is not None, "checked by the caller"
+        return self.residual((images - self.imagenet_mean) / self.imagenet_std)
 
     def encode_without_residual(self, images: Tensor) -> Tensor:
         """Encode like `encode`, with the mask token in place of every residual token, as training masks it."""

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from svgpipe.manifests.alignment import MeasuredAlignment
 from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.cache_manifest import VISION_FROM
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
@@ -159,6 +160,7 @@ def _cache_facts(path: Location, manifest: Any) -> Json:
         "effective rank": f"{statistics.effective_rank:.1f} of {len(statistics.mean)} channels",
         **({"warning": statistics.warnings[0]} if statistics.warnings else {}),
         "extraction": manifest.timings.get("advice", "not timed"),
+        **({"vision features": f"copied from {source}"} if (source := manifest.timings.get(VISION_FROM)) else {}),
     }
 
 

@@ -188,6 +188,14 @@ def extract(
     address: AddressOption = None,
     store_dtype: StoreDtypeOption = None,
     max_rejects: MaxRejectsOption = 0.001,
+    vision_from: Annotated[
+        str | None,
+        typer.Option(
+            "--vision-from",
+            metavar="DIR",
+            help="Cache of the same shards, vision model and settings: copy its vision features, compute the rest.",
+        ),
+    ] = None,
 ) -> None:
     """Encode a shard set into a normalised feature cache."""
     from svgpipe.stages.extract.stage import extract as run_stage
@@ -199,7 +207,14 @@ def extract(
     resources = resources_of(workers, cpus_per_worker, gpus_per_worker)
     with runner_for(resources, address) as runner, ConsoleProgress() as progress:
         manifest = run_stage(
-            opened, encoder, directory, config, max_rejects=max_rejects, runner=runner, progress=progress
+            opened,
+            encoder,
+            directory,
+            config,
+            max_rejects=max_rejects,
+            vision_from=None if vision_from is None else location(vision_from),
+            runner=runner,
+            progress=progress,
         )
     show_timings(manifest.timings)
     rows, columns, channels = manifest.feature_shape

@@ -33,6 +33,7 @@ from svgpipe.stages.evaluate.reconstruction import eval_reconstruction
 from svgpipe.stages.evaluate.reference import Reference, open_reference, shard_reference
 from svgpipe.stages.evaluate.stage import sample_and_eval
 from svgpipe.stages.extract.stage import extract
+from svgpipe.stages.extract.vision_source import VisionSource
 from svgpipe.stages.runtime.progress import Progress
 from svgpipe.stages.shard.from_images import shard
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
@@ -203,6 +204,7 @@ class StudyRun:
                 places.cache,
                 recipe.extract,
                 max_rejects=options.max_rejects,
+                vision_from=self._vision_source(places, shards),
                 runner=runner,
                 progress=progress,
             )
@@ -212,6 +214,16 @@ class StudyRun:
         cache = FeatureCache(places.cache)
         _kept(places.tokenizer / PROBE_NAME, cache.manifest.fingerprint, lambda: probe(cache, progress=progress))
         return places
+
+    def _vision_source(self, places: Places, shards: ShardSet) -> Location | None:
+        """Return a finished cache of this study that has the vision features of a tokenizer, if there is one."""
+        encoder = AutoencoderManifest.read(places.autoencoder)
+        for other in self.study.variants:
+            cache = Places(self.workdir, other).cache
+            with suppress(SvgpipeError):  # not there yet, or other features
+                VisionSource.open(cache, shards, encoder, places.variant.recipe.extract)
+                return cache
+        return None
 
     def _model(self, places: Places, shards: ShardSet, target: FeatureCache | None) -> None:
         """Train the transformer, sample, and analyse its paths."""

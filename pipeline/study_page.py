@@ -154,12 +154,15 @@ def _latents(results: StudyResults) -> StudyTable:
 
 
 def _cost(results: StudyResults) -> StudyTable:
-    note = "bytes of the cache per image and view; wall time of the run that finished each stage"
+    note = (
+        "bytes of the cache per image and view; wall time of the run that finished each stage; images/s of the "
+        "extraction (copied: without the vision model, whose features another variant had computed)"
+    )
     columns: Columns = {
         "bytes per image": _of_tokenizer(lambda t: _number(t.bytes_per_image)),
         "tokenizer (min)": _of_tokenizer(lambda t: _minutes(t.training_seconds)),
         "extraction (min)": _of_tokenizer(lambda t: _minutes(t.extraction_seconds)),
-        "images/s": _of_tokenizer(lambda t: _number(t.extraction_rate)),
+        "images/s": _of_tokenizer(_extraction_rate),
         "training (min)": lambda v: _minutes(v.training_seconds),
         "samples/s": lambda v: _number(v.training_rate),
         "evaluation (min)": lambda v: _minutes(v.evaluation_seconds),
@@ -237,6 +240,10 @@ def _estimate(estimate: Estimate | None, form: str, factor: float = 1) -> Cell:
     )
     value, _, interval = with_interval(scaled, form).partition(" (")
     return Cell(value, interval.removesuffix(")"))
+
+
+def _extraction_rate(tokenizer: TokenizerResult) -> Cell:
+    return Cell(_number(tokenizer.extraction_rate).value, "copied" if tokenizer.vision_features_copied else "")
 
 
 def _text(value: str | None) -> Cell:

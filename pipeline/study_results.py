@@ -6,7 +6,7 @@ import statistics
 from typing import TypeVar
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.cache_manifest import CacheManifest
+from svgpipe.manifests.cache_manifest import VISION_FROM, CacheManifest
 from svgpipe.manifests.errors import ArtifactError, SvgpipeError
 from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report
 from svgpipe.manifests.filesystem import Location
@@ -114,6 +114,7 @@ def _tokenizer(places: Places) -> TokenizerResult | None:
         training_seconds=encoder.seconds,
         extraction_seconds=manifest.seconds,
         extraction_rate=rate,
+        vision_features_copied=VISION_FROM in manifest.timings,
     )
 
 

@@ -125,6 +125,23 @@ def test_status_and_verify_see_the_whole_study(done: Path, svgpipe: Callable[...
     assert svgpipe("verify", done).code == 0
 
 
+def test_vision_features_are_computed_once_for_all_variants(
+    done: Path, finished: Finished, photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    work = shutil.copytree(done, tmp_path / "work")
+    variants = {**STUDY["variants"], "vision": {"set": {"autoencoder.kind": "vision"}}}
+    arguments = study_args(finished, photographs, tmp_path / "study", work, variants=variants)
+    found = svgpipe(*arguments, "--only", "vision")
+    assert found.code == 0 and "vision features are copied from" in found.err, found.err
+    tokenizers = {v["name"]: v["tokenizer"] for v in results_of(work)["variants"]}
+    assert {name: t["vision_features_copied"] for name, t in tokenizers.items()} == {
+        "svg": False,
+        "kl-repa": False,
+        "svg-seed2": False,
+        "vision": True,
+    }
+
+
 def test_a_second_run_makes_nothing_again(
     done: Path, finished: Finished, photographs: Path, svgpipe: Callable[..., Outcome]
 ) -> None:

@@ -24,6 +24,7 @@ from ..runtime.runner import Runner, Steps
 from .cpu_tasks import CollectMoments, ReadImages, UnitRows
 from .encoder_actor import EncoderOptions, EncodeUnits
 from .quantization import SAMPLED_VECTORS, int8_scales
+from .vision_source import VisionSource
 
 
 def calibrate(
@@ -33,8 +34,9 @@ def calibrate(
     config: ExtractSection,
     runner: Runner,
     progress: Progress,
+    source: VisionSource | None = None,
 ) -> Calibration:
-    """Measure the calibration; with `config.factor` only the int8 steps.
+    """Measure the calibration; with `config.factor` only the int8 steps; with `source` only the residual channels.
 
     Returns:
         Mean, standard deviation and int8 steps.
@@ -42,6 +44,8 @@ def calibrate(
     Raises:
         ArtifactError: no chosen image can be decoded.
     """
+    if source is not None and encoder.residual_channels == 0:
+        return source.complete(None)
     given = None
     if config.factor is not None:
         given = given_calibration(0.0, 1 / config.factor, encoder.channels, encoder.distribution)
@@ -52,7 +56,10 @@ def calibrate(
     calibration = given or measured_calibration(total, encoder.distribution)
     constant = np.flatnonzero(total.std[: encoder.channels] < MIN_STD)
     if constant.size and encoder.distribution == "point":
-        progress.say(f"channels {constant.tolist()} are constant; stored without division")
+        first = 0 if source is None else source.channels
+        progress.say(f"channels {(first + constant).tolist()} are constant; stored without division")
+    if source is not None:
+        return source.complete(calibration)
     if config.store_dtype != "int8":
         return calibration
     return replace(calibration, scale=int8_scales((vectors - calibration.mean) / calibration.std))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from svgpipe.manifests.cache_writer import write_unit
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.feature_store import FeatureStore
+from svgpipe.manifests.feature_store import Features, FeatureStore
 from svgpipe.manifests.filesystem import absolute
 from svgpipe.manifests.index import ImageRef, read_images
 from svgpipe.manifests.journal import Journal
@@ -24,6 +24,7 @@ from svgpipe.manifests.shards import ShardSet
 
 from ..images.decode import RejectedImageError, RGBArray, centre_crop, decode_image, to_array
 from .timings import Stopwatch, Timing
+from .vision_source import VisionSource
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ class UnitRows:
 
 @dataclass(frozen=True)
 class UnitPixels:
-    """Decoded crops (n,S,S,3) of a unit; zeros for rejected images."""
+    """Decoded crops (n,S,S,3) of a unit; zeros for rejected images. `vision`: see `VisionSource.read`."""
 
     unit: int
     pixels: RGBArray
     rejects: tuple[Reject, ...]
     timings: tuple[Timing, ...]
+    vision: Features | None = None
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,13 @@ class UnitMoments:
 
 
 class ReadImages:
-    """Reads ranges, decodes, and crops like ADM. Opens only the indexes of the tars that a unit needs."""
+    """Reads ranges, decodes, and crops like ADM. Opens only the indexes of the tars that a unit needs.
 
-    def __init__(self, shards: ShardSet, image_size: int) -> None:
-        self.shards, self.image_size = shards.absolute(), image_size
+    With a `source`, it also reads the vision features that are there.
+    """
+
+    def __init__(self, shards: ShardSet, image_size: int, source: VisionSource | None = None) -> None:
+        self.shards, self.image_size, self.source = shards.absolute(), image_size, source
 
     def __call__(self, unit: UnitRows) -> UnitPixels:
         watch = Stopwatch("reader")
@@ -102,7 +107,11 @@ class ReadImages:
                     pixels[row] = to_array(centre_crop(image, self.image_size))
             except RejectedImageError as error:
                 rejects.append(Reject(row, str(ref.tar), ref.offset, ref.key, str(error)))
-        return UnitPixels(unit.unit, pixels, tuple(rejects), (watch.timing(),))
+        vision = None
+        if self.source is not None:
+            with watch.phase("read"):
+                vision = self.source.read(unit.rows, [reject.row for reject in rejects])
+        return UnitPixels(unit.unit, pixels, tuple(rejects), (watch.timing(),), vision)
 
 
 def _again_if_altered(ref: ImageRef, data: bytes | ArtifactError) -> bytes:

@@ -37,6 +37,7 @@ class EncoderOptions:
     std: NDArray[np.float32] | None = None
     views: tuple[str, ...] = ("original",)
     aligned: bool = True  # False: to measure the alignment
+    residual_only: bool = False  # True: the vision features come with the pixels; mean and std are of the residual
 
 
 class EncodeUnits:
@@ -48,7 +49,11 @@ class EncodeUnits:
         if not options.aligned and isinstance(model, SVGAutoencoder):
             model.alignment = None
         self.model = model.to(device)
-        self.run = torch.compile(self.model.encode) if options.compiled else self.model.encode
+        encode = self.model.encode
+        if options.residual_only and isinstance(model, SVGAutoencoder):
+            # Their dtype is not that of `encode` if the vision model's is float32, but the values are the same.
+            encode = model.encode_residual
+        self.run = torch.compile(encode) if options.compiled else encode
         self.mean, self.std = (
             None if v is None else torch.from_numpy(v).to(device) for v in (options.mean, options.std)
         )
@@ -122,9 +127,17 @@ class EncodeUnits:
         if self._idle_since is not None:
             watch.seconds["wait"] = time.perf_counter() - self._idle_since
         with watch.phase("encode"):
-            features = self._checked(unit, self.encode(unit.pixels))
+            features = self._checked(unit, self._values(unit))
         self._idle_since = time.perf_counter()
         return UnitFeatures(unit.unit, features, unit.rejects, (*unit.timings, watch.timing()))
+
+    def _values(self, unit: UnitPixels) -> NDArray[Any]:
+        """Return the features of a unit, whose vision features may be there already."""
+        if unit.vision is None:
+            return self.encode(unit.pixels)
+        if isinstance(self.model, SVGAutoencoder) and self.model.residual is None:
+            return unit.vision.copy()  # Ray gives read-only arrays
+        return np.concatenate([unit.vision, self.encode(unit.pixels)], axis=-1)
 
     def _checked(self, unit: UnitPixels, values: NDArray[Any]) -> NDArray[Any]:
         """Return the values with rejected rows set to zero.

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
-from svgpipe.manifests.cache_manifest import CacheManifest
+from svgpipe.manifests.cache_manifest import VISION_FROM, CacheManifest
 from svgpipe.manifests.cache_writer import complete_store, publish_cache
 from svgpipe.manifests.calibration import CALIBRATION, Calibration
 from svgpipe.manifests.errors import ArtifactError
@@ -38,6 +38,7 @@ from .cpu_tasks import ReadImages, UnitRows, WriteUnit
 from .encoder_actor import EncoderOptions, EncodeUnits
 from .rejects import MAX_REJECTS, RejectTally
 from .timings import Timings
+from .vision_source import VisionSource
 
 NAMED_REJECTS = 20
 
@@ -49,6 +50,7 @@ def extract(
     config: ExtractSection,
     *,
     max_rejects: float = MAX_REJECTS,
+    vision_from: Location | None = None,
     runner: Runner | None = None,
     progress: Progress | None = None,
 ) -> CacheManifest:
@@ -63,6 +65,8 @@ def extract(
         out: directory to create or resume.
         config: section `extract` of a recipe.
         max_rejects: maximum fraction of rejected images; not part of the cache's identity.
+        vision_from: finished cache of the same shards, vision model and config. Its vision features are copied, and
+            only the residual channels are computed. The result is the same; not part of the cache's identity.
         runner: where units run; default: in this process.
         progress: receives the progress.
 
@@ -70,7 +74,9 @@ def extract(
         The manifest of the cache.
 
     Raises:
-        MismatchError: `out` was begun with another encoder or alignment, other shards or another config.
+        MismatchError: `out` was begun with another encoder or alignment, other shards or another config; or the vision
+            features of `vision_from` are others.
+        UsageError: `vision_from` with an autoencoder without vision features, or with int8.
         BusyError: another process works in `out`.
         TooManyRejectsError: more than `max_rejects`, or far more at the start.
         ArtifactError: a damaged input, or a feature that is not finite.
@@ -82,8 +88,9 @@ def extract(
             return work.finished
         if not len(shards):
             raise ArtifactError(f"{shards.directory}: expected images to extract, found none.")
-        job = _Job(shards, autoencoder, encoder, config, runner or LocalRunner(), Recorded(progress, out), max_rejects)
-        return job.run(work)
+        source = None if vision_from is None else VisionSource.open(vision_from, shards, encoder, config)
+        run_on, shown = runner or LocalRunner(), Recorded(progress, out)
+        return _Job(shards, autoencoder, encoder, config, run_on, shown, max_rejects, source).run(work)
 
 
 def cache_spec(
@@ -103,6 +110,7 @@ class _Job:
     runner: Runner
     progress: Progress
     max_rejects: float
+    source: VisionSource | None
 
     @property
     def spec(self) -> StoreSpec:
@@ -123,18 +131,28 @@ class _Job:
         batch_size = min(self.config.batch_size, self.config.unit_rows, len(self.shards))
         return EncoderOptions(absolute(self.autoencoder), batch_size, self.config.precision, self.config.compile)
 
+    @property
+    def _computed(self) -> EncoderOptions:
+        """Options of the encoder for what is not copied."""
+        return replace(self.options, residual_only=self.source is not None)
+
     def run(self, work: WorkDir[CacheManifest]) -> CacheManifest:
         self._require_few_rejects()
         if self.runner.computes_on_cpu:
             warn_if_imitated(self.config.precision)  # here, because logs of workers are not shown
+        if self.source is not None:
+            count = self.encoder.residual_channels
+            self.progress.say(f"vision features are copied from {self.source.cache.path}; computed: {count} channels")
         if needs_alignment(self.autoencoder, self.encoder):
             measure_alignment(self.shards, self.autoencoder, self.encoder, self.options, self.runner, self.progress)
         keep_alignment(self.autoencoder, work.path)
         journal = Journal(work.path)
         calibration = self._calibration(work, journal)
         store = FeatureStore.create(work.path, self.spec, calibration.mean, calibration.std, calibration.scale)
-        timings = self._extract(work, store, journal, calibration)
-        return self._publish(work, store, journal, timings.summary())
+        timings = self._extract(work, store, journal, calibration).summary()
+        if self.source is not None:
+            timings[VISION_FROM] = str(self.source.cache.path)
+        return self._publish(work, store, journal, timings)
 
     def _require_few_rejects(self) -> None:
         """Count the rejects of the index before anything is encoded. Raises the error of `RejectTally.add`."""
@@ -155,9 +173,11 @@ class _Job:
             tally.add(len(spec.rows_of(unit)), [reject["reason"] for reject in record.entry["rejects"]])
         self.progress.begin("extract", spec.num_samples, "images", tally.seen)
         units = [UnitRows(unit, spec.rows_of(unit)) for unit in range(spec.num_units) if unit not in finished]
-        options = replace(self.options, mean=calibration.mean, std=calibration.std, views=spec.views)
+        computed = slice(0 if self.source is None else self.source.channels, None)
+        mean, std = calibration.mean[computed], calibration.std[computed]
+        options = replace(self._computed, mean=mean, std=std, views=spec.views)
         steps = Steps(
-            ReadImages(self.shards, self.encoder.image_size),
+            ReadImages(self.shards, self.encoder.image_size, self.source),
             partial(EncodeUnits, options=options),
             WriteUnit(store),
         )
@@ -174,7 +194,9 @@ class _Job:
         """Return the calibration of an earlier run of this cache, or measure it."""
         if journal.has(CALIBRATION):
             return Calibration.read(journal)
-        calibration = calibrate(self.shards, self.encoder, self.options, self.config, self.runner, self.progress)
+        calibration = calibrate(
+            self.shards, self.encoder, self._computed, self.config, self.runner, self.progress, self.source
+        )
         work.check_lock()
         calibration.record(journal)
         return calibration

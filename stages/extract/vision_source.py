@@ -1,0 +1,119 @@
+"""Vision features that a finished cache of the same shard set already holds, so that they are not computed again.
+
+A cache of kind `svg` or `vision` begins with the channels of the vision model. They are normalised per channel, with
+statistics of the same images. So they are the same numbers in every cache of one shard set, one vision model and one
+section `extract`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.calibration import Calibration
+from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
+from svgpipe.manifests.feature_store import Features
+from svgpipe.manifests.filesystem import Location
+from svgpipe.manifests.manifest import Json, differing_fields
+from svgpipe.manifests.model_manifests import AutoencoderManifest
+from svgpipe.manifests.recipe import ExtractSection
+from svgpipe.manifests.shards import ShardSet
+
+
+@dataclass(frozen=True)
+class VisionSource:
+    """A finished float16 cache whose first `channels` channels, F of them, are the wanted vision features."""
+
+    cache: FeatureCache
+    channels: int
+
+    @classmethod
+    def open(
+        cls, path: Location, shards: ShardSet, encoder: AutoencoderManifest, config: ExtractSection
+    ) -> VisionSource:
+        """Open a cache, and check that an extraction would compute the same vision features.
+
+        Args:
+            path: the cache.
+            shards: images of the extraction.
+            encoder: autoencoder of the extraction.
+            config: section `extract` of the extraction.
+
+        Returns:
+            The source.
+
+        Raises:
+            UsageError: the autoencoder of the extraction does not encode with a vision model, or the store is int8.
+            MismatchError: the features of the cache are others.
+            ArtifactError: there is no finished cache, or the autoencoder that made it is gone.
+        """
+        if not encoder.frozen_channels:
+            raise UsageError(f"vision features of {path}: kind {encoder.section.kind} does not encode with them.")
+        if config.store_dtype != "float16":
+            raise UsageError(f"vision features of {path}: only float16 caches share them, found {config.store_dtype}.")
+        cache = FeatureCache(path)
+        made_from = cache.manifest.inputs
+        if not cache.manifest.frozen_channels or "autoencoder" not in made_from:
+            raise MismatchError(f"{path}: holds no vision features: expected a cache of kind svg or vision.")
+        source = AutoencoderManifest.read(made_from["autoencoder"].place(cache.path))
+        its_config = ExtractSection.model_validate(cache.manifest.config)
+        there = _determining(made_from["shards"].fingerprint, source, its_config)
+        here = _determining(shards.manifest.fingerprint, encoder, config)
+        if lines := differing_fields(there, here):
+            detail = "\n  ".join(lines)
+            raise MismatchError(
+                f"{path}: its vision features are not those of this extraction. They differ in:\n  {detail}\n"
+                "Extract without it."
+            )
+        return cls(cache, encoder.frozen_channels)
+
+    def complete(self, residual: Calibration | None) -> Calibration:
+        """Return the calibration of all channels: of the source, then that of the residual channels, if there are any.
+
+        Raises:
+            ArtifactError: the statistics of the source cannot be read.
+        """
+        own = Calibration(self.cache.channel_mean[: self.channels], self.cache.channel_std[: self.channels], None)
+        if residual is None:
+            return own
+        mean, std = (np.concatenate(pair) for pair in ((own.mean, residual.mean), (own.std, residual.std)))
+        return replace(own, mean=mean, std=std)
+
+    def read(self, rows: Sequence[int], rejected: Sequence[int]) -> Features:
+        """Return the features (n,view,row,column,F) of rows of the shard set; zeros for rejected ones.
+
+        Args:
+            rows: numbers in the shard set.
+            rejected: positions in `rows` that the extraction rejects.
+
+        Raises:
+            ArtifactError: a row is valid now, but was rejected in the source; or features cannot be read.
+        """
+        valid = self.cache.valid[list(rows)]
+        valid[list(rejected)] = True
+        if not valid.all():
+            row = rows[int(np.flatnonzero(~valid)[0])]
+            raise ArtifactError(
+                f"{self.cache.path}: row {row} was rejected there, but can be decoded now. Extract without it."
+            )
+        views: list[NDArray[np.float16]] = [
+            self.cache.read(rows, view).astype(np.float16, copy=False) for view in self.cache.views
+        ]
+        return np.stack(views, axis=1)[..., : self.channels]
+
+
+def _determining(shards: str, encoder: AutoencoderManifest, config: ExtractSection) -> Json:
+    """Return what vision features depend on, as JSON values."""
+    backbone = encoder.section.backbone
+    input_size = backbone.input_size or encoder.image_size
+    return {
+        "shards": shards,
+        "image_size": encoder.image_size,
+        "backbone": {"name": backbone.name, "input_size": input_size, "feature_level": backbone.feature_level},
+        "backbone_weights": encoder.backbone_weights,
+        "extract": config.model_dump(mode="json", exclude={"unit_rows"}),
+    }
