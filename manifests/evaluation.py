@@ -18,6 +18,7 @@ from pydantic import Field
 from .estimate import Estimate
 from .manifest import FrozenModel, Manifest
 from .paper import PAPER_ROWS, PaperRow
+from .recipe import SDESection
 from .report_file import ExtractorInfo, WrittenReport
 
 
@@ -37,6 +38,7 @@ class SamplerInfo(FrozenModel):
     classes: list[int] | None = Field(None, description="Class indexes that are sampled; null: all.")
     guidance_channels: int | None = Field(None, description="Number of channels that are guided; null: all.")
     ddim_eta: float | None = Field(None, description="ddim: share of noise in the steps; null: 0.")
+    sde: SDESection | None = Field(None, description="Settings of the solver sde; null: those of SiT and REPA.")
 
     @property
     def named_steps(self) -> str:

@@ -379,6 +379,18 @@ class ExtractorSection(Section):
         return self
 
 
+class SDESection(Section):
+    """The solver sde, Euler-Maruyama. The defaults are those of SiT's script and of REPA."""
+
+    diffusion: Literal["sigma", "decreasing"] = Field(
+        "sigma", description="Noise at time t: sigma (1 - t), or decreasing ((1 + cos(pi t))^2 / 4)."
+    )
+    last_step: Literal["mean", "euler"] = Field(
+        "mean", description="Last step, without noise: mean (along the drift), or euler (along the velocity alone)."
+    )
+    last_step_size: float = Field(0.04, gt=0, lt=1, description="Size of the last step, before time_shift.")
+
+
 class EvaluationSection(Section):
     """`svgpipe sample-and-eval`: a sweep of steps × guidance, decoded and measured."""
 
@@ -393,6 +405,7 @@ class EvaluationSection(Section):
         "sde: Euler-Maruyama; dopri5: chooses the steps of every sample. ddpm, ddim: for models of objective ddpm.",
     )
     ddim_eta: float | None = Field(None, ge=0, le=1, description="ddim: share of noise in the steps; null: 0.")
+    sde: SDESection | None = Field(None, description="Settings of the solver sde; null: those of SiT and REPA.")
     guidance_mode: str = Field(
         "constant", description="constant, interval-LO-HI, linear, late, early-R or cfg_star-K-R."
     )
@@ -421,6 +434,8 @@ class EvaluationSection(Section):
     def _sweep(self) -> Self:
         if self.ddim_eta is not None and self.solver != "ddim":
             raise ValueError(f"ddim_eta belongs to solver ddim, found {self.solver}")
+        if self.sde is not None and self.solver != "sde":
+            raise ValueError(f"sde holds settings of solver sde, found solver {self.solver}")
         if not self.steps or not self.guidance:
             raise ValueError("steps and guidance must each name at least one value")
         for name, values in (("steps", self.steps), ("guidance", self.guidance)):

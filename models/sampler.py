@@ -6,6 +6,7 @@ Source: official rectified_flow/rectified_flow.py (RectifiedFlow.sample).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,6 @@ Weights = tuple[float, float]
 # The multistep solver extrapolates the velocity to the middle of a step, at most this many previous steps ahead. With
 # few steps and a strong shift, the last steps are so long that it would overshoot.
 MAX_AHEAD = 1.0
-LAST_SDE_STEP = 0.04  # from there to the data without noise; SiT's and REPA's
 ROUNDING = 1e-6  # of float32 times: the ends of an interval belong to it
 
 _NUMBER = r"\d+(?:\.\d+)?"
@@ -55,8 +55,28 @@ def time_grid(steps: int, shift: float) -> Tensor:
     return shift_time(torch.linspace(0, 1, steps + 1).double(), shift).float()
 
 
-def sde_grid(steps: int, shift: float) -> Tensor:
-    """(steps+1,) times from 0 to 1; without a shift, the last step is `LAST_SDE_STEP` and the others are equal.
+@dataclass(frozen=True)
+class SDE:
+    """Settings of the solver sde. The defaults are those of SiT's script and of REPA.
+
+    diffusion: the coefficient w at time t: sigma (1 - t) · decreasing ((1 + cos(pi t))² / 4).
+    last_step: the last step, which has no noise, follows the drift (mean) or the velocity alone (euler). SiT's third
+    choice, Tweedie's formula, is the same as euler.
+    last_step_size: its size, in times without a shift.
+    Source: SiT transport.py (sample_sde), path.py (compute_diffusion).
+    """
+
+    diffusion: Literal["sigma", "decreasing"] = "sigma"
+    last_step: Literal["mean", "euler"] = "mean"
+    last_step_size: float = 0.04
+
+    def coefficient(self, t: float) -> float:
+        """Return w at time `t`."""
+        return 1 - t if self.diffusion == "sigma" else (1 + math.cos(math.pi * t)) ** 2 / 4
+
+
+def sde_grid(steps: int, shift: float, last_step_size: float) -> Tensor:
+    """(steps+1,) times from 0 to 1; without a shift, the last step has this size and the others are equal.
 
     Source: SiT transport.py (sample_sde), REPA samplers.py (euler_maruyama_sampler).
 
@@ -65,15 +85,16 @@ def sde_grid(steps: int, shift: float) -> Tensor:
     """
     if steps < 2:
         raise ValueError(f"sampling steps: the solver sde needs at least 2, found {steps}")
-    equal = torch.linspace(0, 1 - LAST_SDE_STEP, steps, dtype=torch.float64)
+    equal = torch.linspace(0, 1 - last_step_size, steps, dtype=torch.float64)
     return torch.cat([shift_time(equal, shift), torch.ones(1, dtype=torch.float64)]).float()
 
 
-def times_of_evaluations(solver: Solver, steps: int, shift: float) -> list[tuple[int, float]]:
+def times_of_evaluations(solver: Solver, steps: int, shift: float, sde: SDE) -> list[tuple[int, float]]:
     """Return the step and the time of every evaluation of the model; of dopri5 the first: guidance is constant."""
     if solver == "dopri5":
         return [(0, 0.0)]
-    times = (sde_grid(steps, shift) if solver == "sde" else time_grid(steps, shift)).tolist()
+    grid = sde_grid(steps, shift, sde.last_step_size) if solver == "sde" else time_grid(steps, shift)
+    times = grid.tolist()
     return [*enumerate(times[:-1]), *(enumerate(times[1:]) if solver == "heun" else ())]
 
 
@@ -189,6 +210,7 @@ def sample(
     guidance: Guidance | None = None,
     weak: Velocity | None = None,
     noise: Noise | None = None,
+    sde: SDE | None = None,
 ) -> Tensor:
     """Integrate from noise to data: (B,T,C) → (B,T,C).
 
@@ -209,6 +231,7 @@ def sample(
         guidance: scale and mode; None: no guidance.
         weak: a worse model, for autoguidance; see `GuidedVelocity`.
         noise: noise of the solver sde.
+        sde: settings of the solver sde; None: the defaults.
 
     Raises:
         ValueError: an unknown solver, too few steps, sde without noise, or dopri5 with guidance that changes.
@@ -220,7 +243,9 @@ def sample(
     if solver == "sde":
         if noise is None:
             raise ValueError("solver sde: expected noise for its steps, found none")
-        return _sample_sde(v_at, z0_BTC, y_B, guidance, sde_grid(steps, shift), noise)
+        settings = sde or SDE()
+        grid = sde_grid(steps, shift, settings.last_step_size)
+        return _sample_sde(v_at, z0_BTC, y_B, guidance, grid, noise, settings)
     if solver == "dopri5":
         if guidance.kind != "constant":
             raise ValueError(f"solver dopri5: guidance must be constant, found {guidance.mode!r}")
@@ -254,17 +279,20 @@ def _sample_ode(
 
 
 def _sample_sde(
-    v_at: GuidedVelocity, z_BTC: Tensor, y_B: Tensor, guidance: Guidance, grid: Tensor, noise: Noise
+    v_at: GuidedVelocity, z_BTC: Tensor, y_B: Tensor, guidance: Guidance, grid: Tensor, noise: Noise, sde: SDE
 ) -> Tensor:
-    """Euler-Maruyama for dz = (v + w s) dt + sqrt(2 w) dW with w = 1 - t and the score s = (t v - z) / (1 - t).
+    """Euler-Maruyama for dz = (v + w s) dt + sqrt(2 w) dW with the score s = (t v - z) / (1 - t); w: see `SDE`.
 
-    So the drift is (1 + t) v - z. The last step has no noise. SiT (diffusion "sigma", last step "Mean") and REPA, whose
-    time runs the other way with twice this coefficient, sample like this.
+    The last step has no noise. REPA's time runs the other way, with twice the coefficient.
     """
     times, differences = grid.tolist(), grid.diff().tolist()
     last = len(differences) - 1
     for step, (t, dt) in enumerate(zip(times[:-1], differences, strict=True)):
         v = v_at(z_BTC, t, y_B, guidance.weights(step, last + 1, t)).to(z_BTC.dtype)
-        moved = z_BTC + dt * ((1 + t) * v - z_BTC)
-        z_BTC = moved if step == last else moved + (2 * (1 - t) * dt) ** 0.5 * noise(step)
+        w = sde.coefficient(t)
+        ratio = 1.0 if sde.diffusion == "sigma" else w / (1 - t)
+        drift = v if step == last and sde.last_step == "euler" else v + ratio * (t * v - z_BTC)
+        z_BTC = z_BTC + dt * drift
+        if step < last:
+            z_BTC = z_BTC + (2 * w * dt) ** 0.5 * noise(step)
     return z_BTC

@@ -30,7 +30,7 @@ from svgpipe.models.official import dit_sizes
 from svgpipe.models.official_vae import kl_from_official
 from svgpipe.models.representation_alignment import MLPProjector, representation_loss
 from svgpipe.models.residual import Alignment, ResidualEncoder
-from svgpipe.models.sampler import Guidance, GuidedVelocity, Solver, sample, time_grid
+from svgpipe.models.sampler import SDE, Guidance, GuidedVelocity, Solver, sample, time_grid
 from svgpipe.models.svg_autoencoder import SVGAutoencoder
 from svgpipe.models.vision_loss import distance_matrix_loss, marginal_cosine_loss, vision_loss_weight
 from svgpipe.stages.images.decode import centre_crop
@@ -322,15 +322,18 @@ def test_golden_samples_of_other_systems(
 
 
 @pytest.mark.parametrize(
-    ("name", "case", "guidance"),
+    ("name", "case", "guidance", "sde"),
     [
-        ("sit", "sde_sigma_mean_nocfg", Guidance()),
-        ("sit", "sde_sigma_mean_cfg", Guidance(4.0, channels=3)),
-        ("repa", "sde_nocfg", Guidance()),
-        ("repa", "sde_interval", Guidance(1.8, "interval-0.3-1")),
+        ("sit", "sde_sigma_mean_nocfg", Guidance(), None),
+        ("sit", "sde_sigma_mean_cfg", Guidance(4.0, channels=3), None),
+        ("sit", "sde_decreasing_euler", Guidance(), SDE("decreasing", "euler", 0.08)),
+        ("repa", "sde_nocfg", Guidance(), None),
+        ("repa", "sde_interval", Guidance(1.8, "interval-0.3-1"), None),
     ],
 )
-def test_golden_stochastic_samples(golden: GoldenFolder, name: str, case: str, guidance: Guidance) -> None:
+def test_golden_stochastic_samples(
+    golden: GoldenFolder, name: str, case: str, guidance: Guidance, sde: SDE | None
+) -> None:
     """SiT draws noise for both halves of guidance; that of the unconditional one is never used."""
     recording = golden.weights_of(name)
     model, about = other_transformer(recording), recording.meta["cases"][case]
@@ -349,6 +352,7 @@ def test_golden_stochastic_samples(golden: GoldenFolder, name: str, case: str, g
         solver="sde",
         guidance=guidance,
         noise=lambda step: tokens_from_map(recorded[step, : len(start)]),
+        sde=sde,
     )
     close(found, tokens_from_map(recording[f"out.{case}"]), about["suggested_atol"])
 

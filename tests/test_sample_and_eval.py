@@ -30,7 +30,7 @@ from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.filesystem import file_sha256, write_atomic
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.model_manifests import STATISTICS_FILE, AutoencoderManifest
-from svgpipe.manifests.recipe import BackboneSection, ExtractorSection
+from svgpipe.manifests.recipe import BackboneSection, ExtractorSection, SDESection
 from svgpipe.manifests.reconstruction import ReconstructionReport
 from svgpipe.manifests.shards import shard_name
 from svgpipe.models.sampler import time_grid
@@ -634,6 +634,12 @@ def test_stochastic_samples_depend_on_seed_and_index_alone(
     out = tmp_path / "sde"
     assert svgpipe(*eval_args(finished, out, *sde, "--steps", "2,3")).code == 0
     assert {r.sampler.solver for r in Report.read(out).results if r.sampler} == {"sde"}
+    changed = ("--set", "evaluation.sde={diffusion: decreasing, last_step: euler}")
+    assert svgpipe(*eval_args(finished, tmp_path / "set", *sde, *changed, "--steps", "2")).code == 0
+    (sampler,) = {r.sampler for r in Report.read(tmp_path / "set").results if r.sampler and r.sampler.guidance == 1}
+    assert sampler.sde == SDESection(diffusion="decreasing", last_step="euler", last_step_size=0.04)
+    refused = svgpipe(*eval_args(finished, tmp_path / "none", *changed))
+    assert refused.code == 2 and "sde holds settings of solver sde, found solver euler" in refused.err
 
 
 def test_guidance_of_some_channels(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:

@@ -15,7 +15,7 @@ from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionMani
 from svgpipe.manifests.recipe import EvaluationSection, Objective
 from svgpipe.manifests.workdir import StageSpec
 from svgpipe.models.ddpm import ddim_steps, equal_steps
-from svgpipe.models.sampler import Guidance
+from svgpipe.models.sampler import SDE, Guidance
 
 from ..networks.diffusion import TrainedDiffusion, open_diffusion
 from ..networks.sampling import DDPM_SOLVERS, SamplerSettings
@@ -113,6 +113,7 @@ class Sampler:
                 classes=self.model.classes,
                 guidance_channels=config.guidance_channels,
                 ddim_eta=config.ddim_eta,
+                sde=None if config.sde is None else SDE(**config.sde.model_dump()),
             )
             for scale in config.guidance
             for steps in config.steps

@@ -17,14 +17,18 @@ from svgpipe.manifests.precision import Precision
 from svgpipe.manifests.recipe import Labels
 from svgpipe.models.ddpm import STEPS, ddim_steps, equal_steps, sample_ddpm
 from svgpipe.models.dit import DiT
-from svgpipe.models.sampler import Guidance, Solver, sample, times_of_evaluations
+from svgpipe.models.sampler import SDE, Guidance, Solver, sample, times_of_evaluations
 from svgpipe.models.seeds import generator, seed_of
 
 from ..runtime.device import autocast
 
 DDPMSolver = Literal["ddpm", "ddim"]
 DDPM_SOLVERS: tuple[str, ...] = get_args(DDPMSolver)
-ADDED = ("guidance_channels", "ddim_eta")  # settings that were added later: not part of the identity at their default
+ADDED = (
+    "guidance_channels",
+    "ddim_eta",
+    "sde",
+)  # settings that were added later: not part of the identity at their default
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class SamplerSettings:
     classes: tuple[int, ...] | None = None  # that are sampled; None: all
     guidance_channels: int | None = None  # that are guided; None: all
     ddim_eta: float | None = None  # share of noise of the solver ddim; None: 0
+    sde: SDE | None = None  # settings of the solver sde; None: the defaults
 
     @property
     def name(self) -> str:
@@ -61,7 +66,7 @@ class SamplerSettings:
         if self.solver == "ddpm" or self.solver == "ddim":
             evaluations = [*enumerate(1 - number / (STEPS - 1) for number in reversed(self.numbers))]
         else:
-            evaluations = times_of_evaluations(self.solver, self.steps, self.time_shift)
+            evaluations = times_of_evaluations(self.solver, self.steps, self.time_shift, self.sde or SDE())
         return any(self.guided.weights(step, self.steps, t) != (1, 0) for step, t in evaluations)
 
     @property
@@ -143,5 +148,5 @@ def sample_latents(
             latents = sample_ddpm(model, noise.to(device), labels, numbers=settings.numbers, ddim_eta=eta, **common)
         else:
             grid: dict[str, Any] = {"steps": settings.steps, "shift": settings.time_shift, "solver": settings.solver}
-            latents = sample(model, noise.to(device), labels, **grid, **common)
+            latents = sample(model, noise.to(device), labels, sde=settings.sde, **grid, **common)
     return latents.float()
