@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from .errors import ArtifactError
 from .estimate import Estimate
 from .filesystem import Location
-from .manifest import FrozenModel, write_json
+from .manifest import FrozenModel, read_json, summarise, write_json
 from .study import PaperColumn
 
 RESULTS_NAME = "study.json"
@@ -86,6 +87,19 @@ class StudyResults(FrozenModel):
     heldout_distance: Estimate | None = Field(None, description="Distance of held-out real images: the floor.")
     noise_distance: Estimate | None = Field(None, description="Largest distance of decoded noise: the ceiling.")
     variants: list[VariantResult]
+
+    @classmethod
+    def read(cls, workdir: Location) -> StudyResults:
+        """Return the results in the working directory of a study.
+
+        Raises:
+            ArtifactError: study.json is missing or damaged.
+        """
+        path = workdir / RESULTS_NAME
+        try:
+            return cls.model_validate(read_json(path))
+        except ValidationError as error:
+            raise ArtifactError(f"{path}: not the results of a study: {summarise(error)}.") from error
 
     def write(self, workdir: Location) -> None:
         """Write study.json."""

@@ -11,6 +11,7 @@ from svgpipe.manifests.filesystem import Location, location
 from svgpipe.manifests.recipe import Recipe
 from svgpipe.manifests.recipe_loader import builtin_names, load_recipe, recipe_yaml
 from svgpipe.manifests.study import Study, Variant, builtin_studies, load_study
+from svgpipe.manifests.study_results import StudyResults
 
 from .console import ConsoleProgress
 from .options import (
@@ -145,22 +146,25 @@ def study(
 
 
 def _run_study(loaded: Study, chosen: list[Variant], workdir: Location, options: RunOptions) -> None:
-    """Run a study, and write its page, also if some variants failed.
+    """Run a study, and write its page after every variant, also if some failed.
 
     Raises:
         Exit: a variant failed.
     """
     from .study import StudyRun
-    from .study_page import render_study, show_study
+    from .study_page import PAGE, render_study, show_study
     from .study_results import collect
 
+    def publish(failures: dict[str, str]) -> None:
+        results = collect(loaded, workdir, failures)
+        results.write(workdir)
+        render_study(results, workdir)
+
     with ConsoleProgress() as progress:
-        run = StudyRun(loaded, workdir, options, progress)
+        run = StudyRun(loaded, workdir, options, progress, publish)
         run.run(chosen)
-    results = collect(loaded, workdir, run.failures)
-    results.write(workdir)
-    show_study(results)
-    typer.echo(f"page: {render_study(results, workdir)}")
+    show_study(StudyResults.read(workdir))
+    typer.echo(f"page: {workdir / PAGE}")
     if run.failures:
         raise typer.Exit(1)
 

@@ -22,22 +22,48 @@ from svgpipe.manifests.lock import describe, owner_of
 from svgpipe.manifests.manifest import MANIFEST_NAME, Json, read_plan
 from svgpipe.manifests.metrics_file import METRICS_NAME, read_metrics
 from svgpipe.manifests.progress_file import ProgressEntry, read_progress
+from svgpipe.manifests.study_results import RESULTS_NAME, StudyResults
 
 # Metrics to show from the log, in this order.
 SHOWN = (
     *("loss", "heldout_loss", "l1", "perceptual", "heldout_psnr", "latent_fd", "latent_accuracy"),
     *("grad_norm", "learning_rate", "samples_per_s", "images_per_s", "data_wait_share", "memory_gb"),
 )
+RESUME = "not running and not finished; run the same command to resume"
 SILENT_S, WAITING_SHARE, LOW_DISK = 300.0, 0.1, 2e9
 
 
 def status(path: Location) -> list[Json]:
-    """Return one entry per artifact at or below `path`, in the order of the pipeline.
+    """Return one entry per artifact at or below `path`, in the order of the pipeline; before them that of a study.
 
     Raises:
         ArtifactError: there is no artifact, or one is damaged.
     """
-    return [_entry(place, _name(place, path)) for place in artifacts_below(path)]
+    entries = [_entry(place, _name(place, path)) for place in artifacts_below(path)]
+    return [_study_entry(path, entries), *entries] if (path / RESULTS_NAME).exists() else entries
+
+
+def _study_entry(workdir: Location, stages: list[Json]) -> Json:
+    """Return the entry of a study: how many of its variants are finished, and which are not."""
+    results = StudyResults.read(workdir)
+    missing = [variant.name for variant in results.variants if variant.state != "finished"]
+    total = len(results.variants)
+    finished = total - len(missing)
+    running = any(stage["state"] == "running" for stage in stages)
+    state = "running" if running else "stopped" if missing else "finished"
+    now = time.time()
+    done = ProgressEntry("finished", total, "variants", finished, now, finished, now)
+    done.said += [f"not finished: {', '.join(missing)}"] if missing else []
+    return {
+        "path": str(workdir),
+        "name": f"study {results.name}",
+        "kind": "study",
+        "state": state,
+        "seconds": sum(stage.get("seconds", 0.0) for stage in stages),
+        "progress": _as_json(done),
+        "metrics": {},
+        "warnings": [RESUME] if state == "stopped" else [],
+    }
 
 
 def _name(place: Location, below: Location) -> str:
@@ -77,7 +103,7 @@ def _warnings(
     path: Location, state: str, progress: ProgressEntry | None, owner: dict[str, Any] | None, metrics: Json
 ) -> Iterator[str]:
     if state == "stopped":
-        yield "not running and not finished; run the same command to resume"
+        yield RESUME
     if state == "running" and progress is not None and (silent := time.time() - progress.updated_at) > SILENT_S:
         yield f"no progress for {timedelta(seconds=round(silent))}, though it is {describe(owner or {})}"
     if state == "running" and metrics.get("data_wait_share", 0.0) > WAITING_SHARE:

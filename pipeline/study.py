@@ -4,7 +4,7 @@ WORKDIR/shards                   shared by all
 WORKDIR/tokenizers/NAME/         autoencoder, cache, reconstruction, probe.json; NAME is the first variant with them
 WORKDIR/models/NAME/             diffusion, evaluation, analysis.json
 WORKDIR/shared/                  features of images and sampled latents
-WORKDIR/study.json, study.html   the tables
+WORKDIR/study.json, study.html   the tables, written again after every variant
 
 A variant that fails does not stop the others. Every stage resumes, and finished ones are skipped.
 """
@@ -91,6 +91,7 @@ class StudyRun:
     """One run of a study.
 
     Attributes:
+        publish: writes the results that are there, given the failures; called at the start and after every variant.
         failures: messages by the name of the variant.
         broken: tokenizers that failed; they are not tried again for other variants.
     """
@@ -99,6 +100,7 @@ class StudyRun:
     workdir: Location
     options: RunOptions
     progress: Progress
+    publish: Callable[[dict[str, str]], None]
     failures: dict[str, str] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
 
@@ -119,8 +121,10 @@ class StudyRun:
             folder.parent.mkdir(parents=True, exist_ok=True)
             write_photographs(folder)
         shard(image_sources(recipe, folder), self.workdir / SHARDS, recipe.shard, progress=self.progress)
+        self.publish(self.failures)
         for variant in chosen:
             self._one(variant)
+            self.publish(self.failures)
 
     def _check(self, chosen: list[Variant]) -> None:
         """Check what can be known before hours of work: settings, given artifacts, reference, weights of the extractor.

@@ -51,12 +51,8 @@ Columns = dict[str, Callable[[VariantResult], Cell]]
 """Heads of columns, and what they show of a variant."""
 
 
-def render_study(results: StudyResults, workdir: Location) -> Location:
-    """Write study.html, and its charts as PDF.
-
-    Returns:
-        Path of the page.
-    """
+def render_study(results: StudyResults, workdir: Location) -> None:
+    """Write study.html, and its charts as PDF."""
     drawings = _drawings(results)
     path = workdir / PAGE
     page = render(
@@ -70,7 +66,6 @@ def render_study(results: StudyResults, workdir: Location) -> Location:
     write_atomic(path, page)
     for drawing in drawings:
         drawing.save_beside(path)
-    return path
 
 
 def show_study(results: StudyResults) -> None:

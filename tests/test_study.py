@@ -120,6 +120,7 @@ def test_the_page_shows_tables_and_charts(done: Path) -> None:
 def test_status_and_verify_see_the_whole_study(done: Path, svgpipe: Callable[..., Outcome]) -> None:
     status = svgpipe("status", done)
     assert status.code == 0, status.err
+    assert status.out.splitlines()[1].startswith("study tiny study") and "not finished" not in status.out
     for name in ("shards", "tokenizers/svg/autoencoder", "models/kl-repa/diffusion", "models/svg/evaluation"):
         assert name in status.out
     assert svgpipe("verify", done).code == 0
@@ -157,7 +158,9 @@ def test_a_killed_study_ends_with_the_same_table(
 ) -> None:
     arguments = study_args(finished, photographs, tmp_path, tmp_path / "work")
     run_and_kill(arguments, (tmp_path / "work/models/svg/diffusion/checkpoints/latest.json").exists)
-    assert not (tmp_path / "work" / "study.json").exists()
+    status = svgpipe("status", tmp_path / "work")
+    assert "not finished: svg, kl-repa, svg-seed2" in status.out and "0/3 variants" in " ".join(status.out.split())
+    assert "study tiny study: not running and not finished; run the same command to resume" in status.out
     resumed = svgpipe(*arguments)
     assert resumed.code == 0, resumed.err
     assert without_times(results_of(tmp_path / "work")) == without_times(results_of(done))
