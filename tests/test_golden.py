@@ -144,6 +144,11 @@ def require_gradients(recording: Golden, model: DiT, rtol: float) -> None:
         close(grads[key], expected, rtol * float(expected.abs().max()))
 
 
+def logit_normal_of_normal(n: Tensor) -> Tensor:
+    """Times for standard normal draws; `logit_normal` takes uniform ones."""
+    return logit_normal(torch.special.ndtr(n.double())).float()
+
+
 def test_golden_projections_and_loss_of_repa(golden: GoldenFolder) -> None:
     """Its time and velocity run the other way: t → 1 - t, v → -v."""
     recording = golden.weights_of("repa")
@@ -159,21 +164,22 @@ def test_golden_projections_and_loss_of_repa(golden: GoldenFolder) -> None:
     close(out, tokens_from_map(recording["out"]), atol["out"])
     for number, projector in enumerate(projectors):
         close(projector(tokens), recording[f"zs.{number}"], atol["zs"])
-    x1, part = tokens_from_map(recording["train.images"]), "train.linear_uniform"
-    tapped: list[Tensor] = []
+    x1, tapped = tokens_from_map(recording["train.images"]), []
 
     def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         out, tokens = model(x, 1 - t, y, tap=depth)
         tapped.append(tokens)
         return -out
 
-    noise, t = tokens_from_map(recording[f"{part}.noise"]), 1 - recording[f"{part}.draw"].flatten()
-    loss = flow_loss(velocity, x1, noise, t, recording["train.y"])
-    close(loss.per_sample, recording[f"{part}.denoising"], atol["train"])
-    aligned = torch.stack(
-        [representation_loss(p(tapped[0]), recording[f"train.feature.{i}"]) for i, p in enumerate(projectors)]
-    ).mean()
-    close(aligned, recording[f"{part}.projection"], atol["train"])
+    # Their log-normal sigma = exp(n) is the time sigma / (1 + sigma), whose logit is normal.
+    for part, time in (("train.linear_lognormal", logit_normal_of_normal), ("train.linear_uniform", torch.flatten)):
+        noise, t = tokens_from_map(recording[f"{part}.noise"]), 1 - time(recording[f"{part}.draw"]).flatten()
+        loss = flow_loss(velocity, x1, noise, t, recording["train.y"])
+        close(loss.per_sample, recording[f"{part}.denoising"], atol["train"])
+        aligned = torch.stack(
+            [representation_loss(p(tapped[-1]), recording[f"train.feature.{i}"]) for i, p in enumerate(projectors)]
+        ).mean()
+        close(aligned, recording[f"{part}.projection"], atol["train"])
     (loss.mean + 0.5 * aligned).backward()
     rtol = recording.meta["suggested_rtol"]["grads (of each one's largest entry)"]
     found = dict(model.named_parameters()) | {
@@ -364,7 +370,7 @@ def test_golden_loss_of_lightningdit(golden: GoldenFolder, case: str) -> None:
     part, released = recording.group(f"train.{case}."), case == "released"
     x1, x0 = tokens_from_map(recording["train.x1"]), tokens_from_map(part["x0"])
     # The official code draws a normal value; here it is a function of a uniform one.
-    t = logit_normal(torch.special.ndtr(part["normal"])).float() if released else part["u"]
+    t = logit_normal_of_normal(part["normal"]) if released else part["u"]
     loss = flow_loss(model, x1, x0, t, recording["train.y"], cosine=released)
     close(loss.per_sample, part["mse"], atol)
     close(loss.cosine, part["cos_loss"] if released else torch.zeros(len(x1)), atol)
