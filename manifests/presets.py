@@ -18,6 +18,8 @@ _COMMON: dict[str, Any] = {
     "guidance_mode": "constant",
     "guidance_channels": None,
     "time_shift": 1.0,
+    "ddim_eta": None,
+    "sde": None,
 }
 _OWN: dict[Preset, dict[str, Any]] = {
     # arXiv 2510.15301: Euler, 25 steps, shift 0.15; XL: 1.55 with CFG-Zero* and a first step of zero.

@@ -388,7 +388,7 @@ class SDESection(Section):
     last_step: Literal["mean", "euler"] = Field(
         "mean", description="Last step, without noise: mean (along the drift), or euler (along the velocity alone)."
     )
-    last_step_size: float = Field(0.04, gt=0, lt=1, description="Size of the last step, before time_shift.")
+    last_step_size: float = Field(0.04, ge=1e-4, lt=1, description="Size of the last step, before time_shift.")
 
 
 class EvaluationSection(Section):

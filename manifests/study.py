@@ -19,7 +19,7 @@ from .yaml_values import parse_yaml
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 PaperColumn = Literal["svg", "sd_vae", "va_vae"]
 # What must be equal so that numbers compare: keys of the section `evaluation`.
-SHARED_SECTIONS = ("source", "heldout", "heldout_labels", "shard", "reconstruction")
+SHARED_SECTIONS = ("source", "heldout", "heldout_labels", "unlabelled", "shard", "reconstruction")
 COMMON = ("num_samples", "seed", "labels", "extractor", "reference_images", "bootstrap")
 
 

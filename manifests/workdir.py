@@ -111,7 +111,7 @@ class StageSpec(Generic[M]):
         config = self.kind.upgraded(found["config"])
         allowed = may_change | self._grown(config)
         changed = {key: value for key, value in self.config.items() if key in allowed}
-        there = {**_with_new_keys(config, self.config), **changed}
+        there = {**with_new_keys(config, self.config), **changed}
         lines = differing_fields({**found, "config": there}, self.plan)
         if lines:
             hints = [INPUTS_DIFFER] if any(line.startswith("inputs.") for line in lines) else []
@@ -124,14 +124,14 @@ class StageSpec(Generic[M]):
             )
 
 
-def _with_new_keys(found: Json, expected: Json) -> Json:
+def with_new_keys(found: Json, expected: Json) -> Json:
     """Return a config of an older version with the keys that it lacks, as far as they are off (null or false).
 
     A key that is added to a recipe is therefore off by default.
     """
     added = {key: value for key, value in expected.items() if key not in found and (value is None or value is False)}
     nested = {
-        key: _with_new_keys(value, expected[key]) if isinstance(expected.get(key), dict) else value
+        key: with_new_keys(value, expected[key]) if isinstance(expected.get(key), dict) else value
         for key, value in found.items()
         if isinstance(value, dict)
     }

@@ -155,8 +155,8 @@ def _run_study(loaded: Study, chosen: list[Variant], workdir: Location, options:
     from .study_page import PAGE, render_study, show_study
     from .study_results import collect
 
-    def publish(failures: dict[str, str]) -> None:
-        results = collect(loaded, workdir, failures)
+    def publish(failures: dict[str, str], reference: str) -> None:
+        results = collect(loaded, workdir, failures, reference)
         results.write(workdir)
         render_study(results, workdir)
 

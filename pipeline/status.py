@@ -16,8 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from svgpipe.manifests.filesystem import Location
-from svgpipe.manifests.kinds import artifacts_below, read_any
+from svgpipe.manifests.filesystem import Location, children
+from svgpipe.manifests.kinds import STUDY_FOLDERS, artifacts_below, read_any
 from svgpipe.manifests.lock import describe, owner_of
 from svgpipe.manifests.manifest import MANIFEST_NAME, Json, read_plan
 from svgpipe.manifests.metrics_file import METRICS_NAME, read_metrics
@@ -29,7 +29,6 @@ SHOWN = (
     *("loss", "heldout_loss", "l1", "perceptual", "heldout_psnr", "latent_fd", "latent_accuracy"),
     *("grad_norm", "learning_rate", "samples_per_s", "images_per_s", "data_wait_share", "memory_gb"),
 )
-RESUME = "not running and not finished; run the same command to resume"
 SILENT_S, WAITING_SHARE, LOW_DISK = 300.0, 0.1, 2e9
 
 
@@ -49,11 +48,16 @@ def _study_entry(workdir: Location, stages: list[Json]) -> Json:
     missing = [variant.name for variant in results.variants if variant.state != "finished"]
     total = len(results.variants)
     finished = total - len(missing)
-    running = any(stage["state"] == "running" for stage in stages)
+    parts = [place for name in STUDY_FOLDERS if (workdir / name).exists() for place in children(workdir / name)]
+    # Measurements of latents and paths are no artifacts; they lock the folder of their tokenizer or model.
+    running = any(stage["state"] == "running" for stage in stages) or any(owner_of(place) for place in parts)
     state = "running" if running else "stopped" if missing else "finished"
     now = time.time()
     done = ProgressEntry("finished", total, "variants", finished, now, finished, now)
     done.said += [f"not finished: {', '.join(missing)}"] if missing else []
+    warnings = [f"variant {v.name} failed: {v.message}" for v in results.variants if v.state == "failed"]
+    if state == "stopped":
+        warnings.append(f"{len(missing)} of {total} variants are not made; run the same command to go on")
     return {
         "path": str(workdir),
         "name": f"study {results.name}",
@@ -62,7 +66,7 @@ def _study_entry(workdir: Location, stages: list[Json]) -> Json:
         "seconds": sum(stage.get("seconds", 0.0) for stage in stages),
         "progress": _as_json(done),
         "metrics": {},
-        "warnings": [RESUME] if state == "stopped" else [],
+        "warnings": warnings,
     }
 
 
@@ -103,7 +107,7 @@ def _warnings(
     path: Location, state: str, progress: ProgressEntry | None, owner: dict[str, Any] | None, metrics: Json
 ) -> Iterator[str]:
     if state == "stopped":
-        yield RESUME
+        yield "not running and not finished; run the same command to resume"
     if state == "running" and progress is not None and (silent := time.time() - progress.updated_at) > SILENT_S:
         yield f"no progress for {timedelta(seconds=round(silent))}, though it is {describe(owner or {})}"
     if state == "running" and metrics.get("data_wait_share", 0.0) > WAITING_SHARE:

@@ -17,20 +17,32 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
+
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.errors import ArtifactError, InterruptedRunError, SvgpipeError, UsageError, memory_error
+from svgpipe.manifests.cache_manifest import CacheManifest
+from svgpipe.manifests.errors import (
+    ArtifactError,
+    InterruptedRunError,
+    MismatchError,
+    SvgpipeError,
+    UsageError,
+    memory_error,
+)
 from svgpipe.manifests.evaluation import Report
 from svgpipe.manifests.filesystem import Location, location, make_directory
 from svgpipe.manifests.kinds import STUDY_FOLDERS
+from svgpipe.manifests.lock import locked
 from svgpipe.manifests.manifest import FrozenModel, read_json, write_json
 from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest
+from svgpipe.manifests.recipe import ReconstructionSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.study import Study, Variant
 from svgpipe.stages.analyze.analyze import analyze
 from svgpipe.stages.analyze.probe import probe
 from svgpipe.stages.evaluate.features import load_extractor
 from svgpipe.stages.evaluate.reconstruction import eval_reconstruction
-from svgpipe.stages.evaluate.reference import Reference, open_reference, shard_reference
+from svgpipe.stages.evaluate.reference import MIN_IMAGES, Reference, open_reference, shard_reference
 from svgpipe.stages.evaluate.stage import sample_and_eval
 from svgpipe.stages.extract.stage import extract
 from svgpipe.stages.extract.vision_source import VisionSource
@@ -48,7 +60,9 @@ from .sources import DEMO_SOURCE, image_sources, source_folder
 
 SHARDS, SHARED = "shards", "shared"
 TOKENIZERS, MODELS = STUDY_FOLDERS
+RECONSTRUCTION, EVALUATION = "reconstruction", "evaluation"
 PROBE_NAME, ANALYSIS_NAME = "probe.json", "analysis.json"
+MIN_CLASSES = 2
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,8 @@ class StudyRun:
     """One run of a study.
 
     Attributes:
-        publish: writes the results that are there, given the failures; called at the start and after every variant.
+        publish: writes the results that are there, given the failures and the fingerprint of the reference; called at
+            the start and after every variant.
         failures: messages by the name of the variant.
         broken: tokenizers that failed; they are not tried again for other variants.
     """
@@ -100,7 +115,7 @@ class StudyRun:
     workdir: Location
     options: RunOptions
     progress: Progress
-    publish: Callable[[dict[str, str]], None]
+    publish: Callable[[dict[str, str], str], None]
     failures: dict[str, str] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
 
@@ -111,7 +126,8 @@ class StudyRun:
             chosen: variants of the study.
 
         Raises:
-            UsageError: settings of a variant that do not fit each other; nothing was made. Also the errors of `shard`.
+            UsageError: settings of a variant that do not fit each other, and nothing was made; or shards without what
+                the measurements need, and nothing was trained. Also the errors of `shard`.
         """
         self._check(chosen)
         make_directory(self.workdir)
@@ -121,10 +137,13 @@ class StudyRun:
             folder.parent.mkdir(parents=True, exist_ok=True)
             write_photographs(folder)
         shard(image_sources(recipe, folder), self.workdir / SHARDS, recipe.shard, progress=self.progress)
-        self.publish(self.failures)
+        shards = ShardSet.open(self.workdir / SHARDS)
+        _require_measurable(shards)
+        reference = self._reference(shards)
+        self.publish(self.failures, reference.ref.fingerprint)
         for variant in chosen:
-            self._one(variant)
-            self.publish(self.failures)
+            self._one(variant, shards, reference)
+            self.publish(self.failures, reference.ref.fingerprint)
 
     def _check(self, chosen: list[Variant]) -> None:
         """Check what can be known before hours of work: settings, given artifacts, reference, weights of the extractor.
@@ -147,7 +166,7 @@ class StudyRun:
             open_reference(self.study.reference, count=evaluation.reference_images)
         load_extractor(evaluation.extractor, None)
 
-    def _one(self, variant: Variant) -> None:
+    def _one(self, variant: Variant, shards: ShardSet, reference: Reference) -> None:
         """Make one variant. Its failure is recorded and does not stop the others.
 
         Raises:
@@ -155,18 +174,19 @@ class StudyRun:
         """
         self.progress.say(f"variant {variant.name}")
         try:
-            shards, target = ShardSet.open(self.workdir / SHARDS), None
+            target = None
             if variant.align is not None:
                 target = FeatureCache(self._tokenizer(self.study.variant(variant.align), shards).cache)
             places = self._tokenizer(variant, shards)
-            self._model(places, shards, target)
+            self._model(places, reference, target)
         except InterruptedRunError:
             raise
         except Exception as error:
             known = error if isinstance(error, SvgpipeError | OSError) else memory_error(error)
             if known is None or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
                 raise
-            self.failures[variant.name] = " ".join(str(known).split())
+            advice = " Rename or delete that folder to make it again." if isinstance(error, MismatchError) else ""
+            self.failures[variant.name] = " ".join(str(known).split()) + advice
             self.progress.say(f"variant {variant.name} failed: {self.failures[variant.name]} The others go on.")
 
     def _tokenizer(self, variant: Variant, shards: ShardSet) -> Places:
@@ -212,8 +232,8 @@ class StudyRun:
                 runner=runner,
                 progress=progress,
             )
-            measured = recipe.reconstruction.model_copy(update={"extractor": recipe.evaluation.extractor})
-            out, pool = places.tokenizer / "reconstruction", self.workdir / SHARED
+            measured = reconstruction_section(variant)
+            out, pool = places.tokenizer / RECONSTRUCTION, self.workdir / SHARED
             eval_reconstruction(places.autoencoder, shards, out, measured, pool=pool, runner=runner, progress=progress)
         cache = FeatureCache(places.cache)
         _kept(places.tokenizer / PROBE_NAME, cache.manifest.fingerprint, lambda: probe(cache, progress=progress))
@@ -222,14 +242,16 @@ class StudyRun:
     def _vision_source(self, places: Places, shards: ShardSet) -> Location | None:
         """Return a finished cache of this study that has the vision features of a tokenizer, if there is one."""
         encoder = AutoencoderManifest.read(places.autoencoder)
+        known_rejects = int(shards.rows.rejected.sum())
         for other in self.study.variants:
             cache = Places(self.workdir, other).cache
             with suppress(SvgpipeError):  # not there yet, or other features
-                VisionSource.open(cache, shards, encoder, places.variant.recipe.extract)
-                return cache
+                source = VisionSource.open(cache, shards, encoder, places.variant.recipe.extract)
+                if source.cache.manifest.num_rejected == known_rejects:  # else rows may be missing without need
+                    return cache
         return None
 
-    def _model(self, places: Places, shards: ShardSet, target: FeatureCache | None) -> None:
+    def _model(self, places: Places, reference: Reference, target: FeatureCache | None) -> None:
         """Train the transformer, sample, and analyse its paths."""
         variant, options, progress = places.variant, self.options, self.progress
         make_directory(places.model)
@@ -246,22 +268,53 @@ class StudyRun:
                     strategy=options.strategy,
                     progress=progress,
                 )
-        reference, out = self._reference(shards, variant), places.model / "evaluation"
+        out = places.model / EVALUATION
         with runner_for(options.resources, options.address) as runner:
             evaluate = partial(sample_and_eval, pool=self.workdir / SHARED, runner=runner, progress=progress)
             evaluate(places.diffusion, places.autoencoder, reference, out, recipe.evaluation)
         _write_page(out, places, reference)
-        key = f"{cache.manifest.fingerprint} {Report.read(out).diffusion.weights_sha256}"
         made = partial(analyze, [cache], [places.diffusion], progress=progress)
-        _kept(places.model / ANALYSIS_NAME, key, made)
+        _kept(places.model / ANALYSIS_NAME, analysis_key(cache.manifest, Report.read(out)), made)
 
-    def _reference(self, shards: ShardSet, variant: Variant) -> Reference:
+    def _reference(self, shards: ShardSet) -> Reference:
         """Return the images that distances are measured to: of the study, or the training split."""
         if self.study.reference is None:
             return shard_reference(shards)
         hashes = self.workdir / SHARED / "features" / "reference-hashes"
-        count = variant.recipe.evaluation.reference_images
+        count = self.study.variants[0].recipe.evaluation.reference_images
         return open_reference(self.study.reference, count=count, hashes=hashes)
+
+
+def _require_measurable(shards: ShardSet) -> None:
+    """Check that reconstruction and linear probe can be measured, before anything is trained.
+
+    Raises:
+        UsageError: fewer than two held-out images, or than two classes.
+    """
+    rows = shards.rows
+    training = np.unique(rows.label[~rows.heldout & ~rows.rejected])
+    heldout = len(shards.usable_rows("heldout"))
+    if heldout < MIN_IMAGES:
+        raise UsageError(
+            f"{shards.directory}: a study measures held-out images: expected two or more, found {heldout}. Delete the "
+            "shards, and set shard.holdout=0.05 or heldout=PATH for all variants."
+        )
+    if len(training) < MIN_CLASSES:
+        raise UsageError(
+            f"{shards.directory}: a study compares classes: expected training images of two or more, found "
+            f"{len(training)}."
+        )
+
+
+def reconstruction_section(variant: Variant) -> ReconstructionSection:
+    """Return how reconstructions are measured: in the feature space of the samples."""
+    recipe = variant.recipe
+    return recipe.reconstruction.model_copy(update={"extractor": recipe.evaluation.extractor})
+
+
+def analysis_key(cache: CacheManifest, report: Report) -> str:
+    """Return what an analysis was made from: the cache and the weights."""
+    return f"{cache.fingerprint} {report.diffusion.weights_sha256}"
 
 
 def _write_page(evaluation: Location, places: Places, reference: Reference) -> None:
@@ -275,4 +328,5 @@ def _kept(path: Location, key: str, make: Callable[[], FrozenModel]) -> None:
     with suppress(ArtifactError):  # a damaged file is made again
         if path.exists() and read_json(path).get("made_from") == key:
             return
-    write_json(path, {"made_from": key, "result": make().model_dump(mode="json")})
+    with locked(path.parent):  # so that `svgpipe status` sees that it runs
+        write_json(path, {"made_from": key, "result": make().model_dump(mode="json")})

@@ -1,11 +1,14 @@
-"""Reads the numbers of a study from its artifacts."""
+"""Reads the numbers of a study from its artifacts.
+
+A number is shown only if it was made with the study's settings, and from the artifacts that are there now: an
+autoencoder that was trained longer leaves its old cache behind, a model its old evaluation.
+"""
 
 from __future__ import annotations
 
 import statistics
 from typing import TypeVar
 
-from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.cache_manifest import VISION_FROM, CacheManifest
 from svgpipe.manifests.errors import ArtifactError, SvgpipeError
 from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report
@@ -13,32 +16,41 @@ from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import MANIFEST_NAME, FrozenModel, Manifest, read_json
 from svgpipe.manifests.metrics_file import METRICS_NAME, read_metrics
 from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest
-from svgpipe.manifests.reconstruction import ReconstructionReport
+from svgpipe.manifests.reconstruction import ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.section import Section
 from svgpipe.manifests.study import Study, Variant
 from svgpipe.manifests.study_results import CurvePoint, Sampled, StudyResults, TokenizerResult, VariantResult
+from svgpipe.manifests.workdir import with_new_keys
 from svgpipe.stages.analyze.analyze import Analysis
 from svgpipe.stages.analyze.probe import Probe
 
-from .study import ANALYSIS_NAME, PROBE_NAME, Places
+from .study import (
+    ANALYSIS_NAME,
+    EVALUATION,
+    PROBE_NAME,
+    RECONSTRUCTION,
+    Places,
+    analysis_key,
+    reconstruction_section,
+)
 
 R = TypeVar("R", bound=FrozenModel)
 A = TypeVar("A", bound=Manifest)
 
 
-def collect(study: Study, workdir: Location, failures: dict[str, str]) -> StudyResults:
+def collect(study: Study, workdir: Location, failures: dict[str, str], reference: str) -> StudyResults:
     """Return the results of all variants, as far as they are there.
 
     Args:
         study: with its variants.
         workdir: of the study.
         failures: messages by the name of the variant.
+        reference: fingerprint of the study's reference.
     """
-    variants = [_readable(variant, Places(workdir, variant), failures.get(variant.name)) for variant in study.variants]
+    places = [Places(workdir, variant) for variant in study.variants]
+    variants = [_readable(one, reference, failures.get(one.variant.name)) for one in places]
     reports = [
-        report
-        for variant, result in zip(study.variants, variants, strict=True)
-        if result.samples and (report := _report(Places(workdir, variant))) is not None
+        Report.read(one.model / EVALUATION) for one, result in zip(places, variants, strict=True) if result.samples
     ]
     lines = [result for report in reports for result in report.results]
     noise = [line.frechet_distance for line in lines if line.role == "decoded-noise"]
@@ -54,19 +66,25 @@ def collect(study: Study, workdir: Location, failures: dict[str, str]) -> StudyR
     )
 
 
-def _readable(variant: Variant, places: Places, failure: str | None) -> VariantResult:
+def _readable(places: Places, reference: str, failure: str | None) -> VariantResult:
     """Return the results of a variant; without numbers if one of its artifacts is damaged."""
+    variant = places.variant
     try:
-        return _variant(variant, places, failure)
+        return _variant(places, reference, failure)
     except SvgpipeError as error:
         message = failure or str(error)
         return VariantResult(name=variant.name, title=variant.title, state="failed", message=message)
 
 
-def _variant(variant: Variant, places: Places, failure: str | None) -> VariantResult:
-    model = _made(places.diffusion, DiffusionManifest, variant.recipe.diffusion, given=variant.diffusion is not None)
-    report = None if model is None else _report(places)
-    analysis = None if report is None else _kept(places.model / ANALYSIS_NAME, Analysis)
+def _variant(places: Places, reference: str, failure: str | None) -> VariantResult:
+    variant = places.variant
+    encoder, cache = _latents(places)
+    model = None if cache is None else _model(places, cache)
+    made = None if model is None else _evaluation(places, model, reference)
+    report = None if made is None else Report.read(places.model / EVALUATION)
+    analysis = None
+    if report is not None and cache is not None:
+        analysis = _kept(places.model / ANALYSIS_NAME, Analysis, analysis_key(cache, report))
     one = None if analysis is None else analysis.caches[0]
     straight = None if one is None else one.straightness
     log = read_metrics(places.diffusion / METRICS_NAME)
@@ -77,13 +95,13 @@ def _variant(variant: Variant, places: Places, failure: str | None) -> VariantRe
         state=state,
         message=failure,
         paper=variant.paper,
-        tokenizer=_tokenizer(places),
+        tokenizer=None if encoder is None or cache is None else _tokenizer(places, encoder, cache),
         parameters=None if model is None else model.num_parameters,
         training_steps=None if model is None else model.steps,
-        epochs=None if model is None else _epochs(variant, places),
+        epochs=None if model is None or cache is None else _epochs(variant, cache),
         training_rate=_median([entry["samples_per_s"] for entry in log if "samples_per_s" in entry]),
         training_seconds=None if model is None else model.seconds,
-        evaluation_seconds=None if report is None else EvaluationManifest.read(places.model / "evaluation").seconds,
+        evaluation_seconds=None if made is None else made.seconds,
         heldout_loss=_curve(log, "heldout_loss"),
         latent_distance=_relative(log),
         velocity_agreement=None if one is None else one.mean_parted,
@@ -93,15 +111,33 @@ def _variant(variant: Variant, places: Places, failure: str | None) -> VariantRe
     )
 
 
-def _tokenizer(places: Places) -> TokenizerResult | None:
+def _latents(places: Places) -> tuple[AutoencoderManifest | None, CacheManifest | None]:
+    """Return the manifests of a finished autoencoder, and of a finished cache that it made."""
     recipe, given = places.variant.recipe, places.variant.autoencoder is not None
     encoder = _made(places.autoencoder, AutoencoderManifest, recipe.autoencoder, given=given)
-    manifest = _made(places.cache, CacheManifest, recipe.extract)
-    if encoder is None or manifest is None:
-        return None
-    out = places.tokenizer / "reconstruction"
-    rebuilt = ReconstructionReport.read(out).results[0] if _finished(out) else None
-    probed = _kept(places.tokenizer / PROBE_NAME, Probe)
+    cache = _made(places.cache, CacheManifest, recipe.extract)
+    return encoder, _from(cache, autoencoder=encoder)
+
+
+def _model(places: Places, cache: CacheManifest) -> DiffusionManifest | None:
+    """Return the manifest of a finished model of this cache, or of one that was given."""
+    given = places.variant.diffusion is not None
+    model = _made(places.diffusion, DiffusionManifest, places.variant.recipe.diffusion, given=given)
+    return model if given else _from(model, cache=cache)
+
+
+def _evaluation(places: Places, model: DiffusionManifest, reference: str) -> EvaluationManifest | None:
+    """Return the manifest of a finished evaluation of this model against the reference."""
+    made = _made(places.model / EVALUATION, EvaluationManifest, places.variant.recipe.evaluation)
+    made = _from(made, diffusion=model)
+    return None if made is None or made.inputs["reference"].fingerprint != reference else made
+
+
+def _tokenizer(places: Places, encoder: AutoencoderManifest, manifest: CacheManifest) -> TokenizerResult:
+    out = places.tokenizer / RECONSTRUCTION
+    made = _from(_made(out, ReconstructionManifest, reconstruction_section(places.variant)), autoencoder=encoder)
+    rebuilt = None if made is None else ReconstructionReport.read(out).results[0]
+    probed = _kept(places.tokenizer / PROBE_NAME, Probe, manifest.fingerprint)
     rate = manifest.timings.get("steady_images_per_s")
     return TokenizerResult(
         kind=encoder.section.kind,
@@ -130,17 +166,19 @@ def _sampled(result: Measured) -> Sampled:
     )
 
 
-def _epochs(variant: Variant, places: Places) -> float | None:
-    if variant.diffusion is not None or not _finished(places.cache):
+def _epochs(variant: Variant, cache: CacheManifest) -> float | None:
+    if variant.diffusion is not None:
         return None
-    section = variant.recipe.diffusion
-    return section.steps * section.batch_size / max(1, len(FeatureCache(places.cache).training_rows))
+    section, training = variant.recipe.diffusion, cache.num_samples - cache.num_heldout - cache.num_rejected
+    return section.steps * section.batch_size / max(1, training)
 
 
-def _report(places: Places) -> Report | None:
-    out = places.model / "evaluation"
-    made = _made(out, EvaluationManifest, places.variant.recipe.evaluation)
-    return None if made is None else Report.read(out)
+def _from(artifact: A | None, **inputs: Manifest | None) -> A | None:
+    """Return the manifest of an artifact if it was made from these inputs."""
+    if artifact is None or any(made is None for made in inputs.values()):
+        return None
+    fits = all(artifact.inputs[name].fingerprint == made.fingerprint for name, made in inputs.items() if made)
+    return artifact if fits else None
 
 
 def _made(path: Location, kind: type[A], section: Section, *, given: bool = False) -> A | None:
@@ -148,12 +186,8 @@ def _made(path: Location, kind: type[A], section: Section, *, given: bool = Fals
     if not _finished(path):
         return None
     manifest, wanted = kind.read(path), section.model_dump(mode="json")
-    config = kind.upgraded(manifest.config)
-    same = all(
-        config[key] == value if key in config else value in (None, False)
-        for key, value in wanted.items()
-        if key not in kind.MAY_CHANGE
-    )
+    config = with_new_keys(kind.upgraded(manifest.config), wanted)
+    same = all(config.get(key) == value for key, value in wanted.items() if key not in kind.MAY_CHANGE)
     return manifest if given or same else None
 
 
@@ -161,12 +195,13 @@ def _finished(path: Location) -> bool:
     return (path / MANIFEST_NAME).exists()
 
 
-def _kept(path: Location, kind: type[R]) -> R | None:
-    """Return a result that the run has written; None if it is not there, or is damaged and will be made again."""
+def _kept(path: Location, kind: type[R], key: str) -> R | None:
+    """Return a result that was made from `key`; None if it is not there, or is damaged and will be made again."""
     try:
-        return kind.model_validate(read_json(path)["result"]) if path.exists() else None
+        content = read_json(path) if path.exists() else {}
     except ArtifactError:
         return None
+    return kind.model_validate(content["result"]) if content.get("made_from") == key else None
 
 
 def _curve(log: list[dict[str, float]], name: str) -> list[CurvePoint]:

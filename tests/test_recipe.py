@@ -80,6 +80,12 @@ def test_a_preset_fills_in_what_is_not_given(tmp_path: Path) -> None:
     changed = load_recipe(str(file), ["evaluation.guidance=[2.0]", "evaluation.preset=repa"]).evaluation
     assert (changed.solver, changed.guidance, changed.guidance_mode) == ("sde", (2.0,), "interval-0.3-1")
     assert changed.steps == (250,) and changed.deviations() == ["guidance: [2.0] instead of [1.8]"]
+    # A preset also sets what only some solvers have.
+    noisy = load_recipe(str(file), ["evaluation.sde={diffusion: decreasing}"]).evaluation
+    assert any(line.startswith("sde: {'diffusion': 'decreasing'") for line in noisy.deviations())
+    file.write_text("extends: demo\nevaluation: {solver: sde, sde: {last_step: euler}}\n")
+    assert load_recipe(str(file), ["evaluation.preset=sit-ode"]).evaluation.sde is None
+    file.write_text("extends: demo\nevaluation: {preset: sit-sde, steps: [10]}\n")
     whole = load_recipe("demo", ["evaluation={preset: dit}"]).evaluation
     assert (whole.solver, whole.labels, whole.extractor.kind) == ("ddpm", "drawn", "inception")
     # Without the preset of its base, a recipe has nothing of it; with another one, nothing of the first.

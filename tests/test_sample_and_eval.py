@@ -856,6 +856,9 @@ def test_a_timm_extractor_sees_images_of_the_wanted_size(finished: Finished) -> 
     with torch.no_grad():
         expected = backbone(pixels).mean((2, 3))
     assert torch.allclose(found, expected, atol=1e-4) and extractor.description.input_size == 96
+    assert extractor.metric == "Fréchet distance in resnet10t space at 96 pixels (not FID)"
+    own = load_extractor(section.model_copy(update={"input_size": 176}), None)
+    assert own.space == "resnet10t"
 
 
 def test_features_are_not_shared_between_input_sizes(finished: Finished, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from svgpipe.manifests.evaluation import EvaluationManifest
+from svgpipe.manifests.lock import locked
 from svgpipe.manifests.study import builtin_studies, load_study
 from svgpipe.pipeline.cli import main
 from svgpipe.stages.networks.diffusion import width_warning
@@ -160,7 +162,7 @@ def test_a_killed_study_ends_with_the_same_table(
     run_and_kill(arguments, (tmp_path / "work/models/svg/diffusion/checkpoints/latest.json").exists)
     status = svgpipe("status", tmp_path / "work")
     assert "not finished: svg, kl-repa, svg-seed2" in status.out and "0/3 variants" in " ".join(status.out.split())
-    assert "study tiny study: not running and not finished; run the same command to resume" in status.out
+    assert "study tiny study: 3 of 3 variants are not made; run the same command to go on" in status.out
     resumed = svgpipe(*arguments)
     assert resumed.code == 0, resumed.err
     assert without_times(results_of(tmp_path / "work")) == without_times(results_of(done))
@@ -271,6 +273,70 @@ def test_numbers_of_other_settings_and_damaged_files_are_not_shown(
     assert again["state"] == "unfinished" and not again["samples"]
 
 
+def test_shards_that_cannot_be_measured_are_refused_before_the_training(
+    finished: Finished, photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    for name, source, change, words in (
+        ("no", photographs, {"shard.holdout": 0.0}, "expected two or more, found 0"),
+        ("one", photographs / "coffee", {"unlabelled": True}, "training images of two or more, found 1"),
+    ):
+        sets = {**STUDY["set"], **change}
+        (tmp_path / name).mkdir()
+        file = write_study(tmp_path / name, finished, set=sets)
+        found = svgpipe("study", file, "--workdir", tmp_path / name / "work", "--source", source)
+        assert found.code == 2 and words in found.err, found.err
+        assert not (tmp_path / name / "work" / "tokenizers").exists()
+
+
+def test_distances_of_a_model_that_was_trained_longer_are_not_shown(
+    done: Path, finished: Finished, photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    work = Path(shutil.copytree(done, tmp_path / "work"))
+    longer = {**STUDY["set"], "diffusion.steps": 5}
+    arguments = [*study_args(finished, photographs, tmp_path / "study", work, set=longer), "--only", "svg"]
+    found = svgpipe(*arguments)
+    assert found.code == 1 and "Rename or delete that folder to make it again" in found.err
+    svg = results_of(work)["variants"][0]
+    assert (svg["state"], svg["training_steps"], svg["samples"], svg["curvature"]) == ("failed", 5, [], None)
+    assert "variant svg failed: " in svgpipe("status", work).out
+    shutil.rmtree(work / "models" / "svg" / "evaluation")
+    assert svgpipe(*arguments).code == 0
+    again = results_of(work)["variants"][0]
+    assert again["state"] == "finished" and again["samples"] and again["curvature"]
+
+
+def test_distances_to_another_reference_are_not_shown(
+    done: Path, finished: Finished, photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    work = Path(shutil.copytree(done, tmp_path / "work"))
+    shutil.rmtree(work / "models" / "svg" / "evaluation")
+    arguments = study_args(finished, photographs, tmp_path / "study", work, reference=str(photographs / "coffee"))
+    assert svgpipe(*arguments, "--only", "svg").code == 0
+    assert [v["state"] for v in results_of(work)["variants"]] == ["finished", "unfinished", "unfinished"]
+
+
+def test_numbers_from_before_a_setting_existed_are_shown(
+    done: Path, finished: Finished, photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    work = Path(shutil.copytree(done, tmp_path / "work"))
+    path = work / "models" / "svg" / "evaluation"
+    manifest = EvaluationManifest.read(path)
+    del manifest.config["extractor"]["input_size"]
+    manifest.publish(path)
+    assert svgpipe(*study_args(finished, photographs, tmp_path / "study", work), "--only", "svg").code == 0
+    assert results_of(work)["variants"][0]["state"] == "finished"
+
+
+def test_a_measurement_without_an_artifact_counts_as_running(done: Path, svgpipe: Callable[..., Outcome]) -> None:
+    def state() -> str:
+        found: str = json.loads(svgpipe("status", done, "--json").out)[0]["state"]
+        return found
+
+    assert state() == "finished"
+    with locked(done / "tokenizers" / "svg"):
+        assert state() == "running"
+
+
 def test_a_name_that_is_given_twice_is_refused(tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
     path = tmp_path / "study.yaml"
     path.write_text("name: x\nrecipe: demo\nvariants:\n  a: {}\n  a: {}\n")
@@ -282,6 +348,7 @@ def test_built_in_studies_load() -> None:
     assert builtin_studies() == ["paper-tables", "small"]
     tables, small = (load_study(name) for name in builtin_studies())
     assert [v.name for v in tables.variants if v.paper] == ["svg-xl", "sit-xl-sdvae", "sit-xl-vavae"]
+    assert tables.variant("repa-xl-sdvae").tokenizer == tables.variant("dit-xl-sdvae").tokenizer == "sit-xl-sdvae"
     assert {v.recipe.evaluation.steps for v in small.variants} == {(1, 2, 5, 10, 25, 50)}
     assert {v.tokenizer for v in small.variants} == {"svg", "kl", "vision", "aligned-kl", "svg-unaligned"}
     model = small.variants[0].recipe.diffusion.model

@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.journal import Journal
 from svgpipe.models.backbone import Backbone
 from svgpipe.pipeline.cli import main
 
@@ -82,14 +83,24 @@ def test_the_cache_is_the_same_in_bfloat16(
 def test_a_resume_may_go_on_without_the_other_cache(
     finished: Finished, vision: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
-    out, options = tmp_path / "svg", ["--set", "extract.unit_rows=4"]
-    assert svgpipe(*extract_args(finished, out, *options, "--vision-from", vision / "cache")).code == 0
+    out, source = tmp_path / "svg", ["--vision-from", vision / "cache"]
+    assert svgpipe(*extract_args(finished, out, *source)).code == 0
     before = tree_bytes(out, *STORE)
-    for name in ("manifest.json", "journal/unit-000001.json"):
-        (out / name).unlink()
-    resumed = svgpipe(*extract_args(finished, out, *options))
+
+    def interrupt() -> None:
+        for name in ("manifest.json", "journal/unit-000001.json"):
+            (out / name).unlink()
+
+    interrupt()
+    resumed = svgpipe(*extract_args(finished, out))
     assert resumed.code == 0, resumed.err
     assert tree_bytes(out, *STORE) == before
+    # Begun with other statistics, for example on another device, it goes on without the other cache only.
+    interrupt()
+    entry = Journal(out).read("calibration")
+    Journal(out).record("calibration", {**entry, "mean": [entry["mean"][0] + 1e-3, *entry["mean"][1:]]})
+    refused = svgpipe(*extract_args(finished, out, *source))
+    assert refused.code == 1 and "with other numbers than the extraction that was begun" in refused.err
 
 
 def test_other_vision_features_are_refused(
@@ -109,6 +120,12 @@ def test_other_vision_features_are_refused(
     assert latents.code == 1 and "expected a cache of kind svg or vision" in latents.err
     missing = refused(tmp_path / "none")
     assert missing.code == 1 and "none: expected a feature cache" in missing.err
+    compiled = refused(vision / "cache", "--set", "extract.compile=true")
+    assert compiled.code == 2 and "needs extract.compile=false" in compiled.err
+    for name, source, dtype in (("int8", vision / "cache", "int8"), ("float16", tmp_path / "int8", "float16")):
+        assert svgpipe("requantize", source, "--out", tmp_path / name, "--store-dtype", dtype).code == 0
+    rounded = refused(tmp_path / "float16")
+    assert rounded.code == 1 and "was requantized" in rounded.err
     given = ["--shards", finished.root / "shards", "--autoencoder", vaes / "kl" / "autoencoder"]
     vae = svgpipe(
         "extract", *given, "--out", tmp_path / "kl", "--recipe", vaes / "kl.yaml", "--vision-from", vision / "cache"
@@ -122,6 +139,11 @@ def test_weights_of_the_vision_model_are_compared(
     make_vision(finished, tmp_path, "autoencoder.backbone.weights=random")
     found = svgpipe(*extract_args(finished, tmp_path / "out", "--vision-from", tmp_path / "cache"))
     assert found.code == 1 and "They differ in:\n  backbone_weights: " in found.err
+    # Another autoencoder in the place of the one that made the cache says nothing about the cache.
+    shutil.rmtree(tmp_path / "autoencoder")
+    shutil.copytree(finished.root / "autoencoder", tmp_path / "autoencoder")
+    found = svgpipe(*extract_args(finished, tmp_path / "out", "--vision-from", tmp_path / "cache"))
+    assert found.code == 1 and "is not the autoencoder that made it any more" in found.err
 
 
 def test_rows_that_were_rejected_there_have_no_features(

@@ -72,6 +72,7 @@ class Extractor:
 
     module: nn.Module
     layers: dict[str, str]  # POOLED, and LOGITS if it has them, by the names in the module
+    space: str  # what statistics of a reference must be of: the network, and its input size if that is not its own
     metric: str
     description: ExtractorInfo
     dimensions: int  # of POOLED
@@ -140,12 +141,13 @@ def load_extractor(
         backbone = _timm(config, where)
     if config.kind != "inception":
         assert backbone is not None, "built where the recipe names kind backbone"
-        name = backbone.name
+        size = _other_size(config, backbone.name)
         return Extractor(
             BackboneExtractor(backbone).eval(),
             {POOLED: POOLED},
-            f"Fréchet distance in {name} space (not FID)",
-            _record(config.kind, name, backbone, backbone.input_size, "timm"),
+            backbone.name + size,
+            f"Fréchet distance in {backbone.name} space{size} (not FID)",
+            _record(config.kind, backbone.name, backbone, backbone.input_size, "timm"),
             int(backbone.model.head_hidden_size),
         )
     state = None if config.weights == "hub" else read_weight_file(Path(config.weights))
@@ -167,10 +169,18 @@ def load_extractor(
     return Extractor(
         module.eval(),
         INCEPTION_LAYERS,
+        INCEPTION,
         "FID" if published else f"Fréchet distance with the Inception weights {Path(config.weights).name} (not FID)",
         _record("inception", INCEPTION, module, INCEPTION_SIZE, "torch-fidelity"),
         int(INCEPTION_LAYERS[POOLED]),
     )
+
+
+def _other_size(config: ExtractorSection, name: str) -> str:
+    """Return ` at N pixels` for an input size that is not the model's own, because it gives other features; else ``."""
+    if config.input_size is None or config.input_size == own_input(name)[0]:
+        return ""
+    return f" at {config.input_size} pixels"
 
 
 def _record(kind: str, name: str, network: nn.Module, input_size: int, library: str) -> ExtractorInfo:

@@ -12,7 +12,7 @@ from svgpipe.manifests.evaluation import EvaluationManifest
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import InputRef
 from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest, require_decoder
-from svgpipe.manifests.recipe import EvaluationSection, Objective
+from svgpipe.manifests.recipe import EvaluationSection, Objective, SDESection
 from svgpipe.manifests.workdir import StageSpec
 from svgpipe.models.ddpm import ddim_steps, equal_steps
 from svgpipe.models.sampler import SDE, Guidance
@@ -83,6 +83,11 @@ def _require_steps(config: EvaluationSection) -> None:
         raise UsageError(f"evaluation.steps: {error}.") from error
 
 
+def _sde(section: SDESection | None) -> SDE | None:
+    """Return the settings of the solver sde; None for the defaults, however they were given."""
+    return None if section is None or section == SDESection() else SDE(**section.model_dump())
+
+
 @dataclass(frozen=True)
 class Sampler:
     """The diffusion model, and the worse model that guides it, if any."""
@@ -113,7 +118,7 @@ class Sampler:
                 classes=self.model.classes,
                 guidance_channels=config.guidance_channels,
                 ddim_eta=config.ddim_eta,
-                sde=None if config.sde is None else SDE(**config.sde.model_dump()),
+                sde=_sde(config.sde),
             )
             for scale in config.guidance
             for steps in config.steps
@@ -228,7 +233,7 @@ class EvaluationPlan:
             UsageError: the reference is statistics of other features.
         """
         extractor = extractor_for(self.config.extractor, self.encoder, self.autoencoder)
-        require_extractor(self.reference, extractor.dimensions, extractor.description.name)
+        require_extractor(self.reference, extractor.dimensions, extractor.space)
         return extractor
 
     @cached_property

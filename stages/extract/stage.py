@@ -193,7 +193,10 @@ class _Job:
     def _calibration(self, work: WorkDir[CacheManifest], journal: Journal) -> Calibration:
         """Return the calibration of an earlier run of this cache, or measure it."""
         if journal.has(CALIBRATION):
-            return Calibration.read(journal)
+            begun = Calibration.read(journal)
+            if self.source is not None:
+                self.source.require_same_statistics(begun)
+            return begun
         calibration = calibrate(
             self.shards, self.encoder, self._computed, self.config, self.runner, self.progress, self.source
         )

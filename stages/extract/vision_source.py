@@ -47,7 +47,8 @@ class VisionSource:
             The source.
 
         Raises:
-            UsageError: the autoencoder of the extraction does not encode with a vision model, or the store is int8.
+            UsageError: the autoencoder of the extraction does not encode with a vision model, the store is int8, or the
+                encoder is compiled, which rounds its parts otherwise than the whole.
             MismatchError: the features of the cache are others.
             ArtifactError: there is no finished cache, or the autoencoder that made it is gone.
         """
@@ -55,11 +56,18 @@ class VisionSource:
             raise UsageError(f"vision features of {path}: kind {encoder.section.kind} does not encode with them.")
         if config.store_dtype != "float16":
             raise UsageError(f"vision features of {path}: only float16 caches share them, found {config.store_dtype}.")
+        if config.compile:
+            raise UsageError(f"vision features of {path}: copying them needs extract.compile=false.")
         cache = FeatureCache(path)
         made_from = cache.manifest.inputs
         if not cache.manifest.frozen_channels or "autoencoder" not in made_from:
             raise MismatchError(f"{path}: holds no vision features: expected a cache of kind svg or vision.")
-        source = AutoencoderManifest.read(made_from["autoencoder"].place(cache.path))
+        if "cache" in made_from:
+            raise MismatchError(f"{path}: was requantized, so its vision features are rounded. Extract without it.")
+        place = made_from["autoencoder"].place(cache.path)
+        source = AutoencoderManifest.read(place)
+        if source.fingerprint != made_from["autoencoder"].fingerprint:
+            raise MismatchError(f"{path}: {place} is not the autoencoder that made it any more. Extract without it.")
         its_config = ExtractSection.model_validate(cache.manifest.config)
         there = _determining(made_from["shards"].fingerprint, source, its_config)
         here = _determining(shards.manifest.fingerprint, encoder, config)
@@ -70,6 +78,20 @@ class VisionSource:
                 "Extract without it."
             )
         return cls(cache, encoder.frozen_channels)
+
+    def require_same_statistics(self, calibration: Calibration) -> None:
+        """Check that an extraction that was begun without the source normalises vision features as the source does.
+
+        Raises:
+            MismatchError: it does not.
+        """
+        own = self.complete(None)
+        pairs = ((own.mean, calibration.mean), (own.std, calibration.std))
+        if not all(np.array_equal(source, begun[: self.channels]) for source, begun in pairs):
+            raise MismatchError(
+                f"{self.cache.path}: normalises vision features with other numbers than the extraction that was begun. "
+                "Go on without it."
+            )
 
     def complete(self, residual: Calibration | None) -> Calibration:
         """Return the calibration of all channels: of the source, then that of the residual channels, if there are any.
@@ -115,5 +137,5 @@ def _determining(shards: str, encoder: AutoencoderManifest, config: ExtractSecti
         "image_size": encoder.image_size,
         "backbone": {"name": backbone.name, "input_size": input_size, "feature_level": backbone.feature_level},
         "backbone_weights": encoder.backbone_weights,
-        "extract": config.model_dump(mode="json", exclude={"unit_rows"}),
+        "extract": config.model_dump(mode="json"),
     }
