@@ -225,7 +225,9 @@ def import_official(
     class_names: Annotated[
         Path | None,
         typer.Option(
-            "--class-names", metavar="FILE", help="Class names of the transformer, one per line, in label order."
+            "--class-names",
+            metavar="FILE",
+            help="Class names of the transformer, one per line, in label order; `imagenet`: the 1,000 synsets.",
         ),
     ] = None,
 ) -> None:

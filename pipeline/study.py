@@ -34,7 +34,7 @@ from svgpipe.manifests.filesystem import Location, location, make_directory
 from svgpipe.manifests.kinds import STUDY_FOLDERS
 from svgpipe.manifests.lock import locked
 from svgpipe.manifests.manifest import FrozenModel, read_json, write_json
-from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest
+from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.recipe import ReconstructionSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.study import Study, Variant
@@ -46,6 +46,7 @@ from svgpipe.stages.evaluate.reference import MIN_IMAGES, Reference, open_refere
 from svgpipe.stages.evaluate.stage import sample_and_eval
 from svgpipe.stages.extract.stage import extract
 from svgpipe.stages.extract.vision_source import VisionSource
+from svgpipe.stages.networks.diffusion import open_diffusion
 from svgpipe.stages.runtime.progress import Progress
 from svgpipe.stages.shard.from_images import shard
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
@@ -155,10 +156,7 @@ class StudyRun:
         for variant in chosen:
             try:
                 check_model_settings(variant.recipe)
-                if variant.autoencoder is not None:
-                    AutoencoderManifest.read(location(variant.autoencoder))
-                if variant.diffusion is not None:
-                    DiffusionManifest.read(location(variant.diffusion))
+                _check_given(variant)
             except (UsageError, ArtifactError) as error:
                 raise type(error)(f"variant {variant.name}: {error}") from error
         evaluation = self.study.variants[0].recipe.evaluation
@@ -273,7 +271,8 @@ class StudyRun:
             evaluate = partial(sample_and_eval, pool=self.workdir / SHARED, runner=runner, progress=progress)
             evaluate(places.diffusion, places.autoencoder, reference, out, recipe.evaluation)
         _write_page(out, places, reference)
-        made = partial(analyze, [cache], [places.diffusion], progress=progress)
+        weights = recipe.evaluation.weights
+        made = partial(analyze, [cache], [places.diffusion], weights=weights, progress=progress)
         _kept(places.model / ANALYSIS_NAME, analysis_key(cache.manifest, Report.read(out)), made)
 
     def _reference(self, shards: ShardSet) -> Reference:
@@ -283,6 +282,25 @@ class StudyRun:
         hashes = self.workdir / SHARED / "features" / "reference-hashes"
         count = self.study.variants[0].recipe.evaluation.reference_images
         return open_reference(self.study.reference, count=count, hashes=hashes)
+
+
+def _check_given(variant: Variant) -> None:
+    """Check the finished models that a variant uses.
+
+    Raises:
+        UsageError: the autoencoder is for images of another size, or the model has no weights of the wanted name.
+        ArtifactError: there is none.
+    """
+    wanted = variant.recipe.autoencoder.image_size
+    if variant.autoencoder is not None:
+        size = AutoencoderManifest.read(location(variant.autoencoder)).image_size
+        if size != wanted:
+            raise UsageError(
+                f"{variant.autoencoder} is for images of {size} pixels, but autoencoder.image_size is {wanted}. Images "
+                "must have the same size in all variants."
+            )
+    if variant.diffusion is not None:
+        open_diffusion(location(variant.diffusion)).weights_name(variant.recipe.evaluation.weights)
 
 
 def _require_measurable(shards: ShardSet) -> None:

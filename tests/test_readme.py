@@ -49,6 +49,8 @@ def test_commands_parse_and_stop_at_the_missing_data(
 ) -> None:
     """Options and recipes are valid; the only errors are about missing data."""
     monkeypatch.chdir(tmp_path)
+    for study in blocks(name, "yaml"):
+        (tmp_path / "mine.yaml").write_text(study)
     for command in commands(name):
         if ">" in command:  # prints a file that the next commands read
             *printing, _, file = command

@@ -13,6 +13,7 @@ import yaml
 
 from svgpipe.manifests.evaluation import EvaluationManifest
 from svgpipe.manifests.lock import locked
+from svgpipe.manifests.model_manifests import DiffusionManifest
 from svgpipe.manifests.study import builtin_studies, load_study
 from svgpipe.pipeline.cli import main
 from svgpipe.stages.networks.diffusion import width_warning
@@ -256,6 +257,29 @@ def test_what_is_given_is_checked_before_anything_is_made(
         found = svgpipe(*arguments)
         assert found.code in (1, 2) and word in found.err and "Traceback" not in found.err
         assert not (tmp_path / "work").exists()
+
+
+def test_models_that_are_given_fit_the_study(
+    finished: Finished, photographs: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """Released files often hold one set of weights, and are made for one size of images."""
+    model = Path(shutil.copytree(finished.root / "diffusion", tmp_path / "released"))
+    manifest = DiffusionManifest.read(model)
+    content = {name: value for name, value in manifest.content.items() if not name.startswith("ema")}
+    manifest.model_copy(update={"content": content}).publish(model)
+    given = {"autoencoder": str(finished.root / "autoencoder"), "diffusion": str(model)}
+
+    def run(change: dict[str, Any]) -> Outcome:
+        variants = {"given": {**given, "set": change}}
+        return svgpipe(*study_args(finished, photographs, tmp_path, tmp_path / "work", variants=variants))
+
+    refused = run({})
+    assert refused.code == 2 and "variant given: weights 'ema'" in refused.err and "it holds raw" in refused.err
+    large = run({"autoencoder.image_size": 64, "autoencoder.backbone.input_size": 128, "evaluation.weights": "raw"})
+    assert large.code == 2 and "is for images of 32 pixels, but autoencoder.image_size is 64" in large.err
+    assert not (tmp_path / "work").exists()
+    assert run({"evaluation.weights": "raw"}).code == 0
+    assert results_of(tmp_path / "work")["variants"][0]["curvature"] is not None
 
 
 def test_numbers_of_other_settings_and_damaged_files_are_not_shown(

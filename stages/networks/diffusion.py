@@ -60,7 +60,10 @@ class TrainedDiffusion:
         name = choose_weights(self.config["ema_decays"], weights)
         if weights_file(name) not in self.content:  # an imported file may hold EMA weights only
             held = ", ".join(file.removesuffix(".safetensors") for file in self.content if file != STATISTICS_FILE)
-            raise UsageError(f"weights {weights!r}: {self.directory} has none; it holds {held}. Choose with --ema.")
+            raise UsageError(
+                f"weights {weights!r}: {self.directory} has none; it holds {held}. Choose with --ema, or with "
+                "evaluation.weights in a recipe."
+            )
         return name
 
     def weights_sha256(self, weights: str = EMA) -> str:
