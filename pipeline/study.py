@@ -17,8 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
-
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.cache_manifest import CacheManifest
 from svgpipe.manifests.errors import (
@@ -26,7 +24,6 @@ from svgpipe.manifests.errors import (
     InterruptedRunError,
     MismatchError,
     SvgpipeError,
-    UsageError,
     memory_error,
 )
 from svgpipe.manifests.evaluation import Report
@@ -40,13 +37,11 @@ from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.study import Study, Variant
 from svgpipe.stages.analyze.analyze import analyze
 from svgpipe.stages.analyze.probe import probe
-from svgpipe.stages.evaluate.features import load_extractor
 from svgpipe.stages.evaluate.reconstruction import eval_reconstruction
-from svgpipe.stages.evaluate.reference import MIN_IMAGES, Reference, open_reference, shard_reference
+from svgpipe.stages.evaluate.reference import Reference, open_reference, shard_reference
 from svgpipe.stages.evaluate.stage import sample_and_eval
 from svgpipe.stages.extract.stage import extract
 from svgpipe.stages.extract.vision_source import VisionSource
-from svgpipe.stages.networks.diffusion import open_diffusion
 from svgpipe.stages.runtime.progress import Progress
 from svgpipe.stages.shard.from_images import shard
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
@@ -54,16 +49,15 @@ from svgpipe.stages.train_diffusion.stage import train_diffusion
 
 from .cluster import runner_for, training_cluster
 from .demo import write_photographs
-from .preflight import check_model_settings
 from .report import render_report
 from .run import RunOptions
 from .sources import DEMO_SOURCE, image_sources, source_folder
+from .study_checks import check_study, require_measurable
 
 SHARDS, SHARED = "shards", "shared"
 TOKENIZERS, MODELS = STUDY_FOLDERS
 RECONSTRUCTION, EVALUATION = "reconstruction", "evaluation"
 PROBE_NAME, ANALYSIS_NAME = "probe.json", "analysis.json"
-MIN_CLASSES = 2
 
 
 @dataclass(frozen=True)
@@ -130,7 +124,7 @@ class StudyRun:
             UsageError: settings of a variant that do not fit each other, and nothing was made; or shards without what
                 the measurements need, and nothing was trained. Also the errors of `shard`.
         """
-        self._check(chosen)
+        check_study(self.study, chosen)
         make_directory(self.workdir)
         recipe = self.study.variants[0].recipe
         folder = source_folder(recipe.source, self.workdir)
@@ -139,30 +133,12 @@ class StudyRun:
             write_photographs(folder)
         shard(image_sources(recipe, folder), self.workdir / SHARDS, recipe.shard, progress=self.progress)
         shards = ShardSet.open(self.workdir / SHARDS)
-        _require_measurable(shards)
+        require_measurable(shards)
         reference = self._reference(shards)
         self.publish(self.failures, reference.ref.fingerprint)
         for variant in chosen:
             self._one(variant, shards, reference)
             self.publish(self.failures, reference.ref.fingerprint)
-
-    def _check(self, chosen: list[Variant]) -> None:
-        """Check what can be known before hours of work: settings, given artifacts, reference, weights of the extractor.
-
-        Raises:
-            UsageError: settings of a variant do not fit each other.
-            ArtifactError: something that is given is not there or not usable.
-        """
-        for variant in chosen:
-            try:
-                check_model_settings(variant.recipe)
-                _check_given(variant)
-            except (UsageError, ArtifactError) as error:
-                raise type(error)(f"variant {variant.name}: {error}") from error
-        evaluation = self.study.variants[0].recipe.evaluation
-        if self.study.reference is not None:
-            open_reference(self.study.reference, count=evaluation.reference_images)
-        load_extractor(evaluation.extractor, None)
 
     def _one(self, variant: Variant, shards: ShardSet, reference: Reference) -> None:
         """Make one variant. Its failure is recorded and does not stop the others.
@@ -282,46 +258,6 @@ class StudyRun:
         hashes = self.workdir / SHARED / "features" / "reference-hashes"
         count = self.study.variants[0].recipe.evaluation.reference_images
         return open_reference(self.study.reference, count=count, hashes=hashes)
-
-
-def _check_given(variant: Variant) -> None:
-    """Check the finished models that a variant uses.
-
-    Raises:
-        UsageError: the autoencoder is for images of another size, or the model has no weights of the wanted name.
-        ArtifactError: there is none.
-    """
-    wanted = variant.recipe.autoencoder.image_size
-    if variant.autoencoder is not None:
-        size = AutoencoderManifest.read(location(variant.autoencoder)).image_size
-        if size != wanted:
-            raise UsageError(
-                f"{variant.autoencoder} is for images of {size} pixels, but autoencoder.image_size is {wanted}. Images "
-                "must have the same size in all variants."
-            )
-    if variant.diffusion is not None:
-        open_diffusion(location(variant.diffusion)).weights_name(variant.recipe.evaluation.weights)
-
-
-def _require_measurable(shards: ShardSet) -> None:
-    """Check that reconstruction and linear probe can be measured, before anything is trained.
-
-    Raises:
-        UsageError: fewer than two held-out images, or than two classes.
-    """
-    rows = shards.rows
-    training = np.unique(rows.label[~rows.heldout & ~rows.rejected])
-    heldout = len(shards.usable_rows("heldout"))
-    if heldout < MIN_IMAGES:
-        raise UsageError(
-            f"{shards.directory}: a study measures held-out images: expected two or more, found {heldout}. Delete the "
-            "shards, and set shard.holdout=0.05 or heldout=PATH for all variants."
-        )
-    if len(training) < MIN_CLASSES:
-        raise UsageError(
-            f"{shards.directory}: a study compares classes: expected training images of two or more, found "
-            f"{len(training)}."
-        )
 
 
 def reconstruction_section(variant: Variant) -> ReconstructionSection:
