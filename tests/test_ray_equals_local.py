@@ -15,10 +15,11 @@ TWO = ("--workers", 2, "--cpus-per-worker", 0.7)
 
 
 def test_an_extraction(finished: Finished, ray_session: None, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
-    out = tmp_path / "cache"
-    found = svgpipe(*extract_args(finished, out, *TWO))
-    assert found.code == 0, found.err
-    assert tree_bytes(out, *STORE) == tree_bytes(finished.root / "cache", *STORE)
+    """Also one that copies the vision features of another cache."""
+    for name, options in (("whole", ()), ("copied", ("--vision-from", finished.root / "cache"))):
+        found = svgpipe(*extract_args(finished, tmp_path / name, *options, *TWO))
+        assert found.code == 0, found.err
+        assert tree_bytes(tmp_path / name, *STORE) == tree_bytes(finished.root / "cache", *STORE)
 
 
 def test_an_evaluation(finished: Finished, ray_session: None, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
