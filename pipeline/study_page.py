@@ -11,7 +11,9 @@ from svgpipe.manifests.paper import PAPER_MODELS, PAPER_ROWS
 from svgpipe.manifests.study_results import Sampled, StudyResults, TokenizerResult, VariantResult
 
 from .charts import Drawing, LineChart, curves
-from .page import render
+from .page import render, webp_url
+from .report import OVERVIEW
+from .study import EVALUATION, MODELS
 from .tables import new_table, print_table, with_interval
 
 PAGE = "study.html"
@@ -60,12 +62,19 @@ def render_study(results: StudyResults, workdir: Location) -> None:
         results=results,
         tables=tables(results),
         drawings=drawings,
+        pictures=_pictures(results, workdir),
         paper=PAPER_MODELS if any(variant.paper for variant in results.variants) else [],
         missing=[variant for variant in results.variants if variant.state != "finished"],
     )
     write_atomic(path, page)
     for drawing in drawings:
         drawing.save_beside(path)
+
+
+def _pictures(results: StudyResults, workdir: Location) -> list[tuple[VariantResult, str]]:
+    """Return the overview pictures of the variants that have samples, as data URLs."""
+    places = [(v, workdir / MODELS / v.name / EVALUATION / OVERVIEW) for v in results.variants if v.samples]
+    return [(variant, webp_url(place.read_bytes())) for variant, place in places if place.exists()]
 
 
 def show_study(results: StudyResults) -> None:

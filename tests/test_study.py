@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,8 @@ def test_the_page_shows_tables_and_charts(done: Path) -> None:
         "SVG",
     ):
         assert text in page
+    assert page.count('src="data:image/webp;base64,') == 3
+    assert (done / re.findall(r'href="([^"]+)"', page)[0]).exists()
     assert page.count("<svg") == 3 and "<script" not in page and "failed" not in page
     assert (done / "study-distance-against-steps.pdf").read_bytes().startswith(b"%PDF")
 
