@@ -18,8 +18,8 @@ from .yaml_values import parse_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 PaperColumn = Literal["svg", "sd_vae", "va_vae"]
-# What must be equal so that numbers compare: keys of the section `evaluation`.
-SHARED_SECTIONS = ("source", "heldout", "heldout_labels", "unlabelled", "shard", "reconstruction")
+# What must be equal so that numbers compare: keys of a recipe, and keys of its section `evaluation`.
+SHARED = ("source", "heldout", "heldout_labels", "unlabelled", "shard", "reconstruction")
 COMMON = ("num_samples", "seed", "labels", "extractor", "reference_images", "bootstrap")
 
 
@@ -198,7 +198,7 @@ def _require_comparable(study: Study, where: str) -> None:
 
 def _shared(one: Recipe, two: Recipe) -> list[tuple[str, Any, Any]]:
     """Return what two variants must have in common: name and both values."""
-    images = [(key, getattr(one, key), getattr(two, key)) for key in SHARED_SECTIONS]
+    images = [(key, getattr(one, key), getattr(two, key)) for key in SHARED]
     images.append(("autoencoder.image_size", one.autoencoder.image_size, two.autoencoder.image_size))
     return images + [
         (f"evaluation.{key}", getattr(one.evaluation, key), getattr(two.evaluation, key)) for key in COMMON

@@ -41,7 +41,8 @@ SetOption = Annotated[
 ]
 OutOption = Annotated[str, typer.Option("--out", metavar="DIR", help="Directory to create or resume.")]
 WorkdirOption = Annotated[
-    str, typer.Option("--workdir", metavar="DIR", help="Directory for everything that is made; run again to resume.")
+    str,
+    typer.Option("--workdir", metavar="DIR", help="Directory of all outputs. Run the same command again to resume."),
 ]
 ProcessesOption = Annotated[
     int | None, typer.Option("--workers", metavar="N", min=1, help="Processes. Default: one per core.")

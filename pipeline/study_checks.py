@@ -35,10 +35,9 @@ def check_study(study: Study, chosen: list[Variant]) -> None:
             _check_given(variant)
         except (UsageError, ArtifactError) as error:
             raise type(error)(f"variant {variant.name}: {error}") from error
-    evaluation = study.variants[0].recipe.evaluation
     if study.reference is not None:
-        open_reference(study.reference, count=evaluation.reference_images)
-    load_extractor(evaluation.extractor, None)
+        open_reference(study.reference, count=MIN_IMAGES)  # hashes no more images than these
+    load_extractor(study.variants[0].recipe.evaluation.extractor, None)
 
 
 def _check_given(variant: Variant) -> None:

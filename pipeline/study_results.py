@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from typing import TypeVar
 
+from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.cache_manifest import VISION_FROM, CacheManifest
 from svgpipe.manifests.errors import ArtifactError, SvgpipeError
 from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report
@@ -18,7 +19,7 @@ from svgpipe.manifests.metrics_file import METRICS_NAME, read_metrics
 from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.reconstruction import ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.section import Section
-from svgpipe.manifests.study import Study, Variant
+from svgpipe.manifests.study import Study
 from svgpipe.manifests.study_results import CurvePoint, Sampled, StudyResults, TokenizerResult, VariantResult
 from svgpipe.manifests.workdir import with_new_keys
 from svgpipe.stages.analyze.analyze import Analysis
@@ -98,7 +99,7 @@ def _variant(places: Places, reference: str, failure: str | None) -> VariantResu
         tokenizer=None if encoder is None or cache is None else _tokenizer(places, encoder, cache),
         parameters=None if model is None else model.num_parameters,
         training_steps=None if model is None else model.steps,
-        epochs=None if model is None or cache is None else _epochs(variant, cache),
+        epochs=None if model is None else _epochs(places),
         training_rate=_median([entry["samples_per_s"] for entry in log if "samples_per_s" in entry]),
         training_seconds=None if model is None else model.seconds,
         evaluation_seconds=None if made is None else made.seconds,
@@ -166,11 +167,12 @@ def _sampled(result: Measured) -> Sampled:
     )
 
 
-def _epochs(variant: Variant, cache: CacheManifest) -> float | None:
-    if variant.diffusion is not None:
+def _epochs(places: Places) -> float | None:
+    """Return the epochs of a model that was trained here."""
+    section = places.variant.recipe.diffusion
+    if places.variant.diffusion is not None:
         return None
-    section, training = variant.recipe.diffusion, cache.num_samples - cache.num_heldout - cache.num_rejected
-    return section.steps * section.batch_size / max(1, training)
+    return section.steps * section.batch_size / max(1, len(FeatureCache(places.cache).training_rows))
 
 
 def _from(artifact: A | None, **inputs: Manifest | None) -> A | None:

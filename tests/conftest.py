@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,22 +209,31 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def one_ray() -> Iterator[None]:
-    """One Ray for all tests that run on it in this process."""
-    with connected():
-        yield
+def one_ray() -> Iterator[ExitStack]:
+    """One Ray for all tests that run on it in this process. Closing the stack ends it."""
+    with ExitStack() as stack:
+        stack.enter_context(connected())
+        yield stack
+
+
+FREE_S = 120  # seconds that Ray may take to end the workers of a failed run
 
 
 @pytest.fixture
-def ray_session(one_ray: None) -> None:
+def ray_session(one_ray: ExitStack) -> None:
     """That Ray, with all CPUs free: Ray ends the workers of a failed run a little later.
 
-    A task that needs all CPUs waits for them. What `available_resources` says can stay old until resources change.
+    A task that needs all CPUs waits for them. What `available_resources` says can stay old until resources change. Ray
+    seldom keeps the CPUs of a killed worker for ever: then a new Ray replaces it.
     """
     import ray
 
     every = ray.cluster_resources()["CPU"]
-    ray.get(ray.remote(num_cpus=every)(lambda: None).remote(), timeout=300)
+    try:
+        ray.get(ray.remote(num_cpus=every)(lambda: None).remote(), timeout=FREE_S)
+    except ray.exceptions.GetTimeoutError:
+        one_ray.close()
+        one_ray.enter_context(connected())
 
 
 @pytest.fixture(scope="session")
