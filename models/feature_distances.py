@@ -70,6 +70,22 @@ class FrechetTarget:
             distances.append(max(0.0, float(apart + self.trace + trace - 2 * root_trace)))
         return distances
 
+    def influences(self, features: Tensor) -> Tensor:
+        """(n,) float64: contribution of each of (n,D) rows to the distance, up to a constant; n must be above D.
+
+        To first order, the distance of a set changes by the mean of these values over its rows:
+        2 (x − μ2)·(μ2 − μ1) + |x − μ2|² − yᵀ S^-½ y, with y = C1^½ (x − μ2) and S the covariance of y, because the
+        derivative of tr S^½ is ½ tr(S^-½ dS). Its gap to a plain bootstrap is a few per cent from n = 4 D on.
+        """
+        values = _rows(features)
+        mean = values.mean(0)
+        centred = values - mean
+        turned = centred @ self.root
+        variances, axes = torch.linalg.eigh(turned.T @ turned / (len(values) - 1))
+        varies = variances > len(values) * torch.finfo(torch.float64).eps * variances.max()
+        of_root = ((turned @ axes[:, varies]).square() / variances[varies].sqrt()).sum(1)
+        return 2 * centred @ (mean - self.mean) + centred.square().sum(1) - of_root
+
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Between (n,D) and (m,D), see `FrechetTarget`.

@@ -201,6 +201,26 @@ def test_influence_of_an_image_on_the_kernel_distance_is_its_derivative(monkeypa
     assert np.linalg.norm(moved) == pytest.approx(float(first_order.norm()), rel=0.2)
 
 
+def test_first_order_interval_of_a_frechet_distance_is_that_of_resampled_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, samples = gaussians(4000, 3 * 48, dimensions=48)
+    comparison = Comparison(Features(reference * torch.linspace(0.1, 2, 48)), 200, 0)
+    first_order = comparison.frechet(samples**3 / 3)
+    monkeypatch.setattr(metrics, "FIRST_ORDER", 10**6)
+    resampled = comparison.frechet(samples**3 / 3)
+    assert first_order.value == pytest.approx(resampled.value)
+    for one, other in ((first_order.low, resampled.low), (first_order.high, resampled.high)):
+        assert one is not None and other is not None
+        assert one - first_order.value == pytest.approx(other - resampled.value, rel=0.25)
+
+
+def test_influences_leave_out_dimensions_that_do_not_vary() -> None:
+    reference, samples = gaussians(50, 40)
+    flat = torch.cat([samples, torch.zeros(40, 1)], dim=1)
+    target = FrechetTarget.of(torch.cat([reference, torch.zeros(50, 1)], dim=1))
+    expected = FrechetTarget.of(reference).influences(samples)
+    torch.testing.assert_close(target.influences(flat), expected)
+
+
 def test_the_interval_of_a_mean_lies_within_its_values() -> None:
     values = torch.tensor([1.0] * 5 + [0.0])
     found, opposite = mean_estimate(values, 100, 0), mean_estimate(1 - values, 100, 0)
