@@ -39,6 +39,7 @@ class SamplerInfo(FrozenModel):
     guidance_channels: int | None = Field(None, description="Number of channels that are guided; null: all.")
     ddim_eta: float | None = Field(None, description="ddim: share of noise in the steps; null: 0.")
     sde: SDESection | None = Field(None, description="Settings of the solver sde; null: those of SiT and REPA.")
+    internal: bool | None = Field(None, description="Guided by the model's own auxiliary head; null: not.")
 
     @property
     def named_steps(self) -> str:

@@ -20,6 +20,7 @@ _COMMON: dict[str, Any] = {
     "time_shift": 1.0,
     "ddim_eta": None,
     "sde": None,
+    "internal_guidance": False,
 }
 _OWN: dict[Preset, dict[str, Any]] = {
     # arXiv 2510.15301: Euler, 25 steps, shift 0.15; XL: 1.55 with CFG-Zero* and a first step of zero.

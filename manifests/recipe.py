@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from .precision import Precision
 from .presets import NAMES as PRESETS
@@ -24,10 +24,17 @@ def _enough(resamplings: int) -> int:
     return resamplings
 
 
+def _shift(value: object) -> object:
+    if value != "from-dimension" and not (isinstance(value, int | float) and value > 0):
+        raise ValueError("expected a number above 0, or from-dimension")
+    return value
+
+
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Resamplings = Annotated[int, AfterValidator(_enough)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+TimeShift = Annotated[float | Literal["from-dimension"], BeforeValidator(_shift)]
 
 
 class ShardSection(Section):
@@ -239,6 +246,14 @@ class ExtractSection(Section):
         return self
 
 
+class WideHeadSection(Section):
+    """A wide head after the transformer (DDT), which sees the latents again. For features, not for latents of a VAE."""
+
+    width: Positive = Field(2048, description="Width of its tokens.")
+    depth: Positive = Field(2, description="Number of its blocks.")
+    heads: Positive = Field(16, description="Attention heads.")
+
+
 class DiTSection(Section):
     """Size of the diffusion transformer."""
 
@@ -260,6 +275,13 @@ class DiTSection(Section):
     rms_norm: bool = Field(False, description="RMSNorm with weights instead of LayerNorm without.")
     swiglu: bool = Field(False, description="SwiGLU with 2/3 of the width instead of the GELU MLP.")
     rope: bool = Field(False, description="Rotary positions, beside the fixed position table.")
+    fourier_time: bool = Field(False, description="Random Fourier features of the time, as RAE, instead of cosines.")
+    wide_head: WideHeadSection | None = Field(
+        None, description="Wide blocks after the others, for tokens with more channels than width; null: none."
+    )
+    auxiliary_depth: Positive | None = Field(
+        None, description="Block after which an auxiliary head is trained, for internal guidance; null: none."
+    )
 
     @model_validator(mode="after")
     def _shapes(self) -> Self:
@@ -269,6 +291,13 @@ class DiTSection(Section):
             raise ValueError(f"width {self.width} is not a multiple of 4, as the 2-D position embedding needs")
         if self.rope and self.width // self.heads % 4:
             raise ValueError(f"a head has {self.width // self.heads} channels; rope needs a multiple of 4")
+        if (self.auxiliary_depth or 0) >= self.depth:
+            raise ValueError(f"auxiliary_depth {self.auxiliary_depth} is not a block before the last one, {self.depth}")
+        if (wide := self.wide_head) is not None:
+            if wide.width % wide.heads:
+                raise ValueError(f"wide_head: width {wide.width} is not divisible by heads {wide.heads}")
+            if self.rope and wide.width // wide.heads % 4:
+                raise ValueError(f"wide_head: {wide.width // wide.heads} channels a head; rope needs a multiple of 4")
         return self
 
 
@@ -300,9 +329,15 @@ class DiffusionSection(Section):
         (0.9999,), description="EMA decays of the weights, kept side by side. The first is the default for sampling."
     )
     label_dropout: Fraction = Field(0.1, description="Fraction of labels replaced by 'no class', for guidance.")
-    time_shift: float = Field(0.4, gt=0, description="Below 1: training times move towards the noise.")
+    time_shift: TimeShift = Field(
+        0.4,
+        description="Below 1: training times move towards the noise. from-dimension: sqrt(4096 / values of a latent).",
+    )
     logit_normal_time: bool = Field(
         False, description="Training times are logit-normal, not uniform, before the shift."
+    )
+    predict_data: bool = Field(
+        False, description="The model predicts the data, not the velocity; the loss is still that of the velocity."
     )
     cosine_loss: bool = Field(False, description="Add 1 - cosine of predicted and true velocity to the loss.")
     align: AlignSection | None = Field(
@@ -331,7 +366,7 @@ class DiffusionSection(Section):
     quality_samples: int = Field(1024, ge=0, description="Samples of each such measurement; 0: never measure.")
     quality_rows: int = Field(8192, ge=2, description="Cached rows that these samples are compared with.")
     sample_steps: Positive = Field(25, description="Sampling steps of grids and of measurements during training.")
-    sample_shift: float = Field(0.15, gt=0, description="Time shift of that sampling, see evaluation.time_shift.")
+    sample_shift: TimeShift = Field(0.15, description="Time shift of that sampling, see evaluation.time_shift.")
 
     @model_validator(mode="after")
     def _averages_and_parts(self) -> Self:
@@ -349,8 +384,11 @@ class DiffusionSection(Section):
             raise ValueError("objective ddpm learns the variance: set model.learn_sigma=true")
         if self.objective == "ddpm" and self.model.time_scale is not None:
             raise ValueError("model.time_scale belongs to objective flow: the times of ddpm are numbers of steps")
-        if self.objective == "ddpm" and (self.logit_normal_time or self.cosine_loss):
-            raise ValueError("logit_normal_time and cosine_loss belong to objective flow, not to ddpm")
+        of_flow = ("logit_normal_time", "cosine_loss", "predict_data")
+        given = [name for name in of_flow if getattr(self, name)]
+        given += ["model.auxiliary_depth"] if self.model.auxiliary_depth is not None else []
+        if self.objective == "ddpm" and given:
+            raise ValueError(f"{' and '.join(given)}: only for objective flow, not for ddpm")
         return self
 
 
@@ -412,8 +450,17 @@ class EvaluationSection(Section):
     guidance_channels: Positive | None = Field(
         None, description="Guide the first channels only; null: all. DiT, SiT and LightningDiT guide 3."
     )
+    internal_guidance: bool = Field(
+        False,
+        description="Guide with the model's auxiliary head (diffusion.model.auxiliary_depth) instead of the null "
+        "label, without a second evaluation.",
+    )
     labels: Labels = Field("equal", description="equal: same number per class; drawn: at random, with the seed.")
-    time_shift: float = Field(0.15, gt=0, description="Below 1: more steps near the noise; 1: equal steps.")
+    time_shift: TimeShift = Field(
+        0.15,
+        description="Below 1: more steps near the noise; 1: equal steps. from-dimension: sqrt(4096 / values of a "
+        "latent).",
+    )
     num_samples: int = Field(50_000, ge=2, description="Samples per setting.")
     batch_size: Positive = Field(125, description="Samples per forward pass; does not change the samples.")
     unit_rows: Positive = Field(500, description="Samples per latent shard and per tar, the unit of resume.")

@@ -7,15 +7,26 @@ Source: official models of SVG, DiT, SiT and LightningDiT. Module names follow S
 from __future__ import annotations
 
 import math
-from typing import overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from .attention import attend, fastest_kernel
-from .positions import rotary_tables, rotate, sincos_position_table
+from .flow import velocity_of_data
+from .positions import RotaryTables, sincos_position_table
+from .transformer_blocks import Block, BlockOptions, FinalLayer, run_block
+from .wide_head import WideHead
+
+NUM_FOURIER = 256
+
+
+class Outputs(NamedTuple):
+    """Everything that one pass of a `DiT` gives."""
+
+    velocity: Tensor  # (B,T,C)
+    auxiliary: Tensor | None  # (B,T,C) velocity that the auxiliary head predicts
+    tokens: Tensor | None  # (B,N,D) tokens after the block that was asked for
 
 
 def time_features(t_B: Tensor, count: int = 256) -> Tensor:
@@ -30,15 +41,26 @@ def time_frequencies(count: int, device: torch.device | None = None) -> Tensor:
 
 
 class TimeEmbedder(nn.Module):
-    """(B,) → (B,D). Times are multiplied by `scale` first."""
+    """(B,) → (B,D). Times are multiplied by `scale` first.
 
-    def __init__(self, width: int, scale: float = 1.0) -> None:
+    With `fourier`, the features are sines, then cosines, of 2 pi t W with fixed, random W (RAE).
+    """
+
+    W: Tensor
+
+    def __init__(self, width: int, scale: float = 1.0, *, fourier: bool = False) -> None:
         super().__init__()
-        self.scale = scale
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.scale, self.fourier = scale, fourier
+        if fourier:
+            self.register_buffer("W", torch.randn(NUM_FOURIER))
+        inputs = 2 * NUM_FOURIER if fourier else 256
+        self.mlp = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t_B: Tensor) -> Tensor:
-        return self.mlp(time_features(t_B * self.scale))
+        if not self.fourier:
+            return self.mlp(time_features(t_B * self.scale))
+        angles = 2 * math.pi * self.scale * t_B.float()[:, None] * self.W
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1))
 
 
 class LabelEmbedder(nn.Module):
@@ -52,107 +74,17 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels_B)
 
 
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm over the last axis with eps 1e-6, in float32 also under autocast: (…,D) → (…,D) float32."""
+def _token_grid(grid: tuple[int, int], patch: int) -> tuple[int, int]:
+    """Return rows and columns of tokens.
 
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float())
-
-
-def _token_norm(width: int, *, rms: bool) -> nn.Module:
-    return RMSNorm(width) if rms else nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention.
-
-    Optional QK-norm over the head: an affine LayerNorm, eps 1e-5, or RMSNorm. Optional rotary positions after it.
+    Raises:
+        ValueError: the grid is empty, or the patches do not divide it.
     """
-
-    def __init__(self, width: int, heads: int, *, qk_norm: bool, rms_norm: bool) -> None:
-        super().__init__()
-        self.heads, self.kernel = heads, fastest_kernel()
-        self.qkv = nn.Linear(width, 3 * width)
-        head_norm = RMSNorm if rms_norm else nn.LayerNorm
-        self.q_norm = head_norm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = head_norm(width // heads) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x_BND: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        b, n, d = x_BND.shape
-        q, k, v = self.qkv(x_BND).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        # Under autocast norms and rotations give float32; attention wants one dtype.
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        return self.proj(attend(q, k, v, self.kernel).transpose(1, 2).reshape(b, n, d))
-
-
-class MLP(nn.Module):
-    """D → ratio*D → D with tanh GELU."""
-
-    def __init__(self, width: int, ratio: float) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, int(width * ratio))
-        self.fc2 = nn.Linear(int(width * ratio), width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class SwiGLU(nn.Module):
-    """D → 2/3 ratio*D → D: silu(first half of `w12`) * second half."""
-
-    def __init__(self, width: int, ratio: float) -> None:
-        super().__init__()
-        hidden = int(2 / 3 * int(width * ratio))
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
-
-
-def _modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    return x_BND * (1 + scale_BD[:, None]) + shift_BD[:, None]
-
-
-class Block(nn.Module):
-    """adaLN-Zero transformer block."""
-
-    def __init__(
-        self, width: int, heads: int, mlp_ratio: float, *, qk_norm: bool, rms_norm: bool, swiglu: bool
-    ) -> None:
-        super().__init__()
-        self.norm1 = _token_norm(width, rms=rms_norm)
-        self.attn = Attention(width, heads, qk_norm=qk_norm, rms_norm=rms_norm)
-        self.norm2 = _token_norm(width, rms=rms_norm)
-        self.mlp = SwiGLU(width, mlp_ratio) if swiglu else MLP(width, mlp_ratio)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-
-    def forward(self, x_BND: Tensor, c_BD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c_BD).chunk(6, dim=1)
-        x_BND = x_BND + gate_a[:, None] * self.attn(_modulate(self.norm1(x_BND), shift_a, scale_a), rotation)
-        return x_BND + gate_m[:, None] * self.mlp(_modulate(self.norm2(x_BND), shift_m, scale_m))
-
-
-class FinalLayer(nn.Module):
-    """adaLN, then a linear map to the token's channels."""
-
-    def __init__(self, width: int, out_channels: int, *, rms_norm: bool) -> None:
-        super().__init__()
-        self.norm_final = _token_norm(width, rms=rms_norm)
-        self.linear = nn.Linear(width, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x_BND: Tensor, c_BD: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c_BD).chunk(2, dim=1)
-        return self.linear(_modulate(self.norm_final(x_BND), shift, scale))
+    if min(grid) < 1:
+        raise ValueError(f"DiT: grid: expected positive rows and columns, found {grid}")
+    if any(side % patch for side in grid):
+        raise ValueError(f"DiT: patch_size {patch} does not divide the latents' grid of {grid[0]}x{grid[1]}")
+    return grid[0] // patch, grid[1] // patch
 
 
 class DiT(nn.Module):
@@ -166,12 +98,15 @@ class DiT(nn.Module):
     - learn_sigma: the last layer is twice as wide; the second half is dropped, as in SVG's and SiT's samplers, except
       with returns_variance (DDPM): then the result is (B,T,2C);
     - rms_norm, swiglu, rope: RMSNorm with weights, SwiGLU with 2/3 of the width, rotary positions beside the fixed
-      table (LightningDiT).
+      table (LightningDiT);
+    - fourier_time: random Fourier features of the time (RAE);
+    - wide_head: its width, depth and heads (RAE, see wide_head.py); the label reaches it through the blocks alone;
+    - predict_data: the layers predict the data, which is converted to the velocity (JiT, RAEv2);
+    - auxiliary_depth: an auxiliary head predicts the velocity after this block, counted from 1 (RAEv2).
     """
 
     pos_embed: Tensor
-    rotary_cos: Tensor
-    rotary_sin: Tensor
+    head: WideHead | None
 
     def __init__(
         self,
@@ -192,42 +127,46 @@ class DiT(nn.Module):
         rope: bool = False,
         returns_variance: bool = False,
         null_row: bool = True,
+        fourier_time: bool = False,
+        wide_head: dict[str, int] | None = None,
+        predict_data: bool = False,
+        auxiliary_depth: int | None = None,
     ) -> None:
         """Build a new model.
 
         Without `null_row` it has no null label, like official models of class_dropout_prob 0.
 
         Raises:
-            ValueError: heads do not divide the width, or patches the grid, the grid is empty, or returns_variance
-                without learn_sigma.
+            ValueError: heads do not divide the width, or patches the grid, the grid is empty, the auxiliary depth is
+                not below the depth, or returns_variance without learn_sigma, or with predict_data.
         """
         super().__init__()
         if width % heads:
             raise ValueError(f"DiT: width: expected a multiple of heads {heads}, found {width}")
-        if min(grid) < 1:
-            raise ValueError(f"DiT: grid: expected positive rows and columns, found {grid}")
-        if returns_variance and not learn_sigma:
-            raise ValueError("DiT: returns_variance needs learn_sigma")
+        if returns_variance and (not learn_sigma or predict_data):
+            raise ValueError("DiT: returns_variance needs learn_sigma, and does not go with predict_data")
+        if auxiliary_depth is not None and not 0 < auxiliary_depth < depth:
+            raise ValueError(f"DiT: auxiliary_depth {auxiliary_depth} is not a block before the last one, {depth}")
         self.patch = patch_size or 1
-        if any(side % self.patch for side in grid):
-            raise ValueError(f"DiT: patch_size {self.patch} does not divide the latents' grid of {grid[0]}x{grid[1]}")
+        tokens = _token_grid(grid, self.patch)
         self.grid, self.in_channels, self.num_classes = grid, in_channels, num_classes
         self.recompute = False  # recompute blocks in the backward pass: less memory, about a third more time
+        self.predict_data, self.auxiliary_depth = predict_data, auxiliary_depth
         self.learn_sigma, self.drops_half = learn_sigma, learn_sigma and not returns_variance
-        tokens = (grid[0] // self.patch, grid[1] // self.patch)
         self.register_buffer("pos_embed", sincos_position_table(width, *tokens))
-        self.rope = rope
-        if rope:
-            cos, sin = rotary_tables(width // heads, *tokens)
-            self.register_buffer("rotary_cos", cos, persistent=False)
-            self.register_buffer("rotary_sin", sin, persistent=False)
-        self.ln1 = nn.Linear(self.patch**2 * in_channels, width)
-        self.t_embedder = TimeEmbedder(width, time_scale or 1.0)
+        self.rotary = RotaryTables(width // heads, *tokens) if rope else None
+        values = self.patch**2 * in_channels
+        self.ln1 = nn.Linear(values, width)
+        self.t_embedder = TimeEmbedder(width, time_scale or 1.0, fourier=fourier_time)
         self.y_embedder = LabelEmbedder(num_classes, width, null_row=null_row)
-        options = {"qk_norm": qk_norm, "rms_norm": rms_norm, "swiglu": swiglu}
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, **options) for _ in range(depth))
-        outputs = self.patch**2 * in_channels * (2 if learn_sigma else 1)
-        self.final_layer = FinalLayer(width, outputs, rms_norm=rms_norm)
+        options = BlockOptions(mlp_ratio, qk_norm, rms_norm, swiglu)
+        self.blocks = nn.ModuleList(Block(width, heads, options) for _ in range(depth))
+        outputs, self.head = values * (2 if learn_sigma else 1), None
+        if wide_head is None:
+            self.final_layer = FinalLayer(width, outputs, rms_norm=rms_norm)
+        else:
+            self.head = WideHead(options, (values, width, outputs), tokens, rope=rope, **wide_head)
+        self.auxiliary_head = None if auxiliary_depth is None else FinalLayer(width, outputs, rms_norm=rms_norm)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -239,10 +178,16 @@ class DiT(nn.Module):
         for module in self.t_embedder.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
-        zeroed: list[nn.Module] = [self.final_layer.linear, self.final_layer.adaLN_modulation]
-        zeroed += [block.adaLN_modulation for block in self.blocks if isinstance(block, Block)]
+        modulated = [module for module in self.modules() if isinstance(module, Block | FinalLayer)]
+        zeroed: list[nn.Module] = [module.adaLN_modulation for module in modulated]
+        zeroed += [module.linear for module in modulated if isinstance(module, FinalLayer)]
         for parameter in (p for module in zeroed for p in module.parameters()):
             nn.init.zeros_(parameter)
+
+    @property
+    def all_blocks(self) -> list[nn.Module]:
+        """The blocks, and those of the wide head."""
+        return [*self.blocks, *(() if self.head is None else self.head.blocks)]
 
     @property
     def null_label(self) -> int:
@@ -252,11 +197,13 @@ class DiT(nn.Module):
     @overload
     def forward(self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor: ...
     @overload
-    def forward(self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor, tap: int) -> tuple[Tensor, Tensor]: ...
     def forward(
-        self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor, tap: int | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The velocity, (B,T,C); with `tap` also the tokens (B,N,D) after that block, counted from 1.
+        self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor, *, everything: Literal[True], tap: int | None = None
+    ) -> Outputs: ...
+    def forward(
+        self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor, *, everything: bool = False, tap: int | None = None
+    ) -> Tensor | Outputs:
+        """The velocity, (B,T,C), or everything, with the tokens after block `tap`, counted from 1.
 
         Raises:
             ValueError: cells or channels are not the model's.
@@ -264,18 +211,47 @@ class DiT(nn.Module):
         expected = (self.grid[0] * self.grid[1], self.in_channels)
         if tuple(x_BTC.shape[1:]) != expected:
             raise ValueError(f"DiT: expected cells x channels {expected}, found {tuple(x_BTC.shape[1:])}")
-        c_BD = self.t_embedder(t_B) + self.y_embedder(y_B)
-        rotation = (self.rotary_cos, self.rotary_sin) if self.rope else None
-        x_BND = tapped = self.ln1(self._patches(x_BTC)) + self.pos_embed
+        time_B1D, label_B1D = self.t_embedder(t_B)[:, None], self.y_embedder(y_B)[:, None]
+        c_B1D = time_B1D + label_B1D
+        if self.head is not None:  # RAE applies SiLU here too, beside that of every block
+            c_B1D = F.silu(c_B1D)
+        rotation = None if self.rotary is None else (self.rotary.cos, self.rotary.sin)
+        patches = self._patches(x_BTC)
+        x_BND = self.ln1(patches) + self.pos_embed
+        tokens = middle = None
         for number, block in enumerate(self.blocks, 1):
-            if self.recompute and torch.is_grad_enabled():
-                x_BND = checkpoint(block, x_BND, c_BD, rotation, use_reentrant=False)
-            else:
-                x_BND = block(x_BND, c_BD, rotation)
-            tapped = x_BND if number == tap else tapped
-        out = self._cells(self.final_layer(x_BND, c_BD))
-        velocity = out[..., : self.in_channels] if self.drops_half else out
-        return velocity if tap is None else (velocity, tapped)
+            x_BND = run_block(block, x_BND, c_B1D, rotation, recompute=self.recompute)
+            tokens = x_BND if number == tap else tokens
+            middle = x_BND if number == self.auxiliary_depth else middle
+        if self.head is None:
+            out = self.final_layer(x_BND, c_B1D)
+        else:
+            out = self.head(patches, x_BND, time_B1D, recompute=self.recompute)
+        velocity = self._velocity(out, x_BTC, t_B)
+        if not everything:
+            return velocity
+        auxiliary = None
+        if self.auxiliary_head is not None:
+            auxiliary = self._velocity(self.auxiliary_head(middle, c_B1D), x_BTC, t_B)
+        return Outputs(velocity, auxiliary, tokens)
+
+    def final_and_auxiliary(self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The velocities of the last layer and of the auxiliary head, from one pass.
+
+        Raises:
+            ValueError: the model has no auxiliary head.
+        """
+        outputs = self(x_BTC, t_B, y_B, everything=True)
+        if outputs.auxiliary is None:
+            raise ValueError("DiT: internal guidance needs an auxiliary head, which this model does not have")
+        return outputs.velocity, outputs.auxiliary
+
+    def _velocity(self, out_BNP: Tensor, x_BTC: Tensor, t_B: Tensor) -> Tensor:
+        """Return the velocity (B,T,C) of a layer's output; with returns_variance all of it, (B,T,2C)."""
+        out_BTC = self._cells(out_BNP)
+        if self.drops_half:
+            out_BTC = out_BTC[..., : self.in_channels]
+        return velocity_of_data(out_BTC, x_BTC, t_B) if self.predict_data else out_BTC
 
     def _patches(self, x_BTC: Tensor) -> Tensor:
         """(B,T,C) → (B,N,C p p): channel, row in the patch, column in the patch."""

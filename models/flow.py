@@ -6,8 +6,10 @@ Source: official rectified_flow/rectified_flow.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,20 @@ from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(B,T,C) latents, (B,) times, (B,) labels → (B,T,C)."""
+
+
+FROM_DIMENSION: Literal["from-dimension"] = "from-dimension"
+MIN_LEFT = 0.05  # of the time to the data, where a model predicts data; JiT's t_eps
+BASE_DIMENSION = 4096  # values of a latent that needs no shift
+
+
+def shift_of(shift: float | Literal["from-dimension"], cells: int, channels: int) -> float:
+    """Return a time shift as it is, or `from-dimension` as a number: sqrt(4096 / (cells · channels)).
+
+    A latent with more values needs more noise to lose as much of its content, so times move towards the noise.
+    Source: arXiv 2510.11690 (RAE); its time runs the other way, so its shift is the inverse.
+    """
+    return math.sqrt(BASE_DIMENSION / (cells * channels)) if shift == FROM_DIMENSION else shift
 
 
 def shift_time(u: Tensor, shift: float) -> Tensor:
@@ -34,6 +50,20 @@ def logit_normal(u: Tensor) -> Tensor:
     return torch.special.ndtri(u).sigmoid()
 
 
+def velocity_of_data(data_BTC: Tensor, z_BTC: Tensor, t_B: Tensor) -> Tensor:
+    """Return the velocity (B,T,C) float32 from z at time t towards predicted data: (data - z) / (1 - t).
+
+    At most `1 / MIN_LEFT` of the way per unit of time: near the data, errors of the prediction would become infinite.
+    Source: arXiv 2511.13720 (JiT).
+    """
+    return (data_BTC.float() - z_BTC.float()) / _left(t_B)
+
+
+def _left(t_B: Tensor) -> Tensor:
+    """Return the time (B,1,1) that is left to the data, at least `MIN_LEFT`."""
+    return (1 - t_B.float()).clamp_min(MIN_LEFT)[:, None, None]
+
+
 @dataclass(frozen=True)
 class FlowLoss:
     """Loss of one batch: per-sample mean squared errors (B,), and cosine losses (B,), which are 0 if not asked for."""
@@ -48,7 +78,14 @@ class FlowLoss:
 
 
 def flow_loss(
-    velocity: Velocity, x1_BTC: Tensor, z0_BTC: Tensor, t_B: Tensor, y_B: Tensor, *, cosine: bool = False
+    velocity: Velocity,
+    x1_BTC: Tensor,
+    z0_BTC: Tensor,
+    t_B: Tensor,
+    y_B: Tensor,
+    *,
+    cosine: bool = False,
+    of_data: bool = False,
 ) -> FlowLoss:
     """Mean squared error of the predicted velocity against x1 - z0, in float32, unweighted.
 
@@ -61,10 +98,12 @@ def flow_loss(
         t_B: times in [0,1], already shifted.
         y_B: labels after label dropout.
         cosine: also compute the cosine loss.
+        of_data: the model predicts data: the velocities of prediction and target are bounded near the data alike.
     """
     t_B11 = t_B[:, None, None]
-    predicted = velocity((1 - t_B11) * z0_BTC + t_B11 * x1_BTC, t_B, y_B).float()
-    target = x1_BTC - z0_BTC
+    z_BTC = (1 - t_B11) * z0_BTC + t_B11 * x1_BTC
+    predicted = velocity(z_BTC, t_B, y_B).float()
+    target = velocity_of_data(x1_BTC, z_BTC, t_B) if of_data else x1_BTC - z0_BTC
     per_sample = (predicted - target).square().flatten(1).mean(dim=1)
     angle = 1 - F.cosine_similarity(predicted, target, dim=-1).mean(dim=1) if cosine else torch.zeros_like(per_sample)
     return FlowLoss(per_sample, angle)

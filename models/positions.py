@@ -6,7 +6,7 @@ Legend: B batch, H heads, T tokens (= rows × columns, row-major), D width, K wi
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def sincos_position_table(width: int, rows: int, columns: int) -> Tensor:
@@ -46,6 +46,19 @@ def rotary_tables(head_width: int, rows: int, columns: int) -> tuple[Tensor, Ten
     )
     angles = torch.cat([by_row.repeat_interleave(columns, dim=0), by_column.repeat(rows, 1)], dim=1)
     return angles.cos(), angles.sin()
+
+
+class RotaryTables(nn.Module):
+    """The tables of a grid as buffers, which are not saved. See `rotary_tables`."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_width: int, rows: int, columns: int) -> None:
+        super().__init__()
+        cos, sin = rotary_tables(head_width, rows, columns)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
 
 def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:

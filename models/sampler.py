@@ -23,6 +23,8 @@ Solver = Literal["euler", "heun", "multistep", "sde", "dopri5"]
 Dormand-Prince, which chooses its steps."""
 Noise = Callable[[int], Tensor]
 """Step → (B,T,C) standard normal noise."""
+TwoVelocities = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""As `Velocity`: the final velocity, and that of an auxiliary head."""
 Weights = tuple[float, float]
 """Weights of the conditional and of the unconditional velocity."""
 
@@ -166,12 +168,15 @@ class GuidedVelocity:
         weak: autoguidance (arXiv 2406.02507): a worse model, whose velocity at the same label replaces the
             unconditional one.
         channels: see `Guidance`.
+        internal: internal guidance (RAEv2, arXiv 2605.18324): the velocity of an auxiliary head at the same label
+            replaces the unconditional one. One pass gives both.
     """
 
     velocity: Velocity
     null_label: int
     weak: Velocity | None = None
     channels: int | None = None
+    internal: TwoVelocities | None = None
 
     def __call__(self, z_BTC: Tensor, t: float | Tensor, y_B: Tensor, weights: Weights) -> Tensor:
         conditional, other = weights
@@ -182,7 +187,9 @@ class GuidedVelocity:
             return conditional * self.velocity(z_BTC, t_B, y_B)
         if conditional == 0 and self.channels is None:
             return other * self._other(z_BTC, t_B, y_B)
-        if self.weak is not None:
+        if self.internal is not None:
+            v_c, v_u = self.internal(z_BTC, t_B, y_B)
+        elif self.weak is not None:
             v_c, v_u = self.velocity(z_BTC, t_B, y_B), self._other(z_BTC, t_B, y_B)
         else:
             null_B = torch.full_like(y_B, self.null_label)
@@ -192,6 +199,8 @@ class GuidedVelocity:
         return v if self.channels is None else torch.cat([v[..., : self.channels], v_c[..., self.channels :]], dim=-1)
 
     def _other(self, z_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+        if self.internal is not None:
+            return self.internal(z_BTC, t_B, y_B)[1]
         if self.weak is not None:
             return self.weak(z_BTC, t_B, y_B)
         return self.velocity(z_BTC, t_B, torch.full_like(y_B, self.null_label))
@@ -209,6 +218,7 @@ def sample(
     solver: Solver = "euler",
     guidance: Guidance | None = None,
     weak: Velocity | None = None,
+    internal: TwoVelocities | None = None,
     noise: Noise | None = None,
     sde: SDE | None = None,
 ) -> Tensor:
@@ -230,6 +240,7 @@ def sample(
         solver: one of `Solver`.
         guidance: scale and mode; None: no guidance.
         weak: a worse model, for autoguidance; see `GuidedVelocity`.
+        internal: the model with its auxiliary head, for internal guidance; see `GuidedVelocity`.
         noise: noise of the solver sde.
         sde: settings of the solver sde; None: the defaults.
 
@@ -239,7 +250,7 @@ def sample(
     if solver not in get_args(Solver):
         raise ValueError(f"solver: expected one of {', '.join(get_args(Solver))}; found {solver!r}")
     guidance = guidance or Guidance()
-    v_at = GuidedVelocity(velocity, null_label, weak, guidance.channels)
+    v_at = GuidedVelocity(velocity, null_label, weak, guidance.channels, internal)
     if solver == "sde":
         if noise is None:
             raise ValueError("solver sde: expected noise for its steps, found none")

@@ -75,7 +75,7 @@ def check_model_settings(recipe: Recipe, *, guided: bool = False) -> None:
     Raises:
         UsageError: solver, guidance, steps, average or block of alignment do not fit the model.
     """
-    require_sampling(recipe.evaluation, recipe.diffusion.objective, guided=guided)
+    require_sampling(recipe.evaluation, recipe.diffusion, guided=guided)
     try:
         choose_weights(recipe.diffusion.ema_decays, recipe.evaluation.weights)
     except UsageError as error:

@@ -125,6 +125,7 @@ def _grids(
     settings = sampler_of(best)
     title = f"Samples, {settings.named_steps}"
     some = "" if settings.guidance_channels is None else f" of {settings.guidance_channels} channels"
+    some += " by the auxiliary head" if settings.internal else ""
     note = f"guidance {settings.guidance:g}{some}, {settings.solver}; the setting with the smallest distance"
     grids.append(grid(title, note, decoded_images(evaluation, best.name), ROWS, names))
     return grids

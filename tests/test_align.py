@@ -158,7 +158,7 @@ def test_tokens_after_the_chosen_block_are_projected() -> None:
     model.blocks[1].register_forward_hook(lambda block, given, out: seen.append(out))
     aligned = new_aligned(model, AlignSection(depth=2, width=8), 5, seed=1)
     with torch.no_grad():
-        velocity, projected = aligned(x, t, y)
+        velocity, _, projected = aligned(x, t, y)
         torch.testing.assert_close(projected, aligned.projector(seen[0]))
         torch.testing.assert_close(velocity, model(x, t, y))
     assert projected.shape == (2, 4, 5)

@@ -127,9 +127,9 @@ def other_transformer(recording: Golden, prefix: str = "sd.") -> DiT:
     side, qk_norm = sizes.pop("grid"), "blocks.0.attn.q_norm.weight" in state
     assert side == config["input_size"]
     model = DiT(**{**sizes, "grid": (side, side), "qk_norm": qk_norm})
-    if model.rope:
-        close(model.rotary_cos, state["feat_rope.freqs_cos"], 1e-6)
-        close(model.rotary_sin, state["feat_rope.freqs_sin"], 1e-6)
+    if model.rotary is not None:
+        close(model.rotary.cos, state["feat_rope.freqs_cos"], 1e-6)
+        close(model.rotary.sin, state["feat_rope.freqs_sin"], 1e-6)
     close(model.pos_embed, state["pos_embed"], 1e-6)
     model.load_state_dict(convert.transformer_from_official(state))
     return model.eval()
@@ -160,14 +160,16 @@ def test_golden_projections_and_loss_of_repa(golden: GoldenFolder) -> None:
         projectors[-1].load_state_dict({k[2:]: v for k, v in weights.items() if k.startswith(f"{number}.")})
     depth = config["encoder_depth"]
     with torch.no_grad():
-        out, tokens = model(tokens_from_map(recording["x"]), recording["t"], recording["y"], tap=depth)
+        out, _, tokens = model(
+            tokens_from_map(recording["x"]), recording["t"], recording["y"], everything=True, tap=depth
+        )
     close(out, tokens_from_map(recording["out"]), atol["out"])
     for number, projector in enumerate(projectors):
         close(projector(tokens), recording[f"zs.{number}"], atol["zs"])
     x1, tapped = tokens_from_map(recording["train.images"]), []
 
     def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        out, tokens = model(x, 1 - t, y, tap=depth)
+        out, _, tokens = model(x, 1 - t, y, everything=True, tap=depth)
         tapped.append(tokens)
         return -out
 

@@ -17,6 +17,7 @@ from svgpipe.manifests.lock import LOCK_NAME, locked
 from svgpipe.manifests.manifest import Json, write_json
 from svgpipe.manifests.model_manifests import EMA, STATISTICS_FILE, weights_file
 from svgpipe.manifests.recipe import DiffusionSection
+from svgpipe.models.flow import shift_of
 
 from ..networks.diffusion import TrainedDiffusion, dit_arguments, open_diffusion
 
@@ -79,6 +80,7 @@ def _require_free(out: Location) -> None:
 
 def _config(model: TrainedDiffusion, config: DiffusionSection, name: str) -> Json:
     """Return the content of config.json, which is written last."""
+    training, sampling = (shift_of(s, model.cells, model.channels) for s in (config.time_shift, config.sample_shift))
     arguments: dict[str, Any] = dit_arguments(
         config, grid=model.grid, channels=model.channels, num_classes=len(model.class_names)
     )
@@ -88,6 +90,6 @@ def _config(model: TrainedDiffusion, config: DiffusionSection, name: str) -> Jso
         "weights": name,
         "step": model.step,
         "objective": config.objective,
-        "time_shift": {"training": config.time_shift, "sampling": config.sample_shift},  # of objective flow
+        "time_shift": {"training": training, "sampling": sampling},  # of objective flow
         "made_from": model.made_from,
     }

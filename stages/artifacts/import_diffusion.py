@@ -238,8 +238,8 @@ def _require_tables(path: Path, name: str, model: DiT, state: dict[str, Tensor])
         ArtifactError: one is not.
     """
     tables = {"pos_embed": model.pos_embed}
-    if model.rope:
-        tables |= dict(zip(ROTATIONS, (model.rotary_cos, model.rotary_sin), strict=True))
+    if model.rotary is not None:
+        tables |= dict(zip(ROTATIONS, (model.rotary.cos, model.rotary.sin), strict=True))
     for key, table in tables.items():
         if key not in state or state[key].shape != table.shape:
             raise ArtifactError(f"{path}: {name}: {key}: expected a table of {tuple(table.shape)}.")

@@ -12,9 +12,10 @@ from svgpipe.manifests.evaluation import EvaluationManifest
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import InputRef
 from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest, require_decoder
-from svgpipe.manifests.recipe import EvaluationSection, Objective, SDESection
+from svgpipe.manifests.recipe import DiffusionSection, EvaluationSection, SDESection
 from svgpipe.manifests.workdir import StageSpec
 from svgpipe.models.ddpm import ddim_steps, equal_steps
+from svgpipe.models.flow import shift_of
 from svgpipe.models.sampler import SDE, Guidance
 
 from ..networks.diffusion import TrainedDiffusion, open_diffusion
@@ -23,18 +24,19 @@ from .features import Extractor, extractor_for, weight_inputs
 from .reference import RealSets, Reference, require_extractor
 
 
-def require_sampling(config: EvaluationSection, objective: Objective, *, guided: bool) -> None:
-    """Check the solver, the guidance mode and the numbers of steps.
+def require_sampling(config: EvaluationSection, model: DiffusionSection, *, guided: bool) -> None:
+    """Check the solver, the guidance and the numbers of steps.
 
     Args:
         config: section `evaluation` of a recipe.
-        objective: of the model.
+        model: section `diffusion` of the recipe of the model.
         guided: whether a worse model guides it.
 
     Raises:
         UsageError: the solver is not one for the model, or cannot make as many steps; the mode is unknown or makes no
-            sense with a guide.
+            sense with a guide; or internal guidance of a model without an auxiliary head, or beside a guide.
     """
+    objective = model.objective
     if (config.solver in DDPM_SOLVERS) != (objective == "ddpm"):
         fitting = "ddpm or ddim" if objective == "ddpm" else "euler, heun, multistep, sde or dopri5"
         raise UsageError(
@@ -49,9 +51,24 @@ def require_sampling(config: EvaluationSection, objective: Objective, *, guided:
         raise UsageError(
             "evaluation.guidance_mode: cfg_star changes velocities, which a model of objective ddpm has not."
         )
-    if guided and guidance.kind == "cfg_star":
+    if (guided or config.internal_guidance) and guidance.kind == "cfg_star":
         raise UsageError(
-            "evaluation.guidance_mode: cfg_star needs unconditional velocities, which a guide does not have."
+            "evaluation.guidance_mode: cfg_star needs unconditional velocities, which neither a guide nor an auxiliary "
+            "head has."
+        )
+    if config.internal_guidance:
+        _require_auxiliary(model, guided=guided)
+
+
+def _require_auxiliary(model: DiffusionSection, *, guided: bool) -> None:
+    if model.model.auxiliary_depth is None:
+        raise UsageError(
+            "evaluation.internal_guidance: the model has no auxiliary head. Train one with, for example, "
+            f"diffusion.model.auxiliary_depth={max(1, model.model.depth // 3)}."
+        )
+    if guided:
+        raise UsageError(
+            "evaluation.internal_guidance: the auxiliary head replaces the model of --guide; give one only."
         )
 
 
@@ -101,7 +118,7 @@ class Sampler:
         Raises:
             UsageError: an unknown guidance mode, one that makes no sense with a guide, or too many guided channels.
         """
-        require_sampling(config, self.model.objective, guided=self.guide is not None)
+        require_sampling(config, self.model.section, guided=self.guide is not None)
         require_guided_channels(config, self.model.channels)
         return [
             SamplerSettings(
@@ -109,7 +126,7 @@ class Sampler:
                 guidance=scale,
                 solver=config.solver,
                 guidance_mode=config.guidance_mode,
-                time_shift=config.time_shift,
+                time_shift=shift_of(config.time_shift, self.model.cells, self.model.channels),
                 seed=config.seed,
                 precision=config.precision,
                 weights=self.model.weights_name(config.weights),
@@ -119,6 +136,7 @@ class Sampler:
                 guidance_channels=config.guidance_channels,
                 ddim_eta=config.ddim_eta,
                 sde=_sde(config.sde),
+                internal=config.internal_guidance or None,
             )
             for scale in config.guidance
             for steps in config.steps

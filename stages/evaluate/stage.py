@@ -27,6 +27,7 @@ from svgpipe.manifests.shards import ShardFile
 from svgpipe.manifests.workdir import WorkDir
 
 from ..extract.align import align_for_evaluation, needs_alignment
+from ..networks.sampling import shift_told
 from ..runtime.progress import Progress, Recorded
 from ..runtime.runner import LocalRunner, Runner
 from .decode_latents import DecoderOptions, ImageJob, decode
@@ -90,6 +91,9 @@ def _evaluate(
     Returns:
         The manifest.
     """
+    model = plan.sampler.model
+    if (told := shift_told("time_shift", plan.config.time_shift, model.cells, model.channels)) is not None:
+        progress.say(told)
     _ = plan.extractor  # missing weights must stop a sweep before it samples for hours
     sets = plan.sets
     if not was_decoded(plan.reference.shards):

@@ -42,9 +42,19 @@ class TrainedDiffusion:
     untrained_classes: tuple[int, ...] = ()
 
     @property
+    def cells(self) -> int:
+        """Number of cells of the grid of latents."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def section(self) -> DiffusionSection:
+        """Section `diffusion` of the recipe it was trained with."""
+        return DiffusionSection.model_validate(self.config)
+
+    @property
     def objective(self) -> Objective:
         """What the model was trained to predict."""
-        return DiffusionSection.model_validate(self.config).objective
+        return self.section.objective
 
     @property
     def classes(self) -> tuple[int, ...] | None:
@@ -77,8 +87,7 @@ class TrainedDiffusion:
             ArtifactError: the file is damaged or does not fit the config.
             UsageError: no such weights.
         """
-        config = DiffusionSection.model_validate(self.config)
-        model = build_dit(config, grid=self.grid, channels=self.channels, num_classes=len(self.class_names))
+        model = build_dit(self.section, grid=self.grid, channels=self.channels, num_classes=len(self.class_names))
         file = weights_file(self.weights_name(weights))
         try:
             model.load_state_dict(load_tensors(self.directory / file, self.content[file]))
@@ -168,13 +177,20 @@ def require_patches(config: DiTSection, grid: tuple[int, int], where: str) -> No
 
 
 def width_warning(config: DiTSection, channels: int) -> str | None:
-    """Return a warning if the transformer is narrower than its tokens, or None. Source: arXiv 2510.11690 (RAE), 4.1."""
+    """Return a warning if the transformer is narrower than its tokens, or None. Source: arXiv 2510.11690 (RAE), 4.1.
+
+    With a wide head, it is the head's width that counts.
+    """
     values = channels * (config.patch_size or 1) ** 2
-    if config.width >= values:
+    key, width = "width", config.width
+    if config.wide_head is not None:
+        key, width = "wide_head.width", config.wide_head.width
+    if width >= values:
         return None
     return (
-        f"warning: diffusion.model.width {config.width} is below the {values} values of a token. Such a model cannot "
-        f"fit even one image, because a token does not fit through its width. Use a width of at least {values}."
+        f"warning: diffusion.model.{key} {width} is below the {values} values of a token. Such a model cannot fit even "
+        f"one image, because a token does not fit through its width. Use a width of at least {values}, or a "
+        "diffusion.model.wide_head of that width."
     )
 
 
@@ -184,4 +200,5 @@ def dit_arguments(
     """Return the constructor arguments of `DiT` for a recipe and the shape of the latents."""
     shape = {"grid": grid, "in_channels": channels, "num_classes": num_classes}
     variance = {"returns_variance": True} if config.objective == "ddpm" else {}
-    return {**shape, **config.model.model_dump(), **variance}
+    data = {"predict_data": True} if config.predict_data else {}
+    return {**shape, **config.model.model_dump(), **variance, **data}

@@ -17,6 +17,7 @@ from svgpipe.manifests.precision import Precision
 from svgpipe.manifests.recipe import Labels
 from svgpipe.models.ddpm import STEPS, ddim_steps, equal_steps, sample_ddpm
 from svgpipe.models.dit import DiT
+from svgpipe.models.flow import FROM_DIMENSION, shift_of
 from svgpipe.models.sampler import SDE, Guidance, Solver, sample, times_of_evaluations
 from svgpipe.models.seeds import generator, seed_of
 
@@ -28,6 +29,7 @@ ADDED = (
     "guidance_channels",
     "ddim_eta",
     "sde",
+    "internal",
 )  # settings that were added later: not part of the identity at their default
 
 
@@ -49,6 +51,7 @@ class SamplerSettings:
     guidance_channels: int | None = None  # that are guided; None: all
     ddim_eta: float | None = None  # share of noise of the solver ddim; None: 0
     sde: SDE | None = None  # settings of the solver sde; None: the defaults
+    internal: Literal[True] | None = None  # guided by the auxiliary head; None: not
 
     @property
     def name(self) -> str:
@@ -84,13 +87,21 @@ class SamplerSettings:
         """The same settings in canonical form: without effective guidance, mode and guide are irrelevant."""
         if self.acts:
             return self
-        return replace(self, guidance=1.0, guidance_mode="constant", guide=None, guidance_channels=None)
+        return replace(self, guidance=1.0, guidance_mode="constant", guide=None, guidance_channels=None, internal=None)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides latents, as JSON values. A setting that was added later is left out at its default."""
         values = asdict(self.deciding)
         return {key: value for key, value in values.items() if key not in ADDED or value is not None}
+
+
+def shift_told(name: str, shift: float | str, cells: int, channels: int) -> str | None:
+    """Return a message with the number of a shift `from-dimension`; None if the recipe gives a number itself."""
+    if shift != FROM_DIMENSION:
+        return None
+    number = shift_of(FROM_DIMENSION, cells, channels)
+    return f"{name} {number:.3g}, from the dimension of a latent: {cells} cells x {channels} channels"
 
 
 def keep_as_computed(model: nn.Module, precision: Precision) -> None:
@@ -148,5 +159,6 @@ def sample_latents(
             latents = sample_ddpm(model, noise.to(device), labels, numbers=settings.numbers, ddim_eta=eta, **common)
         else:
             grid: dict[str, Any] = {"steps": settings.steps, "shift": settings.time_shift, "solver": settings.solver}
-            latents = sample(model, noise.to(device), labels, sde=settings.sde, **grid, **common)
+            internal = model.final_and_auxiliary if settings.internal else None
+            latents = sample(model, noise.to(device), labels, sde=settings.sde, internal=internal, **grid, **common)
     return latents.float()

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from svgpipe.manifests.recipe import AlignSection
-from svgpipe.models.dit import DiT
+from svgpipe.models.dit import DiT, Outputs
 from svgpipe.models.representation_alignment import ConvProjector, MLPProjector
 
 
 class AlignedDiT(nn.Module):
-    """Velocity, and tokens after block `depth` projected to the features: (B,T,C), (B,), (B,) → (B,T,C), (B,N,Z)."""
+    """What the model gives, with the tokens (B,N,Z) after block `depth` projected to the features."""
 
     def __init__(self, model: DiT, config: AlignSection, channels: int) -> None:
         super().__init__()
@@ -27,9 +27,9 @@ class AlignedDiT(nn.Module):
             else MLPProjector(width, config.width, channels)
         )
 
-    def forward(self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
-        velocity, tokens = self.model(x_BTC, t_B, y_B, tap=self.depth)
-        return velocity, self.projector(tokens)
+    def forward(self, x_BTC: Tensor, t_B: Tensor, y_B: Tensor) -> Outputs:
+        outputs = self.model(x_BTC, t_B, y_B, everything=True, tap=self.depth)
+        return outputs._replace(tokens=self.projector(outputs.tokens))
 
 
 def new_aligned(model: DiT, config: AlignSection, channels: int, seed: int) -> AlignedDiT:

@@ -21,6 +21,7 @@ from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.selection import evenly_spread
 from svgpipe.models.dit import DiT
 from svgpipe.models.feature_distances import frechet_distance, nearest_class_accuracy
+from svgpipe.models.flow import shift_of
 
 from ..networks.diffusion import trained_classes
 from ..networks.sampling import SamplerSettings, sample_latents
@@ -87,12 +88,13 @@ class LatentQuality:
 def settings_in_training(config: DiffusionSection, cache: FeatureCache) -> SamplerSettings:
     """Return the settings of samples that are drawn during training."""
     classes = trained_classes(len(cache.classes), cache.untrained_classes)
+    rows, columns, channels = cache.manifest.latent_shape
     return SamplerSettings(
         config.sample_steps,
         1.0,
         "ddim" if config.objective == "ddpm" else "euler",
         "constant",
-        config.sample_shift,
+        shift_of(config.sample_shift, rows * columns, channels),
         0,
         config.precision,
         EMA,

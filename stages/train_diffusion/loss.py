@@ -19,8 +19,8 @@ from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.selection import evenly_spread
 from svgpipe.models.ddpm import STEPS as DDPM_STEPS
 from svgpipe.models.ddpm import Process, ddpm_loss
-from svgpipe.models.dit import DiT
-from svgpipe.models.flow import Velocity, drop_labels, flow_loss, logit_normal, shift_time
+from svgpipe.models.dit import DiT, Outputs
+from svgpipe.models.flow import Velocity, drop_labels, flow_loss, logit_normal, shift_of, shift_time
 from svgpipe.models.representation_alignment import representation_loss, spatial_zscore
 from svgpipe.models.seeds import seed_of
 
@@ -34,7 +34,7 @@ def times_of(draws: Draws, config: DiffusionSection) -> Tensor:
     if config.objective == "ddpm":
         return 1 - (_ddpm_step(draws) + 0.5) / DDPM_STEPS
     u = logit_normal(draws.time) if config.logit_normal_time else draws.time
-    return shift_time(u, config.time_shift)
+    return shift_time(u, shift_of(config.time_shift, *draws.noise.shape[1:]))
 
 
 def _ddpm_step(draws: Draws) -> Tensor:
@@ -49,7 +49,8 @@ def _losses(
     if config.objective == "ddpm":
         ddpm = ddpm_loss(model, x1, draws.noise, _ddpm_step(draws), labels, Process.of_training())
         return ddpm.squared_error + ddpm.bound, ddpm.squared_error
-    flow = flow_loss(model, x1, draws.noise, times_of(draws, config), labels, cosine=config.cosine_loss)
+    options = {"cosine": config.cosine_loss, "of_data": config.predict_data}
+    flow = flow_loss(model, x1, draws.noise, times_of(draws, config), labels, **options)
     return flow.per_sample + flow.cosine, flow.per_sample
 
 
@@ -64,6 +65,8 @@ def training_losses(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the loss of every sample (B,) float32, and of it the loss of alignment, without its coefficient.
 
+    An auxiliary head adds the same loss of its prediction.
+
     Args:
         model: a `DiT`; an `AlignedDiT` if there are `features`.
         x1: (B,T,C) latents.
@@ -75,20 +78,23 @@ def training_losses(
     """
     if config.label_dropout > 0:
         labels = drop_labels(labels, draws.drop, config.label_dropout, null_label)
-    projected: list[Tensor] = []
+    whole = {} if features is not None or config.model.auxiliary_depth is None else {"everything": True}
+    given: list[Outputs] = []
 
     def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        if features is None:
+        if features is None and not whole:
             return cast(Tensor, model(x, t, y))
-        predicted, tokens = model(x, t, y)
-        projected.append(tokens)
-        return cast(Tensor, predicted)
+        given.append(model(x, t, y, **whole))
+        return given[0].velocity
 
     with autocast(x1.device, config.precision):
         total, _ = _losses(velocity, x1, labels, draws, config)
+        if given and (auxiliary := given[0].auxiliary) is not None:
+            total = total + _losses(lambda *_: auxiliary, x1, labels, draws, config)[0]
     if features is None or config.align is None:
         return total, None
-    aligned = representation_loss(projected[0], spatial_zscore(features) if config.align.zscore else features)
+    projected = cast(Tensor, given[0].tokens)
+    aligned = representation_loss(projected, spatial_zscore(features) if config.align.zscore else features)
     return total + config.align.coefficient * aligned, aligned.detach()
 
 

@@ -98,8 +98,8 @@ class FlowTrainer:
             self.features = [values.to(device) for values in target.scaling()]
         if group.size > 1 and strategy == "fsdp2":
             for average in self.averages:
-                shard_parameters(average, list(average.blocks), group)
-            shard_parameters(self.trained, list(self.model.blocks), group)
+                shard_parameters(average, average.all_blocks, group)
+            shard_parameters(self.trained, self.model.all_blocks, group)
             self.averaged: nn.Module = self.trained
         else:
             self.averaged = replicate(self.trained, group)

@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from svgpipe.manifests.precision import Precision, computes_bfloat16
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.attention import attend, fastest_kernel
-from svgpipe.models.dit import Attention, DiT
+from svgpipe.models.dit import DiT
 from svgpipe.models.sampler import Guidance, sample, time_grid
+from svgpipe.models.transformer_blocks import Attention
 from svgpipe.stages.networks.diffusion import build_dit
 from svgpipe.stages.networks.sampling import initial_noise, keep_as_computed
 from svgpipe.stages.runtime.device import autocast, pick_device

@@ -110,7 +110,7 @@ def _step(device: torch.device, config: DiffusionSection, strategy: str = "") ->
     group = ProcessGroup(device)
     trainer = FlowTrainer(config, group, grid=(8, 8), channels=24, num_classes=4, scale=None, last_good=lambda: None)
     if strategy == "fsdp2":
-        shard_parameters(trainer.model, list(trainer.model.blocks), group)
+        shard_parameters(trainer.model, trainer.model.all_blocks, group)
     elif strategy == "ddp":
         from torch.nn.parallel import DistributedDataParallel
 
