@@ -51,6 +51,7 @@ OTHER_SCRIPTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "I
 WIDE, SMALL, SQUARE = (4.8, 2.9), (3.2, 1.7), (4.4, 4.4)  # inches; readable on a phone
 CROWDED = 8  # more ticks have smaller labels
 LEGEND_COLUMNS = 3  # more names of series continue below
+LEGEND_WIDTH, HANDLE_WIDTH = 66, 7  # in characters: of a line of a legend, and of the symbol before a name
 LABEL_GAP = 0.07  # minimum distance of the names of levels, relative to the height
 
 
@@ -113,7 +114,7 @@ class LineChart:
         axes.set_xlim(-0.5, len(self.xs) - 0.5)
         axes.set_xlabel(self.x_name)
         axes.set_ylabel(f"{self.y_name}, logarithmic" if self.logarithmic else self.y_name)
-        figure.legend(loc="outside upper left", ncols=min(len(self.series), LEGEND_COLUMNS), frameon=False)
+        _add_legend(figure, list(self.series))
         return _finish(figure, self.title)
 
     def _draw_series(self, axes: Axes, number: int, name: str, values: Sequence[Estimate]) -> None:
@@ -170,7 +171,7 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_nam
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel(x_name)
     axes.set_ylabel(f"{y_name}, logarithmic")
-    figure.legend(loc="outside upper left", ncols=min(len(lines), LEGEND_COLUMNS), frameon=False)
+    _add_legend(figure, list(lines))
     return _finish(figure, title)
 
 
@@ -200,6 +201,12 @@ def _new(size: tuple[float, float]) -> tuple[Figure, Axes]:
     with rc_context({**STYLE, "font.family": fonts}):
         figure = Figure(figsize=size, layout="constrained")
         return figure, figure.add_subplot()
+
+
+def _add_legend(figure: Figure, names: Sequence[str]) -> None:
+    """Add a legend above the axes, with as many columns as the longest name leaves room for."""
+    columns = LEGEND_WIDTH // (max(map(len, names)) + HANDLE_WIDTH)
+    figure.legend(loc="outside upper left", ncols=max(1, min(len(names), LEGEND_COLUMNS, columns)), frameon=False)
 
 
 def _finish(figure: Figure, title: str) -> Drawing:

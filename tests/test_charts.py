@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from skimage.color import deltaE_ciede2000, rgb2lab
 
 from svgpipe.manifests.estimate import Estimate
-from svgpipe.pipeline.charts import COLOURS, LEVEL_COLOUR, Drawing, LineChart, curve, scatter
+from svgpipe.pipeline.charts import COLOURS, LEVEL_COLOUR, Drawing, LineChart, curve, curves, scatter
 
 
 def estimates(*values: float) -> list[Estimate]:
@@ -137,3 +137,14 @@ def test_pages_can_be_read_by_all(theme: dict[str, str]) -> None:
     for one, two in itertools.combinations(series, 2):
         for name, seen in VISION.items():
             assert distance(one, two, seen) > 8, (one, two, name)
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"), [(["SVG", "KL", "a"], 3), (["x" * 25, "b", "c"], 2), (["x" * 80, "b"], 1)]
+)
+def test_long_names_leave_fewer_columns_in_a_legend(names: list[str], columns: int) -> None:
+    """Else the last column would be cut off."""
+    lines = {name: [(0.0, 1.0), (1.0, 2.0)] for name in names}
+    drawn = curves("title", lines, "x", "y").svg
+    places = [re.findall(rf'x="([\d.]+)"[^>]*>{name}</text>', drawn) for name in names]
+    assert len({place for found in places for place in found}) == columns
