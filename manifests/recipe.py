@@ -388,7 +388,8 @@ class DiffusionSection(Section):
         given = [name for name in of_flow if getattr(self, name)]
         given += ["model.auxiliary_depth"] if self.model.auxiliary_depth is not None else []
         if self.objective == "ddpm" and given:
-            raise ValueError(f"{' and '.join(given)}: only for objective flow, not for ddpm")
+            verb = "belong" if len(given) > 1 else "belongs"
+            raise ValueError(f"{' and '.join(given)} {verb} to objective flow, not to ddpm")
         return self
 
 

@@ -108,7 +108,7 @@ def test_settings_that_do_not_fit_are_refused(
     ("change", "word"),
     [
         ("diffusion.model.learn_sigma=false", "model.learn_sigma=true"),
-        ("diffusion.cosine_loss=true", "belong to objective flow"),
+        ("diffusion.cosine_loss=true", "cosine_loss belongs to objective flow"),
         ("diffusion.model.time_scale=1000.0", "belongs to objective flow"),
         ("diffusion.sample_steps=600", "diffusion.sample_steps"),
     ],

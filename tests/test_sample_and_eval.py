@@ -762,7 +762,7 @@ def test_a_guide_that_does_not_belong_is_refused(finished: Finished, tmp_path: P
     with pytest.raises(MismatchError, match="another cache"):
         Sampler(model, other).require_match()
     config = finished.recipe.evaluation.model_copy(update={"guidance_mode": "cfg_star-1-2"})
-    with pytest.raises(UsageError, match="a guide does not have"):
+    with pytest.raises(UsageError, match="neither a guide nor an auxiliary head"):
         Sampler(model, model).settings(config)
 
 
