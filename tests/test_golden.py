@@ -285,7 +285,7 @@ def test_golden_dopri5_of_sit(golden: GoldenFolder, name: str, guidance: Guidanc
 
     close(integrate(field, z, (1e-6, 1e-7)), exact, recording.meta["suggested_atol"][f"exact.ode_dopri5_{name}"])
     alone = torch.cat([sample(model, z[i : i + 1], y[i : i + 1], **common) for i in range(2)])
-    close(found, alone, 2e-4)
+    close(found, alone, 5e-4)
 
 
 def test_golden_velocity_loss_of_sit(golden: GoldenFolder) -> None:
