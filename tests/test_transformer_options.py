@@ -142,12 +142,11 @@ def test_a_killed_training_with_every_option_ends_with_the_same_weights(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_workers_take_the_same_course_with_every_option(
-    trained: Path, finished: Finished, ray_session: None, tmp_path: Path, svgpipe: Callable[..., Outcome], strategy: str
+    trained: Path, finished: Finished, ray_session: None, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     out = tmp_path / "two"
-    done = svgpipe(*args(finished, out, "--workers", 2, "--strategy", strategy))
+    done = svgpipe(*args(finished, out, "--workers", 2))
     assert done.code == 0, done.err
     for name in ("loss", "grad_norm"):
         ours, theirs = ([e[name] for e in read_metrics(f / "metrics.jsonl") if name in e] for f in (out, trained))
