@@ -1,7 +1,7 @@
-"""The diffusion transformer over a grid of latents. Its options are what SVG, DiT, SiT and LightningDiT do differently.
+"""The diffusion transformer over a grid of latents. Its options are what the official models do differently.
 
 Legend: B batch, T cells of the grid (rows × columns, row-major), N tokens (T / patch size²), C channels, D width.
-Source: official models of SVG, DiT, SiT and LightningDiT. Module names follow SVG's state dict.
+Source: official models of SVG, DiT, SiT, LightningDiT and RAE. Module names follow SVG's state dict.
 """
 
 from __future__ import annotations
@@ -74,6 +74,18 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels_B)
 
 
+def _require_sizes(width: int, depth: int, heads: int, auxiliary_depth: int | None) -> None:
+    """Check that the sizes fit each other.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if width % heads:
+        raise ValueError(f"DiT: width: expected a multiple of heads {heads}, found {width}")
+    if auxiliary_depth is not None and not 0 < auxiliary_depth < depth:
+        raise ValueError(f"DiT: auxiliary_depth {auxiliary_depth} is not a block before the last one, {depth}")
+
+
 def _token_grid(grid: tuple[int, int], patch: int) -> tuple[int, int]:
     """Return rows and columns of tokens.
 
@@ -141,12 +153,9 @@ class DiT(nn.Module):
                 not below the depth, or returns_variance without learn_sigma, or with predict_data.
         """
         super().__init__()
-        if width % heads:
-            raise ValueError(f"DiT: width: expected a multiple of heads {heads}, found {width}")
+        _require_sizes(width, depth, heads, auxiliary_depth)
         if returns_variance and (not learn_sigma or predict_data):
             raise ValueError("DiT: returns_variance needs learn_sigma, and does not go with predict_data")
-        if auxiliary_depth is not None and not 0 < auxiliary_depth < depth:
-            raise ValueError(f"DiT: auxiliary_depth {auxiliary_depth} is not a block before the last one, {depth}")
         self.patch = patch_size or 1
         tokens = _token_grid(grid, self.patch)
         self.grid, self.in_channels, self.num_classes = grid, in_channels, num_classes
@@ -161,11 +170,13 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, width, null_row=null_row)
         options = BlockOptions(mlp_ratio, qk_norm, rms_norm, swiglu)
         self.blocks = nn.ModuleList(Block(width, heads, options) for _ in range(depth))
-        outputs, self.head = values * (2 if learn_sigma else 1), None
+        outputs = values * (2 if learn_sigma else 1)
+        self.head = None
         if wide_head is None:
             self.final_layer = FinalLayer(width, outputs, rms_norm=rms_norm)
         else:
-            self.head = WideHead(options, (values, width, outputs), tokens, rope=rope, **wide_head)
+            sizes = {"values": values, "outputs": outputs, "trunk_width": width, **wide_head}
+            self.head = WideHead(options, tokens=tokens, rope=rope, **sizes)
         self.auxiliary_head = None if auxiliary_depth is None else FinalLayer(width, outputs, rms_norm=rms_norm)
         self._initialise()
 

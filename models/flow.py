@@ -56,12 +56,8 @@ def velocity_of_data(data_BTC: Tensor, z_BTC: Tensor, t_B: Tensor) -> Tensor:
     At most `1 / MIN_LEFT` of the way per unit of time: near the data, errors of the prediction would become infinite.
     Source: arXiv 2511.13720 (JiT).
     """
-    return (data_BTC.float() - z_BTC.float()) / _left(t_B)
-
-
-def _left(t_B: Tensor) -> Tensor:
-    """Return the time (B,1,1) that is left to the data, at least `MIN_LEFT`."""
-    return (1 - t_B.float()).clamp_min(MIN_LEFT)[:, None, None]
+    left_B11 = (1 - t_B.float()).clamp_min(MIN_LEFT)[:, None, None]
+    return (data_BTC.float() - z_BTC.float()) / left_B11
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ Rotation = tuple[Tensor, Tensor] | None
 class BlockOptions:
     """What differs between the blocks of the papers; see `DiT`."""
 
-    mlp_ratio: float = 4.0
-    qk_norm: bool = True
-    rms_norm: bool = False
-    swiglu: bool = False
+    mlp_ratio: float
+    qk_norm: bool
+    rms_norm: bool
+    swiglu: bool
 
 
 class RMSNorm(nn.RMSNorm):

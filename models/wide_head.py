@@ -25,9 +25,11 @@ class WideHead(nn.Module):
     def __init__(
         self,
         options: BlockOptions,
-        around: tuple[int, int, int],
-        tokens: tuple[int, int],
         *,
+        values: int,
+        outputs: int,
+        trunk_width: int,
+        tokens: tuple[int, int],
         rope: bool,
         width: int,
         depth: int,
@@ -37,7 +39,9 @@ class WideHead(nn.Module):
 
         Args:
             options: of its blocks.
-            around: values of a token, width of the transformer, outputs of a token.
+            values: of a token.
+            outputs: of a token.
+            trunk_width: width of the transformer before it.
             tokens: rows and columns of the grid.
             rope: rotary positions.
             width: of its tokens.
@@ -45,7 +49,6 @@ class WideHead(nn.Module):
             heads: attention heads.
         """
         super().__init__()
-        values, trunk_width, outputs = around
         self.embed = nn.Linear(values, width)
         self.project = nn.Identity() if trunk_width == width else nn.Linear(trunk_width, width)
         self.blocks = nn.ModuleList(Block(width, heads, options) for _ in range(depth))

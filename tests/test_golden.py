@@ -284,8 +284,10 @@ def test_golden_dopri5_of_sit(golden: GoldenFolder, name: str, guidance: Guidanc
         return GuidedVelocity(model, null, channels=guidance.channels)(x, t, y[samples], guidance.weights(0, 1, 0.0))
 
     close(integrate(field, z, (1e-6, 1e-7)), exact, recording.meta["suggested_atol"][f"exact.ode_dopri5_{name}"])
-    alone = torch.cat([sample(model, z[i : i + 1], y[i : i + 1], **common) for i in range(2)])
-    close(found, alone, 5e-4)
+    for place in range(2):  # other company, in a batch of the same size: in another one, products are rounded otherwise
+        company = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+        company[place] = z[place]
+        close(sample(model, company, y, **common)[place], found[place], 2e-4)
 
 
 def test_golden_velocity_loss_of_sit(golden: GoldenFolder) -> None:

@@ -142,11 +142,12 @@ def test_a_killed_training_with_every_option_ends_with_the_same_weights(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_workers_take_the_same_course_with_every_option(
-    trained: Path, finished: Finished, ray_session: None, tmp_path: Path, svgpipe: Callable[..., Outcome]
+    trained: Path, finished: Finished, ray_session: None, tmp_path: Path, svgpipe: Callable[..., Outcome], strategy: str
 ) -> None:
     out = tmp_path / "two"
-    done = svgpipe(*args(finished, out, "--workers", 2))
+    done = svgpipe(*args(finished, out, "--workers", 2, "--strategy", strategy))
     assert done.code == 0, done.err
     for name in ("loss", "grad_norm"):
         ours, theirs = ([e[name] for e in read_metrics(f / "metrics.jsonl") if name in e] for f in (out, trained))
@@ -191,6 +192,37 @@ def test_internal_guidance_needs_an_auxiliary_head(
     assert refused.code == 2 and "no auxiliary head" in refused.err and "auxiliary_depth=1" in refused.err
     refused = svgpipe("run", finished.recipe_file, "--workdir", tmp_path / "w", "--source", photographs, *option)
     assert refused.code == 2 and "no auxiliary head" in refused.err and not (tmp_path / "w" / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--guide", "{trained}"), "replaces the model of --guide"),
+        (("--set", "evaluation.guidance_mode=cfg_star-1-0"), "neither a guide nor an auxiliary head"),
+    ],
+)
+def test_internal_guidance_does_not_go_with_other_guidance(
+    trained: Path,
+    finished: Finished,
+    tmp_path: Path,
+    svgpipe: Callable[..., Outcome],
+    more: tuple[str, str],
+    words: str,
+) -> None:
+    given = ("--diffusion", trained, "--autoencoder", finished.root / "autoencoder", "--recipe", finished.recipe_file)
+    where = ("--reference", finished.root / "shards", "--out", tmp_path / "out")
+    option = ("--set", "evaluation.internal_guidance=true")
+    refused = svgpipe("sample-and-eval", *given, *where, *option, *(part.format(trained=trained) for part in more))
+    assert refused.code == 2 and words in refused.err, refused.err
+
+
+def test_a_wide_head_on_latents_of_a_vae_is_warned_about(
+    vaes: Path, finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    given = ("--cache", vaes / "kl" / "cache", "--out", tmp_path / "out", "--recipe", finished.recipe_file)
+    wide = ("--set", "diffusion.model.wide_head={width: 16, depth: 1, heads: 2}", "--set", "diffusion.steps=1")
+    done = svgpipe("train-diffusion", *given, *wide)
+    assert done.code == 0 and "these are latents of a KL autoencoder" in done.err, done.err
 
 
 def test_an_auxiliary_head_adds_its_loss() -> None:

@@ -92,7 +92,8 @@ def _evaluate(
         The manifest.
     """
     model = plan.sampler.model
-    if (told := shift_told("time_shift", plan.config.time_shift, model.cells, model.channels)) is not None:
+    told = shift_told("time_shift", plan.config.time_shift, model.cells, model.channels)
+    if told is not None and model.objective == "flow":
         progress.say(told)
     _ = plan.extractor  # missing weights must stop a sweep before it samples for hours
     sets = plan.sets

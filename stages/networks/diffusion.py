@@ -189,8 +189,8 @@ def width_warning(config: DiTSection, channels: int) -> str | None:
         return None
     return (
         f"warning: diffusion.model.{key} {width} is below the {values} values of a token. Such a model cannot fit even "
-        f"one image, because a token does not fit through its width. Use a width of at least {values}, or a "
-        "diffusion.model.wide_head of that width."
+        f"one image, because a token does not fit through its width. Use a width of at least {values}"
+        f"{'' if config.wide_head else ', or a diffusion.model.wide_head of that width'}."
     )
 
 
