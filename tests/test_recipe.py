@@ -20,7 +20,7 @@ from svgpipe.stages.runtime.device import autocast, warn_if_imitated
 
 def test_builtins_are_the_documented_ones() -> None:
     systems = ("dit-xl-sdvae", "rae", "repa-xl-sdvae", "sit-xl-sdvae", "sit-xl-vavae", "svg-b", "svg-l", "svg-xl")
-    names = ["demo", *(f"imagenet256-{name}" for name in systems)]
+    names = ["demo", "fashion-mnist", *(f"imagenet256-{name}" for name in systems)]
     assert builtin_names() == names
     for name in names:
         assert load_recipe(name).name == name
@@ -46,7 +46,7 @@ def test_no_built_in_model_is_narrower_than_its_tokens() -> None:
     for name in builtin_names():
         recipe = load_recipe(name)
         kind = recipe.autoencoder.kind
-        values = 120 if name == "demo" else channels.get(kind, recipe.autoencoder.kl.channels)
+        values = 120 if name in ("demo", "fashion-mnist") else channels.get(kind, recipe.autoencoder.kl.channels)
         assert width_warning(recipe.diffusion.model, values) is None, name
     narrow = width_warning(load_recipe("demo").diffusion.model, 392)
     assert narrow is not None and "width 192 is below the 392 values of a token" in narrow

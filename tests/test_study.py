@@ -17,6 +17,7 @@ from svgpipe.manifests.lock import locked
 from svgpipe.manifests.model_manifests import DiffusionManifest
 from svgpipe.manifests.study import builtin_studies, load_study
 from svgpipe.pipeline.cli import main
+from svgpipe.pipeline.study_checks import check_study
 from svgpipe.stages.networks.diffusion import width_warning
 
 from .commands import run_and_kill
@@ -373,15 +374,22 @@ def test_a_name_that_is_given_twice_is_refused(tmp_path: Path, svgpipe: Callable
 
 
 def test_built_in_studies_load() -> None:
-    assert builtin_studies() == ["paper-tables", "small"]
-    tables, small = (load_study(name) for name in builtin_studies())
+    assert builtin_studies() == ["boosters", "paper-tables", "small"]
+    boosters, tables, small = (load_study(name) for name in builtin_studies())
     assert [v.name for v in tables.variants if v.paper] == ["svg-xl", "sit-xl-sdvae", "sit-xl-vavae"]
     assert tables.variant("repa-xl-sdvae").tokenizer == tables.variant("dit-xl-sdvae").tokenizer == "sit-xl-sdvae"
-    steps = {v.name: v.recipe.evaluation.steps for v in small.variants}
-    assert {steps.pop(name) for name in ("svg", "kl")} == {(1, 2, 5, 10, 25, 50)}
-    assert {steps.pop(name) for name in ("svg-seed2", "kl-seed2")} == {(5, 25)}
-    assert set(steps.values()) == {(1, 2, 5, 10, 25)} and len(steps) == 4
+    assert {v.recipe.evaluation.steps for v in small.variants} == {(1, 2, 5, 10, 25, 50)}
     assert {v.tokenizer for v in small.variants} == {"svg", "kl", "vision", "aligned-kl", "svg-unaligned"}
     model = small.variants[0].recipe.diffusion.model
     assert all(v.recipe.diffusion.model == model for v in small.variants)
     assert width_warning(model, 120) is None
+    check_study(boosters.model_copy(update={"reference": None}), boosters.variants)
+    first, second = boosters.variants[:7], boosters.variants[7:]
+    assert [f"{v.name}-seed2" for v in first] == [v.name for v in second]
+    seed = second[0].recipe.diffusion.seed
+    for one, two in zip(first, second, strict=True):
+        assert one.recipe.diffusion.model_copy(update={"seed": seed}) == two.recipe.diffusion
+        assert one.recipe.evaluation == two.recipe.evaluation
+    assert boosters.variants[0].recipe == small.variants[0].recipe.model_copy(
+        update={"evaluation": boosters.variants[0].recipe.evaluation}
+    )
