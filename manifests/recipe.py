@@ -68,7 +68,41 @@ class BackboneSection(Section):
         None,
         description="CNNs: index into timm's feature_info, negative from the end. ViTs: null.",
     )
+    layers: tuple[Natural, ...] | None = Field(
+        None, description="ViTs: blocks, from 0, whose normalised outputs are combined; null: the last."
+    )
+    last: Positive | None = Field(None, description="ViTs: this many of the last blocks are combined. Not with layers.")
+    combine: Literal["mean", "concat"] | None = Field(
+        None, description="Blocks are averaged, or their channels are concatenated; null: mean."
+    )
+    spatial_mean: bool = Field(
+        False, description="The mean over the grid of the last of these blocks is added to every cell (RAEv2)."
+    )
     seed: Natural = Field(0, description="Seed of random weights.")
+
+    @model_validator(mode="after")
+    def _blocks(self) -> Self:
+        if self.layers is not None and self.last is not None:
+            raise ValueError("give layers or last, not both")
+        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise ValueError(f"layers: expected numbers of blocks, each once, found {list(self.layers)}")
+        if not self.combines and (self.combine or self.spatial_mean):
+            raise ValueError("combine and spatial_mean need layers or last")
+        return self
+
+    @property
+    def title(self) -> str:
+        """Name of the model, with the blocks that are combined."""
+        if not self.combines:
+            return self.name
+        blocks = f"last {self.last} blocks" if self.layers is None else f"blocks {', '.join(map(str, self.layers))}"
+        plus = " plus the mean over the grid" if self.spatial_mean else ""
+        return f"{self.name}, {self.combine or 'mean'} of {blocks}{plus}"
+
+    @property
+    def combines(self) -> bool:
+        """Whether blocks of a ViT are named."""
+        return self.layers is not None or self.last is not None
 
     @property
     def is_file(self) -> bool:

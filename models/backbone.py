@@ -9,8 +9,9 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -20,11 +21,43 @@ from torch import Tensor, nn
 from .convert import require_fit
 
 
+@dataclass(frozen=True)
+class Layers:
+    """Blocks of a ViT whose outputs are combined, each after the model's final norm.
+
+    Source: RAEv2 (arXiv 2605.18324), DINOv3MultiLayerSimpleAddEncoder in vision_encoder.py: mean with `spatial_mean`.
+    Its norm has no weights. They cancel in a cache, which normalises every channel.
+
+    Attributes:
+        blocks: their numbers from 0; or how many of the last.
+        combine: mean, or concat: the channels of all blocks, in the order of the model.
+        spatial_mean: add the mean over the grid of the last of these blocks to every cell.
+    """
+
+    blocks: tuple[int, ...] | int
+    combine: Literal["mean", "concat"] = "mean"
+    spatial_mean: bool = False
+
+    def numbers(self, depth: int) -> list[int]:
+        """Return the numbers of the blocks of a model with `depth` blocks, in ascending order.
+
+        Raises:
+            ValueError: a block that does not exist.
+        """
+        if isinstance(self.blocks, int):
+            if not 1 <= self.blocks <= depth:
+                raise ValueError(f"last: expected 1..{depth} of its {depth} blocks, found {self.blocks}")
+            return list(range(depth - self.blocks, depth))
+        if bad := [block for block in self.blocks if not 0 <= block < depth]:
+            raise ValueError(f"layers: expected numbers of its {depth} blocks, 0..{depth - 1}, found {bad[0]}")
+        return sorted(self.blocks)
+
+
 class Backbone(nn.Module):
     """A frozen timm model, always in eval mode: (B,3,H,W) in [0,1] → (B,C,h,w).
 
-    A ViT gives its final normalised patch tokens without prefix tokens. A CNN gives one feature level. Images are
-    resized to `input_size` if they differ, and normalised with the model's mean and std.
+    A ViT gives its final normalised patch tokens without prefix tokens, or those of several blocks. A CNN gives one
+    feature level. Images are resized to `input_size` if they differ, and normalised with the model's mean and std.
     Source of the use in SVG: official dino_decoder.py, encode().
     """
 
@@ -37,6 +70,7 @@ class Backbone(nn.Module):
         *,
         input_size: int,
         feature_level: int | None = None,
+        layers: Layers | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Build with random weights.
@@ -45,10 +79,11 @@ class Backbone(nn.Module):
             name: timm model name, with or without a pretrained tag.
             input_size: pixels per side the model sees.
             feature_level: index into timm's feature levels for CNNs; None for ViTs.
+            layers: blocks of a ViT to combine; None: the last one.
             model_kwargs: passed to timm, for sizes other than the named one's.
 
         Raises:
-            ValueError: timm does not know the name, or the level does not exist or is missing.
+            ValueError: timm does not know the name, or the level or a block does not exist or is missing.
         """
         super().__init__()
         try:
@@ -65,6 +100,7 @@ class Backbone(nn.Module):
         self.is_vit = hasattr(self.model, "num_prefix_tokens")
         self._check_level(feature_level)
         self.feature_level = feature_level
+        self.layers, self.blocks = layers, self._blocks(layers)
         cfg = cfg or self.model.pretrained_cfg
         cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, 3, 1, 1), persistent=False)
@@ -83,6 +119,23 @@ class Backbone(nn.Module):
         if level is None or not -count <= level < count:
             raise ValueError(f"{self.name}: feature_level: expected {-count}..{count - 1} for this CNN, found {level}")
 
+    def _blocks(self, layers: Layers | None) -> list[int]:
+        """Return the numbers of the blocks to combine; none for the output of the whole model.
+
+        Raises:
+            ValueError: the model is a CNN or has no final norm, or a block does not exist.
+        """
+        if layers is None:
+            return []
+        if not self.is_vit:
+            raise ValueError(f"{self.name}: layers: expected null for this CNN: its levels have different grids")
+        if isinstance(getattr(self.model, "norm", None), nn.Identity | None):
+            raise ValueError(f"{self.name}: layers: expected a model with a final norm of its tokens, found none")
+        try:
+            return layers.numbers(len(self.model.blocks))
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode: DINOv3's RoPE and BatchNorm are random or drift in train mode."""
         del mode
@@ -92,7 +145,8 @@ class Backbone(nn.Module):
     def channels(self) -> int:
         """Channels of the feature map."""
         if self.is_vit:
-            return int(self.model.num_features)
+            copies = len(self.blocks) if self.layers is not None and self.layers.combine == "concat" else 1
+            return int(self.model.num_features) * copies
         return int(self.model.feature_info[self.feature_level]["num_chs"])
 
     @property
@@ -140,9 +194,22 @@ class Backbone(nn.Module):
             levels = self.model.forward_intermediates(normalised, indices=[self.feature_level], intermediates_only=True)
             # Back to the usual layout: GroupNorm's backward in the decoder is 20 times slower in the other one.
             return levels[0].contiguous()
+        if self.layers is not None:
+            return self._combined(normalised, self.layers)
         tokens = self.model.forward_features(normalised)[:, self.model.num_prefix_tokens :]
         rows, columns = normalised.shape[-2] // self.stride, normalised.shape[-1] // self.stride
         return tokens.transpose(1, 2).reshape(len(tokens), -1, rows, columns)
+
+    def _combined(self, normalised: Tensor, layers: Layers) -> Tensor:
+        """Return the combined blocks (B,C,h,w). Blocks after the last one of them do not run."""
+        outputs = self.model.forward_intermediates(
+            normalised, indices=self.blocks, norm=True, stop_early=True, intermediates_only=True
+        )
+        mean = outputs[-1].mean(dim=(2, 3), keepdim=True) if layers.spatial_mean else None
+        if layers.combine == "concat":
+            return torch.cat([output if mean is None else output + mean for output in outputs], dim=1)
+        combined = torch.stack(outputs).mean(dim=0)
+        return combined if mean is None else combined + mean
 
     def levels(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
         """Intermediate feature maps at the images' own resolution: (B,3,H,W) in [0,1] → list of (B,C_i,h_i,w_i).

@@ -122,7 +122,7 @@ def _classes_without_images(names: list[str], empty: list[int]) -> Json:
 def _autoencoder_facts(path: Location, manifest: Any) -> Json:
     assert isinstance(manifest, AutoencoderManifest)
     section, measured = manifest.section, MeasuredAlignment.read(path)
-    backbone = f"{section.backbone.name}, weights {section.backbone.weights} ({manifest.backbone_weights[:12]})"
+    backbone = f"{section.backbone.title}, weights {section.backbone.weights} ({manifest.backbone_weights[:12]})"
     scalars = manifest.alignment or (None if measured is None else list(measured.scalars))
     role = "backbone" if section.encodes_with_backbone else "backbone in training"
     return {

@@ -17,6 +17,7 @@ from svgpipe.manifests.lock import locked
 from svgpipe.manifests.model_manifests import DiffusionManifest
 from svgpipe.manifests.study import builtin_studies, load_study
 from svgpipe.pipeline.cli import main
+from svgpipe.pipeline.preflight import check_model_settings
 from svgpipe.pipeline.study_checks import check_study
 from svgpipe.stages.networks.diffusion import width_warning
 
@@ -374,8 +375,11 @@ def test_a_name_that_is_given_twice_is_refused(tmp_path: Path, svgpipe: Callable
 
 
 def test_built_in_studies_load() -> None:
-    assert builtin_studies() == ["boosters", "paper-tables", "small"]
-    boosters, tables, small = (load_study(name) for name in builtin_studies())
+    assert builtin_studies() == ["boosters", "layers", "paper-tables", "small"]
+    boosters, layers, tables, small = (load_study(name) for name in builtin_studies())
+    assert [v.recipe.autoencoder.backbone.layers for v in layers.variants] == [(4, 8, 11), (4,), (8,), (11,), None]
+    for variant in layers.variants:
+        check_model_settings(variant.recipe)
     assert [v.name for v in tables.variants if v.paper] == ["svg-xl", "sit-xl-sdvae", "sit-xl-vavae"]
     assert tables.variant("repa-xl-sdvae").tokenizer == tables.variant("dit-xl-sdvae").tokenizer == "sit-xl-sdvae"
     assert {v.recipe.evaluation.steps for v in small.variants} == {(1, 2, 5, 10, 25, 50)}

@@ -56,7 +56,7 @@ def calibrate(
     calibration = given or measured_calibration(total, encoder.distribution)
     constant = np.flatnonzero(total.std[: encoder.channels] < MIN_STD)
     if constant.size and encoder.distribution == "point":
-        first = 0 if source is None else source.channels
+        first = 0 if source is None else len(source.group)
         progress.say(f"channels {(first + constant).tolist()} are constant; stored without division")
     if source is not None:
         return source.complete(calibration)

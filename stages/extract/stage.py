@@ -173,7 +173,7 @@ class _Job:
             tally.add(len(spec.rows_of(unit)), [reject["reason"] for reject in record.entry["rejects"]])
         self.progress.begin("extract", spec.num_samples, "images", tally.seen)
         units = [UnitRows(unit, spec.rows_of(unit)) for unit in range(spec.num_units) if unit not in finished]
-        computed = slice(0 if self.source is None else self.source.channels, None)
+        computed = slice(0 if self.source is None else len(self.source.group), None)
         mean, std = calibration.mean[computed], calibration.std[computed]
         options = replace(self._computed, mean=mean, std=std, views=spec.views)
         steps = Steps(
@@ -225,7 +225,7 @@ class _Job:
             store_dtype=spec.dtype,
             unit_rows=spec.unit_rows,
             class_names=list(spec.class_names),
-            backbone=section.backbone.name if section.encodes_with_backbone else f"{section.kind} encoder",
+            backbone=section.backbone.title if section.encodes_with_backbone else f"{section.kind} encoder",
             backbone_weights=section.backbone.weights if section.encodes_with_backbone else "trained",
             content=stored.content,
             distribution=self.encoder.distribution,

@@ -2,13 +2,14 @@
 
 A cache of kind `svg` or `vision` begins with the channels of the vision model. They are normalised per channel, with
 statistics of the same images. So they are the same numbers in every cache of one shard set, one vision model and one
-section `extract`.
+section `extract`. A cache with the concatenated channels of several blocks also holds those of each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +27,10 @@ from svgpipe.manifests.shards import ShardSet
 
 @dataclass(frozen=True)
 class VisionSource:
-    """A finished float16 cache whose first `channels` channels, F of them, are the wanted vision features."""
+    """A finished float16 cache. Its channels `group`, F of them, are the wanted vision features."""
 
     cache: FeatureCache
-    channels: int
+    group: NDArray[np.int64]
 
     @classmethod
     def open(
@@ -71,13 +72,15 @@ class VisionSource:
         its_config = ExtractSection.model_validate(cache.manifest.config)
         there = _determining(made_from["shards"].fingerprint, source, its_config)
         here = _determining(shards.manifest.fingerprint, encoder, config)
+        if (group := _blocks_inside(source, encoder)) is not None:
+            here["backbone"] = there["backbone"]
         if lines := differing_fields(there, here):
             detail = "\n  ".join(lines)
             raise MismatchError(
                 f"{path}: its vision features are not those of this extraction. They differ in:\n  {detail}\n"
                 "Extract without it."
             )
-        return cls(cache, encoder.frozen_channels)
+        return cls(cache, np.arange(encoder.frozen_channels) if group is None else group)
 
     def require_same_statistics(self, calibration: Calibration) -> None:
         """Check that an extraction that was begun without the source normalises vision features as the source does.
@@ -87,7 +90,7 @@ class VisionSource:
         """
         own = self.complete(None)
         pairs = ((own.mean, calibration.mean), (own.std, calibration.std))
-        if not all(np.array_equal(source, begun[: self.channels]) for source, begun in pairs):
+        if not all(np.array_equal(source, begun[: len(self.group)]) for source, begun in pairs):
             raise MismatchError(
                 f"{self.cache.path}: normalises vision features with other numbers than the extraction that was begun. "
                 "Go on without it."
@@ -99,7 +102,7 @@ class VisionSource:
         Raises:
             ArtifactError: the statistics of the source cannot be read.
         """
-        own = Calibration(self.cache.channel_mean[: self.channels], self.cache.channel_std[: self.channels], None)
+        own = Calibration(self.cache.channel_mean[self.group], self.cache.channel_std[self.group], None)
         if residual is None:
             return own
         mean, std = (np.concatenate(pair) for pair in ((own.mean, residual.mean), (own.std, residual.std)))
@@ -125,17 +128,40 @@ class VisionSource:
         views: list[NDArray[np.float16]] = [
             self.cache.read(rows, view).astype(np.float16, copy=False) for view in self.cache.views
         ]
-        return np.stack(views, axis=1)[..., : self.channels]
+        return np.stack(views, axis=1)[..., self.group]
 
 
 def _determining(shards: str, encoder: AutoencoderManifest, config: ExtractSection) -> Json:
     """Return what vision features depend on, as JSON values."""
-    backbone = encoder.section.backbone
-    input_size = backbone.input_size or encoder.image_size
     return {
         "shards": shards,
         "image_size": encoder.image_size,
-        "backbone": {"name": backbone.name, "input_size": input_size, "feature_level": backbone.feature_level},
+        "backbone": _described(encoder),
         "backbone_weights": encoder.backbone_weights,
         "extract": config.model_dump(mode="json"),
     }
+
+
+def _described(encoder: AutoencoderManifest) -> dict[str, Any]:
+    """Return the settings of a vision model without those of its weights, as JSON values."""
+    backbone = encoder.section.backbone
+    described = backbone.model_dump(mode="json", exclude={"weights", "seed"})
+    return {**described, "input_size": backbone.input_size or encoder.image_size}
+
+
+def _blocks_inside(source: AutoencoderManifest, encoder: AutoencoderManifest) -> NDArray[np.int64] | None:
+    """Return which channels of a source with concatenated blocks are the vision features of `encoder`.
+
+    None for any other pair: one that has the same settings, or that differs in more than the blocks.
+    """
+    there, here = _described(source), _described(encoder)
+    differing = {key for key in here if here[key] != there[key]}
+    if not differing or not differing <= {"layers", "combine"} or here["spatial_mean"]:
+        return None
+    held, wanted = sorted(there["layers"] or ()), sorted(here["layers"] or ())
+    if there["combine"] != "concat" or not set(wanted) <= set(held):
+        return None
+    if not wanted or (len(wanted) > 1 and here["combine"] != "concat"):
+        return None
+    width = source.frozen_channels // len(held)
+    return np.concatenate([np.arange(width) + width * held.index(block) for block in wanted])

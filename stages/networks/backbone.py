@@ -16,7 +16,7 @@ from svgpipe.manifests.errors import ArtifactError, UsageError, first_line
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.model_manifests import BACKBONE_FILE
 from svgpipe.manifests.recipe import BackboneSection
-from svgpipe.models.backbone import Backbone
+from svgpipe.models.backbone import Backbone, Layers
 from svgpipe.models.convert import in_order
 
 from .weight_files import read_weight_file
@@ -56,8 +56,9 @@ def build_backbone(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
+            size = config.input_size or image_size
             backbone = Backbone(
-                config.name, input_size=config.input_size or image_size, feature_level=config.feature_level
+                config.name, input_size=size, feature_level=config.feature_level, layers=_layers(config)
             )
             _ = pooled or backbone.grid
     except ValueError as error:
@@ -70,6 +71,11 @@ def build_backbone(
     except ValueError as error:
         raise ArtifactError(f"{where}.weights {config.weights}: {error}") from error
     return backbone
+
+
+def _layers(config: BackboneSection) -> Layers | None:
+    blocks = config.layers if config.last is None else config.last
+    return None if blocks is None else Layers(blocks, config.combine or "mean", config.spatial_mean)
 
 
 def _find_weights(config: BackboneSection, directory: Location | None, where: str) -> dict[str, Tensor]:
