@@ -215,6 +215,12 @@ class AutoencoderSection(Section):
     kl: KLSection = KLSection()
     vision_loss: VisionLossSection = VisionLossSection()
     decoder: DecoderSection = DecoderSection()
+    decoder_noise: float | None = Field(
+        None,
+        gt=0,
+        description="svg, vision: the decoder is trained with noise on its input, of a deviation per image that is "
+        "uniform between 0 and this number of deviations of the channel (RAE: 0.8); null: none.",
+    )
     perceptual: PerceptualSection = PerceptualSection()
     discriminator: DiscriminatorSection = DiscriminatorSection()
     schedule: ScheduleSection = ScheduleSection()
@@ -237,6 +243,8 @@ class AutoencoderSection(Section):
     def _can_train(self) -> Self:
         if self.perceives_with_backbone and not self.perceptual.levels:
             raise ValueError("perceptual.levels is empty, but perceptual.kind is backbone")
+        if self.decoder_noise is not None and not self.encodes_with_backbone:
+            raise ValueError(f"decoder_noise: kind {self.kind} draws its latents from a posterior; expected null")
         return self
 
     @property
@@ -549,6 +557,11 @@ class ReconstructionSection(Section):
     batch_size: Positive = Field(32, description="Images per forward pass.")
     unit_rows: Positive = Field(500, description="Images per tar, the unit of resume.")
     extractor: ExtractorSection = ExtractorSection()
+    noise: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None,
+        description="Also rebuild from latents with Gaussian noise of these deviations, in deviations of the channel; "
+        "null: half of autoencoder.decoder_noise, if the decoder was trained with noise.",
+    )
     vgg_weights: str = Field("hub", description="LPIPS: torchvision's VGG16 file (.pth), or hub: download it.")
     lpips_weights: str = Field("hub", description="LPIPS v0.1 vgg.pth, or hub: download it.")
     bootstrap: Resamplings = Field(100, description="Bootstrap resamplings for the intervals; 0: no intervals.")

@@ -1,6 +1,6 @@
 """Files of an evaluation of an autoencoder: reconstructed images, and a report.
 
-images/reconstructions/, images/without-residual/    shard-*.tar of decoded images (PNG) with an index
+images/reconstructions/, images/without-residual/, images/noise-*/    shard-*.tar of decoded images (PNG) with an index
 report.json, report.schema.json, report.html
 """
 
@@ -22,6 +22,9 @@ class Reconstructed(FrozenModel):
     residual: bool | None = Field(
         description="False: the mask token replaced the output of the residual encoder; null: there is none."
     )
+    noise: float | None = Field(
+        None, description="Deviation of the noise on the latents, in deviations of the channel; null: none."
+    )
     psnr: Estimate | None = Field(description="dB, mean over images; null if all are reproduced exactly.")
     ssim: Estimate = Field(description="Mean over images; Gaussian window of 1.5 pixels (Wang 2004).")
     lpips: Estimate | None = Field(description="VGG16; lower is better.")
@@ -42,7 +45,9 @@ class ReconstructionReport(WrittenReport):
     image_size: int = Field(description="Pixels per side of all images.")
     num_images: int = Field(description="Held-out images, centre-cropped.")
     images: str = Field(description="Digest of these images and of their crop.")
-    results: list[Reconstructed] = Field(description="Kind svg: with residual branch, then without. Other kinds: one.")
+    results: list[Reconstructed] = Field(
+        description="Plain; for kind svg without residual branch; with noise on the latents."
+    )
     not_measured: list[str] = Field(
         default_factory=list, description="Metrics that were not measured, with the reason."
     )

@@ -85,6 +85,20 @@ def itself(values: Tensor) -> Tensor:
     return values
 
 
+def channel_moments(values: Tensor, total: Callable[[Tensor], Tensor] = itself) -> tuple[Tensor, Tensor]:
+    """Return mean and unbiased standard deviation per channel over batch and grid: (B,C,h,w) → (C,) and (C,), float32.
+
+    Args:
+        values: of this process.
+        total: adds up what each of several processes has.
+    """
+    flat = values.float().transpose(0, 1).flatten(1)
+    count = total(torch.full((), flat.shape[1], dtype=torch.float32, device=flat.device))
+    mean = total(flat.sum(dim=1)) / count
+    variance = total((flat - mean[:, None]).square().sum(dim=1)) / (count - 1)
+    return mean, variance.sqrt()
+
+
 class Alignment(nn.Module):
     """Match the residual's distribution to the frozen features': (B,C,h,w), (B,R,h,w) → (B,R,h,w).
 
@@ -121,11 +135,8 @@ class Alignment(nn.Module):
             raise ValueError("alignment: expected at least two values per channel, found one")
         parts = []
         for values in (frozen.detach(), residual.detach()):
-            flat = values.float().transpose(0, 1).flatten(1)
-            count = total(torch.full((), flat.shape[1], dtype=torch.float32, device=flat.device))
-            mean = total(flat.sum(dim=1)) / count
-            variance = total((flat - mean[:, None]).square().sum(dim=1)) / (count - 1)
-            parts += [mean.mean(), variance.sqrt().mean()]
+            mean, deviation = channel_moments(values, total)
+            parts += [mean.mean(), deviation.mean()]
         return torch.stack(parts)
 
     def freeze(self, scalars: Tensor) -> None:

@@ -89,4 +89,6 @@ def _spread_over_classes(labels: NDArray[np.int64], count: int) -> list[int]:
 
 
 def _title(result: Reconstructed) -> str:
+    if result.noise is not None:
+        return f"noise {result.noise:g}"
     return {True: "residual on", False: "residual off", None: "reconstruction"}[result.residual]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import torchvision
 from skimage.metrics import peak_signal_noise_ratio
 
+from svgpipe.manifests.recipe import ReconstructionSection
 from svgpipe.manifests.reconstruction import ReconstructionReport
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.models.losses import LPIPS
@@ -25,10 +27,14 @@ from svgpipe.stages.images.stream import load_images
 from svgpipe.stages.images.tensors import as_unit_range
 from svgpipe.stages.networks.autoencoder import load_autoencoder, reconstruct
 from svgpipe.stages.networks.backbone import state_digest
+from svgpipe.stages.runtime.progress import Silent
+from svgpipe.stages.runtime.runner import LocalRunner
 
 from .conftest import Finished, Outcome
 
 SETTINGS = ["--set", "reconstruction.extractor.kind=backbone", "--set", "reconstruction.unit_rows=4"]
+NOISE = ("noise-0.2", "noise-1")  # sets with noise on the latents
+SETTINGS += ["--set", "reconstruction.noise=[0.2, 1]"]
 
 
 def arguments(finished: Finished, out: Path, *more: object) -> list[object]:
@@ -85,7 +91,7 @@ def test_residual_off_replaces_the_residual_by_the_mask_token(finished: Finished
 def test_reconstruction_metrics_equal_scikit_image_and_count_their_images(evaluated: Path, finished: Finished) -> None:
     report = ReconstructionReport.read(evaluated)
     pixels = heldout_pixels(finished)
-    assert [r.name for r in report.results] == ["reconstructions", "without-residual"]
+    assert [r.name for r in report.results] == ["reconstructions", "without-residual", *NOISE]
     for result in report.results:
         images = decoded_images(evaluated, result.name)
         psnr = [peak_signal_noise_ratio(p, images.pixels(i), data_range=255) for i, p in enumerate(pixels)]
@@ -142,10 +148,33 @@ def test_batch_and_unit_sizes_do_not_change_results(
             assert getattr(two, name).value == pytest.approx(getattr(one, name).value, rel=1e-3)
 
 
+def test_noise_on_the_latents_has_the_deviation_of_each_channel(
+    evaluated: Path, finished: Finished, tmp_path: Path
+) -> None:
+    report = ReconstructionReport.read(evaluated)
+    assert [result.noise for result in report.results] == [None, None, 0.2, 1.0]
+    sets = [decoded_images(evaluated, name) for name in ("reconstructions", *NOISE)]
+    plain, *noised = (np.stack([images.pixels(i) for i in range(len(images))]).astype(np.float64) for images in sets)
+    little, much = (np.abs(images - plain).mean() for images in noised)  # this decoder is hardly trained
+    assert 0 < 2 * little < much
+    config = ReconstructionSection(noise=(0.5,))
+    plan = stage.ReconstructionPlan.resolve(finished.root / "autoencoder", finished.shards, tmp_path, config, None)
+    model, _ = load_autoencoder(finished.root / "autoencoder")
+    with torch.inference_mode():
+        latents = model.encode(as_unit_range(heldout_pixels(finished)))
+    deviation = latents.transpose(0, 1).flatten(1).double().std(dim=1, correction=0)
+    found = stage._deviation(plan, LocalRunner(), Silent())
+    np.testing.assert_allclose(found, deviation, rtol=1e-4)
+    np.testing.assert_array_equal(stage._deviation(plan, LocalRunner(), Silent()), found)  # of the journal
+    robust = finished.recipe.autoencoder.model_copy(update={"decoder_noise": 0.8})
+    encoder = plan.encoder.model_copy(update={"config": robust.model_dump(mode="json")})
+    assert replace(plan, encoder=encoder, config=ReconstructionSection()).noise == (0.4,)
+
+
 def test_the_page_shows_originals_and_both(evaluated: Path, finished: Finished) -> None:
     html = (evaluated / "report.html").read_text()
-    assert html.count("data:image/webp") == 3 * len(finished.shards.usable("heldout"))  # fewer than eight: all of them
-    assert "<script" not in html and "residual off" in html and 'href="#p1-1"' in html
+    assert html.count("data:image/webp") == 5 * len(finished.shards.usable("heldout"))  # fewer than eight: all of them
+    assert "<script" not in html and "residual off" in html and "noise 0.2" in html and 'href="#p1-1"' in html
 
 
 def test_a_kind_without_residual_encoder_has_one_set(
@@ -159,7 +188,7 @@ def test_a_kind_without_residual_encoder_has_one_set(
     done = svgpipe(*given)
     assert done.code == 0, done.err
     report = ReconstructionReport.read(tmp_path / "out")
-    assert [(r.name, r.residual) for r in report.results] == [("reconstructions", None)]
+    assert [(r.name, r.residual) for r in report.results] == [(name, None) for name in ("reconstructions", *NOISE)]
     assert "residual on" not in done.out and "residual off" not in done.out
 
 
@@ -195,7 +224,7 @@ def test_decoded_and_measured_images_are_reused(
     monkeypatch.setattr(stage, "_compare", compare)
     shutil.copytree(evaluated.parent / "features", tmp_path / "features")  # but no decoded tars to be found
     found = svgpipe(*arguments(finished, out))
-    assert found.code == 0 and "(3 done before)" in found.err
+    assert found.code == 0 and "(7 done before)" in found.err
     assert len(looked) == 4  # images of a unit
     assert (out / "report.json").read_bytes() == (evaluated / "report.json").read_bytes()
 

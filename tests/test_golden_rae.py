@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from svgpipe.models.decoder_noise import scaled_noise, with_noise
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import flow_loss, shift_of, shift_time
 from svgpipe.models.sampler import SDE, Guidance, GuidedVelocity, _sample_ode, _sample_sde, sde_grid
@@ -157,3 +158,28 @@ def test_golden_rae_shift_of_a_dimension(recording: Golden) -> None:
     close(1 - shift_time(1 - u, shift), recording["shift.t_released"], 1e-6)
     assert shift_of("from-dimension", 16 * 16, 392) == pytest.approx(0.202, abs=5e-4)
     assert shift_of(0.4, 16 * 16, 768) == 0.4
+
+
+def test_golden_rae_noise_of_the_decoder_input(recording: Golden) -> None:
+    config, name = recording.meta["config"], "encode.latent_train"
+    mean, deviation = recording["stat.mean"], (recording["stat.var"] + config["eps"]).sqrt()
+    tokens = recording["encode.latent"] * deviation + mean
+    normal = map_from_tokens(recording["encode.noise"], (4, 4))
+    noise = scaled_noise(recording["encode.noise_u"].flatten(), normal, config["noise_tau"])
+    close((tokens + noise - mean) / deviation, recording[name], recording.meta["suggested_atol"]["encode"])
+
+
+def test_noise_has_the_deviation_of_each_channel_over_all_processes() -> None:
+    torch.manual_seed(0)
+    latents = torch.randn(6, 3, 2, 2) * torch.tensor([0.1, 1.0, 10.0]).view(1, 3, 1, 1) + 5
+    noise = torch.randn_like(latents)
+    expected = latents + noise * latents.transpose(0, 1).flatten(1).std(dim=1).view(1, 3, 1, 1)
+    torch.testing.assert_close(with_noise(latents, noise), expected)
+    parts, sums = latents.split([2, 4]), iter(_sums(latents.split([2, 4])))
+    torch.testing.assert_close(with_noise(parts[0], noise[:2], lambda _: next(sums)), expected[:2])
+
+
+def _sums(parts: tuple[Tensor, ...]) -> list[Tensor]:
+    """What two processes add up: count, sum and squared distances to the mean, per channel."""
+    flat = torch.cat(parts).transpose(0, 1).flatten(1)
+    return [torch.tensor(float(flat.shape[1])), flat.sum(1), (flat - flat.mean(1, keepdim=True)).square().sum(1)]

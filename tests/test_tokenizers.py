@@ -17,11 +17,12 @@ from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.reconstruction import ReconstructionReport
 from svgpipe.models.kl_autoencoder import KLAutoencoder, Posterior
+from svgpipe.models.svg_autoencoder import SVGAutoencoder
 from svgpipe.stages.images.decode import psnr
 from svgpipe.stages.images.stream import load_images
 from svgpipe.stages.images.tensors import as_pixels, as_unit_range
 from svgpipe.stages.networks.autoencoder import load_autoencoder
-from svgpipe.stages.train_autoencoder.forward import KLForward
+from svgpipe.stages.train_autoencoder.forward import KLForward, SVGForward
 
 from .commands import run_and_kill
 from .conftest import VAE_CHANNELS, Finished, Outcome
@@ -105,14 +106,20 @@ def test_the_kl_divergence_counts(
     assert heavy[0] == light[0] and heavy[-1] < 0.7 * light[-1]
 
 
-def test_the_noise_of_the_posterior_depends_on_seed_step_and_position(vaes: Path) -> None:
-    forward = KLForward(load_kl(vaes / "kl" / "autoencoder"), None)
-    draws = forward.draws(1, 2, [3, 4], 32)
-    assert draws.shape == (2, VAE_CHANNELS, 4, 4)
-    assert torch.equal(draws[1:], forward.draws(1, 2, [4], 32))
-    for other in (forward.draws(2, 2, [3, 4], 32), forward.draws(1, 3, [3, 4], 32)):
-        assert not torch.equal(draws, other)
-    assert not torch.equal(draws[0], draws[1])
+def test_noise_depends_on_seed_step_and_position(vaes: Path, finished: Finished) -> None:
+    svg, _ = load_autoencoder(finished.root / "autoencoder")
+    assert isinstance(svg, SVGAutoencoder)
+    noised, channels = SVGForward(svg, noise=0.8), svg.channels
+    assert len(SVGForward(svg).draws(1, 2, [3, 4], 32)) == 1
+    for forward, count in ((KLForward(load_kl(vaes / "kl" / "autoencoder"), None), VAE_CHANNELS), (noised, channels)):
+        *_, draws = forward.draws(1, 2, [3, 4], 32)
+        assert draws.shape == (2, count, 4, 4)
+        assert torch.equal(draws[1:], forward.draws(1, 2, [4], 32)[-1])
+        for other in (forward.draws(2, 2, [3, 4], 32), forward.draws(1, 3, [3, 4], 32)):
+            assert not torch.equal(draws, other[-1])
+        assert not torch.equal(draws[0], draws[1])
+    deviations = torch.cat([noised.draws(0, step, [0], 32)[1].std().reshape(1) for step in range(200)])
+    assert deviations.max() < 0.85 and deviations.mean() == pytest.approx(0.4, abs=0.05)  # uniform in [0, 0.8]
 
 
 def test_a_killed_training_ends_with_the_same_weights(
@@ -185,6 +192,9 @@ def test_the_cache_is_inspected_probed_and_analyzed(
         ("aligned-kl", "autoencoder.backbone.input_size=128", ["4x4 places", "8x8", "input_size"]),
         ("kl", "autoencoder.kl.channels=0", ["kl.channels"]),
         ("kl", "autoencoder.kind=vae", ["kind", "aligned-kl"]),
+        ("kl", "autoencoder.decoder_noise=0.8", ["decoder_noise", "draws its latents from a posterior"]),
+        ("kl", "autoencoder.decoder_noise=0", ["decoder_noise", "greater than 0"]),
+        ("kl", "reconstruction.noise=[-1]", ["reconstruction.noise", "greater than 0"]),
         ("kl", "autoencoder.residual.enabled=false", ["residual.enabled", "autoencoder.kind: svg or vision now"]),
     ],
 )

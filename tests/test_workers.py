@@ -39,6 +39,7 @@ AUTOENCODER = (
     "autoencoder.residual.dropout=0",
     *("autoencoder.steps=14", "autoencoder.batch_size=5", "autoencoder.learning_rate=1e-6", "autoencoder.flip=true"),
     "autoencoder.discriminator.start_step=3",
+    "autoencoder.decoder_noise=0.5",
 )
 
 

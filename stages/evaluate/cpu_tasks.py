@@ -53,6 +53,7 @@ class ImageUnit:
     store: Location | None = None
     originals: Sequence[ImageRef] = ()
     residual: bool = True  # real images: False encodes them without the residual branch
+    noise: float = 0.0  # real images: added to their latents, in deviations of the channel
 
     @property
     def name(self) -> str:

@@ -34,6 +34,7 @@ class ImageJob:
     Attributes:
         labels: of the latents; real images have their own, noise has label 0.
         residual: real images: False encodes them without the residual branch.
+        noise: real images: deviation of Gaussian noise on their latents, in deviations of the channel.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ImageJob:
     labels: Sequence[int] = ()
     originals: Sequence[ImageRef] = ()
     residual: bool = True
+    noise: float = 0.0
 
     def units(self, rows: int) -> list[ImageUnit]:
         """Return tars of `rows` images."""
@@ -56,6 +58,7 @@ class ImageJob:
                 store=None if self.store is None else absolute(self.store),
                 originals=originals[first : first + rows],
                 residual=self.residual,
+                noise=self.noise,
             )
             for shard, first in enumerate(range(0, self.count, rows))
         ]
@@ -66,8 +69,8 @@ class DecoderOptions:
     """Settings of the decoder.
 
     Attributes:
-        mean: (C,) channel means of normalised latents.
-        std: (C,) channel standard deviations of normalised latents.
+        mean: (C,) what normalised latents were centred by.
+        std: (C,) what they were divided by; of real images, the unit of the noise on their latents.
         size: pixels per side of the images.
         seed: of the noise.
         unit_rows: images per tar, the unit of resume.
@@ -147,8 +150,14 @@ class _Decode:
     def __call__(self, sources: ImageSources) -> DecodedUnit:
         unit, batch_size = sources.unit, self.options.batch_size
         if sources.pixels is not None:
-            return DecodedUnit(unit, reconstruct(self.model, sources.pixels, batch_size, residual=unit.residual))
+            noise = self._noise(unit.indices) * self.std * unit.noise if unit.noise else None
+            images = reconstruct(self.model, sources.pixels, batch_size, residual=unit.residual, noise=noise)
+            return DecodedUnit(unit, images)
         if sources.latents is not None:
             return DecodedUnit(unit, self._decode(torch.from_numpy(np.array(sources.latents))))
-        noise = initial_noise(self.options.seed, unit.indices, self.grid[0] * self.grid[1], len(self.mean))
-        return DecodedUnit(unit, self._decode(noise.reshape(len(noise), *self.grid, -1)))
+        return DecodedUnit(unit, self._decode(self._noise(unit.indices)))
+
+    def _noise(self, indices: Sequence[int]) -> Tensor:
+        """Return standard normal values (n,row,column,channel), a function of seed and index."""
+        noise = initial_noise(self.options.seed, indices, self.grid[0] * self.grid[1], len(self.mean))
+        return noise.reshape(len(noise), *self.grid, -1)

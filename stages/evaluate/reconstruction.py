@@ -1,6 +1,6 @@
 """`svgpipe eval-reconstruction`: reconstruction of held-out images, with and without the residual branch.
 
-decode    both sets of reconstructions into WebDataset tars, in units with a journal
+decode    all sets of reconstructions into WebDataset tars, in units with a journal
 measure   pairs of images, and sets of images, as 8-bit images
 """
 
@@ -20,8 +20,9 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
+from svgpipe.manifests.calibration import measured_calibration
 from svgpipe.manifests.errors import ArtifactError, UsageError
-from svgpipe.manifests.filesystem import Location, file_sha256
+from svgpipe.manifests.filesystem import Location, absolute, file_sha256
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import InputRef, digest
@@ -34,6 +35,8 @@ from svgpipe.manifests.shards import ShardSet, refs_of
 from svgpipe.manifests.workdir import StageSpec, WorkDir
 
 from ..extract.align import align_for_evaluation, needs_alignment
+from ..extract.calibrate import measure_features
+from ..extract.encoder_actor import EncoderOptions
 from ..images.decode import CROP, RGBArray, psnr
 from ..images.image_set import ImageSet
 from ..images.tensors import as_unit_range
@@ -52,6 +55,7 @@ from .reference import require_decodable, was_decoded
 
 WITHOUT_RESIDUAL = "without-residual"
 MIN_IMAGES = 2
+DEVIATION_IMAGES = 512  # whose latents give the unit of the noise
 
 
 class Lpips(NamedTuple):
@@ -125,11 +129,19 @@ class ReconstructionPlan:
         return ImageSet(self.chosen, self.encoder.image_size)
 
     def jobs(self) -> list[ImageJob]:
-        """Return the sets to decode. Kind svg has a second set, without the residual branch."""
-        count = len(self.chosen)
-        whole = ImageJob(RECONSTRUCTIONS, count, originals=self.chosen)
-        without = ImageJob(WITHOUT_RESIDUAL, count, originals=self.chosen, residual=False)
-        return [whole, without] if self.section.kind == "svg" else [whole]
+        """Return the sets to decode: plain; without the residual branch for kind svg; with noise on the latents."""
+        whole = partial(ImageJob, count=len(self.chosen), originals=self.chosen)
+        jobs = [whole(RECONSTRUCTIONS)]
+        if self.section.kind == "svg":
+            jobs.append(whole(WITHOUT_RESIDUAL, residual=False))
+        return jobs + [whole(f"noise-{noise:g}", noise=noise) for noise in self.noise]
+
+    @property
+    def noise(self) -> tuple[float, ...]:
+        """Deviations of noise on the latents; of a decoder that was trained with noise, the mean one."""
+        if self.config.noise is not None:
+            return self.config.noise
+        return () if self.section.decoder_noise is None else (self.section.decoder_noise / 2,)
 
     def not_measured(self) -> list[str]:
         """Return what cannot be measured for this autoencoder, with the reason."""
@@ -137,13 +149,13 @@ class ReconstructionPlan:
             return ["a fair reconstruction without residual: it was never masked in training (mask_ratio 0)"]
         return []
 
-    def decoder_options(self) -> DecoderOptions:
-        """Return options with neutral mean and std, because no normalised latents are decoded."""
-        channels, config = self.encoder.channels, self.config
+    def decoder_options(self, deviation: NDArray[np.float32]) -> DecoderOptions:
+        """Return options for un-normalised latents. `deviation`: (C,) of the channels, the unit of the noise."""
+        config = self.config
         return DecoderOptions(
             self.autoencoder,
-            mean=np.zeros(channels, np.float32),
-            std=np.ones(channels, np.float32),
+            mean=np.zeros_like(deviation),
+            std=deviation,
             size=self.encoder.image_size,
             seed=config.seed,
             unit_rows=config.unit_rows,
@@ -208,7 +220,8 @@ def _evaluate(
     if needs_alignment(plan.autoencoder, plan.encoder):
         align_for_evaluation(plan.shards, plan.autoencoder, plan.encoder, config.batch_size, runner, progress)
     keep_alignment(plan.autoencoder, out)
-    tars = decode(plan.jobs(), plan.decoder_options(), out, runner, progress)
+    deviation = _deviation(plan, runner, progress) if plan.noise else np.ones(plan.encoder.channels, np.float32)
+    tars = decode(plan.jobs(), plan.decoder_options(deviation), out, runner, progress)
     size = plan.encoder.image_size
     sets = {name: ImageSet(refs_of(out / "images" / name, shards), size) for name, shards in tars.items()}
     ReconstructionReport(
@@ -229,6 +242,22 @@ def _evaluate(
         report=file_sha256(out / REPORT_NAME),
     )
     return work.publish(manifest)
+
+
+def _deviation(plan: ReconstructionPlan, runner: Runner, progress: Progress) -> NDArray[np.float32]:
+    """Return the deviation of every channel (C,) over the latents of some of the images, stored for a resume."""
+    journal = Journal(plan.out, "journal/deviation")
+    if (kept := journal.find("deviation")) is None:
+        rows = choose_evenly(plan.shards.usable_rows("heldout").tolist(), plan.config.num_images)
+        options = EncoderOptions(absolute(plan.autoencoder), plan.config.batch_size, "float32")
+        chosen = choose_evenly(rows, DEVIATION_IMAGES)
+        total, _ = measure_features(
+            plan.shards, chosen, plan.encoder.image_size, options, runner, progress, "deviation"
+        )
+        deviation = measured_calibration(total, plan.encoder.distribution).std[: plan.encoder.channels]
+        journal.record("deviation", {"deviation": deviation.tolist()})
+        kept = journal.check("deviation")
+    return np.asarray(kept.entry["deviation"], np.float32)
 
 
 def _lpips(config: ReconstructionSection, missing: list[str]) -> Lpips | None:
@@ -266,6 +295,7 @@ def _measure(
     comparison = Comparison(Features(reference[POOLED]), config.bootstrap, config.seed)
     progress.begin("measure", len(sets) * len(originals), "images")
     results = []
+    noise_of = {job.name: job.noise or None for job in plan.jobs()}
     for number, (name, images) in enumerate(sets.items()):
         means = {
             key: mean_estimate(finite, config.bootstrap, config.seed) if len(finite := _finite(values)) else None
@@ -275,7 +305,8 @@ def _measure(
         results.append(
             Reconstructed(
                 name=name,
-                residual=name == RECONSTRUCTIONS if plan.section.kind == "svg" else None,
+                residual=name != WITHOUT_RESIDUAL if plan.section.kind == "svg" else None,
+                noise=noise_of.get(name),
                 frechet_distance=comparison.frechet(features),
                 kernel_distance=comparison.kernel(features),
                 **{"lpips": None, **means},

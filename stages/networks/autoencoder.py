@@ -178,7 +178,9 @@ def _require_same_backbone(backbone: Backbone, directory: Location, manifest: Au
 
 
 @torch.no_grad()
-def reconstruct(model: Autoencoder, pixels: RGBArray, batch_size: int, *, residual: bool = True) -> RGBArray:
+def reconstruct(
+    model: Autoencoder, pixels: RGBArray, batch_size: int, *, residual: bool = True, noise: Tensor | None = None
+) -> RGBArray:
     """Encode and decode (N,S,S,3) uint8 in eval mode. The result does not depend on `batch_size`.
 
     Args:
@@ -186,6 +188,7 @@ def reconstruct(model: Autoencoder, pixels: RGBArray, batch_size: int, *, residu
         pixels: images.
         batch_size: images per forward pass.
         residual: False: the mask token replaces the residual, if the autoencoder has a residual encoder.
+        noise: (N,row,column,channel), added to the un-normalised latents.
 
     Returns:
         (N,S,S,3) uint8; of a posterior, its mean is decoded.
@@ -194,10 +197,12 @@ def reconstruct(model: Autoencoder, pixels: RGBArray, batch_size: int, *, residu
     encode = model.encode
     if isinstance(model, SVGAutoencoder) and not residual:
         encode = model.encode_without_residual
-    parts = [
-        as_pixels(model.decode(model.latents(encode(as_unit_range(pixels[i : i + batch_size]).to(device)))))
-        for i in range(0, len(pixels), batch_size)
-    ]
+    parts = []
+    for i in range(0, len(pixels), batch_size):
+        latents = model.latents(encode(as_unit_range(pixels[i : i + batch_size]).to(device)))
+        if noise is not None:
+            latents = latents + noise[i : i + batch_size].permute(0, 3, 1, 2).to(latents)
+        parts.append(as_pixels(model.decode(latents)))
     return np.concatenate(parts) if parts else pixels
 
 

@@ -5,13 +5,15 @@ Legend: B images of this process, C latent channels, F feature channels, h w gri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from svgpipe.models.decoder_noise import scaled_noise, with_noise
 from svgpipe.models.kl_autoencoder import KLAutoencoder, Posterior
+from svgpipe.models.residual import itself
 from svgpipe.models.seeds import generator
 from svgpipe.models.svg_autoencoder import SVGAutoencoder
 
@@ -34,16 +36,40 @@ class Forward:
 class SVGForward(nn.Module):
     """Encodes, masks and decodes in one forward pass, so that DDP averages its gradients."""
 
-    def __init__(self, model: SVGAutoencoder) -> None:
+    def __init__(
+        self, model: SVGAutoencoder, noise: float | None = None, total: Callable[[Tensor], Tensor] = itself
+    ) -> None:
+        """Build the module.
+
+        Args:
+            model: autoencoder.
+            noise: largest deviation of the noise on the decoder's input.
+            total: adds up what each process of a group has.
+        """
         super().__init__()
-        self.model = model
+        self.model, self.noise, self.total = model, noise, total
 
-    def draws(self, seed: int, step: int, positions: Sequence[int], image_size: int) -> Tensor:
-        """Return (B,) uniform draws in [0, 1) that decide the masking; a function of (seed, step, position)."""
-        return torch.cat([torch.rand(1, generator=generator(seed, "image", step, position)) for position in positions])
+    def draws(self, seed: int, step: int, positions: Sequence[int], image_size: int) -> tuple[Tensor, ...]:
+        """Return random values of the images, a function of (seed, step, position).
 
-    def forward(self, images: Tensor, draws: Tensor) -> Forward:
-        return Forward(self.model.decode(self.model.encode(images, draws)).float())
+        Returns:
+            (B,) uniform draws in [0, 1) that decide the masking; and, if wanted, (B,C,h,w) noise of the decoder's
+            input.
+        """
+        masking = torch.cat([torch.rand(1, generator=generator(seed, "image", step, place)) for place in positions])
+        if self.noise is None:
+            return (masking,)
+        side = self.model.backbone.grid
+        sources = [generator(seed, "noise", step, place) for place in positions]
+        uniform = torch.cat([torch.rand(1, generator=source) for source in sources])
+        normal = torch.stack([torch.randn(self.model.channels, side, side, generator=source) for source in sources])
+        return masking, scaled_noise(uniform, normal, self.noise)
+
+    def forward(self, images: Tensor, draws: Tensor, noise: Tensor | None = None) -> Forward:
+        latents = self.model.encode(images, draws)
+        if noise is not None:
+            latents = with_noise(latents, noise, self.total)
+        return Forward(self.model.decode(latents).float())
 
 
 class KLForward(nn.Module):
@@ -53,11 +79,11 @@ class KLForward(nn.Module):
         super().__init__()
         self.model, self.projection = model, projection
 
-    def draws(self, seed: int, step: int, positions: Sequence[int], image_size: int) -> Tensor:
+    def draws(self, seed: int, step: int, positions: Sequence[int], image_size: int) -> tuple[Tensor]:
         """Return (B,C,h,w) standard normal noise of the posterior; a function of (seed, step, position)."""
         side = image_size // self.model.encoder.factor
         shape = (self.model.channels, side, side)
-        return torch.stack([torch.randn(shape, generator=generator(seed, "image", step, p)) for p in positions])
+        return (torch.stack([torch.randn(shape, generator=generator(seed, "image", step, p)) for p in positions]),)
 
     def forward(self, images: Tensor, draws: Tensor) -> Forward:
         posterior = self.model.posterior(images)

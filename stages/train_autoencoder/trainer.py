@@ -28,6 +28,7 @@ from svgpipe.models.losses import (
     discriminator_loss,
     generator_loss,
 )
+from svgpipe.models.residual import itself
 from svgpipe.models.seeds import seed_of
 from svgpipe.models.svg_autoencoder import SVGAutoencoder
 from svgpipe.models.vision_loss import distance_matrix_loss, marginal_cosine_loss, vision_loss_weight
@@ -80,7 +81,7 @@ class AutoencoderTrainer:
             if frozen is not None:
                 frozen.to(group.device)
         self.projection = _new_projection(model, config, group, backbone)
-        self.forward = _forward(model, self.projection, group)
+        self.forward = _forward(model, config, self.projection, group)
         self.reconstruct = replicate(self.forward, group)
         self.discriminator = _new_discriminator(config, group)
         self.judge = None if self.discriminator is None else replicate(_Judgement(self.discriminator), group)
@@ -142,13 +143,13 @@ class AutoencoderTrainer:
         images = to_device(pixels, group.device).float() / 255
         target = images * 2 - 1
         positions = group.local_slice(config.batch_size)
-        draws = to_device(self.forward.draws(config.seed, step, positions, config.image_size), group.device)
+        draws = self.forward.draws(config.seed, step, positions, config.image_size)
         # Dropout uses the global generator: the same in a resumed run with the same number of workers.
         torch.manual_seed(seed_of(config.seed, "dropout", step, group.rank))
         on = self.discriminator is not None and step >= config.discriminator.start_step
         self.model.train()
         with autocast(group.device, config.precision), _frozen(self.discriminator):
-            result: Forward = self.reconstruct(images, draws)
+            result: Forward = self.reconstruct(images, *(to_device(values, group.device) for values in draws))
             loss, step_losses = self._losses(target, images, result, on)
         self._apply("generator", step, loss)
         if self.judge is None or not on:
@@ -234,13 +235,15 @@ def _named(loss: GeneratorLoss) -> dict[str, Tensor]:
     }
 
 
-def _forward(model: Autoencoder, projection: nn.Conv2d | None, group: ProcessGroup) -> SVGForward | KLForward:
+def _forward(
+    model: Autoencoder, config: AutoencoderSection, projection: nn.Conv2d | None, group: ProcessGroup
+) -> SVGForward | KLForward:
     if isinstance(model, KLAutoencoder):
         return KLForward(model, projection)
     assert isinstance(model, SVGAutoencoder)
     if group.size > 1 and model.alignment is not None:
         model.alignment.total = group.sum
-    return SVGForward(model)
+    return SVGForward(model, config.decoder_noise, group.sum if group.size > 1 else itself)
 
 
 def _new_projection(
