@@ -17,8 +17,8 @@ from .store_spec import Distribution
 AUTOENCODER_FILE = "autoencoder.safetensors"
 BACKBONE_FILE = "backbone.safetensors"
 STATISTICS_FILE = "statistics.safetensors"
-# Weights without EMA, and the name for the recipe's first EMA decay.
-RAW, EMA = "raw", "ema"
+# Weights without EMA, the name for the recipe's first EMA decay, and averages that were reconstructed afterwards.
+RAW, EMA, POWER = "raw", "ema", "power"
 System = Literal["svg", "dit", "sit", "repa", "lightningdit"]  # whose transformers can be imported
 OFFICIAL_LATENTS = "official-latents"  # kind of the input of an imported model that replaces the cache
 
@@ -28,13 +28,23 @@ def average_name(decay: float) -> str:
     return f"{EMA}-{decay!r}"
 
 
+def power_name(sigma: float) -> str:
+    """Return the name of the power average of this length: `power-0.05`."""
+    return f"{POWER}-{sigma!r}"
+
+
 def choose_weights(decays: Sequence[float], choice: str) -> str:
-    """Return the name of the weights that `ema` (first decay), `ema-DECAY`, `DECAY` or `raw` stands for.
+    """Return the name of the weights that `ema` (first decay), `ema-DECAY`, `DECAY`, `power-SIGMA` or `raw` stands for.
+
+    Whether a power average was reconstructed is not checked here.
 
     Raises:
         UsageError: the model has no EMA weights of this decay.
     """
     names = [*map(average_name, decays), RAW]
+    with suppress(ValueError):
+        if choice.startswith(f"{POWER}-"):
+            return power_name(float(choice.removeprefix(f"{POWER}-")))
     name = names[0] if choice == EMA else choice
     with suppress(ValueError):  # 0.90 and ema-0.90 mean the decay 0.9
         name = average_name(float(choice.removeprefix(f"{EMA}-")))

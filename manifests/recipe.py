@@ -14,7 +14,7 @@ from .section import Section
 Labels = Literal["equal", "drawn"]
 Objective = Literal["flow", "ddpm"]
 AutoencoderKind = Literal["svg", "vision", "kl", "aligned-kl"]
-WEIGHTS = r"^(raw|ema|(ema-)?0(\.\d+)?)$"
+WEIGHTS = r"^(raw|ema|(ema-)?0(\.\d+)?|power-0\.\d+)$"
 MIN_RESAMPLINGS = 20  # fewer have no quantiles for a 95 % interval
 
 
@@ -353,6 +353,21 @@ class AlignSection(Section):
     zscore: bool = Field(False, description="Normalise the features of an image over its grid (iREPA).")
 
 
+class PowerAverageSection(Section):
+    """Averages with power functions of the step (EDM2), from which `svgpipe ema` makes averages of other lengths."""
+
+    sigmas: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = Field(
+        (0.05, 0.10), description="Lengths of the averages, relative to the training. Each needs memory for a model."
+    )
+    every: Positive = Field(5000, description="Steps between snapshots of the averages, float16 files in averages/.")
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Self:
+        if len(set(self.sigmas)) != len(self.sigmas) or not self.sigmas:
+            raise ValueError(f"sigmas must name at least one value and no value twice, found {list(self.sigmas)}")
+        return self
+
+
 class DiffusionSection(Section):
     """`svgpipe train-diffusion`: the diffusion transformer, from the cache alone."""
 
@@ -369,6 +384,9 @@ class DiffusionSection(Section):
     accumulate: Positive = Field(1, description="Number of parts that a batch is computed in, to save memory.")
     ema_decays: tuple[Fraction, ...] = Field(
         (0.9999,), description="EMA decays of the weights, kept side by side. The first is the default for sampling."
+    )
+    power_averages: PowerAverageSection | None = Field(
+        None, description="Also keep averages whose length is chosen after the training (svgpipe ema); null: none."
     )
     label_dropout: Fraction = Field(0.1, description="Fraction of labels replaced by 'no class', for guidance.")
     time_shift: TimeShift = Field(
@@ -511,7 +529,7 @@ class EvaluationSection(Section):
     weights: str = Field(
         "ema",
         pattern=WEIGHTS,
-        description="ema (the first decay), ema-DECAY or raw.",
+        description="ema (the first decay), ema-DECAY, power-SIGMA (see svgpipe ema) or raw.",
     )
     guide_weights: str = Field("ema", pattern=WEIGHTS, description="Weights of the --guide model.")
     compile: Literal["auto"] | bool = Field("auto", description="torch.compile the model. auto: on CUDA.")

@@ -1,12 +1,18 @@
-"""Exponential moving averages of a model's weights, several side by side."""
+"""Averages of a model's weights, several side by side: exponential ones, and power functions of the step.
+
+A power average at step t weights step s with s^γ. Its length σ is the standard deviation of that profile divided by t.
+Source: EDM2 (arXiv 2312.02696), section 3 and appendix C; phema.py. Time is continuous in these formulas.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -36,3 +42,69 @@ def update_averages(
     """
     for average, decay in zip(averages, decays, strict=True):
         torch._foreach_lerp_(list(average), list(weights), 1 - warmed_decay(decay, updates))
+
+
+def power_exponent(sigma: float) -> float:
+    """Return γ of the power function with relative length sigma: the largest root of eq. 126.
+
+    Raises:
+        ValueError: sigma is not in (0, 0.28): from a single step to about the average of all.
+    """
+    if not 0 < sigma < 0.28:
+        raise ValueError(f"expected a length of an average between 0 and 0.28, found {sigma}")
+    t = sigma**-2
+    return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
+
+
+def power_decay(exponent: float, step: int) -> float:
+    """Return the decay of the update after step `step` (from 1): (1 - 1/step)^(γ + 1); 0 at the first. Eq. 127."""
+    return (1 - 1 / step) ** (exponent + 1)
+
+
+@torch.no_grad()
+def update_power_averages(
+    averages: Sequence[Sequence[Tensor]], exponents: Sequence[float], weights: Sequence[Tensor], step: int
+) -> None:
+    """Update power averages after step `step`, counted from 1, as `update_averages`."""
+    for average, exponent in zip(averages, exponents, strict=True):
+        torch._foreach_lerp_(list(average), list(weights), 1 - power_decay(exponent, step))
+
+
+class Snapshot(NamedTuple):
+    """A power average of length `sigma` that ends at step `step`."""
+
+    sigma: float
+    step: int
+
+
+class Combination(NamedTuple):
+    """How to combine snapshots to another average.
+
+    Attributes:
+        factors: (n,) float64, of each snapshot.
+        error: L2 distance of the combined profile to the wanted one, relative to that one.
+    """
+
+    factors: NDArray[np.float64]
+    error: float
+
+
+def combine_snapshots(snapshots: Sequence[Snapshot], wanted: Snapshot) -> Combination:
+    """Return the combination of snapshots whose profile is closest to the wanted one: least squares. Eq. 132-136."""
+    steps = np.asarray([float(snapshot.step) for snapshot in (*snapshots, wanted)])
+    exponents = np.asarray([power_exponent(snapshot.sigma) for snapshot in (*snapshots, wanted)])
+    products = _profile_products(steps, exponents)
+    with_wanted, own = products[:-1, -1], products[-1, -1]
+    factors: NDArray[np.float64] = np.linalg.lstsq(products[:-1, :-1], with_wanted, rcond=1e-13)[0].astype(np.float64)
+    squared = own - 2 * factors @ with_wanted + factors @ products[:-1, :-1] @ factors
+    return Combination(factors, float(np.sqrt(max(0.0, squared) / own)))
+
+
+def _profile_products(steps: NDArray[np.float64], exponents: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the integrals (n,n) of the products of profiles, each of area 1, that end at `steps`. Eq. 136."""
+    one, two = steps[:, None], steps[None]
+    power = np.where(one < two, exponents[None], -exponents[:, None])
+    areas = (exponents[:, None] + 1) * (exponents[None] + 1)
+    total = exponents[:, None] + exponents[None] + 1
+    products: NDArray[np.float64] = areas * (one / two) ** power / (total * np.maximum(one, two))
+    return products

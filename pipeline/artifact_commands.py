@@ -41,7 +41,7 @@ from .options import (
     read_class_names,
     resources_of,
 )
-from .tables import print_result, show_cost, show_diff, show_plan
+from .tables import print_result, show_averages, show_cost, show_diff, show_plan
 
 if TYPE_CHECKING:
     from svgpipe.stages.artifacts.import_diffusion import DiffusionFiles
@@ -308,6 +308,37 @@ def import_latents(
         f"{out}: {manifest.num_samples} samples = {manifest.num_valid} valid + {manifest.num_rejected} rejected, "
         f"{len(manifest.views)} views; latents {rows}x{columns}x{channels}{drawn}; {len(manifest.class_names)} classes"
     )
+
+
+@app.command(rich_help_panel=MEND)
+def ema(
+    model: Annotated[str, typer.Argument(help="Finished diffusion model, trained with diffusion.power_averages.")],
+    sigma: Annotated[
+        str, typer.Option("--sigma", metavar="S[,S]", help="Lengths of averages, relative to the training: 0 to 0.28.")
+    ],
+    evaluate: Annotated[
+        str | None,
+        typer.Option("--evaluate", metavar="CACHE", help="Measure samples of each in the latent space of its cache."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make averages of the weights of any length after the training: weights `power-SIGMA` for --ema."""
+    from svgpipe.stages.artifacts.reconstruct_averages import measure_averages, reconstruct_averages
+
+    sigmas = list(dict.fromkeys(_numbers(sigma, "--sigma")))
+    cache = None if evaluate is None else FeatureCache(evaluate)
+    with ConsoleProgress() as progress:
+        averages = reconstruct_averages(location(model), sigmas, progress=progress)
+        if cache is not None:
+            averages = measure_averages(location(model), averages, cache, progress=progress)
+    print_result([asdict(average) for average in averages], as_json, lambda _: show_averages(model, averages))
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{option}: expected numbers, such as 0.05,0.10, found {text!r}.") from error
 
 
 @app.command(rich_help_panel=LOOK)

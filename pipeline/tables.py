@@ -16,10 +16,12 @@ from svgpipe.manifests.estimate import Estimate
 
 if TYPE_CHECKING:
     from svgpipe.stages.artifacts.diff import CacheDifference
+    from svgpipe.stages.artifacts.reconstruct_averages import Average
     from svgpipe.stages.artifacts.requantize_cost import RequantizeCost
     from svgpipe.stages.extract.cost import ExtractCost
 
 T = TypeVar("T")
+INEXACT = 0.05  # error of the profile of an average
 
 
 def print_result(result: T, as_json: bool, show: Callable[[T], None]) -> None:
@@ -88,6 +90,23 @@ def show_cost(cost: RequantizeCost) -> None:
         pair = f"{cost.heldout_loss_reference:.5f} → {cost.heldout_loss_small:.5f}"
         table.add_row("held-out loss of the trained model", f"{pair}: {cost.loss_change:+.3%}")
     print_table(table, *(f"not measured: {reason}" for reason in cost.not_measured))
+
+
+def show_averages(model: str, averages: Sequence[Average]) -> None:
+    """Print averages of the weights of a model, measured or not; the smallest distance is marked."""
+    measured = [average.latent_fd for average in averages if average.latent_fd is not None]
+    columns = ["error of the profile", *(["latent Fréchet distance", "in the right class"] if measured else [])]
+    table = new_table(f"averages of {model}", "weights", *columns, right=columns)
+    for average in averages:
+        cells = ["–" if average.error is None else f"{average.error:.2%}"]
+        if measured:
+            best = " (smallest)" if average.latent_fd == min(measured) else ""
+            cells.append("–" if average.latent_fd is None else f"{average.latent_fd:.3g}{best}")
+            cells.append("–" if average.latent_accuracy is None else f"{average.latent_accuracy:.1%}")
+        table.add_row(average.name, *cells)
+    inexact = [average.name for average in averages if (average.error or 0) > INEXACT]
+    notes = [f"{', '.join(inexact)}: not exact; more snapshots (power_averages.every) or other lengths help"]
+    print_table(table, *(notes if inexact else []), "use one: --ema power-SIGMA")
 
 
 def show_plan(cost: ExtractCost) -> None:

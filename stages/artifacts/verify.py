@@ -20,6 +20,7 @@ from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.kinds import read_any
 from svgpipe.manifests.manifest import MANIFEST_NAME, digest, read_json
 from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest, DiffusionManifest
+from svgpipe.manifests.power_averages import RECONSTRUCTED_NAME, Reconstructed
 from svgpipe.manifests.reconstruction import ReconstructionManifest
 from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.shards import ShardSetManifest, changed_content, index_of, tar_of
@@ -151,8 +152,14 @@ def _verify_backbone(path: Location, manifest: AutoencoderManifest, deep: bool) 
 
 def _verify_diffusion(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Findings:
     assert isinstance(manifest, DiffusionManifest)
-    progress.begin("verify", len(manifest.content), "files")
-    for name, sha256 in manifest.content.items():
+    try:
+        made_later = Reconstructed.read(path, manifest.fingerprint).content
+    except ArtifactError as error:
+        yield finding(path / RECONSTRUCTED_NAME, error)
+        made_later = {}
+    content = manifest.content | made_later
+    progress.begin("verify", len(content), "files")
+    for name, sha256 in content.items():
         yield from _verify_tensors(path / name, sha256, deep)
         progress.advance()
     yield from _verify_checkpoints(path, deep)

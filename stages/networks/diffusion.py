@@ -16,11 +16,13 @@ from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, Json, read_plan
 from svgpipe.manifests.model_manifests import (
     EMA,
     OFFICIAL_LATENTS,
+    POWER,
     STATISTICS_FILE,
     DiffusionManifest,
     choose_weights,
     weights_file,
 )
+from svgpipe.manifests.power_averages import Reconstructed, read_snapshot_name
 from svgpipe.manifests.recipe import DiffusionSection, DiTSection, Objective
 from svgpipe.models.dit import DiT
 
@@ -69,10 +71,12 @@ class TrainedDiffusion:
         """
         name = choose_weights(self.config["ema_decays"], weights)
         if weights_file(name) not in self.content:  # an imported file may hold EMA weights only
-            held = ", ".join(file.removesuffix(".safetensors") for file in self.content if file != STATISTICS_FILE)
+            files = [file for file in self.content if file != STATISTICS_FILE and read_snapshot_name(file) is None]
+            held = ", ".join(file.removesuffix(".safetensors") for file in files)
+            make = f" svgpipe ema {self.directory} makes power averages." if name.startswith(POWER) else ""
             raise UsageError(
                 f"weights {weights!r}: {self.directory} has none; it holds {held}. Choose with --ema, or with "
-                "evaluation.weights in a recipe."
+                f"evaluation.weights in a recipe.{make}"
             )
         return name
 
@@ -126,7 +130,7 @@ def open_diffusion(source: Location) -> TrainedDiffusion:
             manifest.grid,
             manifest.channels,
             manifest.class_names,
-            manifest.content,
+            manifest.content | Reconstructed.read(source, manifest.fingerprint).content,
             latents.fingerprint,
             f"diffusion {manifest.fingerprint}",
             latents.inputs["autoencoder"].fingerprint if latents.kind == OFFICIAL_LATENTS else None,

@@ -30,6 +30,7 @@ from .data import CacheBatch, CacheBatches, blocks_of
 from .latent_quality import LatentQuality, sample_in_training, settings_in_training
 from .loss import LossByTime, heldout_loss
 from .order import pairs_in_one_file
+from .snapshots import Snapshots
 from .trainer import FlowTrainer, Step
 
 GRID_SAMPLES = 32
@@ -84,6 +85,8 @@ class DiffusionRun(TrainingRun[CacheBatch, Step, DiffusionManifest]):
             self._tell_quality_of_shuffle()
         self.decode = self._load_decoder() if group.is_main else None
         self.by_time = LossByTime(group.device)
+        kept = config.power_averages
+        self.snapshots = None if kept is None else Snapshots(out, kept, config.steps, supervisor.say)
         self.resume(wandb_project)
 
     def _warnings(self, cells: int, channels: int) -> list[str]:
@@ -196,6 +199,15 @@ class DiffusionRun(TrainingRun[CacheBatch, Step, DiffusionManifest]):
             self.sample_grid()
         if self.step % config.quality_every == 0:
             self.measure_quality()
+        self.keep_averages()
+
+    def keep_averages(self) -> None:
+        """Write a snapshot of the power averages, if one is due."""
+        if self.snapshots is not None and self.snapshots.due(self.step):
+            averages = self.trainer.power_weights()
+            if self.log is not None:
+                self.supervisor.check()
+                self.snapshots.write(self.step, averages)
 
     def evaluate(self) -> float | None:
         """Return the mean loss of the first EMA weights on held-out rows, with fixed noise and times."""
@@ -252,6 +264,7 @@ class DiffusionRun(TrainingRun[CacheBatch, Step, DiffusionManifest]):
         loss = self.evaluate()
         self.sample_grid()
         self.measure_quality()
+        self.keep_averages()
         weights = self.trainer.weights()
         content = {}
         for copy in (self.copy, self.target_copy):
@@ -264,6 +277,7 @@ class DiffusionRun(TrainingRun[CacheBatch, Step, DiffusionManifest]):
                 weights_file(name): save_tensors(self.out / weights_file(name), state)
                 for name, state in weights.items()
             }
+            content |= {} if self.snapshots is None else self.snapshots.finish()
             content[STATISTICS_FILE] = save_tensors(self.out / STATISTICS_FILE, self.statistics)
         return DiffusionManifest(
             steps=self.config.steps,

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from svgpipe.manifests.filesystem import Location
-from svgpipe.manifests.model_manifests import RAW, average_name
+from svgpipe.manifests.model_manifests import RAW, average_name, power_name
 from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.dit import DiT
-from svgpipe.models.ema import new_average, update_averages
+from svgpipe.models.ema import new_average, power_exponent, update_averages, update_power_averages
 from svgpipe.models.seeds import seed_of
 
 from ..networks.diffusion import build_dit
@@ -90,6 +90,8 @@ class FlowTrainer:
         self.model = build_dit(config, grid=grid, channels=channels, num_classes=num_classes).to(device)
         self.model.recompute = config.activation_checkpointing
         self.averages = [new_average(self.model) for _ in config.ema_decays]
+        sigmas = () if config.power_averages is None else config.power_averages.sigmas
+        self.power_averages = {sigma: new_average(self.model) for sigma in sigmas}
         self.trained: AlignedDiT | DiT = self.model
         self.projector: nn.Module | None = None
         if target is not None and config.align is not None:
@@ -97,7 +99,7 @@ class FlowTrainer:
             self.trained, self.projector = aligned, aligned.projector.to(device)
             self.features = [values.to(device) for values in target.scaling()]
         if group.size > 1 and strategy == "fsdp2":
-            for average in self.averages:
+            for average in (*self.averages, *self.power_averages.values()):
                 shard_parameters(average, average.all_blocks, group)
             shard_parameters(self.trained, self.model.all_blocks, group)
             self.averaged: nn.Module = self.trained
@@ -106,6 +108,8 @@ class FlowTrainer:
         self.compiled = torch.compile(self.averaged) if is_compiled(config.compile, device) else self.averaged
         self.parameters, self.model_parameters = list(self.trained.parameters()), list(self.model.parameters())
         self.averaged_parameters = [list(average.parameters()) for average in self.averages]
+        self.power_parameters = [list(average.parameters()) for average in self.power_averages.values()]
+        self.exponents = [power_exponent(sigma) for sigma in self.power_averages]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.learning_rate,
@@ -125,16 +129,23 @@ class FlowTrainer:
         """Return the training state. Raises the error of `DivergenceGuard.settle` instead of returning a bad state."""
         self.guard.settle()
         projector = {} if self.projector is None else {"projector": model_tensors(self.projector)}
-        return self.weights() | projector | {"optimizer": optimizer_tensors(self.trained, self.optimizer)}
+        power = {power_name(sigma): tensors for sigma, tensors in self.power_weights().items()}
+        return self.weights() | power | projector | {"optimizer": optimizer_tensors(self.trained, self.optimizer)}
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of every model, by the names of `models`; complete on the main process."""
         return {name: model_tensors(model) for name, model in self.models.items()}
 
+    def power_weights(self) -> dict[float, dict[str, Tensor]]:
+        """Return the tensors of every power average by its length; complete on the main process."""
+        return {sigma: model_tensors(average) for sigma, average in self.power_averages.items()}
+
     def load(self, groups: dict[str, dict[str, Tensor]]) -> None:
         """Restore the result of `state`. World size and strategy may differ from those that saved it."""
         for name, model in self.models.items():
             load_model_tensors(model, groups[name])
+        for sigma, average in self.power_averages.items():
+            load_model_tensors(average, groups[power_name(sigma)])
         if self.projector is not None:
             load_model_tensors(self.projector, groups["projector"])
         load_optimizer_tensors(self.trained, self.optimizer, groups["optimizer"])
@@ -179,6 +190,7 @@ class FlowTrainer:
             nn.utils.clip_grads_with_norm_(self.parameters, config.clip_grad_norm, norm)
         self.optimizer.step()
         update_averages(self.averaged_parameters, config.ema_decays, self.model_parameters, step)
+        update_power_averages(self.power_parameters, self.exponents, self.model_parameters, step + 1)
         alignment = group.sum(torch.cat(aligned).sum()) / size if aligned else None
         return Step(loss, norm, per_sample, torch.cat(times), alignment)
 

@@ -1,0 +1,62 @@
+"""Snapshots of power averages during a training.
+
+A snapshot is written before the checkpoint of its step, so a resumed run has all earlier ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from svgpipe.manifests.checkpoint import save_tensors
+from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.filesystem import Location, children, file_sha256, make_directory
+from svgpipe.manifests.power_averages import AVERAGES_FOLDER, read_snapshot_name, snapshot_file
+from svgpipe.manifests.recipe import PowerAverageSection
+
+from ..runtime.retry import call_with_retries
+
+
+class Snapshots:
+    """The snapshots of one run, at multiples of `every` steps and at the last step."""
+
+    def __init__(self, out: Location, config: PowerAverageSection, steps: int, say: Callable[[str], None]) -> None:
+        """Keep them in `out`. `say` receives messages about retries."""
+        self.out, self.config, self.steps, self.say = out, config, steps, say
+
+    def due(self, step: int) -> bool:
+        """Return whether the averages after step `step` are kept."""
+        return step % self.config.every == 0 or step == self.steps
+
+    def write(self, step: int, averages: dict[float, dict[str, Tensor]]) -> None:
+        """Write the averages after step `step` as float16. Raises the errors of `save_tensors`."""
+        make_directory(self.out / AVERAGES_FOLDER)
+        for sigma, tensors in averages.items():
+            halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+            call_with_retries(partial(save_tensors, self.out / snapshot_file(step, sigma), halves), self.say)
+
+    def finish(self) -> dict[str, str]:
+        """Delete snapshots that are not due: of an earlier, shorter run.
+
+        Returns:
+            sha256 of every file.
+
+        Raises:
+            ArtifactError: a snapshot is gone.
+        """
+        every, sigmas = self.config.every, self.config.sigmas
+        steps = [*range(every, self.steps, every), self.steps]
+        names = [snapshot_file(step, sigma) for step in steps for sigma in sigmas]
+        for path in children(self.out / AVERAGES_FOLDER):
+            name = f"{AVERAGES_FOLDER}/{path.name}"
+            if name not in names and read_snapshot_name(name) is not None:
+                path.unlink()
+        for name in names:
+            if not (self.out / name).exists():
+                raise ArtifactError(
+                    f"{self.out / name}: expected a snapshot of this run, found none. Restore it, or delete "
+                    f"{self.out / 'checkpoints'} to train again."
+                )
+        return {name: file_sha256(self.out / name) for name in names}
