@@ -52,6 +52,8 @@ WIDE, SMALL, SQUARE = (4.8, 2.9), (3.2, 1.7), (4.4, 4.4)  # inches; readable on 
 CROWDED = 8  # more ticks have smaller labels
 LEGEND_COLUMNS = 3  # more names of series continue below
 LEGEND_WIDTH, HANDLE_WIDTH = 66, 7  # in characters: of a line of a legend, and of the symbol before a name
+LEGEND_ROW = 0.18  # inches
+SHORT_NAME = 12  # characters of the name of a logarithmic axis
 LABEL_GAP = 0.07  # minimum distance of the names of levels, relative to the height
 
 
@@ -113,7 +115,7 @@ class LineChart:
         axes.tick_params(axis="x", labelsize=9 if len(self.xs) <= CROWDED else 7)
         axes.set_xlim(-0.5, len(self.xs) - 0.5)
         axes.set_xlabel(self.x_name)
-        axes.set_ylabel(f"{self.y_name}, logarithmic" if self.logarithmic else self.y_name)
+        axes.set_ylabel(_logarithmic(self.y_name) if self.logarithmic else self.y_name)
         _add_legend(figure, list(self.series))
         return _finish(figure, self.title)
 
@@ -127,7 +129,7 @@ class LineChart:
             yerr=[lows, highs],
             label=name,
             color=COLOURS[number % len(COLOURS)],
-            linestyle=DASHES[number % len(DASHES)] if self.joined else "none",
+            linestyle=_dash(number) if self.joined else "none",
             marker=MARKERS[number % len(MARKERS)],
             markersize=4.5,
         )
@@ -162,15 +164,14 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_nam
     figure, axes = _new(WIDE)
     for number, (name, points) in enumerate(lines.items()):
         xs, ys = zip(*points, strict=True)
-        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
-        axes.plot(xs, ys, label=name, color=colour, linestyle=dash, linewidth=1.3)
+        axes.plot(xs, ys, label=name, color=COLOURS[number % len(COLOURS)], linestyle=_dash(number), linewidth=1.3)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")  # within a decade, the minor ticks are all there is
     axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel(x_name)
-    axes.set_ylabel(f"{y_name}, logarithmic")
+    axes.set_ylabel(_logarithmic(y_name))
     _add_legend(figure, list(lines))
     return _finish(figure, title)
 
@@ -204,9 +205,22 @@ def _new(size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def _add_legend(figure: Figure, names: Sequence[str]) -> None:
-    """Add a legend above the axes, with as many columns as the longest name leaves room for."""
-    columns = LEGEND_WIDTH // (max(map(len, names)) + HANDLE_WIDTH)
-    figure.legend(loc="outside upper left", ncols=max(1, min(len(names), LEGEND_COLUMNS, columns)), frameon=False)
+    """Add a legend above the axes, with as many columns as the longest name leaves room for. The figure grows."""
+    room = LEGEND_WIDTH // (max(map(len, names)) + HANDLE_WIDTH)
+    columns = max(1, min(len(names), LEGEND_COLUMNS, room))
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False)
+    rows = -(-len(names) // columns)
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * (rows - 1))
+
+
+def _dash(number: int) -> Any:
+    """Return the dashes of a series. Where colours repeat, dashes are others."""
+    return DASHES[(number + number // len(COLOURS)) % len(DASHES)]
+
+
+def _logarithmic(name: str) -> str:
+    """Return the label of a logarithmic axis, in two lines if it is longer than the axis."""
+    return f"{name},{' ' if len(name) <= SHORT_NAME else chr(10)}logarithmic"
 
 
 def _finish(figure: Figure, title: str) -> Drawing:

@@ -148,3 +148,22 @@ def test_long_names_leave_fewer_columns_in_a_legend(names: list[str], columns: i
     drawn = curves("title", lines, "x", "y").svg
     places = [re.findall(rf'x="([\d.]+)"[^>]*>{name}</text>', drawn) for name in names]
     assert len({place for found in places for place in found}) == columns
+
+
+def test_many_series_look_different_and_leave_the_axes_their_height() -> None:
+    few, many = ({f"s{i:02d}": [(1.0, 1.0), (2.0, 2.0)] for i in range(count)} for count in (2, 14))
+    drawn = curves("title", many, "x", "a long name of an axis").svg
+    looks = [look for look in re.findall(r'clip-path="[^"]*" style="([^"]*)"', drawn) if "series" in look]
+    assert len(set(looks)) == len(looks) == 14
+    assert {"a long name of an axis,", "logarithmic"} <= set(re.findall(r">([^<>\n]+)</t", drawn))
+    heights = []
+    for lines in (few, many):
+        low, high = (float(y) for y in re.findall(r'd="M [\d.]+ ([\d.]+)\s+L [\d.]+ ([\d.]+)', _axes(lines))[0])
+        heights.append(abs(low - high))
+    assert heights[1] > 0.9 * heights[0]
+
+
+def _axes(lines: dict[str, list[tuple[float, float]]]) -> str:
+    """Return the left border of a chart."""
+    drawn = curves("title", lines, "x", "y").svg
+    return drawn[drawn.rindex('id="title-patch_3"') :]
