@@ -13,13 +13,16 @@ from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.precision import computes_bfloat16
 from svgpipe.manifests.recipe import Recipe
 from svgpipe.manifests.recipe_loader import builtin_names, load_recipe, recipe_yaml
+from svgpipe.models.backbone import own_input
+from svgpipe.pipeline.preflight import check_model_settings
 from svgpipe.stages.networks.diffusion import width_warning
 from svgpipe.stages.runtime import device
 from svgpipe.stages.runtime.device import autocast, warn_if_imitated
 
 
 def test_builtins_are_the_documented_ones() -> None:
-    systems = ("dit-xl-sdvae", "rae", "repa-xl-sdvae", "sit-xl-sdvae", "sit-xl-vavae", "svg-b", "svg-l", "svg-xl")
+    others = ("dit-xl-sdvae", "rae", "rae-xl", "repa-xl-sdvae", "sit-xl-sdvae", "sit-xl-vavae")
+    systems = (*others, "svg-b", "svg-l", "svg-xl", "svg-xl-2026")
     names = ["demo", "fashion-mnist", *(f"imagenet256-{name}" for name in systems)]
     assert builtin_names() == names
     for name in names:
@@ -41,8 +44,22 @@ def test_sizes_extend_xl_and_change_only_the_model() -> None:
     assert small.diffusion.model.width == 768
 
 
+def test_recipes_for_vision_features_have_what_rae_and_raev2_have() -> None:
+    rae, newest = load_recipe("imagenet256-rae-xl"), load_recipe("imagenet256-svg-xl-2026")
+    backbone = rae.autoencoder.backbone
+    assert (rae.autoencoder.kind, backbone.input_size, rae.autoencoder.decoder_noise) == ("vision", 224, 0.8)
+    assert own_input(backbone.name)[1] is None  # a ViT; the feature level of the extended recipe is not needed
+    for recipe in (rae, newest):
+        model, head = recipe.diffusion.model, recipe.diffusion.model.wide_head
+        assert head is not None and (head.width, head.depth, model.rms_norm, model.qk_norm) == (2048, 2, True, False)
+        assert recipe.diffusion.time_shift == recipe.evaluation.time_shift == "from-dimension"
+        check_model_settings(recipe)
+    assert newest.diffusion.predict_data and newest.evaluation.internal_guidance
+    assert newest.autoencoder == load_recipe("imagenet256-svg-xl").autoencoder.model_copy(update={"decoder_noise": 0.8})
+
+
 def test_no_built_in_model_is_narrower_than_its_tokens() -> None:
-    channels = {"svg": 392, "vision": 384}
+    channels = {"svg": 392, "vision": 384}  # of DINOv3 S; RAE has a head that is wider than its 768
     for name in builtin_names():
         recipe = load_recipe(name)
         kind = recipe.autoencoder.kind
