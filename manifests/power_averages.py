@@ -49,7 +49,9 @@ class Reconstructed(FrozenModel):
         try:
             found = cls.model_validate(read_json(path))
         except ValidationError as error:
-            raise ArtifactError(f"{path}: not a list of averages: {summarise(error)}") from error
+            raise ArtifactError(
+                f"{path}: not a list of averages: {summarise(error)}. Delete it, and run svgpipe ema again."
+            ) from error
         return found if found.model == model else cls(model=model, content={})
 
     def write(self, directory: Location) -> None:

@@ -95,8 +95,10 @@ class BackboneSection(Section):
         """Name of the model, with the blocks that are combined."""
         if not self.combines:
             return self.name
-        blocks = f"last {self.last} blocks" if self.layers is None else f"blocks {', '.join(map(str, self.layers))}"
         plus = " plus the mean over the grid" if self.spatial_mean else ""
+        if self.layers is not None and len(self.layers) == 1:
+            return f"{self.name}, block {self.layers[0]}{plus}"
+        blocks = f"the last {self.last} blocks" if self.layers is None else f"blocks {', '.join(map(str, self.layers))}"
         return f"{self.name}, {self.combine or 'mean'} of {blocks}{plus}"
 
     @property
@@ -356,7 +358,7 @@ class AlignSection(Section):
 class PowerAverageSection(Section):
     """Averages with power functions of the step (EDM2), from which `svgpipe ema` makes averages of other lengths."""
 
-    sigmas: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = Field(
+    sigmas: tuple[Annotated[float, Field(ge=0.005, lt=0.28)], ...] = Field(
         (0.05, 0.10), description="Lengths of the averages, relative to the training. Each needs memory for a model."
     )
     every: Positive = Field(5000, description="Steps between snapshots of the averages, float16 files in averages/.")
@@ -584,6 +586,12 @@ class ReconstructionSection(Section):
     lpips_weights: str = Field("hub", description="LPIPS v0.1 vgg.pth, or hub: download it.")
     bootstrap: Resamplings = Field(100, description="Bootstrap resamplings for the intervals; 0: no intervals.")
     seed: Natural = Field(0, description="Seed of the bootstrap.")
+
+    @model_validator(mode="after")
+    def _noise_once(self) -> Self:
+        if self.noise is not None and len({f"{noise:g}" for noise in self.noise}) < len(self.noise):
+            raise ValueError(f"noise must name no value twice, found {list(self.noise)}")
+        return self
 
 
 class Recipe(Section):

@@ -32,7 +32,7 @@ class Section(BaseModel):
                 raise ValueError(f"expected {_named(kinds)}{brackets}")
             if isinstance(one, int | float) and not isinstance(one, bool) and not kinds & {int, float}:
                 raise ValueError(f"expected {_named(kinds)}")
-        return values if is_list else value
+        return values if is_list and value is not None else value
 
 
 def _kinds(annotation: Any) -> set[Any]:
@@ -48,6 +48,8 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def _is_list(annotation: Any) -> bool:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return any(_is_list(argument) for argument in get_args(annotation))
     return get_origin(annotation) is tuple
 
 

@@ -129,8 +129,12 @@ class Backbone(nn.Module):
             return []
         if not self.is_vit:
             raise ValueError(f"{self.name}: layers: expected null for this CNN: its levels have different grids")
-        if isinstance(getattr(self.model, "norm", None), nn.Identity | None):
-            raise ValueError(f"{self.name}: layers: expected a model with a final norm of its tokens, found none")
+        norm = getattr(self.model, "norm", None)
+        if not hasattr(self.model, "blocks") or isinstance(norm, nn.Identity | None):
+            raise ValueError(
+                f"{self.name}: layers: expected a model with blocks and a final norm of its tokens; this one has none, "
+                "or normalises after pooling"
+            )
         try:
             return layers.numbers(len(self.model.blocks))
         except ValueError as error:

@@ -48,10 +48,10 @@ def power_exponent(sigma: float) -> float:
     """Return γ of the power function with relative length sigma: the largest root of eq. 126.
 
     Raises:
-        ValueError: sigma is not in (0, 0.28): from a single step to about the average of all.
+        ValueError: sigma is not in [0.005, 0.28): from half a percent of the training to about the average of all.
     """
-    if not 0 < sigma < 0.28:
-        raise ValueError(f"expected a length of an average between 0 and 0.28, found {sigma}")
+    if not 0.005 <= sigma < 0.28:
+        raise ValueError(f"expected a length of an average from 0.005 to 0.28, found {sigma}")
     t = sigma**-2
     return float(np.roots([1, 7, 16 - t, 12 - t]).real.max())
 

@@ -135,7 +135,9 @@ GuidanceOption = Annotated[
 EmaOption = Annotated[
     str | None,
     typer.Option(
-        "--ema", metavar="DECAY|ema|raw", help="Weights: an EMA decay (0.9999), ema (the recipe's first) or raw."
+        "--ema",
+        metavar="DECAY|ema|power-SIGMA|raw",
+        help="Weights: an EMA decay (0.9999), ema (the recipe's first), power-SIGMA (see svgpipe ema) or raw.",
     ),
 ]
 GuideOption = Annotated[

@@ -7,7 +7,7 @@ import typer
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import MANIFEST_NAME
-from svgpipe.manifests.model_manifests import choose_weights
+from svgpipe.manifests.model_manifests import POWER, choose_weights
 from svgpipe.manifests.recipe import AutoencoderSection, Recipe
 from svgpipe.models.backbone import Backbone
 from svgpipe.stages.evaluate.features import load_extractor
@@ -76,6 +76,11 @@ def check_model_settings(recipe: Recipe, *, guided: bool = False) -> None:
         UsageError: solver, guidance, steps, average or block of alignment do not fit the model.
     """
     require_sampling(recipe.evaluation, recipe.diffusion, guided=guided)
+    if recipe.evaluation.weights.startswith(POWER):
+        raise UsageError(
+            f"evaluation.weights: {recipe.evaluation.weights} does not exist until svgpipe ema makes it after the "
+            "training. Sample with ema first, and give --ema to sample-and-eval later."
+        )
     try:
         choose_weights(recipe.diffusion.ema_decays, recipe.evaluation.weights)
     except UsageError as error:

@@ -167,8 +167,8 @@ def test_bad_requests_are_refused(
         return found.err
 
     assert "expected numbers, such as 0.05,0.10, found 'x'" in refused(trained, "--sigma", "x")
-    assert "between 0 and 0.28, found 0.5" in refused(trained, "--sigma", "0.5")
-    assert "between 0 and 0.28, found nan" in refused(trained, "--sigma", "nan")
+    assert "from 0.005 to 0.28, found 0.5" in refused(trained, "--sigma", "0.5")
+    assert "from 0.005 to 0.28, found nan" in refused(trained, "--sigma", "nan")
     plain = finished.root / "diffusion"
     assert "Train with diffusion.power_averages" in refused(plain, "--sigma", "0.1")
     assert "expected a diffusion model" in refused(finished.root / "cache", "--sigma", "0.1")
@@ -178,6 +178,7 @@ def test_bad_requests_are_refused(
         "sigmas: []": "at least one value",
         "sigmas: [0.1, 0.1]": "no value twice",
         "sigmas: [0.3]": "less than 0.28",
+        "sigmas: [0.00001]": "greater than or equal to 0.005",
         "every: 0": "greater than 0",
     }.items():
         found = svgpipe(*arguments(finished, tmp_path / "out", f"diffusion.power_averages={{{change}}}"))

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
+from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.evaluation import EvaluationManifest
 from svgpipe.manifests.lock import locked
 from svgpipe.manifests.model_manifests import DiffusionManifest
+from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.study import builtin_studies, load_study
 from svgpipe.pipeline.cli import main
 from svgpipe.pipeline.preflight import check_model_settings
@@ -378,6 +380,8 @@ def test_built_in_studies_load() -> None:
     assert builtin_studies() == ["boosters", "layers", "paper-tables", "small"]
     boosters, layers, tables, small = (load_study(name) for name in builtin_studies())
     assert [v.recipe.autoencoder.backbone.layers for v in layers.variants] == [(4, 8, 11), (4,), (8,), (11,), None]
+    with pytest.raises(UsageError, match="does not exist until svgpipe ema makes it"):
+        check_model_settings(load_recipe("demo", ["evaluation.weights=power-0.05"]))
     for variant in layers.variants:
         check_model_settings(variant.recipe)
     assert [v.name for v in tables.variants if v.paper] == ["svg-xl", "sit-xl-sdvae", "sit-xl-vavae"]

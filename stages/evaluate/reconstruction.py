@@ -254,7 +254,9 @@ def _deviation(plan: ReconstructionPlan, runner: Runner, progress: Progress) -> 
         total, _ = measure_features(
             plan.shards, chosen, plan.encoder.image_size, options, runner, progress, "deviation"
         )
-        deviation = measured_calibration(total, plan.encoder.distribution).std[: plan.encoder.channels]
+        deviation = np.asarray(total.std, np.float32)
+        if plan.encoder.distribution == "gaussian":
+            deviation = measured_calibration(total, plan.encoder.distribution).std[: plan.encoder.channels]
         journal.record("deviation", {"deviation": deviation.tolist()})
         kept = journal.check("deviation")
     return np.asarray(kept.entry["deviation"], np.float32)

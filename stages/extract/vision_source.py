@@ -128,7 +128,10 @@ class VisionSource:
         views: list[NDArray[np.float16]] = [
             self.cache.read(rows, view).astype(np.float16, copy=False) for view in self.cache.views
         ]
-        return np.stack(views, axis=1)[..., self.group]
+        first, last = int(self.group[0]), int(self.group[-1])
+        if last - first + 1 == len(self.group):
+            return np.stack(views, axis=1)[..., first : last + 1]
+        return np.stack([np.take(view, self.group, axis=-1) for view in views], axis=1)
 
 
 def _determining(shards: str, encoder: AutoencoderManifest, config: ExtractSection) -> Json:

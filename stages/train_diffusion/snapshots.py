@@ -11,7 +11,6 @@ from functools import partial
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import save_tensors
-from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.filesystem import Location, children, file_sha256, make_directory
 from svgpipe.manifests.power_averages import AVERAGES_FOLDER, read_snapshot_name, snapshot_file
 from svgpipe.manifests.recipe import PowerAverageSection
@@ -38,13 +37,10 @@ class Snapshots:
             call_with_retries(partial(save_tensors, self.out / snapshot_file(step, sigma), halves), self.say)
 
     def finish(self) -> dict[str, str]:
-        """Delete snapshots that are not due: of an earlier, shorter run.
+        """Delete snapshots that are not due: of an earlier, shorter run. Tell if some that were due are gone.
 
         Returns:
             sha256 of every file.
-
-        Raises:
-            ArtifactError: a snapshot is gone.
         """
         every, sigmas = self.config.every, self.config.sigmas
         steps = [*range(every, self.steps, every), self.steps]
@@ -53,10 +49,10 @@ class Snapshots:
             name = f"{AVERAGES_FOLDER}/{path.name}"
             if name not in names and read_snapshot_name(name) is not None:
                 path.unlink()
-        for name in names:
-            if not (self.out / name).exists():
-                raise ArtifactError(
-                    f"{self.out / name}: expected a snapshot of this run, found none. Restore it, or delete "
-                    f"{self.out / 'checkpoints'} to train again."
-                )
-        return {name: file_sha256(self.out / name) for name in names}
+        found = [name for name in names if (self.out / name).exists()]
+        if len(found) < len(names):
+            self.say(
+                f"warning: {len(names) - len(found)} of {len(names)} snapshots in {self.out / AVERAGES_FOLDER} are "
+                "gone; svgpipe ema uses the others"
+            )
+        return {name: file_sha256(self.out / name) for name in found}
