@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
+HALF_ROUNDING = 2**-12  # root mean square of the relative rounding error of float16, about
 
 
 def warmed_decay(decay: float, updates: int) -> float:
@@ -81,21 +82,34 @@ class Combination(NamedTuple):
     """How to combine snapshots to another average.
 
     Attributes:
-        factors: (n,) float64, of each snapshot.
+        factors: (n,) float64, of each snapshot; their sum is 1.
         error: L2 distance of the combined profile to the wanted one, relative to that one.
     """
 
     factors: NDArray[np.float64]
     error: float
 
+    @property
+    def rounding(self) -> float:
+        """Relative error of a weight from the rounding of float16 snapshots, which large factors of both signs add."""
+        return float(np.linalg.norm(self.factors)) * HALF_ROUNDING
+
 
 def combine_snapshots(snapshots: Sequence[Snapshot], wanted: Snapshot) -> Combination:
-    """Return the combination of snapshots whose profile is closest to the wanted one: least squares. Eq. 132-136."""
+    """Return the combination of snapshots whose profile is closest to the wanted one: least squares. Eq. 132-136.
+
+    The sum of the factors is constrained to 1, so that few snapshots do not shrink the weights. EDM2 has no constraint.
+    """
     steps = np.asarray([float(snapshot.step) for snapshot in (*snapshots, wanted)])
     exponents = np.asarray([power_exponent(snapshot.sigma) for snapshot in (*snapshots, wanted)])
     products = _profile_products(steps, exponents)
     with_wanted, own = products[:-1, -1], products[-1, -1]
-    factors: NDArray[np.float64] = np.linalg.lstsq(products[:-1, :-1], with_wanted, rcond=1e-13)[0].astype(np.float64)
+    # Conditions of the constrained minimum: the last row is the constraint, the last unknown its multiplier.
+    system = np.ones_like(products)
+    system[:-1, :-1], system[-1, -1] = products[:-1, :-1], 0
+    factors: NDArray[np.float64] = np.linalg.lstsq(system, np.append(with_wanted, 1), rcond=1e-13)[0][:-1].astype(
+        np.float64
+    )
     squared = own - 2 * factors @ with_wanted + factors @ products[:-1, :-1] @ factors
     return Combination(factors, float(np.sqrt(max(0.0, squared) / own)))
 

@@ -314,7 +314,7 @@ def import_latents(
 def ema(
     model: Annotated[str, typer.Argument(help="Finished diffusion model, trained with diffusion.power_averages.")],
     sigma: Annotated[
-        str, typer.Option("--sigma", metavar="S[,S]", help="Lengths of averages, relative to the training: 0 to 0.28.")
+        str, typer.Option("--sigma", metavar="S[,S]", help="Lengths of averages, relative to the training.")
     ],
     evaluate: Annotated[
         str | None,
@@ -323,14 +323,12 @@ def ema(
     as_json: JsonOption = False,
 ) -> None:
     """Make averages of the weights of any length after the training: weights `power-SIGMA` for --ema."""
-    from svgpipe.stages.artifacts.reconstruct_averages import measure_averages, reconstruct_averages
+    from svgpipe.stages.artifacts.reconstruct_averages import reconstruct_averages
 
     sigmas = list(dict.fromkeys(_numbers(sigma, "--sigma")))
     cache = None if evaluate is None else FeatureCache(evaluate)
     with ConsoleProgress() as progress:
-        averages = reconstruct_averages(location(model), sigmas, progress=progress)
-        if cache is not None:
-            averages = measure_averages(location(model), averages, cache, progress=progress)
+        averages = reconstruct_averages(location(model), sigmas, evaluate=cache, progress=progress)
     print_result([asdict(average) for average in averages], as_json, lambda _: show_averages(model, averages))
 
 

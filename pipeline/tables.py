@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from svgpipe.stages.extract.cost import ExtractCost
 
 T = TypeVar("T")
-INEXACT = 0.05  # error of the profile of an average
+INEXACT, ROUNDED = 0.05, 0.005  # error of the profile of an average, and relative rounding error of its weights
+MEASURED_AVERAGE = ("latent Fréchet distance", "in the right class")
 
 
 def print_result(result: T, as_json: bool, show: Callable[[T], None]) -> None:
@@ -94,19 +95,23 @@ def show_cost(cost: RequantizeCost) -> None:
 
 def show_averages(model: str, averages: Sequence[Average]) -> None:
     """Print averages of the weights of a model, measured or not; the smallest distance is marked."""
-    measured = [average.latent_fd for average in averages if average.latent_fd is not None]
-    columns = ["error of the profile", *(["latent Fréchet distance", "in the right class"] if measured else [])]
+    distances = [average.latent_fd for average in averages if average.latent_fd is not None]
+    measured = any(average.latent_accuracy is not None for average in averages) or bool(distances)
+    columns = ["error of the profile", "rounding", *(MEASURED_AVERAGE if measured else [])]
     table = new_table(f"averages of {model}", "weights", *columns, right=columns)
     for average in averages:
-        cells = ["–" if average.error is None else f"{average.error:.2%}"]
+        cells = [_or_dash(average.error, "{:.2%}"), _or_dash(average.rounding, "{:.3%}")]
         if measured:
-            best = " (smallest)" if average.latent_fd == min(measured) else ""
-            cells.append("–" if average.latent_fd is None else f"{average.latent_fd:.3g}{best}")
-            cells.append("–" if average.latent_accuracy is None else f"{average.latent_accuracy:.1%}")
+            best = " (smallest)" if distances and average.latent_fd == min(distances) else ""
+            cells += [_or_dash(average.latent_fd, "{:.3g}") + best, _or_dash(average.latent_accuracy, "{:.1%}")]
         table.add_row(average.name, *cells)
-    inexact = [average.name for average in averages if (average.error or 0) > INEXACT]
+    inexact = [a.name for a in averages if (a.error or 0) > INEXACT or (a.rounding or 0) > ROUNDED]
     notes = [f"{', '.join(inexact)}: not exact; more snapshots (power_averages.every) or other lengths help"]
     print_table(table, *(notes if inexact else []), "use one: --ema power-SIGMA")
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
 
 
 def show_plan(cost: ExtractCost) -> None:

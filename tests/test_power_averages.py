@@ -81,6 +81,7 @@ def test_snapshots_combine_to_other_lengths(sigma: float) -> None:
         combined[:step] += factor * _profile(length, step)
     wanted = _profile(sigma, steps)
     error = np.linalg.norm(combined - wanted) / np.linalg.norm(wanted)
+    assert combination.factors.sum() == pytest.approx(1)
     assert combination.error < 0.02 and error == pytest.approx(combination.error, abs=0.02)
     few = combine_snapshots([s for s in snapshots if s.step == steps], Snapshot(sigma, steps))
     assert (few.error > combination.error + 0.03) == (sigma not in SIGMAS)
@@ -152,10 +153,35 @@ def test_a_killed_training_ends_with_the_same_snapshots(
     resumed = svgpipe(*arguments(finished, out))
     assert resumed.code == 0 and "resumed at step" in resumed.err, resumed.err
     names = sorted(path.name for path in (trained / "averages").iterdir())
-    assert names == sorted(f"step-{step:08d}-{sigma}.safetensors" for step in range(4, 41, 4) for sigma in SIGMAS)
+    ends = [f"-{sigma}.safetensors" for sigma in SIGMAS] + [".json"]
+    assert names == sorted(f"step-{step:08d}{end}" for step in range(4, 41, 4) for end in ends)
     assert sorted(path.name for path in (out / "averages").iterdir()) == names
     for name in names:
         assert (out / "averages" / name).read_bytes() == (trained / "averages" / name).read_bytes()
+
+
+def test_factors_sum_to_one_and_large_ones_are_told() -> None:
+    """Else the average of few snapshots would have smaller weights; and large factors enlarge the rounding."""
+    late = [Snapshot(sigma, 4000) for sigma in SIGMAS]
+    assert combine_snapshots(late, Snapshot(0.2, 4000)).factors.sum() == pytest.approx(1)
+    many = [Snapshot(sigma, step) for sigma in SIGMAS for step in range(5000, 400_001, 5000)]
+    short, kept = (combine_snapshots(many, Snapshot(sigma, 400_000)) for sigma in (0.01, 0.05))
+    assert kept.rounding == pytest.approx(2**-12) and short.rounding > 10 * kept.rounding
+
+
+def test_snapshots_may_be_deleted_during_a_training(
+    finished: Finished, trained: Path, svgpipe: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(trained, model)
+    (model / "manifest.json").unlink()
+    (model / "averages" / "step-00000008-0.1.safetensors").unlink()
+    (model / "power-0.33.safetensors").write_bytes(b"of a shorter run")
+    done = svgpipe(*arguments(finished, model))
+    assert done.code == 0 and "1 of 10 snapshots" in done.err, done.err
+    assert svgpipe("verify", model, "--deep").code == 0
+    assert svgpipe("ema", model, "--sigma", "0.1").code == 0
+    assert not (model / "power-0.33.safetensors").exists()
 
 
 def test_bad_requests_are_refused(
@@ -172,8 +198,8 @@ def test_bad_requests_are_refused(
     plain = finished.root / "diffusion"
     assert "Train with diffusion.power_averages" in refused(plain, "--sigma", "0.1")
     assert "expected a diffusion model" in refused(finished.root / "cache", "--sigma", "0.1")
-    wrong = refused(trained, "--sigma", "0.1", "--evaluate", vaes / "kl" / "cache")
-    assert "Give the cache that it was trained on" in wrong
+    wrong = refused(trained, "--sigma", "0.11", "--evaluate", vaes / "kl" / "cache")
+    assert "Give the cache that it was trained on" in wrong and not (trained / "power-0.11.safetensors").exists()
     for change, message in {
         "sigmas: []": "at least one value",
         "sigmas: [0.1, 0.1]": "no value twice",
@@ -185,5 +211,5 @@ def test_bad_requests_are_refused(
         assert found.code == 2 and message in found.err
     damaged = tmp_path / "damaged"
     shutil.copytree(trained, damaged)
-    next((damaged / "averages").iterdir()).write_bytes(b"damaged")
+    next((damaged / "averages").glob("*.safetensors")).write_bytes(b"damaged")
     assert "truncated or altered" in refused(damaged, "--sigma", "0.1")

@@ -30,6 +30,7 @@ OPTIONS = (
     "diffusion.model={width: 32, depth: 2, heads: 2, rms_norm: true, swiglu: true, rope: true, fourier_time: true, "
     "auxiliary_depth: 1, wide_head: {width: 48, depth: 1, heads: 2}}",
     "diffusion.predict_data=true",
+    "diffusion.power_averages={sigmas: [0.1], every: 4}",
     "diffusion.time_shift=from-dimension",
     "diffusion.sample_shift=from-dimension",
 )
@@ -152,6 +153,10 @@ def test_two_workers_take_the_same_course_with_every_option(
     for name in ("loss", "grad_norm"):
         ours, theirs = ([e[name] for e in read_metrics(f / "metrics.jsonl") if name in e] for f in (out, trained))
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    for path in (trained / "averages").glob("*.safetensors"):
+        ours, theirs = (load_file(folder / "averages" / path.name) for folder in (out, trained))
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=2e-3, atol=1e-4)  # float16
 
 
 def test_internal_guidance_extrapolates_from_the_auxiliary_head() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,16 +11,17 @@ from torch import Tensor
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import load_tensors, save_tensors
 from svgpipe.manifests.errors import MismatchError, UsageError
-from svgpipe.manifests.filesystem import Location
+from svgpipe.manifests.filesystem import Location, children
 from svgpipe.manifests.lock import locked
 from svgpipe.manifests.model_manifests import (
+    POWER,
     RAW,
     DiffusionManifest,
     average_name,
     power_name,
     weights_file,
 )
-from svgpipe.manifests.power_averages import Reconstructed, read_snapshot_name, snapshot_file
+from svgpipe.manifests.power_averages import MadeAverages, read_snapshot_name, snapshot_file
 from svgpipe.models.ema import Snapshot, combine_snapshots
 
 from ..networks.diffusion import open_diffusion
@@ -37,18 +38,20 @@ class Average:
     Attributes:
         name: `power-SIGMA`, `ema-DECAY` or `raw`.
         error: relative L2 distance of the combined profile to the wanted one; None: not combined.
+        rounding: relative error of a weight from the float16 of the snapshots; None: not combined.
         latent_fd: Fréchet distance of samples to held-out rows in latent space; None: not measured.
         latent_accuracy: fraction of samples that are nearest to the mean of their class; None: not measured.
     """
 
     name: str
     error: float | None = None
+    rounding: float | None = None
     latent_fd: float | None = None
     latent_accuracy: float | None = None
 
 
 def reconstruct_averages(
-    model: Location, sigmas: Sequence[float], *, progress: Progress | None = None
+    model: Location, sigmas: Sequence[float], *, evaluate: FeatureCache | None = None, progress: Progress | None = None
 ) -> list[Average]:
     """Write `power-SIGMA.safetensors` next to the weights of a finished model, for every sigma.
 
@@ -56,17 +59,21 @@ def reconstruct_averages(
 
     Args:
         model: finished diffusion model that was trained with `diffusion.power_averages`.
-        sigmas: lengths relative to the training, 0 to 0.28.
+        sigmas: lengths relative to the training, 0.005 to 0.28.
+        evaluate: cache of the model; if given, all averages are measured, see `_measured`.
         progress: receives the progress.
 
     Returns:
         The averages, with the error of each profile.
 
     Raises:
-        UsageError: the model has no snapshots, or a length that is not possible.
+        UsageError: the model has no snapshots, a length that is not possible, or nothing to measure.
+        MismatchError: the model was not trained on the cache.
         ArtifactError: no finished model, or a damaged snapshot.
     """
     manifest, progress = DiffusionManifest.read(model), progress or Silent()
+    if evaluate is not None:
+        _require_measurable(model, evaluate)
     names = [found for name in manifest.content if (found := read_snapshot_name(name)) is not None]
     if not names:
         raise UsageError(
@@ -81,12 +88,19 @@ def reconstruct_averages(
     factors = torch.tensor([combination.factors.tolist() for combination in combinations])
     averages = _combined(model, manifest, snapshots, factors, progress)
     with locked(model):
-        kept = dict(Reconstructed.read(model, manifest.fingerprint).content)
+        kept = dict(MadeAverages.read(model, manifest.fingerprint).content)
+        for path in children(model):
+            if path.name.startswith(f"{POWER}-") and path.name not in kept:  # of an earlier, shorter training
+                path.unlink()
         for sigma, tensors in zip(sigmas, averages, strict=True):
             file = weights_file(power_name(sigma))
             kept[file] = save_tensors(model / file, tensors)
-        Reconstructed(model=manifest.fingerprint, content=kept).write(model)
-    return [Average(power_name(sigma), found.error) for sigma, found in zip(sigmas, combinations, strict=True)]
+        MadeAverages(model=manifest.fingerprint, content=kept).write(model)
+    made = [
+        Average(power_name(sigma), found.error, found.rounding)
+        for sigma, found in zip(sigmas, combinations, strict=True)
+    ]
+    return made if evaluate is None else _measured(model, made, evaluate, progress)
 
 
 def _combined(
@@ -113,42 +127,38 @@ def _parameters(model: Location, raw: dict[str, Tensor]) -> list[str]:
     return [name for name, _ in trained.named_parameters() if name in raw]
 
 
-def measure_averages(
-    model: Location, averages: Sequence[Average], cache: FeatureCache, *, progress: Progress | None = None
-) -> list[Average]:
-    """Measure samples of averages in latent space, as during training; also of the model's other weights.
-
-    Args:
-        model: finished diffusion model.
-        averages: reconstructed for it.
-        cache: that it was trained on.
-        progress: receives the progress.
-
-    Returns:
-        The measured averages: those of the training first.
+def _require_measurable(model: Location, cache: FeatureCache) -> None:
+    """Check that samples of a model can be measured in the latent space of a cache.
 
     Raises:
         MismatchError: another cache.
         UsageError: the recipe has no samples to measure.
     """
-    progress, trained = progress or Silent(), open_diffusion(model)
+    trained = open_diffusion(model)
     if trained.cache != cache.manifest.fingerprint:
         raise MismatchError(
             f"{cache.path}: has the fingerprint {cache.manifest.fingerprint}, but {model} was trained on "
             f"{trained.cache}. Give the cache that it was trained on."
         )
-    config = trained.section
-    if not config.quality_samples:
+    if not trained.section.quality_samples:
         raise UsageError(f"--evaluate: {model} was trained with diffusion.quality_samples=0, so nothing is sampled.")
-    group = ProcessGroup(pick_device())
+
+
+def _measured(model: Location, averages: Sequence[Average], cache: FeatureCache, progress: Progress) -> list[Average]:
+    """Measure samples in latent space, as during training.
+
+    Returns:
+        The model's own weights, then `averages`, all measured.
+    """
+    trained = open_diffusion(model)
+    config, group = trained.section, ProcessGroup(pick_device())
     quality = LatentQuality(cache, config, group, progress.say)
-    names = [*map(average_name, config.ema_decays), RAW, *(average.name for average in averages)]
-    errors = {average.name: average.error for average in averages}
+    own = [Average(name) for name in (*map(average_name, config.ema_decays), RAW)]
     measured = []
-    progress.begin("sample", len(names), "averages")
-    for name in names:
-        found = quality.measure(trained.load(name).to(group.device))
-        values = {key: found.get(key) for key in ("latent_fd", "latent_accuracy")}
-        measured.append(Average(name, errors.get(name), **values))
-        progress.advance(1, name)
+    progress.begin("sample", len(own) + len(averages), "averages")
+    for average in (*own, *averages):
+        found = quality.measure(trained.load(average.name).to(group.device))
+        distance, accuracy = found.get("latent_fd"), found.get("latent_accuracy")
+        measured.append(replace(average, latent_fd=distance, latent_accuracy=accuracy))
+        progress.advance(1, average.name)
     return measured

@@ -20,7 +20,7 @@ from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.kinds import read_any
 from svgpipe.manifests.manifest import MANIFEST_NAME, digest, read_json
 from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest, DiffusionManifest
-from svgpipe.manifests.power_averages import RECONSTRUCTED_NAME, Reconstructed
+from svgpipe.manifests.power_averages import RECONSTRUCTED_NAME, MadeAverages
 from svgpipe.manifests.reconstruction import ReconstructionManifest
 from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.shards import ShardSetManifest, changed_content, index_of, tar_of
@@ -153,7 +153,7 @@ def _verify_backbone(path: Location, manifest: AutoencoderManifest, deep: bool) 
 def _verify_diffusion(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Findings:
     assert isinstance(manifest, DiffusionManifest)
     try:
-        made_later = Reconstructed.read(path, manifest.fingerprint).content
+        made_later = MadeAverages.read(path, manifest.fingerprint).content
     except ArtifactError as error:
         yield finding(path / RECONSTRUCTED_NAME, error)
         made_later = {}

@@ -22,7 +22,7 @@ from svgpipe.manifests.model_manifests import (
     choose_weights,
     weights_file,
 )
-from svgpipe.manifests.power_averages import Reconstructed, read_snapshot_name
+from svgpipe.manifests.power_averages import MadeAverages, read_snapshot_name
 from svgpipe.manifests.recipe import DiffusionSection, DiTSection, Objective
 from svgpipe.models.dit import DiT
 
@@ -134,7 +134,7 @@ def open_diffusion(source: Location) -> TrainedDiffusion:
             manifest.grid,
             manifest.channels,
             manifest.class_names,
-            manifest.content | Reconstructed.read(source, manifest.fingerprint).content,
+            manifest.content | MadeAverages.read(source, manifest.fingerprint).content,
             latents.fingerprint,
             f"diffusion {manifest.fingerprint}",
             latents.inputs["autoencoder"].fingerprint if latents.kind == OFFICIAL_LATENTS else None,

@@ -27,8 +27,10 @@ def pick_device() -> torch.device:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on `device`. For CUDA it is pinned first, so that the host does not wait for the transfer."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """Return the tensor on `device`. From the CPU to CUDA it is pinned first, so that the host does not wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from svgpipe.models.decoder_noise import scaled_noise, with_noise
 from svgpipe.models.kl_autoencoder import KLAutoencoder, Posterior
 from svgpipe.models.residual import itself
-from svgpipe.models.seeds import generator
+from svgpipe.models.seeds import generator, seed_of
 from svgpipe.models.svg_autoencoder import SVGAutoencoder
+
+from ..runtime.device import to_device
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class SVGForward(nn.Module):
     def draws(self, seed: int, step: int, positions: Sequence[int], image_size: int) -> tuple[Tensor, ...]:
         """Return random values of the images, a function of (seed, step, position).
 
+        The noise, by far the most values, is drawn on the device: the same for all CPUs, and the same for all GPUs.
+
         Returns:
             (B,) uniform draws in [0, 1) that decide the masking; and, if wanted, (B,C,h,w) noise of the decoder's
             input.
@@ -59,11 +63,13 @@ class SVGForward(nn.Module):
         masking = torch.cat([torch.rand(1, generator=generator(seed, "image", step, place)) for place in positions])
         if self.noise is None:
             return (masking,)
-        side = self.model.backbone.grid
-        sources = [generator(seed, "noise", step, place) for place in positions]
-        uniform = torch.cat([torch.rand(1, generator=source) for source in sources])
-        normal = torch.stack([torch.randn(self.model.channels, side, side, generator=source) for source in sources])
-        return masking, scaled_noise(uniform, normal, self.noise)
+        device, side = self.model.mask_token.device, self.model.backbone.grid
+        uniform = torch.cat([torch.rand(1, generator=generator(seed, "deviation", step, place)) for place in positions])
+        normal = torch.empty(len(positions), self.model.channels, side, side, device=device)
+        on_device = torch.Generator(device)
+        for row, place in enumerate(positions):
+            normal[row].normal_(generator=on_device.manual_seed(seed_of(seed, "noise", step, place)))
+        return masking, scaled_noise(to_device(uniform, device), normal, self.noise)
 
     def forward(self, images: Tensor, draws: Tensor, noise: Tensor | None = None) -> Forward:
         latents = self.model.encode(images, draws)
