@@ -98,7 +98,7 @@ class Combination(NamedTuple):
 def combine_snapshots(snapshots: Sequence[Snapshot], wanted: Snapshot) -> Combination:
     """Return the combination of snapshots whose profile is closest to the wanted one: least squares. Eq. 132-136.
 
-    The sum of the factors is constrained to 1, so that few snapshots do not shrink the weights. EDM2 has no constraint.
+    The sum of the factors is constrained to 1, so that few snapshots do not shrink the weights.
     """
     steps = np.asarray([float(snapshot.step) for snapshot in (*snapshots, wanted)])
     exponents = np.asarray([power_exponent(snapshot.sigma) for snapshot in (*snapshots, wanted)])

@@ -156,10 +156,12 @@ def test_reconstruction_decodes_the_mean(
 ) -> None:
     encoder = vaes / "kl" / "autoencoder"
     change = ["--set", "reconstruction.extractor={kind: backbone}", "--set", "reconstruction.bootstrap=0"]
+    change += ["--set", "reconstruction.noise=2"]  # one value of a list
     given = ["--autoencoder", encoder, "--shards", finished.root / "shards", "--recipe", vaes / "kl.yaml"]
     done = svgpipe("eval-reconstruction", *given, "--out", tmp_path / "out", *change)
     assert done.code == 0, done.err
-    (result,) = ReconstructionReport.read(tmp_path / "out").results
+    result, noised = ReconstructionReport.read(tmp_path / "out").results
+    assert (result.noise, noised.noise, noised.residual) == (None, 2.0, None)
     heldout = np.flatnonzero(finished.shards.rows.heldout).tolist()
     pixels, model = load_images(finished.shards, heldout, 32), load_kl(encoder)
     with torch.no_grad():
@@ -194,6 +196,7 @@ def test_the_cache_is_inspected_probed_and_analyzed(
         ("kl", "autoencoder.kind=vae", ["kind", "aligned-kl"]),
         ("kl", "autoencoder.decoder_noise=0.8", ["decoder_noise", "draws its latents from a posterior"]),
         ("kl", "autoencoder.decoder_noise=0", ["decoder_noise", "greater than 0"]),
+        ("kl", "reconstruction.noise=[0.4, 0.4]", ["no value twice"]),
         ("kl", "reconstruction.noise=[-1]", ["reconstruction.noise", "greater than 0"]),
         ("kl", "autoencoder.residual.enabled=false", ["residual.enabled", "autoencoder.kind: svg or vision now"]),
     ],

@@ -25,7 +25,7 @@ from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.filesystem import Location, absolute, file_sha256
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
-from svgpipe.manifests.manifest import InputRef, digest
+from svgpipe.manifests.manifest import InputRef, Json, digest
 from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.recipe import AutoencoderSection, PerceptualSection, ReconstructionSection
 from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManifest, ReconstructionReport
@@ -246,20 +246,19 @@ def _evaluate(
 
 def _deviation(plan: ReconstructionPlan, runner: Runner, progress: Progress) -> NDArray[np.float32]:
     """Return the deviation of every channel (C,) over the latents of some of the images, stored for a resume."""
-    journal = Journal(plan.out, "journal/deviation")
-    if (kept := journal.find("deviation")) is None:
+
+    def measure() -> Json:
         rows = choose_evenly(plan.shards.usable_rows("heldout").tolist(), plan.config.num_images)
+        chosen, size = choose_evenly(rows, DEVIATION_IMAGES), plan.encoder.image_size
         options = EncoderOptions(absolute(plan.autoencoder), plan.config.batch_size, "float32")
-        chosen = choose_evenly(rows, DEVIATION_IMAGES)
-        total, _ = measure_features(
-            plan.shards, chosen, plan.encoder.image_size, options, runner, progress, "deviation"
-        )
-        deviation = np.asarray(total.std, np.float32)
-        if plan.encoder.distribution == "gaussian":
-            deviation = measured_calibration(total, plan.encoder.distribution).std[: plan.encoder.channels]
-        journal.record("deviation", {"deviation": deviation.tolist()})
-        kept = journal.check("deviation")
-    return np.asarray(kept.entry["deviation"], np.float32)
+        total, _ = measure_features(plan.shards, chosen, size, options, runner, progress, "deviation")
+        if plan.encoder.distribution == "point":
+            return {"deviation": total.std.tolist()}
+        calibration = measured_calibration(total, plan.encoder.distribution)
+        return {"deviation": calibration.std[: plan.encoder.channels].tolist()}
+
+    kept = Journal(plan.out, "journal/deviation").kept("deviation", plan.originals.digest, measure)
+    return np.asarray(kept["deviation"], np.float32)
 
 
 def _lpips(config: ReconstructionSection, missing: list[str]) -> Lpips | None:

@@ -73,11 +73,8 @@ class TrainedDiffusion:
         if weights_file(name) not in self.content:  # an imported file may hold EMA weights only
             files = [file for file in self.content if file != STATISTICS_FILE and read_snapshot_name(file) is None]
             held = ", ".join(file.removesuffix(".safetensors") for file in files)
-            make = (
-                f" svgpipe ema {self.directory} makes power averages."
-                if name.startswith(POWER) and len(files) < len(self.content) - 1
-                else ""
-            )
+            can_make = name.startswith(POWER) and any(map(read_snapshot_name, self.content))
+            make = f" svgpipe ema {self.directory} makes power averages." if can_make else ""
             raise UsageError(
                 f"weights {weights!r}: {self.directory} has none; it holds {held}. Choose with --ema, or with "
                 f"evaluation.weights in a recipe.{make}"

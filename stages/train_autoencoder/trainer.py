@@ -28,7 +28,6 @@ from svgpipe.models.losses import (
     discriminator_loss,
     generator_loss,
 )
-from svgpipe.models.residual import itself
 from svgpipe.models.seeds import seed_of
 from svgpipe.models.svg_autoencoder import SVGAutoencoder
 from svgpipe.models.vision_loss import distance_matrix_loss, marginal_cosine_loss, vision_loss_weight
@@ -243,7 +242,7 @@ def _forward(
     assert isinstance(model, SVGAutoencoder)
     if group.size > 1 and model.alignment is not None:
         model.alignment.total = group.sum
-    return SVGForward(model, config.decoder_noise, group.sum if group.size > 1 else itself)
+    return SVGForward(model, config.decoder_noise, group.sum)
 
 
 def _new_projection(
