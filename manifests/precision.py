@@ -29,12 +29,15 @@ def computes_bfloat16() -> bool:
     return any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS)
 
 
+def fastest_precision() -> Literal["float32", "bfloat16"]:
+    """Return the faster precision on this machine, the value of `auto`."""
+    return "bfloat16" if computes_bfloat16() else "float32"
+
+
 def _definite(value: object) -> object:
     if value not in ("float32", "bfloat16", "auto"):
         raise ValueError("expected float32, bfloat16 or auto")
-    if value != "auto":
-        return value
-    return "bfloat16" if computes_bfloat16() else "float32"
+    return fastest_precision() if value == "auto" else value
 
 
 Precision = Annotated[Literal["float32", "bfloat16"], BeforeValidator(_definite)]

@@ -14,9 +14,10 @@ variant has its own process, set up like a worker; they run in turns, one at a t
 - none: `constant` at guidance 1, with the conditional half only;
 - limit: only the matrix products and the attention of `constant`, on prepared tensors.
 
-Medians. The last line is JSON: `over_official` is `compiled` against the official scheme (the same samples up to
-rounding); `limit_over_official` is the same if only products and attention took time; `over_official_interval` is
-`both` against the official samples, which are guided everywhere.
+Medians. The last line is JSON: `sample_over_products` is the time of `constant` over that of `limit`; `over_official`
+is `compiled` against the official scheme (the same samples up to rounding); `limit_over_official` is the same if only
+products and attention took time; `over_official_interval` is `both` against the official samples, which are guided
+everywhere.
 """
 
 from __future__ import annotations
@@ -30,26 +31,21 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from svgpipe.manifests.precision import Precision, computes_bfloat16
+from svgpipe.manifests.precision import Precision, fastest_precision
 from svgpipe.manifests.recipe import DiffusionSection
-from svgpipe.models.attention import attend, fastest_kernel
 from svgpipe.models.dit import DiT
 from svgpipe.models.sampler import Guidance, sample, time_grid
-from svgpipe.models.transformer_blocks import Attention
 from svgpipe.stages.networks.diffusion import build_dit
 from svgpipe.stages.networks.sampling import initial_noise, keep_as_computed
 from svgpipe.stages.runtime.device import autocast, pick_device
 
+from .products import Products
+
 BATCH, STEPS, SHIFT, SCALE = 8, 12, 0.15, 1.5
 INTERVAL = "interval-0.2-0.5"
 WAYS = ("official", "float32", "constant", "compiled", "interval", "both", "none", "limit")
-
-
-def auto() -> Precision:
-    """Return the precision of `auto` on this machine."""
-    return "bfloat16" if computes_bfloat16() else "float32"
 
 
 def build() -> tuple[DiT, Tensor, Tensor]:
@@ -100,33 +96,15 @@ def limit(precision: Precision) -> Callable[[], Tensor]:
     """Compute only the products of both halves, in their dtype: the limit of all fusing."""
     model, noise, labels = build()
     keep_as_computed(model, precision)
-    products: list[tuple[Tensor, Tensor, Tensor]] = []
-    heads: list[Tensor] = []
-
-    def remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, nn.Linear):
-            rows = inputs[0].detach().flatten(0, -2).to(output.dtype)
-            products.append((rows, module.weight.detach().to(output.dtype).t(), output.detach().flatten(0, -2)))
-        elif isinstance(module, Attention):
-            b, tokens, width = inputs[0].shape
-            split = (b, module.heads, tokens, width // module.heads)
-            heads.append(torch.randn(split, dtype=output.dtype, device=output.device))
-
-    hooks = [module.register_forward_hook(remember) for module in model.modules()]
     with torch.no_grad(), autocast(noise.device, precision):
         both, t = torch.cat([noise, noise]), torch.full((2 * BATCH,), 0.5, device=noise.device)
-        model(both, t, torch.cat([labels, torch.full_like(labels, model.null_label)]))
-    for hook in hooks:
-        hook.remove()
+        null = torch.full_like(labels, model.null_label)
+        products = Products(model, lambda: model(both, t, torch.cat([labels, null])))
 
-    @torch.no_grad()
     def draw() -> Tensor:
         for _ in range(STEPS):
-            for rows, weight, out in products:
-                torch.mm(rows, weight, out=out)
-            for x in heads:
-                attend(x, x, x, fastest_kernel())
-        return products[-1][-1]
+            out = products.forward()
+        return out
 
     return draw
 
@@ -137,12 +115,12 @@ def way(name: str) -> Callable[[], Tensor]:
     makers: dict[str, Callable[[], Callable[[], Tensor]]] = {
         "official": official,
         "float32": lambda: ours("float32", constant),
-        "constant": lambda: ours(auto(), constant),
-        "compiled": lambda: ours(auto(), constant, compiled=True),
-        "interval": lambda: ours(auto(), interval),
-        "both": lambda: ours(auto(), interval, compiled=True),
-        "none": lambda: ours(auto(), Guidance()),
-        "limit": lambda: limit(auto()),
+        "constant": lambda: ours(fastest_precision(), constant),
+        "compiled": lambda: ours(fastest_precision(), constant, compiled=True),
+        "interval": lambda: ours(fastest_precision(), interval),
+        "both": lambda: ours(fastest_precision(), interval, compiled=True),
+        "none": lambda: ours(fastest_precision(), Guidance()),
+        "limit": lambda: limit(fastest_precision()),
     }
     return makers[name]()
 
@@ -184,6 +162,8 @@ def main() -> None:
     guided = sum(0.2 <= t <= 0.5 for t in time_grid(STEPS, SHIFT)[:-1].tolist())
     ratios = {
         "over_official": medians["official"] / medians["compiled"],
+        "sample_over_products": medians["constant"] / medians["limit"],
+        "sample_over_products_compiled": medians["compiled"] / medians["limit"],
         "limit_over_official": medians["official"] / medians["limit"],
         "over_official_eager": medians["official"] / medians["constant"],
         "over_official_float32": medians["official"] / medians["float32"],
@@ -192,7 +172,7 @@ def main() -> None:
         "interval_guided_share": guided / STEPS,
         "none_over_constant": medians["constant"] / medians["none"],
     }
-    print(json.dumps({"precision": auto(), **{name: round(value, 3) for name, value in ratios.items()}}))
+    print(json.dumps({"precision": fastest_precision(), **{name: round(value, 3) for name, value in ratios.items()}}))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,17 @@ not change the speed); on the GPU if there is one. In turns, within one run, a s
 
 - memory: the batch is a tensor in memory, the limit;
 - cache: read ahead from the feature cache by a thread, as in `train-diffusion`;
-- online: eight JPEGs are decoded and encoded first, at the same precision, as in the official loop;
+- online: eight JPEGs are decoded and encoded first, as in the official loop;
 - official: that loop in float32, as in the official code;
 - aligned: representation alignment with a second cache of the frozen features (384 channels, block 8), read beside the
   first;
-- aligned online: the same features are computed by the vision model at every step, as REPA's code does.
+- aligned online: the same features are computed by the vision model at every step, as REPA's code does;
+- compiled: `memory` with torch.compile (compiling is not timed);
+- limit: the matrix products and the attention of `memory` alone, forward and backward, on prepared tensors, and the
+  updates by the optimizer and of the averages.
 
-Medians. Data wait is the time that a step from the cache waits for its batch. Peak memory is that of one step of 32
+All but `official` are in the precision of `auto` on this machine. Medians. `step_over_products` is `memory` over
+`limit`. Data wait is the time that a step from the cache waits for its batch. Peak memory is that of one step of 32
 samples in its own process, with and without activation checkpointing, and of one step of the autoencoder. The last
 line is JSON.
 """
@@ -21,6 +25,7 @@ line is JSON.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -34,10 +39,11 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests import FeatureCache
-from svgpipe.manifests.precision import Precision
+from svgpipe.manifests.precision import Precision, fastest_precision
 from svgpipe.manifests.recipe import AlignSection, DiffusionSection, Recipe
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet
+from svgpipe.models.ema import update_averages
 from svgpipe.models.svg_autoencoder import SVGAutoencoder
 from svgpipe.stages.extract.encoder_actor import EncoderOptions, EncodeUnits
 from svgpipe.stages.extract.stage import extract
@@ -45,7 +51,7 @@ from svgpipe.stages.images.decode import RGBArray
 from svgpipe.stages.images.stream import load_images
 from svgpipe.stages.networks.autoencoder import build_autoencoder
 from svgpipe.stages.networks.perceptual import load_perceptual
-from svgpipe.stages.runtime.device import peak_memory, pick_device
+from svgpipe.stages.runtime.device import autocast, peak_memory, pick_device
 from svgpipe.stages.shard.from_images import shard
 from svgpipe.stages.shard.scan import ImageSources
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
@@ -56,6 +62,10 @@ from svgpipe.stages.train_diffusion.trainer import FlowTrainer
 from svgpipe.stages.training.distributed import ProcessGroup
 
 from .extract import UNTRAINED, write_images
+from .products import Products
+
+Step = Callable[..., object]
+"""Runs one step, given its number and a batch."""
 
 BATCH, IMAGES, PEAK_BATCH, PEAK_IMAGES = 8, 64, 32, 4
 # Nothing is downloaded: the perceptual loss uses the backbone.
@@ -69,6 +79,7 @@ OVERRIDES = [
     "extract.unit_rows=32",
     "extract.batch_size=32",
     "extract.views=[original]",
+    *(f"{section}.precision=auto" for section in ("autoencoder", "extract", "diffusion")),
     f"diffusion.batch_size={BATCH}",
 ]
 
@@ -86,6 +97,27 @@ def trainer_of(config: DiffusionSection, target: AlignmentTarget | None = None) 
     )
 
 
+def limit_of(trainer: FlowTrainer) -> Step:
+    """Return a step of the products, the optimizer and the averages of `trainer` alone; its gradients are 0."""
+    model, config, device = copy.deepcopy(trainer.model), trainer.config, trainer.group.device
+    x, times = torch.randn(BATCH, 256, 392, device=device), torch.rand(BATCH, device=device)
+    labels = torch.zeros(BATCH, dtype=torch.int64, device=device)
+    with autocast(device, config.precision):
+        products = Products(model, lambda: model(x, times, labels))
+    parameters = list(model.parameters())
+    averages = [[parameter.detach().clone() for parameter in parameters] for _ in config.ema_decays]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step(number: int, *batch: object) -> None:
+        products.forward_and_backward()
+        optimizer.step()
+        update_averages(averages, config.ema_decays, parameters, number)
+
+    return step
+
+
 def finished() -> None:
     """Wait for the device: on a GPU, a step ends later than its call."""
     if torch.cuda.is_available():
@@ -100,7 +132,7 @@ def print_peak(device: torch.device) -> None:
 
 def peak_of_one_step(recompute: bool) -> None:
     """Run one step of diffusion training in this process."""
-    config = DiffusionSection(batch_size=PEAK_BATCH, activation_checkpointing=recompute)
+    config = DiffusionSection(batch_size=PEAK_BATCH, activation_checkpointing=recompute, precision=fastest_precision())
     device = pick_device()
     trainer = trainer_of(config)
     trainer(0, torch.randn(PEAK_BATCH, 256, 392).half(), torch.zeros(PEAK_BATCH, dtype=torch.int64))
@@ -109,7 +141,7 @@ def peak_of_one_step(recompute: bool) -> None:
 
 def peak_of_the_autoencoder() -> None:
     """Run one step of the autoencoder on a few images, with the discriminator."""
-    config = load_recipe(None, [*FROZEN_ONLY, f"autoencoder.batch_size={PEAK_IMAGES}"]).autoencoder
+    config = load_recipe(None, [*FROZEN_ONLY, *OVERRIDES, f"autoencoder.batch_size={PEAK_IMAGES}"]).autoencoder
     group, model = ProcessGroup(pick_device()), build_autoencoder(config)
     assert isinstance(model, SVGAutoencoder)
     perceptual = load_perceptual(config.perceptual, model.backbone)
@@ -164,15 +196,16 @@ def measure(root: Path, turns: int) -> tuple[dict[str, float], float]:
     cache, features, shards = prepare(root, recipe)
     config = recipe.diffusion
     half, full = trainer_of(config), trainer_of(config.model_copy(update={"precision": "float32"}))
+    compiled = trainer_of(config.model_copy(update={"compile": True}))
     rows = np.flatnonzero(cache.valid)
     stream = iter(CacheBatches(cache, rows, config, 0, range(BATCH)))
     held = [next(stream) for _ in range(4)]
-    online, official = (Online(shards, cache, name) for name in ("bfloat16", "float32"))
+    online, official = (Online(shards, cache, name) for name in (config.precision, "float32"))
     target = AlignmentTarget(features, own=False)
     aligned = trainer_of(config.model_copy(update={"align": AlignSection()}), target)
     both, vision = (
         iter(CacheBatches(cache, rows, config, 0, range(BATCH), target=target)),
-        Online(shards, features, "bfloat16"),
+        Online(shards, features, config.precision),
     )
     waits: list[float] = []
 
@@ -182,22 +215,27 @@ def measure(root: Path, turns: int) -> tuple[dict[str, float], float]:
         waits.append(time.perf_counter() - started)
         return batch
 
-    ways: dict[str, tuple[FlowTrainer, Callable[[], tuple[Tensor | None, ...]]]] = {
-        "memory": (half, lambda: held[len(waits) % len(held)]),
+    def from_memory() -> CacheBatch:
+        return held[len(waits) % len(held)]
+
+    ways: dict[str, tuple[Step, Callable[[], tuple[Tensor | None, ...]]]] = {
+        "memory": (half, from_memory),
         "cache": (half, from_cache),
         "online": (half, online),
         "official": (full, official),
         "aligned": (aligned, lambda: next(both)),
         "aligned online": (aligned, lambda: (*held[0][:2], vision()[0])),
+        "compiled": (compiled, from_memory),
+        "limit": (limit_of(half), from_memory),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 1):
         # The two similar variants swap places, so that neither benefits from what ran before it.
-        names = ("memory", "cache", "online", "cache", "memory", "official", "aligned", "aligned online")
+        names = (*ways, "cache", "memory")
         for name in names if turn % 2 else names[::-1]:
-            trainer, batch = ways[name]
+            run, batch = ways[name]
             started = time.perf_counter()
-            trainer(turn, *batch())  # type: ignore[arg-type]
+            run(turn, *batch())  # type: ignore[arg-type]
             finished()
             if turn:
                 seconds[name].append(time.perf_counter() - started)
@@ -218,6 +256,8 @@ def compare(turns: int) -> None:
         "cache_over_online": medians["online"] / medians["cache"],
         "cache_over_official": medians["official"] / medians["cache"],
         "align_cached_over_online": medians["aligned online"] / medians["aligned"],
+        "step_over_products": medians["memory"] / medians["limit"],
+        "step_over_products_compiled": medians["compiled"] / medians["limit"],
         "data_wait_share": wait,
         "checkpointed_over_held": memory["checkpointed"] / memory["held"],
     }
