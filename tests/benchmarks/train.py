@@ -235,7 +235,7 @@ def measure(root: Path, turns: int) -> tuple[dict[str, float], float]:
         for name in names if turn % 2 else names[::-1]:
             run, batch = ways[name]
             started = time.perf_counter()
-            run(turn, *batch())  # type: ignore[arg-type]
+            run(turn, *batch())
             finished()
             if turn:
                 seconds[name].append(time.perf_counter() - started)
