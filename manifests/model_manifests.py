@@ -65,7 +65,7 @@ class AutoencoderManifest(Manifest):
     NOUN: ClassVar[str] = "an autoencoder"
     GROWS: ClassVar[frozenset[str]] = frozenset({"steps"})
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"heldout_psnr", "reconstruction_grid", "origin"})
-    ADDED: ClassVar[frozenset[str]] = frozenset({"posterior_channels"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"posterior_channels", "encoder"})
 
     kind: Literal["autoencoder"] = "autoencoder"
     steps: int
@@ -79,6 +79,9 @@ class AutoencoderManifest(Manifest):
         description="Alignment scalars: frozen mean, std, residual mean, std. Imported ones: see alignment.json."
     )
     content: str = Field(description=f"sha256 of {AUTOENCODER_FILE}.")
+    encoder: str | None = Field(
+        None, description="Fingerprint of the autoencoder whose encoder it has; null: it has its own."
+    )
     heldout_psnr: float | None = Field(None, description="dB, mean over held-out images; null without any.")
     reconstruction_grid: str | None = None
     origin: str | None = Field(None, description="Imported: source file and its sha256.")
@@ -117,7 +120,7 @@ class AutoencoderManifest(Manifest):
 def require_decoder(
     where: str, recorded: InputRef | None, shape: tuple[int, int, int], autoencoder: Location, what_to_do: str
 ) -> AutoencoderManifest:
-    """Check that an autoencoder decodes some latents: it made them, or, if that is not recorded, has their shape.
+    """Check that an autoencoder decodes some latents: its encoder made them, or, if not recorded, it has their shape.
 
     Args:
         where: of the latents, for messages.
@@ -133,7 +136,7 @@ def require_decoder(
         MismatchError: it does not.
     """
     encoder = AutoencoderManifest.read(autoencoder)
-    if recorded is not None:
+    if recorded is not None and recorded.fingerprint != encoder.encoder:
         require_same(where, recorded, encoder.as_input(autoencoder), what_to_do=what_to_do)
     own = (*encoder.grid, encoder.channels)
     if own != shape:

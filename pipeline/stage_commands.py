@@ -6,6 +6,7 @@ load timm or webdataset.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -155,22 +156,39 @@ def train_autoencoder(
     out: OutOption,
     recipe: RequiredRecipeOption,
     overrides: SetOption = None,
+    decoder_only: Annotated[
+        bool, typer.Option("--decoder-only", help="Fine-tune the decoder of --from on the latents of --cache.")
+    ] = False,
+    source: Annotated[
+        str | None, typer.Option("--from", metavar="DIR", help="--decoder-only: finished autoencoder.")
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option("--cache", metavar="DIR", help="--decoder-only: its cache of the same shards.")
+    ] = None,
     workers: TrainersOption = None,
     cpus_per_worker: CpusOption = None,
     gpus_per_worker: GpusOption = None,
     address: AddressOption = None,
     wandb: WandbOption = None,
 ) -> None:
-    """Train the tokenizer: that of SVG, of a vision model alone, SD-VAE or VA-VAE."""
+    """Train the tokenizer: that of SVG, of a vision model alone, SD-VAE or VA-VAE; or only a new decoder for one."""  # noqa: DOC501
+    from svgpipe.stages.train_autoencoder.decoder_source import DecoderSource
+    from svgpipe.stages.train_autoencoder.stage import fine_tune_decoder
     from svgpipe.stages.train_autoencoder.stage import train_autoencoder as run_stage
 
     from .cluster import training_cluster
 
+    if decoder_only != (source is not None) or decoder_only != (cache is not None):
+        raise UsageError("expected --decoder-only, --from and --cache together, or none of them.")
+
     config = load_recipe(recipe, overrides or []).autoencoder
     opened = ShardSet.open(shards)
     resources = trainers_of(workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, address=address)
+    train = partial(run_stage, opened)
+    if source is not None and cache is not None:
+        train = partial(fine_tune_decoder, opened, DecoderSource.open(location(source), FeatureCache(cache), opened))
     with training_cluster(resources, address), ConsoleProgress() as progress:
-        manifest = run_stage(opened, location(out), config, resources=resources, wandb_project=wandb, progress=progress)
+        manifest = train(location(out), config, resources=resources, wandb_project=wandb, progress=progress)
     psnr = "not measured" if manifest.heldout_psnr is None else f"{manifest.heldout_psnr:.2f} dB"
     typer.echo(f"{out}: autoencoder {manifest.fingerprint[:12]}, held-out PSNR {psnr}")
 

@@ -36,7 +36,7 @@ def stream(finished: Finished, *, start: int, workers: int = 0, buffer: int = 8)
     dataset = TrainingImages(
         finished.shards, size=32, batch_size=5, crop="random", flip=True, buffer=buffer, seed=3, start=start
     )
-    return list(itertools.islice(training_batches(dataset, workers), 12 - start))
+    return [batch.pixels for batch in itertools.islice(training_batches(dataset, workers), 12 - start)]
 
 
 def test_the_stream_continues_where_it_was_cut(finished: Finished) -> None:
@@ -56,11 +56,29 @@ def test_an_epoch_holds_every_training_image_once(finished: Finished) -> None:
         finished.shards, size=32, batch_size=30, crop="centre", flip=False, buffer=100, seed=0, start=0
     )
     first, second = itertools.islice(iter(dataset), 2)
-    rows = np.flatnonzero(~finished.shards.rows.heldout)
-    expected = sorted(p.tobytes() for p in load_images(finished.shards, rows.tolist(), 32))
+    rows = np.flatnonzero(~finished.shards.rows.heldout).tolist()
     for batch in (first, second):
-        assert sorted(p.numpy().tobytes() for p in batch.permute(0, 2, 3, 1).contiguous()) == expected
-    assert not torch.equal(first, second)
+        assert sorted(batch.rows.tolist()) == rows and not batch.flipped.any()
+        expected = load_images(finished.shards, batch.rows.tolist(), 32)
+        np.testing.assert_array_equal(batch.pixels.permute(0, 2, 3, 1).numpy(), expected)
+    assert not torch.equal(first.pixels, second.pixels)
+
+
+def test_flipped_images_are_named(finished: Finished) -> None:
+    """Their latents are those of the other view of a cache."""
+    plain, mirrored = (
+        next(
+            iter(
+                TrainingImages(
+                    finished.shards, size=32, batch_size=30, crop="centre", flip=flip, buffer=100, seed=0, start=0
+                )
+            )
+        )
+        for flip in (False, True)
+    )
+    assert 0 < mirrored.flipped.sum() < 30 and plain.rows.tolist() == mirrored.rows.tolist()
+    flipped = torch.from_numpy(mirrored.flipped).view(-1, 1, 1, 1)
+    assert torch.equal(mirrored.pixels, torch.where(flipped, plain.pixels.flip(-1), plain.pixels))
 
 
 def test_files_of_a_finished_training(finished: Finished) -> None:

@@ -13,11 +13,12 @@ import random
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import webdataset as wds
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -30,8 +31,22 @@ from ..runtime.retry import call_with_retries
 from .decode import RejectedImageError, RGBArray, centre_crop, decode_image, random_crop, to_array
 
 
-class TrainingImages(IterableDataset[Tensor]):
-    """Endless batches (B,3,S,S) uint8 of the training split, from batch `start` on; or some places of each batch."""
+class ImageBatch(NamedTuple):
+    """Augmented images.
+
+    Attributes:
+        pixels: (B,3,S,S) uint8.
+        rows: (B,) int64, of the shard set.
+        flipped: (B,) bool.
+    """
+
+    pixels: Tensor
+    rows: NDArray[np.int64]
+    flipped: NDArray[np.bool_]
+
+
+class TrainingImages(IterableDataset[ImageBatch]):
+    """Endless batches of the training split, from batch `start` on; or some places of each batch."""
 
     def __init__(
         self,
@@ -45,22 +60,38 @@ class TrainingImages(IterableDataset[Tensor]):
         seed: int,
         start: int,
         local_slice: range | None = None,
+        usable: NDArray[np.bool_] | None = None,
     ) -> None:
-        """Prepare the stream. `local_slice`: places of every batch to give; None: all.
+        """Prepare the stream.
+
+        Args:
+            shards: images.
+            size: S, pixels per side.
+            batch_size: images per batch.
+            crop: random or centre.
+            flip: whether half of the images are flipped.
+            buffer: images in the shuffle buffer.
+            seed: of order and augmentation.
+            start: number of the first batch.
+            local_slice: places of every batch to give; None: all.
+            usable: (N,) rows of the shard set to take; None: all that were not rejected when it was made.
 
         Raises:
             ArtifactError: there are no training images.
         """
-        usable = np.bincount(shards.rows.shard[~shards.rows.rejected], minlength=len(shards.shards)).tolist()
+        self.usable = ~shards.rows.rejected if usable is None else usable
+        counts = np.bincount(shards.rows.shard[self.usable], minlength=len(shards.shards)).tolist()
         self.directory = shards.directory
-        self.tars = [(s, n) for s, n in zip(shards.shards, usable, strict=True) if s.split == "train" and n]
+        firsts = np.cumsum([0, *(s.num_images for s in shards.shards)]).tolist()
+        self.first_rows = {s.name: first for s, first in zip(shards.shards, firsts, strict=False)}
+        self.tars = [(s, n) for s, n in zip(shards.shards, counts, strict=True) if s.split == "train" and n]
         if not self.tars:
             raise ArtifactError(f"{shards.directory}: expected training images, found none in its tars.")
         self.size, self.batch_size, self.crop, self.flip = size, batch_size, crop, flip
         self.buffer, self.seed, self.start = buffer, seed, start
         self.local_slice = local_slice if local_slice is not None else range(batch_size)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[ImageBatch]:
         # The loader takes batches from its workers in turn. All workers see the same order and decode their own
         # batches.
         info = get_worker_info()
@@ -69,30 +100,38 @@ class TrainingImages(IterableDataset[Tensor]):
         for turn in itertools.count():
             batch = list(itertools.islice(refs, self.batch_size))
             if turn % workers == mine:
-                images = [self._augment(*batch[place]) for place in self.local_slice]
-                yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+                chosen = [batch[place] for place in self.local_slice]
+                images, flipped = zip(*(self._augment(ref, epoch) for _, ref, epoch in chosen), strict=True)
+                pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+                yield ImageBatch(pixels, np.asarray([row for row, _, _ in chosen]), np.asarray(flipped))
 
-    def _refs(self, skip: int) -> Iterator[tuple[ImageRef, int]]:
-        """Yield every image with its epoch, from number `skip` on."""
+    def _refs(self, skip: int) -> Iterator[tuple[int, ImageRef, int]]:
+        """Yield the row of every image, the image and its epoch, from number `skip` on."""
         per_epoch = sum(n for _, n in self.tars)
         first, rest = divmod(skip, per_epoch)
         for epoch in itertools.count(first):
             yield from itertools.islice(self._epoch(epoch), rest, None)
             rest = 0
 
-    def _epoch(self, epoch: int) -> Iterator[tuple[ImageRef, int]]:
+    def _epoch(self, epoch: int) -> Iterator[tuple[int, ImageRef, int]]:
         order = [shard for shard, _ in self.tars]
         random.Random(seed_of(self.seed, "shards", epoch)).shuffle(order)
         rng = random.Random(seed_of(self.seed, "buffer", epoch))
         shuffled = wds.shuffle(self.buffer, initial=self.buffer, rng=rng)(self._members(order))
-        return ((ref, epoch) for ref in shuffled)
+        return ((row, ref, epoch) for row, ref in shuffled)
 
-    def _members(self, tars: Sequence[ShardFile]) -> Iterator[ImageRef]:
-        """Yield images in tar order, by the index: existing tars may hold their members in any order."""
+    def _members(self, tars: Sequence[ShardFile]) -> Iterator[tuple[int, ImageRef]]:
+        """Yield rows and images in tar order, by the index: existing tars may hold their members in any order."""
         for shard in tars:
-            yield from (ref for ref in refs_of(self.directory, [shard]) if ref.reject is None)
+            rows = enumerate(refs_of(self.directory, [shard]), self.first_rows[shard.name])
+            yield from ((row, ref) for row, ref in rows if self.usable[row])
 
-    def _augment(self, ref: ImageRef, epoch: int) -> RGBArray:
+    def _augment(self, ref: ImageRef, epoch: int) -> tuple[RGBArray, bool]:
+        """Return the cropped image, and whether it is flipped.
+
+        Raises:
+            ArtifactError: the image cannot be decoded.
+        """
         try:
             image = decode_image(call_with_retries(ref.read), damaged=ref.damaged)
         except RejectedImageError as error:
@@ -103,10 +142,11 @@ class TrainingImages(IterableDataset[Tensor]):
         pixels = to_array(
             random_crop(image, self.size, rng) if self.crop == "random" else centre_crop(image, self.size)
         )
-        return pixels[:, ::-1] if self.flip and rng.random() < 0.5 else pixels
+        flipped = bool(self.flip and rng.random() < 0.5)
+        return (pixels[:, ::-1] if flipped else pixels), flipped
 
 
-def training_batches(dataset: TrainingImages, workers: int) -> Iterator[Tensor]:
+def training_batches(dataset: TrainingImages, workers: int) -> Iterator[ImageBatch]:
     """Return an iterator over `dataset`, decoding in `workers` additional processes (0: in this one)."""
     if workers == 0:
         return iter(dataset)
@@ -132,7 +172,7 @@ def _prepare_worker(worker: int) -> None:
     atexit.register(os._exit, 0)
 
 
-def _plain_errors(loader: DataLoader[Tensor]) -> Iterator[Tensor]:
+def _plain_errors(loader: DataLoader[ImageBatch]) -> Iterator[ImageBatch]:
     try:
         yield from loader
     except (ArtifactError, OSError) as error:  # the loader puts the traceback of the worker into the message

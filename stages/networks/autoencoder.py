@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from svgpipe.manifests.alignment import MeasuredAlignment
 from svgpipe.manifests.checkpoint import load_tensors
@@ -16,7 +16,7 @@ from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, AutoencoderManifest
 from svgpipe.manifests.recipe import AutoencoderSection
-from svgpipe.models.autoencoder import Autoencoder
+from svgpipe.models.autoencoder import Autoencoder, DecoderAlone, LatentDecoder
 from svgpipe.models.backbone import Backbone
 from svgpipe.models.decoder import Decoder
 from svgpipe.models.encoder import Encoder
@@ -122,6 +122,12 @@ def _new_svg(config: AutoencoderSection, backbone: Backbone) -> SVGAutoencoder:
     return SVGAutoencoder(backbone, decoder, residual, align=section.align, mask_ratio=section.mask_ratio)
 
 
+def new_decoder_alone(config: AutoencoderSection, channels: int, grid: int) -> DecoderAlone:
+    """Return the decoding part of an autoencoder, initialised. `channels` and `grid` are those of its latents."""
+    decoder = _new_decoder(config, channels, grid)
+    return DecoderAlone(decoder, None if config.encodes_with_backbone else nn.Conv2d(channels, channels, 1))
+
+
 def described(model: Autoencoder, config: AutoencoderSection) -> dict[str, Any]:
     """Return the fields of a manifest that say what latents are like: image_size, grid, channels, alignment."""
     described: dict[str, Any] = {"image_size": config.image_size, "alignment": None}
@@ -207,7 +213,7 @@ def reconstruct(
 
 
 @torch.inference_mode()
-def decode_latents(model: Autoencoder, latents: Tensor, batch_size: int = 64) -> RGBArray:
+def decode_latents(model: LatentDecoder, latents: Tensor, batch_size: int = 64) -> RGBArray:
     """Decode denormalised latents (n,row,column,channel) float32 to (n,H,W,3) uint8.
 
     Returns:

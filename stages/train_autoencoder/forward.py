@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from svgpipe.models.autoencoder import DecoderAlone
 from svgpipe.models.decoder_noise import scaled_noise, with_noise
 from svgpipe.models.kl_autoencoder import KLAutoencoder, Posterior
 from svgpipe.models.residual import itself
@@ -35,6 +36,27 @@ class Forward:
     projected: Tensor | None = None
 
 
+def decoder_noise(
+    seed: int, step: int, positions: Sequence[int], shape: tuple[int, int, int], tau: float, device: torch.device
+) -> Tensor:
+    """Return (B,C,h,w) `scaled_noise` of images of shape (C,h,w), a function of (seed, step, position).
+
+    It has by far the most random values of a step, and is drawn on the device: the same for all CPUs, and the same for
+    all GPUs.
+    """
+    uniform = torch.cat([torch.rand(1, generator=generator(seed, "deviation", step, place)) for place in positions])
+    normal = torch.empty(len(positions), *shape, device=device)
+    on_device = torch.Generator(device)
+    for row, place in enumerate(positions):
+        normal[row].normal_(generator=on_device.manual_seed(seed_of(seed, "noise", step, place)))
+    return scaled_noise(to_device(uniform, device), normal, tau)
+
+
+def posterior_noise(seed: int, step: int, positions: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
+    """Return (B,C,h,w) standard normal noise of posteriors of shape (C,h,w), a function of (seed, step, position)."""
+    return torch.stack([torch.randn(shape, generator=generator(seed, "image", step, place)) for place in positions])
+
+
 class SVGForward(nn.Module):
     """Encodes, masks and decodes in one forward pass, so that DDP averages its gradients."""
 
@@ -54,8 +76,6 @@ class SVGForward(nn.Module):
     def draws(self, seed: int, step: int, positions: Sequence[int], image_size: int) -> tuple[Tensor, ...]:
         """Return random values of the images, a function of (seed, step, position).
 
-        The noise, by far the most values, is drawn on the device: the same for all CPUs, and the same for all GPUs.
-
         Returns:
             (B,) uniform draws in [0, 1) that decide the masking; and, if wanted, (B,C,h,w) noise of the decoder's
             input.
@@ -64,12 +84,8 @@ class SVGForward(nn.Module):
         if self.noise is None:
             return (masking,)
         device, side = self.model.mask_token.device, self.model.backbone.grid
-        uniform = torch.cat([torch.rand(1, generator=generator(seed, "deviation", step, place)) for place in positions])
-        normal = torch.empty(len(positions), self.model.channels, side, side, device=device)
-        on_device = torch.Generator(device)
-        for row, place in enumerate(positions):
-            normal[row].normal_(generator=on_device.manual_seed(seed_of(seed, "noise", step, place)))
-        return masking, scaled_noise(to_device(uniform, device), normal, self.noise)
+        shape = (self.model.channels, side, side)
+        return masking, decoder_noise(seed, step, positions, shape, self.noise, device)
 
     def forward(self, images: Tensor, draws: Tensor, noise: Tensor | None = None) -> Forward:
         latents = self.model.encode(images, draws)
@@ -86,13 +102,66 @@ class KLForward(nn.Module):
         self.model, self.projection = model, projection
 
     def draws(self, seed: int, step: int, positions: Sequence[int], image_size: int) -> tuple[Tensor]:
-        """Return (B,C,h,w) standard normal noise of the posterior; a function of (seed, step, position)."""
+        """Return the `posterior_noise` of the images."""
         side = image_size // self.model.encoder.factor
-        shape = (self.model.channels, side, side)
-        return (torch.stack([torch.randn(shape, generator=generator(seed, "image", step, p)) for p in positions]),)
+        return (posterior_noise(seed, step, positions, (self.model.channels, side, side)),)
 
     def forward(self, images: Tensor, draws: Tensor) -> Forward:
         posterior = self.model.posterior(images)
         latents = posterior.draw(draws)
         projected = None if self.projection is None else self.projection(latents)
         return Forward(self.model.decode(latents).float(), posterior, projected)
+
+
+class CachedForward(nn.Module):
+    """Decodes stored values of a cache; latents of a posterior are drawn from it. V values per cell are stored."""
+
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(
+        self,
+        model: DecoderAlone,
+        shape: tuple[int, int, int],
+        scaling: tuple[Tensor, Tensor],
+        noise: float | None,
+        total: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Build the module.
+
+        Args:
+            model: decoder.
+            shape: (V,h,w) of stored values; V is 2C for posteriors.
+            scaling: (V,) factor and offset of stored values: un-normalised value = stored · factor + offset.
+            noise: largest deviation of the noise on the decoder's input; None for posteriors.
+            total: adds up what each process of a group has.
+        """
+        super().__init__()
+        self.model, self.shape, self.noise, self.total = model, shape, noise, total
+        for name, values in zip(("factor", "offset"), scaling, strict=True):
+            self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        conv = self.model.decoder.conv_in if self.model.post_quant_conv is None else self.model.post_quant_conv
+        return conv.in_channels
+
+    def draws(self, seed: int, step: int, positions: Sequence[int], image_size: int) -> tuple[Tensor, ...]:
+        """Return noise (B,C,h,w): of the posteriors, or of the decoder's input; none if neither is wanted."""
+        shape = (self.channels, *self.shape[1:])
+        if self.channels != self.shape[0]:
+            return (posterior_noise(seed, step, positions, shape),)
+        if self.noise is None:
+            return ()
+        return (decoder_noise(seed, step, positions, shape, self.noise, self.factor.device),)
+
+    def forward(self, stored: Tensor, noise: Tensor | None = None) -> Forward:
+        """Return the decoded stored values (B,V,h,w), float16 or int8, with noise of `draws`."""
+        latents = stored.float() * self.factor + self.offset
+        if noise is not None and self.channels != self.shape[0]:
+            mean, std = latents.chunk(2, dim=1)
+            latents = mean + std * noise
+        elif noise is not None:
+            latents = with_noise(latents, noise, self.total)
+        return Forward(self.model.decode(latents).float())

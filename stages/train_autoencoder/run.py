@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore, save_tensors
@@ -20,7 +22,7 @@ from svgpipe.models.backbone import Backbone
 from svgpipe.models.svg_autoencoder import SVGAutoencoder
 
 from ..images.decode import RGBArray, encode_png, psnr, tile
-from ..images.stream import TrainingImages, load_images, training_batches
+from ..images.stream import ImageBatch, TrainingImages, load_images, training_batches
 from ..images.tensors import as_unit_range
 from ..networks.autoencoder import build_autoencoder, described, latent_grid, reconstruct
 from ..networks.backbone import build_backbone, state_digest
@@ -35,7 +37,19 @@ GRID_IMAGES = 16
 MEMORY_ADVICE = "Use a smaller autoencoder.batch_size, autoencoder.decoder.ch or image, or several --workers."
 
 
-class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
+class Batch(NamedTuple):
+    """This process's slice of a batch.
+
+    Attributes:
+        pixels: (B,3,S,S) uint8.
+        stored: (B,V,h,w) their values in a cache, for a decoder alone.
+    """
+
+    pixels: Tensor
+    stored: Tensor | None = None
+
+
+class AutoencoderRun(TrainingRun[Batch, Step, AutoencoderManifest]):
     """The trainer, its batches, and its measurements."""
 
     section, item = "autoencoder", "image"
@@ -53,26 +67,36 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
         """Open the run; see `train_autoencoder` for arguments and errors."""
         self.shards, self.config = shards, config
         super().__init__(group, supervisor, out, CheckpointStore(out / "checkpoints"))
-        model = build_autoencoder(config, out)
-        backbone = _backbone(model, config, out)
-        self.backbone_weights = "" if backbone is None else state_digest(backbone.state_dict())
-        perceptual = load_perceptual(config.perceptual, backbone)
-        self.trainer = AutoencoderTrainer(model, config, group, backbone, perceptual, self.last_good)
-        usable = shards.rows.label[~shards.rows.rejected & ~shards.rows.heldout].size
-        epochs = config.steps * config.batch_size / max(1, usable)
+        self.trainer = self.new_trainer()
+        count = int((self.usable & ~shards.rows.heldout).sum())
+        epochs = config.steps * config.batch_size / max(1, count)
         supervisor.say(
-            f"{config.steps} steps of {config.batch_size} images: {epochs:.3g} epochs of {usable} training images"
+            f"{config.steps} steps of {config.batch_size} images: {epochs:.3g} epochs of {count} training images"
         )
         self.resume(wandb_project)
+        held = np.flatnonzero(shards.rows.heldout & self.usable)
+        self.heldout_rows = choose_evenly(held.tolist(), config.eval_images)
         self.heldout = self._load_heldout() if group.is_main else None
 
+    @property
+    def usable(self) -> NDArray[np.bool_]:
+        """(N,) rows of the shard set that are trained on or measured."""
+        return ~self.shards.rows.rejected
+
+    def new_trainer(self) -> AutoencoderTrainer:
+        """Return a trainer of a new model."""
+        config = self.config
+        model = build_autoencoder(config, self.out)
+        backbone = _backbone(model, config, self.out)
+        self.backbone_weights = "" if backbone is None else state_digest(backbone.state_dict())
+        perceptual = load_perceptual(config.perceptual, backbone)
+        return AutoencoderTrainer(model, config, self.group, backbone, perceptual, self.last_good)
+
     def _load_heldout(self) -> RGBArray | None:
-        rows = np.flatnonzero(self.shards.rows.heldout & ~self.shards.rows.rejected)
-        chosen = choose_evenly(rows.tolist(), self.config.eval_images)
-        if not chosen:
+        if not self.heldout_rows:
             self.supervisor.say("no held-out images in these shards: PSNR is not measured (svgpipe shard --holdout)")
             return None
-        return load_images(self.shards, chosen, self.config.image_size)
+        return load_images(self.shards, self.heldout_rows, self.config.image_size)
 
     def load(self, saved: Checkpoint) -> None:
         self.trainer.load(saved.groups)
@@ -80,8 +104,8 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
     def state(self) -> Checkpoint:
         return Checkpoint(self.step, self.trainer.state(), {})
 
-    def take_step(self, batch: Tensor) -> Step:
-        return self.trainer(self.step, batch)
+    def take_step(self, batch: Batch) -> Step:
+        return self.trainer(self.step, batch.pixels, batch.stored)
 
     def settle(self) -> None:
         self.trainer.settle()
@@ -90,7 +114,11 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
         if self.step % self.config.eval_every == 0:
             self.evaluate()
 
-    def batches(self) -> Iterator[Tensor]:
+    def batches(self) -> Iterator[Batch]:
+        return (Batch(images.pixels) for images in self.images())
+
+    def images(self) -> Iterator[ImageBatch]:
+        """Return this process's images of all batches, from `step` on."""
         config = self.config
         dataset = TrainingImages(
             self.shards,
@@ -102,6 +130,7 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
             seed=config.seed,
             start=self.step,
             local_slice=self.group.local_slice(config.batch_size),
+            usable=self.usable,
         )
         return training_batches(dataset, config.workers)
 
@@ -114,11 +143,11 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
     @torch.no_grad()
     def evaluate(self) -> float | None:
         """Return the mean PSNR (dB, 8-bit images) of the held-out images, and write a grid of the first ones."""
-        model = self.trainer.model
-        if self.heldout is None or self.log is None or not model.can_encode:
+        if self.heldout is None or self.log is None:
             return None
-        model.eval()
-        reconstructed = reconstruct(model, self.heldout, self.config.batch_size)
+        self.trainer.model.eval()
+        if (reconstructed := self.reconstructed(self.heldout)) is None:
+            return None
         value = float(psnr(self.heldout, reconstructed).mean())
         self.log.write(self.step, heldout_psnr=value)
         count = min(GRID_IMAGES, len(self.heldout))
@@ -129,6 +158,12 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
         self.log.image(self.step, "reconstructions", sheet)
         self.supervisor.say(f"step {self.step}: held-out PSNR {value:.2f} dB")
         return value
+
+    def reconstructed(self, heldout: RGBArray) -> RGBArray | None:
+        """Return the reconstructions of the held-out images; None if the model cannot encode yet."""
+        model = self.trainer.model
+        assert isinstance(model, Autoencoder), "overridden for a decoder alone"
+        return reconstruct(model, heldout, self.config.batch_size) if model.can_encode else None
 
     @property
     def _grid_file(self) -> Location:
@@ -163,20 +198,23 @@ class AutoencoderRun(TrainingRun[Tensor, Step, AutoencoderManifest]):
         """
         self.freeze_alignment()
         psnr_db = self.evaluate()
-        model, content, sheet = self.trainer.model, "", None
+        manifest = AutoencoderManifest(**self.written(), steps=self.config.steps, heldout_psnr=psnr_db)
+        sheet = f"{GRID_FOLDER}/{self._grid_file.name}" if self._grid_file.exists() else None
+        return manifest.model_copy(update={"reconstruction_grid": sheet})
+
+    def written(self) -> dict[str, Any]:
+        """Write the weights, on the main process.
+
+        Returns:
+            The fields of the manifest that describe them.
+        """
+        model, content = self.trainer.model, ""
+        assert isinstance(model, Autoencoder), "overridden for a decoder alone"
         if self.log is not None:
             self.log.close()
             self.supervisor.check()
             content = save_tensors(self.out / AUTOENCODER_FILE, model.trained_state())
-            sheet = f"{GRID_FOLDER}/{self._grid_file.name}" if self._grid_file.exists() else None
-        return AutoencoderManifest(
-            **described(model, self.config),
-            steps=self.config.steps,
-            backbone_weights=self.backbone_weights,
-            content=content,
-            heldout_psnr=psnr_db,
-            reconstruction_grid=sheet,
-        )
+        return {**described(model, self.config), "backbone_weights": self.backbone_weights, "content": content}
 
 
 def _backbone(model: Autoencoder, config: AutoencoderSection, out: Location) -> Backbone | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from svgpipe.manifests.filesystem import Location, absolute
@@ -15,6 +16,8 @@ from ..runtime.resources import Resources
 from ..training.loop import run_training
 from ..training.metrics_log import require_wandb
 from ..training.ray_train import run_job
+from .decoder_run import DecoderRun
+from .decoder_source import DecoderSource
 from .run import MEMORY_ADVICE, AutoencoderRun
 
 
@@ -63,6 +66,59 @@ def train_autoencoder(
             keep_backbone(config.backbone, out)
         start = partial(
             AutoencoderRun, shards=shards.absolute(), out=absolute(out), config=config, wandb_project=wandb_project
+        )
+        job = partial(run_training, start=start, memory_advice=MEMORY_ADVICE)
+        return work.publish(run_job(job, resources, Recorded(progress, out), work.check_lock))
+
+
+def fine_tune_decoder(
+    shards: ShardSet,
+    source: DecoderSource,
+    out: Location,
+    config: AutoencoderSection,
+    *,
+    resources: Resources | None = None,
+    wandb_project: str | None = None,
+    progress: Progress | None = None,
+) -> AutoencoderManifest:
+    """Train the decoder of a finished autoencoder on cached latents and their images; run again to resume.
+
+    The encoder is neither computed nor changed. The result decodes samples of every model that was trained on the
+    cache, and encodes as before.
+
+    Args:
+        shards: images of the cache.
+        source: autoencoder and cache.
+        out: directory to create or resume.
+        config: section `autoencoder` of a recipe. Crops are those of the cache, and `flip` needs flips in it.
+        resources: as in `train_autoencoder`.
+        wandb_project: as in `train_autoencoder`.
+        progress: as in `train_autoencoder`.
+
+    Returns:
+        The manifest of the autoencoder with the new decoder.
+
+    Raises:
+        UsageError: as `train_autoencoder`, or the recipe has another decoder.
+        ArtifactError: missing weights or images.
+        MismatchError: `out` was begun with another config or other inputs.
+        DivergedError: NaN or infinity in the loss.
+        InterruptedRunError: stopped by a signal; the state is saved.
+    """
+    if wandb_project is not None:
+        require_wandb()
+    section = source.section(config)
+    spec = autoencoder_spec(shards, out, section)
+    with WorkDir(replace(spec, inputs={**spec.inputs, **source.inputs})) as work:
+        if work.finished is not None:
+            return work.finished
+        start = partial(
+            DecoderRun,
+            shards=shards.absolute(),
+            out=absolute(out),
+            config=section,
+            wandb_project=wandb_project,
+            source=source.absolute(),
         )
         job = partial(run_training, start=start, memory_advice=MEMORY_ADVICE)
         return work.publish(run_job(job, resources, Recorded(progress, out), work.check_lock))

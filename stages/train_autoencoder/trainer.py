@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.recipe import AutoencoderSection
-from svgpipe.models.autoencoder import Autoencoder
+from svgpipe.models.autoencoder import LatentDecoder
 from svgpipe.models.backbone import Backbone
 from svgpipe.models.kl_autoencoder import KLAutoencoder
 from svgpipe.models.losses import (
@@ -36,7 +36,7 @@ from ..runtime.device import autocast, to_device
 from ..training.distributed import ProcessGroup, gradient_norms, replicate
 from ..training.divergence import DivergenceGuard
 from ..training.optimizer import learning_rate, load_optimizer_tensors, optimizer_tensors, set_learning_rate
-from .forward import Forward, KLForward, SVGForward
+from .forward import CachedForward, Forward, KLForward, SVGForward
 
 
 @dataclass(frozen=True)
@@ -53,26 +53,28 @@ class Step:
 
 
 class AutoencoderTrainer:
-    """The autoencoder, its discriminator (if the recipe has one), and an optimizer for each."""
+    """The autoencoder or its decoder, the discriminator (if the recipe has one), and an optimizer for each."""
 
     def __init__(
         self,
-        model: Autoencoder,
+        model: LatentDecoder,
         config: AutoencoderSection,
         group: ProcessGroup,
         backbone: Backbone | None,
         perceptual: BackbonePerceptual | LPIPS | None,
         last_good: Callable[[], Location | None],
+        forward: CachedForward | KLForward | SVGForward | None = None,
     ) -> None:
-        """Start to train a new model.
+        """Start to train a model.
 
         Args:
-            model: autoencoder.
+            model: autoencoder, or a decoder alone.
             config: section of the recipe.
             group: processes that share a batch.
             backbone: vision model that kind aligned-kl is trained towards.
             perceptual: perceptual loss.
             last_good: returns the last checkpoint, for the message of a diverged run.
+            forward: forward pass of a decoder alone; None: that of the autoencoder.
         """
         self.config, self.group = config, group
         self.model, self.perceptual, self.backbone = model.to(group.device), perceptual, backbone
@@ -80,7 +82,9 @@ class AutoencoderTrainer:
             if frozen is not None:
                 frozen.to(group.device)
         self.projection = _new_projection(model, config, group, backbone)
-        self.forward = _forward(model, config, self.projection, group)
+        if forward is None:
+            forward = _forward(model, config, self.projection, group)
+        self.forward = forward.to(group.device)
         self.reconstruct = replicate(self.forward, group)
         self.discriminator = _new_discriminator(config, group)
         self.judge = None if self.discriminator is None else replicate(_Judgement(self.discriminator), group)
@@ -127,8 +131,13 @@ class AutoencoderTrainer:
         for guard in self.guards.values():
             guard.settle()
 
-    def __call__(self, step: int, pixels: Tensor) -> Step:
-        """Make optimizer step `step` (from 0) on this process's images (B,3,S,S) uint8.
+    def __call__(self, step: int, pixels: Tensor, stored: Tensor | None = None) -> Step:
+        """Make optimizer step `step` (from 0) on this process's images.
+
+        Args:
+            step: number of the step.
+            pixels: (B,3,S,S) uint8.
+            stored: (B,V,h,w) their values in a cache, for a decoder alone.
 
         Returns:
             The losses.
@@ -148,7 +157,8 @@ class AutoencoderTrainer:
         on = self.discriminator is not None and step >= config.discriminator.start_step
         self.model.train()
         with autocast(group.device, config.precision), _frozen(self.discriminator):
-            result: Forward = self.reconstruct(images, *(to_device(values, group.device) for values in draws))
+            given = images if stored is None else to_device(stored, group.device)
+            result: Forward = self.reconstruct(given, *(to_device(values, group.device) for values in draws))
             loss, step_losses = self._losses(target, images, result, on)
         self._apply("generator", step, loss)
         if self.judge is None or not on:
@@ -235,7 +245,7 @@ def _named(loss: GeneratorLoss) -> dict[str, Tensor]:
 
 
 def _forward(
-    model: Autoencoder, config: AutoencoderSection, projection: nn.Conv2d | None, group: ProcessGroup
+    model: LatentDecoder, config: AutoencoderSection, projection: nn.Conv2d | None, group: ProcessGroup
 ) -> SVGForward | KLForward:
     if isinstance(model, KLAutoencoder):
         return KLForward(model, projection)
@@ -246,10 +256,10 @@ def _forward(
 
 
 def _new_projection(
-    model: Autoencoder, config: AutoencoderSection, group: ProcessGroup, backbone: Backbone | None
+    model: LatentDecoder, config: AutoencoderSection, group: ProcessGroup, backbone: Backbone | None
 ) -> nn.Conv2d | None:
     """Return the 1x1 convolution from latents to the width of the vision model, for kind aligned-kl."""
-    if config.kind != "aligned-kl" or backbone is None:
+    if not isinstance(model, KLAutoencoder) or config.kind != "aligned-kl" or backbone is None:
         return None
     torch.manual_seed(seed_of(config.seed, "projection"))
     return nn.Conv2d(model.channels, backbone.channels, 1, bias=False).to(group.device)
