@@ -224,7 +224,7 @@ def test_a_printed_recipe_is_a_recipe(tmp_path: Path, svgpipe: Callable[..., Out
 def test_run_takes_the_options_of_every_stage(svgpipe: Callable[..., Outcome]) -> None:
     """Except the stage's own inputs and output."""
     own = {"--out", "--shards", "--autoencoder", "--cache", "--diffusion", "--reference", "--recipe"}
-    own |= {"--align", "--vision-from"}  # caches of another run
+    own |= {"--align", "--vision-from", "--from", "--decoder-only"}  # artifacts of another run
     options = {name: set(re.findall(r"--[a-z-]+", svgpipe(name, "-h").out)) for name in ("run", *STAGE_COMMANDS)}
     for name in STAGE_COMMANDS:
         assert options[name] - own <= options["run"], name
