@@ -149,6 +149,21 @@ class VisionLossSection(Section):
     cosine_margin: float = Field(0.5, ge=0, description="Difference to cosine 1 that costs nothing.")
 
 
+class ViTDecoderSection(Section):
+    """RAE's decoder, a vision transformer over the cells of the latent. The defaults are its ViT-XL."""
+
+    width: Positive = Field(1152, description="Width of the transformer.")
+    depth: Positive = Field(28, description="Number of transformer blocks.")
+    heads: Positive = Field(16, description="Attention heads.")
+    mlp_width: Positive = Field(4096, description="Hidden width of the MLPs.")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads} and by 4")
+        return self
+
+
 class DecoderSection(Section):
     """The LDM / VA-VAE decoder; for kl and aligned-kl also the encoder, its mirror image.
 
@@ -162,6 +177,9 @@ class DecoderSection(Section):
     num_res_blocks: Positive = Field(2, description="Residual blocks per level.")
     attention: bool = Field(
         True, description="Attention in every block of the lowest level; it is always in the middle."
+    )
+    vit: ViTDecoderSection | None = Field(
+        None, description="svg, vision: RAE's decoder, a vision transformer, instead of convolutions; null: none."
     )
 
     @model_validator(mode="after")
@@ -247,6 +265,8 @@ class AutoencoderSection(Section):
             raise ValueError("perceptual.levels is empty, but perceptual.kind is backbone")
         if self.decoder_noise is not None and not self.encodes_with_backbone:
             raise ValueError(f"decoder_noise: kind {self.kind} draws its latents from a posterior; expected null")
+        if self.decoder.vit is not None and not self.encodes_with_backbone:
+            raise ValueError(f"decoder.vit: the decoder of kind {self.kind} mirrors its encoder; expected null")
         return self
 
     @property

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 
 from .convert import require_fit
 from .decoder import Decoder
+from .vit_decoder import ViTDecoder
 
 
 class LatentDecoder(nn.Module):
     """Decodes latents. `trained_state` holds its part of the weights of an autoencoder, under their names there."""
 
     FROZEN_PREFIX = ""  # of the weights that are not trained; empty: all are trained
-    decoder: Decoder
+    decoder: Decoder | ViTDecoder
 
     @property
     def last_layer(self) -> Tensor:
-        """Weight of the decoder's last convolution, where the adaptive weight of the discriminator is measured."""
-        return self.decoder.conv_out.weight
+        """Weight of the decoder's last layer, where the adaptive weight of the discriminator is measured."""
+        return self.decoder.last_layer
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B,C,h,w) un-normalised → (B,3,H,W), nominally in [-1,1]; not clamped."""
@@ -42,7 +43,7 @@ class LatentDecoder(nn.Module):
 class DecoderAlone(LatentDecoder):
     """The decoding part of an autoencoder of any kind."""
 
-    def __init__(self, decoder: Decoder, post_quant_conv: nn.Conv2d | None = None) -> None:
+    def __init__(self, decoder: Decoder | ViTDecoder, post_quant_conv: nn.Conv2d | None = None) -> None:
         """Build the module. `post_quant_conv` (C to the decoder's channels, 1x1): of a KL autoencoder."""
         super().__init__()
         self.decoder, self.post_quant_conv = decoder, post_quant_conv

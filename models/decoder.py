@@ -82,14 +82,24 @@ class Decoder(nn.Module):
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
 
+    @property
+    def in_channels(self) -> int:
+        """Channels of a latent."""
+        return self.conv_in.in_channels
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the last convolution."""
+        return self.conv_out.weight
+
     def forward(self, z: Tensor) -> Tensor:
         """(B,z_channels,h,w) → (B,3,h*f,w*f).
 
         Raises:
             ValueError: another number of channels.
         """
-        if z.shape[1] != self.conv_in.in_channels:
-            raise ValueError(f"decoder: expected {self.conv_in.in_channels} latent channels, found {z.shape[1]}")
+        if z.shape[1] != self.in_channels:
+            raise ValueError(f"decoder: expected {self.in_channels} latent channels, found {z.shape[1]}")
         h = self.mid(self.conv_in(z))
         for level in reversed(list(self.up)):
             h = level(h)

@@ -66,7 +66,7 @@ class KLAutoencoder(Autoencoder):
             raise ValueError(f"the encoder has stride {encoder.factor}, the decoder {decoder.factor}")
         self.encoder, self.decoder = encoder, decoder
         self.quant_conv = nn.Conv2d(encoder.conv_out.out_channels, 2 * channels, 1)
-        self.post_quant_conv = nn.Conv2d(channels, decoder.conv_in.in_channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, decoder.in_channels, 1)
 
     @property
     def channels(self) -> int:

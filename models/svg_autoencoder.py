@@ -13,6 +13,7 @@ from .autoencoder import Autoencoder
 from .backbone import Backbone
 from .decoder import Decoder
 from .residual import IMAGENET_MEAN, IMAGENET_STD, Alignment, ResidualEncoder
+from .vit_decoder import ViTDecoder
 
 
 class SVGAutoencoder(Autoencoder):
@@ -29,7 +30,7 @@ class SVGAutoencoder(Autoencoder):
     def __init__(
         self,
         backbone: Backbone,
-        decoder: Decoder,
+        decoder: Decoder | ViTDecoder,
         residual: ResidualEncoder | None,
         *,
         align: bool = True,
@@ -50,11 +51,11 @@ class SVGAutoencoder(Autoencoder):
         )
         for name, values in (("imagenet_mean", IMAGENET_MEAN), ("imagenet_std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
-        if decoder.conv_in.in_channels != self.channels:
+        if decoder.in_channels != self.channels:
             raise ValueError(
                 f"autoencoder: decoder: expected {self.channels} latent channels "
                 f"({backbone.channels} frozen + {residual_channels} residual), "
-                f"found {decoder.conv_in.in_channels}"
+                f"found {decoder.in_channels}"
             )
         if residual is not None and residual.image_size // residual.patch_size != backbone.grid:
             raise ValueError(

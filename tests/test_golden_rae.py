@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import Any
@@ -14,6 +15,7 @@ from svgpipe.models.decoder_noise import scaled_noise, with_noise
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import flow_loss, shift_of, shift_time
 from svgpipe.models.sampler import SDE, Guidance, GuidedVelocity, _sample_ode, _sample_sde, sde_grid
+from svgpipe.models.vit_decoder import ViTDecoder
 
 from .conftest import Golden, GoldenFolder
 from .test_golden import close, map_from_tokens, tokens_from_map
@@ -158,6 +160,56 @@ def test_golden_rae_shift_of_a_dimension(recording: Golden) -> None:
     close(1 - shift_time(1 - u, shift), recording["shift.t_released"], 1e-6)
     assert shift_of("from-dimension", 16 * 16, 392) == pytest.approx(0.202, abs=5e-4)
     assert shift_of(0.4, 16 * 16, 768) == 0.4
+
+
+PARTS = {
+    "decoder_embed": "embed",
+    "decoder_norm": "norm",
+    "decoder_pred": "pred",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "attention.output.dense": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "decoder_layers": "blocks",
+}
+
+
+def decoder_state(official: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """Weights of the official decoder under the names of `ViTDecoder`."""
+    state = {key: value for key, value in official.items() if ".attention.attention." not in key}
+    found = {"cls_token": state.pop("trainable_cls_token"), "pos_embed": state.pop("decoder_pos_embed")[:, 1:]}
+    for key, value in state.items():
+        for part, name in PARTS.items():
+            key = key.replace(part, name)
+        found[key] = value
+    for number, kind in itertools.product(range(depth), ("weight", "bias")):
+        at = f"decoder_layers.{number}.attention.attention"
+        parts = [official[f"{at}.{name}.{kind}"] for name in ("query", "key", "value")]
+        found[f"blocks.{number}.attn.qkv.{kind}"] = torch.cat(parts)
+    return found
+
+
+def test_golden_rae_decoder(recording: Golden) -> None:
+    """Its sincos table is ours, but for the class token, whose position is zero."""
+    sizes = recording.meta["config"]["decoder"]
+    model = ViTDecoder(
+        z_channels=sizes["hidden_size"],
+        grid=sizes["grid"],
+        patch=sizes["patch"],
+        width=sizes["decoder_hidden_size"],
+        depth=sizes["decoder_num_hidden_layers"],
+        heads=sizes["decoder_num_attention_heads"],
+        mlp_width=sizes["decoder_intermediate_size"],
+    )
+    table = model.pos_embed.clone()
+    state = decoder_state(recording.group("dec."), len(model.blocks))
+    close(table, state["pos_embed"], 1e-6)
+    model.load_state_dict(state)
+    mean, deviation = recording["stat.mean"], (recording["stat.var"] + recording.meta["config"]["eps"]).sqrt()
+    with torch.no_grad():
+        found = model.eval()(recording["decode.latent"] * deviation + mean)
+    close((found + 1) / 2, recording["decode.image"], recording.meta["suggested_atol"]["decode"])
 
 
 def test_golden_rae_noise_of_the_decoder_input(recording: Golden) -> None:

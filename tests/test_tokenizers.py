@@ -21,11 +21,13 @@ from svgpipe.models.svg_autoencoder import SVGAutoencoder
 from svgpipe.stages.images.decode import psnr
 from svgpipe.stages.images.stream import load_images
 from svgpipe.stages.images.tensors import as_pixels, as_unit_range
-from svgpipe.stages.networks.autoencoder import load_autoencoder
+from svgpipe.stages.networks.autoencoder import load_autoencoder, reconstruct
 from svgpipe.stages.train_autoencoder.forward import KLForward, SVGForward
 
 from .commands import run_and_kill
 from .conftest import VAE_CHANNELS, Finished, Outcome
+
+ODD = "autoencoder.image_size=30"
 
 
 def train(shards: Path, out: Path, recipe: Path, *sets: str) -> list[object]:
@@ -134,6 +136,27 @@ def test_a_killed_training_ends_with_the_same_weights(
     assert all(torch.equal(whole[key], found[key]) for key in whole)
 
 
+def test_a_vit_decoder_is_trained_in_place_of_the_convolutions(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """The adversarial loss finds its last layer; levels of the convolutions do not matter; images are complete."""
+    out, sizes = tmp_path / "out", "autoencoder.decoder.vit={width: 32, depth: 2, heads: 2, mlp_width: 50}"
+    changes = ("autoencoder.kind=vision", "autoencoder.decoder.ch_mult=[1]", sizes, "autoencoder.decoder_noise=0.8")
+    done = svgpipe(*train(finished.root / "shards", out, finished.recipe_file, *changes))
+    assert done.code == 0, done.err
+    state = load_file(out / "autoencoder.safetensors")
+    assert state["decoder.blocks.1.mlp.fc1.weight"].shape == (50, 32)
+    assert state["decoder.pred.weight"].shape == (8 * 8 * 3, 32)
+    entries = [e for e in read_metrics(out / "metrics.jsonl") if "l1" in e]
+    assert entries[-1]["adaptive_weight"] > 0 and entries[-1]["discriminator"] > 0
+    model, manifest = load_autoencoder(out)
+    pixels = load_images(finished.shards, [3, 11], 32)
+    rebuilt = reconstruct(model, pixels, 2)
+    assert rebuilt.shape == pixels.shape and manifest.heldout_psnr is not None
+    again = svgpipe(*train(finished.root / "shards", tmp_path / "odd", finished.recipe_file, *changes, ODD))
+    assert again.code == 2 and "multiple of the backbone's 4x4 grid, found 30" in again.err
+
+
 def test_samples_are_decoded_and_measured(
     vaes: Path, finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
@@ -195,6 +218,8 @@ def test_the_cache_is_inspected_probed_and_analyzed(
         ("kl", "autoencoder.kl.channels=0", ["kl.channels"]),
         ("kl", "autoencoder.kind=vae", ["kind", "aligned-kl"]),
         ("kl", "autoencoder.decoder_noise=0.8", ["decoder_noise", "draws its latents from a posterior"]),
+        ("kl", "autoencoder.decoder.vit={}", ["decoder.vit", "mirrors its encoder"]),
+        ("kl", "autoencoder.decoder.vit.width=30", ["not divisible by heads 16"]),
         ("kl", "autoencoder.decoder_noise=0", ["decoder_noise", "greater than 0"]),
         ("kl", "reconstruction.noise=[0.4, 0.4]", ["no value twice"]),
         ("kl", "reconstruction.noise=[-1]", ["reconstruction.noise", "greater than 0"]),

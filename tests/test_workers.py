@@ -181,6 +181,20 @@ def test_one_process_resumes_an_autoencoder_of_two_workers(
 
 
 @pytest.mark.slow
+def test_one_process_resumes_a_decoder_of_two_workers(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """Fine-tuning from the cache, with noise."""
+    given = ("--decoder-only", "--from", finished.root / "autoencoder", "--cache", finished.root / "cache")
+    change = (*given, "--set", "autoencoder.decoder_noise=0.5")
+    out = tmp_path / "out"
+    run_and_kill(autoencoder_args(finished, out, *TWO, *change), lambda: reached(out, 6))
+    assert svgpipe(*autoencoder_args(finished, out, *change)).code == 0
+    assert svgpipe(*autoencoder_args(finished, tmp_path / "alone", *change)).code == 0
+    require_same_course(out, tmp_path / "alone", ("l1", "perceptual", "adversarial", "discriminator"))
+
+
+@pytest.mark.slow
 def test_ctrl_c_while_workers_start_stops_at_once(finished: Finished, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     process = Command(diffusion_args(finished, out, *TWO), log)

@@ -23,6 +23,7 @@ from svgpipe.models.encoder import Encoder
 from svgpipe.models.kl_autoencoder import KLAutoencoder
 from svgpipe.models.residual import ResidualEncoder
 from svgpipe.models.svg_autoencoder import SVGAutoencoder
+from svgpipe.models.vit_decoder import ViTDecoder
 
 from ..images.decode import RGBArray
 from ..images.tensors import as_pixels, as_unit_range
@@ -62,7 +63,7 @@ def latent_grid(config: AutoencoderSection, backbone: Backbone | None) -> int:
         backbone: the one that encodes; None for a KL autoencoder.
 
     Raises:
-        UsageError: the levels of the decoder do not match the image.
+        UsageError: the levels of the decoder, or the patches of a ViT, do not match the image.
     """
     size, levels = config.image_size, len(config.decoder.ch_mult)
     stride = 2 ** (levels - 1)
@@ -72,6 +73,13 @@ def latent_grid(config: AutoencoderSection, backbone: Backbone | None) -> int:
             f"multiple of it, found {size}."
         )
     grid = size // stride if backbone is None else backbone.grid
+    if config.decoder.vit is not None:
+        if size % grid:
+            raise UsageError(
+                f"autoencoder.decoder.vit: expected an image_size that is a multiple of the backbone's {grid}x{grid} "
+                f"grid, found {size}. Change backbone.input_size or image_size."
+            )
+        return grid
     if grid * stride != size:
         raise UsageError(
             f"autoencoder.decoder.ch_mult: {levels} levels make {grid * stride} pixels of the backbone's "
@@ -89,10 +97,17 @@ def _new_kl(config: AutoencoderSection) -> KLAutoencoder:
         num_res_blocks=sizes.num_res_blocks,
         attention=sizes.attention,
     )
-    return KLAutoencoder(encoder, _new_decoder(config, channels, config.image_size // encoder.factor), channels)
+    return KLAutoencoder(encoder, _new_convolutions(config, channels, config.image_size // encoder.factor), channels)
 
 
-def _new_decoder(config: AutoencoderSection, channels: int, grid: int) -> Decoder:
+def _new_decoder(config: AutoencoderSection, channels: int, grid: int) -> Decoder | ViTDecoder:
+    if config.decoder.vit is not None:
+        sizes = config.decoder.vit.model_dump()
+        return ViTDecoder(z_channels=channels, grid=grid, patch=config.image_size // grid, **sizes)
+    return _new_convolutions(config, channels, grid)
+
+
+def _new_convolutions(config: AutoencoderSection, channels: int, grid: int) -> Decoder:
     return Decoder(
         z_channels=channels,
         ch=config.decoder.ch,

@@ -144,8 +144,8 @@ class CachedForward(nn.Module):
     @property
     def channels(self) -> int:
         """Channels of a latent."""
-        conv = self.model.decoder.conv_in if self.model.post_quant_conv is None else self.model.post_quant_conv
-        return conv.in_channels
+        first = self.model.post_quant_conv or self.model.decoder
+        return first.in_channels
 
     def draws(self, seed: int, step: int, positions: Sequence[int], image_size: int) -> tuple[Tensor, ...]:
         """Return noise (B,C,h,w): of the posteriors, or of the decoder's input; none if neither is wanted."""
