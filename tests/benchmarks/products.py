@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 
 from svgpipe.models.attention import attend, fastest_kernel
 from svgpipe.models.dit import DiT
+from svgpipe.models.ema import update_averages
 from svgpipe.models.transformer_blocks import Attention
+from svgpipe.stages.runtime.device import autocast
+from svgpipe.stages.train_diffusion.trainer import FlowTrainer
 
 
 class Products:
@@ -59,3 +63,25 @@ class Products:
             q, k, v = (x.detach().requires_grad_() for _ in range(3))
             attend(q, k, v, fastest_kernel()).backward(x)
         return self.linear[-1][-1]
+
+
+def step_of_products(trainer: FlowTrainer, batch: int) -> Callable[..., None]:
+    """Return a training step of the products, the optimizer and the averages of `trainer` alone; gradients are 0."""
+    model, config, device = copy.deepcopy(trainer.model), trainer.config, trainer.group.device
+    cells, channels = model.grid[0] * model.grid[1], model.in_channels
+    x, times = torch.randn(batch, cells, channels, device=device), torch.rand(batch, device=device)
+    labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    with autocast(device, config.precision):
+        products = Products(model, lambda: model(x, times, labels))
+    parameters = list(model.parameters())
+    averages = [[parameter.detach().clone() for parameter in parameters] for _ in config.ema_decays]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step(*given: object) -> None:
+        products.forward_and_backward()
+        optimizer.step()
+        update_averages(averages, config.ema_decays, parameters, 0)
+
+    return step

@@ -25,7 +25,6 @@ line is JSON.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import subprocess
 import sys
@@ -43,7 +42,6 @@ from svgpipe.manifests.precision import Precision, fastest_precision
 from svgpipe.manifests.recipe import AlignSection, DiffusionSection, Recipe
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.models.ema import update_averages
 from svgpipe.models.svg_autoencoder import SVGAutoencoder
 from svgpipe.stages.extract.encoder_actor import EncoderOptions, EncodeUnits
 from svgpipe.stages.extract.stage import extract
@@ -51,7 +49,7 @@ from svgpipe.stages.images.decode import RGBArray
 from svgpipe.stages.images.stream import load_images
 from svgpipe.stages.networks.autoencoder import build_autoencoder
 from svgpipe.stages.networks.perceptual import load_perceptual
-from svgpipe.stages.runtime.device import autocast, peak_memory, pick_device
+from svgpipe.stages.runtime.device import peak_memory, pick_device
 from svgpipe.stages.shard.from_images import shard
 from svgpipe.stages.shard.scan import ImageSources
 from svgpipe.stages.train_autoencoder.stage import train_autoencoder
@@ -62,7 +60,7 @@ from svgpipe.stages.train_diffusion.trainer import FlowTrainer
 from svgpipe.stages.training.distributed import ProcessGroup
 
 from .extract import UNTRAINED, write_images
-from .products import Products
+from .products import step_of_products
 
 Step = Callable[..., object]
 """Runs one step, given its number and a batch."""
@@ -95,27 +93,6 @@ def trainer_of(config: DiffusionSection, target: AlignmentTarget | None = None) 
         last_good=lambda: None,
         target=target,
     )
-
-
-def limit_of(trainer: FlowTrainer) -> Step:
-    """Return a step of the products, the optimizer and the averages of `trainer` alone; its gradients are 0."""
-    model, config, device = copy.deepcopy(trainer.model), trainer.config, trainer.group.device
-    x, times = torch.randn(BATCH, 256, 392, device=device), torch.rand(BATCH, device=device)
-    labels = torch.zeros(BATCH, dtype=torch.int64, device=device)
-    with autocast(device, config.precision):
-        products = Products(model, lambda: model(x, times, labels))
-    parameters = list(model.parameters())
-    averages = [[parameter.detach().clone() for parameter in parameters] for _ in config.ema_decays]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, fused=True)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-
-    def step(number: int, *batch: object) -> None:
-        products.forward_and_backward()
-        optimizer.step()
-        update_averages(averages, config.ema_decays, parameters, number)
-
-    return step
 
 
 def finished() -> None:
@@ -226,7 +203,7 @@ def measure(root: Path, turns: int) -> tuple[dict[str, float], float]:
         "aligned": (aligned, lambda: next(both)),
         "aligned online": (aligned, lambda: (*held[0][:2], vision()[0])),
         "compiled": (compiled, from_memory),
-        "limit": (limit_of(half), from_memory),
+        "limit": (step_of_products(half, BATCH), from_memory),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 1):

@@ -27,6 +27,8 @@ from svgpipe.stages.train_diffusion.trainer import FlowTrainer
 from svgpipe.stages.training.distributed import ProcessGroup
 
 from ..benchmarks.extract import UNTRAINED, write_images
+from ..benchmarks.products import step_of_products
+from ..benchmarks.sample import limit as products_of_sampling
 from ..benchmarks.sample import official, ours
 from .checks import Check, Setup, seconds_per_call
 from .parity import SMALL
@@ -84,6 +86,10 @@ def _training_of(setup: Setup, size: str, limit: float) -> Iterator[Check]:
     taken = seconds_per_call(setup, lambda: trainer(next(steps), tokens, labels), calls, 3)
     name = f"training DiT-{'small' if setup.small else size.upper()}, batch {batch}"
     yield Check(name, batch / taken, "samples/s")
+    if size == "s":  # a larger model and its copy may not fit
+        products = seconds_per_call(setup, step_of_products(trainer, batch), calls, 3)
+        at_least = None if setup.small else 0.8
+        yield Check(f"{name}: time over products, optimizer and averages", taken / products, at_least=at_least)
     share = flops_per_step(trainer.model, section, batch) / taken / limit
     yield Check(f"{name}: share of the matrix product's FLOP/s", share, at_most=1.05)
     yield Check(f"{name}: peak memory", peak_memory(setup.device) / 1e9, "GB")
@@ -186,3 +192,6 @@ def sampling(setup: Setup) -> Iterator[Check]:
     mine = ours("bfloat16", Guidance(1.5), compiled=setup.device.type == "cuda")
     taken = seconds_per_call(setup, mine, 1 if setup.small else 5, 1)
     yield Check("sampling DiT-S over the official scheme", theirs / taken, at_least=0.2 if setup.small else 1)
+    products = seconds_per_call(setup, products_of_sampling("bfloat16"), 1 if setup.small else 5, 1)
+    at_least = None if setup.small else 0.8
+    yield Check("sampling DiT-S: time over products and attention", taken / products, at_least=at_least)
