@@ -65,7 +65,7 @@ class AutoencoderManifest(Manifest):
     NOUN: ClassVar[str] = "an autoencoder"
     GROWS: ClassVar[frozenset[str]] = frozenset({"steps"})
     OUTSIDE_IDENTITY: ClassVar[frozenset[str]] = frozenset({"heldout_psnr", "reconstruction_grid", "origin"})
-    ADDED: ClassVar[frozenset[str]] = frozenset({"posterior_channels", "encoder"})
+    ADDED: ClassVar[frozenset[str]] = frozenset({"posterior_channels"})
 
     kind: Literal["autoencoder"] = "autoencoder"
     steps: int
@@ -79,9 +79,6 @@ class AutoencoderManifest(Manifest):
         description="Alignment scalars: frozen mean, std, residual mean, std. Imported ones: see alignment.json."
     )
     content: str = Field(description=f"sha256 of {AUTOENCODER_FILE}.")
-    encoder: str | None = Field(
-        None, description="Fingerprint of the autoencoder whose encoder it has; null: it has its own."
-    )
     heldout_psnr: float | None = Field(None, description="dB, mean over held-out images; null without any.")
     reconstruction_grid: str | None = None
     origin: str | None = Field(None, description="Imported: source file and its sha256.")
@@ -117,6 +114,13 @@ class AutoencoderManifest(Manifest):
         return self.channels * (2 if self.distribution == "gaussian" else 1)
 
 
+def encoder_of(autoencoder: InputRef) -> str:
+    """Return the fingerprint of the autoencoder whose encoder it has: a fine-tuned decoder keeps that of its source."""
+    while "autoencoder" in autoencoder.inputs:
+        autoencoder = autoencoder.inputs["autoencoder"]
+    return autoencoder.fingerprint
+
+
 def require_decoder(
     where: str, recorded: InputRef | None, shape: tuple[int, int, int], autoencoder: Location, what_to_do: str
 ) -> AutoencoderManifest:
@@ -136,8 +140,9 @@ def require_decoder(
         MismatchError: it does not.
     """
     encoder = AutoencoderManifest.read(autoencoder)
-    if recorded is not None and recorded.fingerprint != encoder.encoder:
-        require_same(where, recorded, encoder.as_input(autoencoder), what_to_do=what_to_do)
+    given = encoder.as_input(autoencoder)
+    if recorded is not None and encoder_of(recorded) != encoder_of(given):
+        require_same(where, recorded, given, what_to_do=what_to_do)
     own = (*encoder.grid, encoder.channels)
     if own != shape:
         raise MismatchError(f"{where}: holds latents of {shape}, but {autoencoder} decodes {own}. {what_to_do}")

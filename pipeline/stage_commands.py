@@ -171,7 +171,7 @@ def train_autoencoder(
     address: AddressOption = None,
     wandb: WandbOption = None,
 ) -> None:
-    """Train the tokenizer: that of SVG, of a vision model alone, SD-VAE or VA-VAE; or only a new decoder for one."""  # noqa: DOC501
+    """Train the tokenizer: that of SVG, of a vision model alone, SD-VAE or VA-VAE; or fine-tune its decoder."""  # noqa: DOC501
     from svgpipe.stages.train_autoencoder.decoder_source import DecoderSource
     from svgpipe.stages.train_autoencoder.stage import fine_tune_decoder
     from svgpipe.stages.train_autoencoder.stage import train_autoencoder as run_stage

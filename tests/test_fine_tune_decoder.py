@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.metrics_file import read_metrics
-from svgpipe.manifests.model_manifests import AutoencoderManifest
+from svgpipe.manifests.model_manifests import AutoencoderManifest, encoder_of
 from svgpipe.models.backbone import Backbone
 from svgpipe.models.svg_autoencoder import SVGAutoencoder
 from svgpipe.stages.images.decode import psnr
@@ -23,7 +23,7 @@ from svgpipe.stages.train_autoencoder.decoder_source import DecoderSource
 from svgpipe.stages.train_autoencoder.forward import CachedForward, KLForward, SVGForward
 
 from .commands import run_and_kill
-from .conftest import Finished, Outcome
+from .conftest import Finished, Outcome, extract_args, tree_bytes
 
 NOISE = ("--set", "autoencoder.decoder_noise=0.8", "--set", "autoencoder.flip=true")
 # The loss of the tiny recipe uses the vision model; this is the same without any.
@@ -55,7 +55,8 @@ def test_only_the_decoder_changes(finished: Finished, tuned: Path) -> None:
     assert {key for key in before if key.startswith("decoder.") and key.endswith("weight")} <= changed
     assert all(key.startswith("decoder.") for key in changed)
     ours, theirs = AutoencoderManifest.read(tuned), AutoencoderManifest.read(finished.root / "autoencoder")
-    assert (ours.encoder, ours.alignment, ours.grid) == (theirs.fingerprint, theirs.alignment, theirs.grid)
+    assert (ours.alignment, ours.grid) == (theirs.alignment, theirs.grid)
+    assert encoder_of(ours.as_input(tuned)) == theirs.fingerprint
     assert (ours.steps, ours.config["crop"], ours.config["flip"]) == (6, "centre", True)
     assert ours.fingerprint != theirs.fingerprint
 
@@ -142,7 +143,7 @@ def test_a_decoder_of_a_decoder_decodes_too(
     again = svgpipe(*command)
     assert again.code == 0, again.err
     first = AutoencoderManifest.read(finished.root / "autoencoder")
-    assert AutoencoderManifest.read(tmp_path / "again").encoder == first.fingerprint
+    assert encoder_of(AutoencoderManifest.read(tmp_path / "again").as_input(tmp_path)) == first.fingerprint
     of_kl = arguments(finished, tmp_path / "kl", *NO_VISION, of=vaes / "kl")
     of_kl[of_kl.index("--recipe") + 1] = vaes / "kl.yaml"
     done = svgpipe(*of_kl)
@@ -150,6 +151,26 @@ def test_a_decoder_of_a_decoder_decodes_too(
     before, after = (load_file(f / "autoencoder.safetensors") for f in (vaes / "kl" / "autoencoder", tmp_path / "kl"))
     changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
     assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_every_decoder_of_one_encoder_decodes_its_caches(
+    finished: Finished, tuned: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    """The fine-tuned autoencoder extracts a cache with the same bytes; decoders trained on either decode both."""
+    cache = tmp_path / "cache"
+    command = extract_args(finished, cache)
+    command[command.index("--autoencoder") + 1] = tuned
+    assert svgpipe(*command).code == 0
+    assert tree_bytes(cache, "features/**/*") == tree_bytes(finished.root / "cache", "features/**/*")
+    int8 = tmp_path / "int8"
+    assert svgpipe("requantize", cache, "--out", int8, "--store-dtype", "int8").code == 0
+    second = arguments(finished, tmp_path / "second", *NO_VISION)
+    second[second.index("--from") + 1], second[second.index("--cache") + 1] = tuned, int8
+    done = svgpipe(*second)
+    assert done.code == 0, done.err
+    for autoencoder in (finished.root / "autoencoder", tuned, tmp_path / "second"):
+        for held in (finished.root / "cache", cache):
+            assert DecoderSource.open(autoencoder, FeatureCache(held), finished.shards).path == autoencoder
 
 
 def test_what_does_not_fit_is_refused(
@@ -171,4 +192,16 @@ def test_what_does_not_fit_is_refused(
     shards[shards.index("--shards") + 1] = few
     foreign = svgpipe(*shards)
     assert foreign.code == 1 and "Give the shard set that the cache was extracted from" in foreign.err
+    plain = tmp_path / "plain"
+    assert svgpipe(*extract_args(finished, plain, "--set", "extract.views=[original]")).code == 0
+    unflipped = arguments(finished, out, *NOISE)
+    unflipped[unflipped.index("--cache") + 1] = plain
+    flips = svgpipe(*unflipped)
+    assert flips.code == 2 and "holds no flipped images" in flips.err
+    cache = FeatureCache(finished.root / "cache")
+    FeatureCache.create(tmp_path / "own", cache.read(range(len(cache))), cache.labels, mean=0.0, std=1.0)
+    unknown = arguments(finished, out)
+    unknown[unknown.index("--cache") + 1] = tmp_path / "own"
+    found = svgpipe(*unknown)
+    assert found.code == 2 and "does not say which images it holds" in found.err
     assert not out.exists()

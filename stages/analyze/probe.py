@@ -18,6 +18,7 @@ from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.manifest import FrozenModel, InputRef, require_same
+from svgpipe.manifests.model_manifests import encoder_of
 from svgpipe.manifests.paper import PAPER_PROBES, PaperProbe
 from svgpipe.manifests.selection import evenly_spread
 from svgpipe.models.probes import fit_linear, knn_votes
@@ -186,8 +187,9 @@ def _require_comparable(cache: FeatureCache, validation: FeatureCache) -> None:
     ours, theirs = cache.manifest.inputs, validation.manifest.inputs
     same_source = "Extract both caches with the same autoencoder."
     if "autoencoder" in ours or "autoencoder" in theirs:
-        validator = validation.manifest.input("autoencoder")
-        require_same(str(validation.path), validator, cache.manifest.input("autoencoder"), what_to_do=same_source)
+        validator, own = (one.manifest.input("autoencoder") for one in (validation, cache))
+        if encoder_of(validator) != encoder_of(own):
+            require_same(str(validation.path), validator, own, what_to_do=same_source)
     if (expected := cache.manifest.latent_shape) != (found := validation.manifest.latent_shape):
         raise MismatchError(f"{validation.path}: expected latents of {expected}, found {found}. {same_source}")
     require_same_alignment(validation.path, cache.path)

@@ -27,6 +27,8 @@ from .forward import CachedForward
 from .run import AutoencoderRun, Batch
 from .trainer import AutoencoderTrainer
 
+DECODER_ADVICE = "Use a smaller autoencoder.batch_size, or several --workers."
+
 
 class DecoderRun(AutoencoderRun):
     """Trains on centre crops, and on what the cache holds of them."""
@@ -43,6 +45,7 @@ class DecoderRun(AutoencoderRun):
     ) -> None:
         """Open the run; see `fine_tune_decoder` for arguments and errors."""
         self.source = source
+        supervisor.say(f"encoder: that of {source.path}; crops: centre, as in the cache")
         super().__init__(group, supervisor, shards, out, config, wandb_project)
 
     @property
@@ -68,7 +71,8 @@ class DecoderRun(AutoencoderRun):
 
         def read() -> Batch:
             chosen = next(images)
-            stored = call_with_retries(partial(self.source.stored, chosen.rows, chosen.flipped), say)
+            rows, flipped = np.asarray(chosen.rows), np.asarray(chosen.flipped)  # a data loader makes tensors of them
+            stored = call_with_retries(partial(self.source.stored, rows, flipped), say)
             return Batch(chosen.pixels, stored)
 
         reader = ThreadPoolExecutor(1, thread_name_prefix="svgpipe-read")

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from svgpipe.manifests.alignment import MeasuredAlignment
+from svgpipe.manifests.alignment import MeasuredAlignment, require_same_alignment
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import load_tensors, save_tensors
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.filesystem import Location, absolute
-from svgpipe.manifests.manifest import InputRef, differing_fields
+from svgpipe.manifests.manifest import InputRef, Json, differing_fields
 from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest, require_decoder
 from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.shards import ShardSet
@@ -23,9 +23,7 @@ from svgpipe.models.autoencoder import DecoderAlone
 
 from ..networks.autoencoder import new_decoder_alone
 
-# The rest of an autoencoder's architecture belongs to the encoder, which is not built.
-DECODER_KEYS = ("kind", "image_size", "decoder")
-ENCODER_KEYS = ("backbone", "residual", "kl", "vision_loss")
+ENCODER_KEYS = ("residual", "kl", "vision_loss")  # of the autoencoder; the recipe's are not read
 OF_THE_LATENTS = (
     "image_size",
     "grid",
@@ -50,17 +48,23 @@ class DecoderSource:
 
         Raises:
             MismatchError: it does not.
+            UsageError: the cache does not say which images it holds.
             ArtifactError: the autoencoder is not finished.
         """
         what = "Give the autoencoder that extracted the cache."
         inputs = cache.manifest.inputs
         manifest = require_decoder(str(cache.path), inputs.get("autoencoder"), cache.manifest.latent_shape, path, what)
+        require_same_alignment(path, cache.path)
         made_from, given = inputs.get("shards"), shards.as_input()
-        if made_from is None or made_from.fingerprint != given.fingerprint:
-            found = "not recorded" if made_from is None else made_from.fingerprint[:12]
+        if made_from is None:
+            raise UsageError(
+                f"{cache.path}: does not say which images it holds, because its features were computed elsewhere. Give "
+                "a cache that svgpipe extract made."
+            )
+        if made_from.fingerprint != given.fingerprint:
             raise MismatchError(
-                f"{cache.path}: expected the latents of {shards.directory} (shard set {given.fingerprint[:12]}), but "
-                f"it was made from shard set {found}. Give the shard set that the cache was extracted from."
+                f"{cache.path}: was made from the shard set {made_from.fingerprint[:12]} ({made_from.path}), but got "
+                f"{given.fingerprint[:12]} ({shards.directory}). Give the shard set that the cache was extracted from."
             )
         return cls(path, manifest, cache)
 
@@ -79,16 +83,23 @@ class DecoderSource:
     def section(self, config: AutoencoderSection) -> AutoencoderSection:
         """Return the config of the training: the architecture of the autoencoder, the centre crops of the cache.
 
+        Without a vision model in the encoder, the recipe's is that of a perceptual loss.
+
         Raises:
-            UsageError: the recipe has another kind, image size or decoder, or noise for latents of a posterior.
+            UsageError: the recipe has another kind, image size or decoder, or flips that the cache does not hold.
         """
         own = self.manifest.section
-        there, here = (one.model_dump(mode="json", include=set(DECODER_KEYS)) for one in (own, config))
+        there, here = (_shape_of_decoder(one) for one in (own, config))
         if lines := differing_fields(there, here):
             detail = "\n  ".join(lines)
-            raise UsageError(f"autoencoder: {self.path} has another decoder. They differ in:\n  {detail}")
-        encoder = {key: getattr(own, key) for key in ENCODER_KEYS}
-        return config.model_copy(update={**encoder, "crop": "centre", "flip": config.flip and self.has_flips})
+            raise UsageError(f"{self.path}: has another decoder than the recipe. They differ in:\n  {detail}")
+        if config.flip and not self.has_flips:
+            raise UsageError(
+                f"autoencoder.flip: {self.cache.path} holds no flipped images. Set autoencoder.flip=false, or extract "
+                "with the view flip."
+            )
+        keys = (*ENCODER_KEYS, "backbone") if own.encodes_with_backbone else ENCODER_KEYS
+        return config.model_copy(update={**{key: getattr(own, key) for key in keys}, "crop": "centre"})
 
     @property
     def has_flips(self) -> bool:
@@ -127,7 +138,6 @@ class DecoderSource:
         return {
             **{name: getattr(self.manifest, name) for name in OF_THE_LATENTS},
             "alignment": self._alignment(),
-            "encoder": self.manifest.encoder or self.manifest.fingerprint,
             "content": content,
         }
 
@@ -156,3 +166,10 @@ class DecoderSource:
         """Return stored values (B,V,h,w), float16 or int8."""
         views = np.where(flipped, self.cache.views.index("flip"), 0) if self.has_flips else np.zeros(len(rows), int)
         return torch.from_numpy(self.cache.read_stored(rows, views)).permute(0, 3, 1, 2).contiguous()
+
+
+def _shape_of_decoder(config: AutoencoderSection) -> Json:
+    """Return what decides the weights of a decoder: with `vit`, the sizes of convolutions do not."""
+    sizes = config.decoder
+    decoder = {"vit": sizes.vit.model_dump()} if sizes.vit is not None else sizes.model_dump(mode="json")
+    return {"kind": config.kind, "image_size": config.image_size, "decoder": decoder}

@@ -16,7 +16,7 @@ from ..runtime.resources import Resources
 from ..training.loop import run_training
 from ..training.metrics_log import require_wandb
 from ..training.ray_train import run_job
-from .decoder_run import DecoderRun
+from .decoder_run import DECODER_ADVICE, DecoderRun
 from .decoder_source import DecoderSource
 from .run import MEMORY_ADVICE, AutoencoderRun
 
@@ -90,7 +90,8 @@ def fine_tune_decoder(
         shards: images of the cache.
         source: autoencoder and cache.
         out: directory to create or resume.
-        config: section `autoencoder` of a recipe. Crops are those of the cache, and `flip` needs flips in it.
+        config: section `autoencoder` of a recipe. What belongs to the encoder is taken from the autoencoder; crops are
+            those of the cache, and `flip` needs flips in it.
         resources: as in `train_autoencoder`.
         wandb_project: as in `train_autoencoder`.
         progress: as in `train_autoencoder`.
@@ -99,7 +100,7 @@ def fine_tune_decoder(
         The manifest of the autoencoder with the new decoder.
 
     Raises:
-        UsageError: as `train_autoencoder`, or the recipe has another decoder.
+        UsageError: as `train_autoencoder`, or the recipe has another decoder, or flips without flips in the cache.
         ArtifactError: missing weights or images.
         MismatchError: `out` was begun with another config or other inputs.
         DivergedError: NaN or infinity in the loss.
@@ -120,7 +121,7 @@ def fine_tune_decoder(
             wandb_project=wandb_project,
             source=source.absolute(),
         )
-        job = partial(run_training, start=start, memory_advice=MEMORY_ADVICE)
+        job = partial(run_training, start=start, memory_advice=DECODER_ADVICE)
         return work.publish(run_job(job, resources, Recorded(progress, out), work.check_lock))
 
 
