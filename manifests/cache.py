@@ -164,6 +164,12 @@ class FeatureCache(Sequence[CachedRow]):
         return self.store.array("channel_std").astype(np.float32)
 
     @property
+    def scaling(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(channels,) factor and offset of stored values: feature as it was encoded = stored * factor + offset."""
+        scale = self.store.feature_scale
+        return (self.channel_std if scale is None else self.channel_std * scale), self.channel_mean
+
+    @property
     def group(self) -> zarr.Group:
         """The raw Zarr group, read-only."""
         return self.store.group

@@ -135,7 +135,8 @@ class ShardSet:
 
     def __init__(self, directory: Location, manifest: ShardSetManifest, shards: Sequence[ShardFile]) -> None:
         self.directory, self.manifest, self.shards = directory, manifest, tuple(shards)
-        self._starts = np.cumsum([0, *(shard.num_images for shard in self.shards)])
+        # (tars + 1,) first row of every tar, and the number of rows.
+        self.starts = np.cumsum([0, *(shard.num_images for shard in self.shards)])
         self._tables: dict[int, pa.Table] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,7 +146,7 @@ class ShardSet:
         self.__init__(**state)  # type: ignore[misc]
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self.starts[-1])
 
     @classmethod
     def open(cls, spec: str | Location) -> ShardSet:
@@ -261,7 +262,7 @@ class ShardSet:
             rejected.append(_flags(table, REJECT.name))
             damaged.append(_flags(table, DAMAGED.name))
         pa.default_memory_pool().release_unused()  # memory of up to a thousand indexes
-        counts = np.diff(self._starts)
+        counts = np.diff(self.starts)
         heldout = np.asarray([shard.split == "heldout" for shard in self.shards], np.bool_)
         return Rows(
             shard=np.repeat(np.arange(len(self.shards), dtype=np.int32), counts),
@@ -282,13 +283,13 @@ class ShardSet:
         bad = wanted[(wanted < 0) | (wanted >= len(self))]
         if bad.size:
             raise IndexError(f"row {bad[0]}: expected 0..{len(self) - 1}")
-        positions = np.searchsorted(self._starts, wanted, side="right") - 1
+        positions = np.searchsorted(self.starts, wanted, side="right") - 1
         refs = []
         # One take per run of rows in the same tar; units are such runs.
         for stretch in np.split(np.arange(len(wanted)), np.flatnonzero(np.diff(positions)) + 1):
             if len(stretch):
                 position = int(positions[stretch[0]])
-                table = self._table(position).take(_as_arrow(wanted[stretch] - self._starts[position]))
+                table = self._table(position).take(_as_arrow(wanted[stretch] - self.starts[position]))
                 refs += refs_of_table(table, tar_of(self.directory, self.shards[position]))
         return refs
 

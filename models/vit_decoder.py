@@ -1,4 +1,4 @@
-"""RAE's decoder: a vision transformer over the cells of the latent, each of which becomes a patch of the image.
+"""RAE's decoder, a vision transformer. Its tokens are the cells of the latent; each becomes a patch of the image.
 
 Legend: B batch, C latent channels, h w grid, N = h w tokens, D width, p pixels per side of a patch.
 Source: official RAE (arXiv 2510.11690), src/stage1/decoders/decoder.py (GeneralDecoder).
@@ -78,7 +78,7 @@ class ViTDecoder(nn.Module):
         if z.shape[1:] != expected:
             raise ValueError(f"decoder: expected latents of {expected}, found {tuple(z.shape[1:])}")
         x = self.embed(z.flatten(2).transpose(1, 2)) + self.pos_embed
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
         patches = self.pred(self.norm(x))[:, 1:].unflatten(2, (self.factor, self.factor, 3))

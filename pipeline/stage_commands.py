@@ -6,7 +6,6 @@ load timm or webdataset.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -173,7 +172,6 @@ def train_autoencoder(
 ) -> None:
     """Train the tokenizer: that of SVG, of a vision model alone, SD-VAE or VA-VAE; or fine-tune its decoder."""  # noqa: DOC501
     from svgpipe.stages.train_autoencoder.decoder_source import DecoderSource
-    from svgpipe.stages.train_autoencoder.stage import fine_tune_decoder
     from svgpipe.stages.train_autoencoder.stage import train_autoencoder as run_stage
 
     from .cluster import training_cluster
@@ -184,11 +182,19 @@ def train_autoencoder(
     config = load_recipe(recipe, overrides or []).autoencoder
     opened = ShardSet.open(shards)
     resources = trainers_of(workers, cpus_per_worker=cpus_per_worker, gpus_per_worker=gpus_per_worker, address=address)
-    train = partial(run_stage, opened)
+    tuned = None
     if source is not None and cache is not None:
-        train = partial(fine_tune_decoder, opened, DecoderSource.open(location(source), FeatureCache(cache), opened))
+        tuned = DecoderSource.open(location(source), FeatureCache(cache), opened)
     with training_cluster(resources, address), ConsoleProgress() as progress:
-        manifest = train(location(out), config, resources=resources, wandb_project=wandb, progress=progress)
+        manifest = run_stage(
+            opened,
+            location(out),
+            config,
+            source=tuned,
+            resources=resources,
+            wandb_project=wandb,
+            progress=progress,
+        )
     psnr = "not measured" if manifest.heldout_psnr is None else f"{manifest.heldout_psnr:.2f} dB"
     typer.echo(f"{out}: autoencoder {manifest.fingerprint[:12]}, held-out PSNR {psnr}")
 

@@ -107,6 +107,16 @@ def test_a_step_decodes_what_encoding_would_give(finished: Finished, vaes: Path,
     assert (found.reconstruction[0] - found.reconstruction[1]).abs().max() > 0.1
 
 
+def test_the_vision_model_is_the_recipes_where_it_does_not_encode(finished: Finished, vaes: Path) -> None:
+    """A KL autoencoder may have been trained without it, or imported; in SVG's it makes the latents."""
+    other = finished.recipe.autoencoder.backbone.model_copy(update={"weights": "random"})
+    for at, kind, taken in ((finished.root, "svg", False), (vaes / "kl", "kl", True)):
+        source = DecoderSource.open(at / "autoencoder", FeatureCache(at / "cache"), finished.shards)
+        config = finished.recipe.autoencoder.model_copy(update={"kind": kind, "backbone": other})
+        assert source.section(config).backbone == (other if taken else source.manifest.section.backbone)
+        assert source.section(config).crop == "centre"
+
+
 def test_a_killed_fine_tuning_ends_with_the_same_weights(
     finished: Finished, tuned: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:

@@ -82,8 +82,7 @@ class TrainingImages(IterableDataset[ImageBatch]):
         self.usable = ~shards.rows.rejected if usable is None else usable
         counts = np.bincount(shards.rows.shard[self.usable], minlength=len(shards.shards)).tolist()
         self.directory = shards.directory
-        firsts = np.cumsum([0, *(s.num_images for s in shards.shards)]).tolist()
-        self.first_rows = {s.name: first for s, first in zip(shards.shards, firsts, strict=False)}
+        self.first_rows = {s.name: int(first) for s, first in zip(shards.shards, shards.starts, strict=False)}
         self.tars = [(s, n) for s, n in zip(shards.shards, counts, strict=True) if s.split == "train" and n]
         if not self.tars:
             raise ArtifactError(f"{shards.directory}: expected training images, found none in its tars.")

@@ -43,7 +43,7 @@ class DecoderRun(AutoencoderRun):
         wandb_project: str | None,
         source: DecoderSource,
     ) -> None:
-        """Open the run; see `fine_tune_decoder` for arguments and errors."""
+        """Open the run; see `train_autoencoder` for arguments and errors."""
         self.source = source
         supervisor.say(f"encoder: that of {source.path}; crops: centre, as in the cache")
         super().__init__(group, supervisor, shards, out, config, wandb_project)
@@ -56,7 +56,8 @@ class DecoderRun(AutoencoderRun):
         config, group, source = self.config, self.group, self.source
         backbone = None
         if config.perceives_with_backbone:
-            backbone = build_backbone(config.backbone, config.image_size, source.path)
+            beside = source.path if config.encodes_with_backbone else self.out
+            backbone = build_backbone(config.backbone, config.image_size, beside)
         model, perceptual = source.decoder(), load_perceptual(config.perceptual, backbone)
         forward = CachedForward(model, source.stored_shape, source.scaling(), config.decoder_noise, group.sum)
         return AutoencoderTrainer(model, config, group, None, perceptual, self.last_good, forward)

@@ -129,7 +129,7 @@ class DecoderSource:
         state, alignment = self._weights(), self._alignment()
         if alignment is not None:
             state |= {"alignment.scalars": torch.tensor(alignment), "alignment.num_tracked": torch.tensor(1)}
-        if (self.path / BACKBONE_FILE).exists():
+        if self.manifest.section.encodes_with_backbone and (self.path / BACKBONE_FILE).exists():
             save_tensors(out / BACKBONE_FILE, load_tensors(self.path / BACKBONE_FILE))
         return save_tensors(out / AUTOENCODER_FILE, {**state, **trained})
 
@@ -157,10 +157,8 @@ class DecoderSource:
 
     def scaling(self) -> tuple[Tensor, Tensor]:
         """Return (V,) factor and offset: un-normalised value = stored * factor + offset."""
-        cache = self.cache
-        scale = cache.store.feature_scale
-        factor = cache.channel_std if scale is None else cache.channel_std * scale
-        return torch.from_numpy(factor.copy()), torch.from_numpy(cache.channel_mean.copy())
+        factor, offset = self.cache.scaling
+        return torch.from_numpy(factor.copy()), torch.from_numpy(offset.copy())
 
     def stored(self, rows: NDArray[np.int64], flipped: NDArray[np.bool_]) -> Tensor:
         """Return stored values (B,V,h,w), float16 or int8."""

@@ -147,10 +147,15 @@ class CachedForward(nn.Module):
         first = self.model.post_quant_conv or self.model.decoder
         return first.in_channels
 
+    @property
+    def from_posterior(self) -> bool:
+        """Whether means and deviations are stored."""
+        return self.channels != self.shape[0]
+
     def draws(self, seed: int, step: int, positions: Sequence[int], image_size: int) -> tuple[Tensor, ...]:
         """Return noise (B,C,h,w): of the posteriors, or of the decoder's input; none if neither is wanted."""
         shape = (self.channels, *self.shape[1:])
-        if self.channels != self.shape[0]:
+        if self.from_posterior:
             return (posterior_noise(seed, step, positions, shape),)
         if self.noise is None:
             return ()
@@ -159,7 +164,7 @@ class CachedForward(nn.Module):
     def forward(self, stored: Tensor, noise: Tensor | None = None) -> Forward:
         """Return the decoded stored values (B,V,h,w), float16 or int8, with noise of `draws`."""
         latents = stored.float() * self.factor + self.offset
-        if noise is not None and self.channels != self.shape[0]:
+        if noise is not None and self.from_posterior:
             mean, std = latents.chunk(2, dim=1)
             latents = mean + std * noise
         elif noise is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 from svgpipe.manifests.filesystem import Location, absolute
@@ -26,6 +25,7 @@ def train_autoencoder(
     out: Location,
     config: AutoencoderSection,
     *,
+    source: DecoderSource | None = None,
     resources: Resources | None = None,
     wandb_project: str | None = None,
     progress: Progress | None = None,
@@ -36,10 +36,15 @@ def train_autoencoder(
     measured over `calibration_images` and frozen. Losses: models/losses.py, models/vision_loss.py. Dropout and
     alignment: models/residual.py.
 
+    With `source`, only the decoder of a finished autoencoder is trained, on cached latents. The encoder is neither
+    computed nor changed, so the result also decodes samples of every model that was trained on the cache.
+
     Args:
         shards: training and held-out images.
         out: directory to create or resume.
-        config: section `autoencoder` of a recipe.
+        config: section `autoencoder` of a recipe. With `source`, settings of the encoder are not read, and crops are
+            those of the cache.
+        source: autoencoder and cache whose decoder is fine-tuned; None: a new autoencoder is trained.
         resources: workers of a connected Ray; None: train in this process. May change at every resume; results change
             by rounding only.
         wandb_project: also log to Weights & Biases.
@@ -49,7 +54,7 @@ def train_autoencoder(
         The manifest of the autoencoder.
 
     Raises:
-        UsageError: wandb is not installed, or an invalid config.
+        UsageError: wandb is not installed, or an invalid config, or one that does not fit `source`.
         ArtifactError: missing weights or images.
         MismatchError: `out` was begun with another config or other shards.
         DivergedError: NaN or infinity in the loss.
@@ -57,74 +62,25 @@ def train_autoencoder(
     """
     if wandb_project is not None:
         require_wandb()
-    with WorkDir(autoencoder_spec(shards, out, config)) as work:
+    if source is not None:
+        config = source.section(config)
+    encodes = source is not None and config.encodes_with_backbone  # then the backbone lies beside the source
+    with WorkDir(autoencoder_spec(shards, out, config, source)) as work:
         if work.finished is not None:
             return work.finished
-        if config.trains_with_backbone and config.backbone.is_file:
+        if config.trains_with_backbone and config.backbone.is_file and not encodes:
             from ..networks.backbone import keep_backbone  # here, because it loads timm
 
             keep_backbone(config.backbone, out)
-        start = partial(
-            AutoencoderRun, shards=shards.absolute(), out=absolute(out), config=config, wandb_project=wandb_project
-        )
-        job = partial(run_training, start=start, memory_advice=MEMORY_ADVICE)
+        run = AutoencoderRun if source is None else partial(DecoderRun, source=source.absolute())
+        start = partial(run, shards=shards.absolute(), out=absolute(out), config=config, wandb_project=wandb_project)
+        job = partial(run_training, start=start, memory_advice=MEMORY_ADVICE if source is None else DECODER_ADVICE)
         return work.publish(run_job(job, resources, Recorded(progress, out), work.check_lock))
 
 
-def fine_tune_decoder(
-    shards: ShardSet,
-    source: DecoderSource,
-    out: Location,
-    config: AutoencoderSection,
-    *,
-    resources: Resources | None = None,
-    wandb_project: str | None = None,
-    progress: Progress | None = None,
-) -> AutoencoderManifest:
-    """Train the decoder of a finished autoencoder on cached latents and their images; run again to resume.
-
-    The encoder is neither computed nor changed. The result decodes samples of every model that was trained on the
-    cache, and encodes as before.
-
-    Args:
-        shards: images of the cache.
-        source: autoencoder and cache.
-        out: directory to create or resume.
-        config: section `autoencoder` of a recipe. What belongs to the encoder is taken from the autoencoder; crops are
-            those of the cache, and `flip` needs flips in it.
-        resources: as in `train_autoencoder`.
-        wandb_project: as in `train_autoencoder`.
-        progress: as in `train_autoencoder`.
-
-    Returns:
-        The manifest of the autoencoder with the new decoder.
-
-    Raises:
-        UsageError: as `train_autoencoder`, or the recipe has another decoder, or flips without flips in the cache.
-        ArtifactError: missing weights or images.
-        MismatchError: `out` was begun with another config or other inputs.
-        DivergedError: NaN or infinity in the loss.
-        InterruptedRunError: stopped by a signal; the state is saved.
-    """
-    if wandb_project is not None:
-        require_wandb()
-    section = source.section(config)
-    spec = autoencoder_spec(shards, out, section)
-    with WorkDir(replace(spec, inputs={**spec.inputs, **source.inputs})) as work:
-        if work.finished is not None:
-            return work.finished
-        start = partial(
-            DecoderRun,
-            shards=shards.absolute(),
-            out=absolute(out),
-            config=section,
-            wandb_project=wandb_project,
-            source=source.absolute(),
-        )
-        job = partial(run_training, start=start, memory_advice=DECODER_ADVICE)
-        return work.publish(run_job(job, resources, Recorded(progress, out), work.check_lock))
-
-
-def autoencoder_spec(shards: ShardSet, out: Location, config: AutoencoderSection) -> StageSpec[AutoencoderManifest]:
+def autoencoder_spec(
+    shards: ShardSet, out: Location, config: AutoencoderSection, source: DecoderSource | None = None
+) -> StageSpec[AutoencoderManifest]:
     """Return what `train_autoencoder` is asked to make."""
-    return StageSpec(out, AutoencoderManifest, config.model_dump(mode="json"), {"shards": shards.as_input()})
+    inputs = {"shards": shards.as_input()} | ({} if source is None else source.inputs)
+    return StageSpec(out, AutoencoderManifest, config.model_dump(mode="json"), inputs)

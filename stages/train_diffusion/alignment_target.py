@@ -38,10 +38,8 @@ class AlignmentTarget:
 
     def scaling(self) -> tuple[Tensor, Tensor]:
         """Return (Z,) factor and offset: feature = stored * factor + offset, as the vision model gave it."""
-        cache, group = self.cache, self.group
-        scale = cache.store.feature_scale
-        factor = cache.channel_std if scale is None else cache.channel_std * scale
-        return torch.from_numpy(factor[group].copy()), torch.from_numpy(cache.channel_mean[group].copy())
+        factor, offset = self.cache.scaling
+        return torch.from_numpy(factor[self.group].copy()), torch.from_numpy(offset[self.group].copy())
 
     def absolute(self) -> AlignmentTarget:
         """Return the same with an absolute path, for processes with another current directory."""
