@@ -16,9 +16,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from .estimate import Estimate
+from .evaluation_section import SDESection
 from .manifest import FrozenModel, Manifest
 from .paper import PAPER_ROWS, PaperRow
-from .recipe import SDESection
 from .report_file import ExtractorInfo, WrittenReport
 
 

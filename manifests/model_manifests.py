@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from .autoencoder_section import AutoencoderSection
 from .errors import MismatchError, UsageError
 from .filesystem import Location
 from .manifest import InputRef, Json, Manifest, require_same
-from .recipe import AutoencoderSection
 from .store_spec import Distribution
 
 AUTOENCODER_FILE = "autoencoder.safetensors"

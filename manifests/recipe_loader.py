@@ -19,9 +19,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from .errors import UsageError
+from .evaluation_section import EvaluationSection
 from .presets import NAMES as PRESETS
 from .presets import preset_values
-from .recipe import EvaluationSection, Recipe
+from .recipe import Recipe
 from .section import Section
 from .yaml_values import parse_value, parse_yaml
 

@@ -1,11 +1,23 @@
-"""Base class of the sections of a recipe, and how values that were written as text or YAML become typed fields."""
+"""Base class of the sections of a recipe, ranges of their values, and how text or YAML becomes typed fields."""
 
 from __future__ import annotations
 
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+
+def _shift(value: object) -> object:
+    if value != "from-dimension" and not (isinstance(value, int | float) and value > 0):
+        raise ValueError("expected a number above 0, or from-dimension")
+    return value
+
+
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+TimeShift = Annotated[float | Literal["from-dimension"], BeforeValidator(_shift)]
 
 
 class Section(BaseModel):

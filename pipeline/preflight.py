@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from svgpipe.manifests.autoencoder_section import AutoencoderSection
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import MANIFEST_NAME
 from svgpipe.manifests.model_manifests import POWER, choose_weights
-from svgpipe.manifests.recipe import AutoencoderSection, Recipe
+from svgpipe.manifests.recipe import Recipe
 from svgpipe.models.backbone import Backbone
 from svgpipe.stages.evaluate.features import load_extractor
 from svgpipe.stages.evaluate.plan import require_guided_channels, require_sampling

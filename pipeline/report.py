@@ -9,10 +9,10 @@ import numpy as np
 
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.evaluation import EvaluationManifest, Measured, Report
+from svgpipe.manifests.evaluation_section import EvaluationSection
 from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest
-from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.selection import choose_evenly, evenly_spread
 from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.evaluate.measure_images import RECONSTRUCTIONS

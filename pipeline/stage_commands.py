@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.diffusion_section import AlignSection
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import location
-from svgpipe.manifests.recipe import AlignSection
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet, expand
 

@@ -27,12 +27,12 @@ from svgpipe.manifests.errors import (
     memory_error,
 )
 from svgpipe.manifests.evaluation import Report
+from svgpipe.manifests.evaluation_section import ReconstructionSection
 from svgpipe.manifests.filesystem import Location, location, make_directory
 from svgpipe.manifests.kinds import STUDY_FOLDERS
 from svgpipe.manifests.lock import locked
 from svgpipe.manifests.manifest import FrozenModel, read_json, write_json
 from svgpipe.manifests.model_manifests import AutoencoderManifest
-from svgpipe.manifests.recipe import ReconstructionSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.study import Study, Variant
 from svgpipe.stages.analyze.analyze import analyze

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.diffusion_section import AlignSection
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
-from svgpipe.manifests.recipe import AlignSection
 from svgpipe.models.dit import DiT
 from svgpipe.models.representation_alignment import ConvProjector, representation_loss, spatial_zscore
 from svgpipe.pipeline.cli import main

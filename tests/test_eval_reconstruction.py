@@ -14,7 +14,7 @@ import torch
 import torchvision
 from skimage.metrics import peak_signal_noise_ratio
 
-from svgpipe.manifests.recipe import ReconstructionSection
+from svgpipe.manifests.evaluation_section import ReconstructionSection
 from svgpipe.manifests.reconstruction import ReconstructionReport
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.models.losses import LPIPS

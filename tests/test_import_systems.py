@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svgpipe.manifests import FeatureCache
-from svgpipe.manifests.recipe import DiffusionSection
+from svgpipe.manifests.diffusion_section import DiffusionSection
 from svgpipe.stages.images.stream import load_images
 from svgpipe.stages.images.tensors import as_unit_range
 from svgpipe.stages.networks.autoencoder import load_autoencoder

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from svgpipe.manifests.autoencoder_section import BackboneSection
 from svgpipe.manifests.errors import ArtifactError
-from svgpipe.manifests.recipe import BackboneSection
 from svgpipe.models import attention
 from svgpipe.models.attention import attend
 from svgpipe.models.backbone import Backbone, own_input

@@ -22,15 +22,16 @@ from PIL import Image
 from torch_fidelity import feature_extractor_inceptionv3
 
 from svgpipe.manifests import feature_store
+from svgpipe.manifests.autoencoder_section import BackboneSection
 from svgpipe.manifests.checkpoint import save_tensors
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.evaluation import EvaluationManifest, Report
+from svgpipe.manifests.evaluation_section import ExtractorSection, SDESection
 from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.filesystem import file_sha256, write_atomic
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.model_manifests import STATISTICS_FILE, AutoencoderManifest
-from svgpipe.manifests.recipe import BackboneSection, ExtractorSection, SDESection
 from svgpipe.manifests.reconstruction import ReconstructionReport
 from svgpipe.manifests.shards import shard_name
 from svgpipe.models.sampler import time_grid

@@ -26,7 +26,7 @@ from svgpipe.manifests.evaluation import Report
 from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.manifests.model_manifests import DiffusionManifest
-from svgpipe.manifests.recipe import ScheduleSection
+from svgpipe.manifests.schedule_section import ScheduleSection
 from svgpipe.models.dit import DiT
 from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.networks.diffusion import open_diffusion

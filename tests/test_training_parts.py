@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch._dynamo.exc import InternalTorchDynamoError
 
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
+from svgpipe.manifests.diffusion_section import DiffusionSection, DiTSection
 from svgpipe.manifests.errors import ArtifactError, DivergedError, SvgpipeError
 from svgpipe.manifests.manifest import read_json
-from svgpipe.manifests.recipe import DiffusionSection, DiTSection
 from svgpipe.models.ema import new_average, update_averages, warmed_decay
 from svgpipe.stages.runtime import retry
 from svgpipe.stages.train_diffusion.loss import LossByTime, draws_at

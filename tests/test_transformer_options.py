@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from svgpipe.manifests.diffusion_section import DiffusionSection, DiTSection
 from svgpipe.manifests.evaluation import Report
 from svgpipe.manifests.metrics_file import read_metrics
-from svgpipe.manifests.recipe import DiffusionSection, DiTSection
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import MIN_LEFT, flow_loss, velocity_of_data
 from svgpipe.models.sampler import Guidance, sample

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from svgpipe.manifests.checkpoint import load_tensors, save_tensors
+from svgpipe.manifests.diffusion_section import DiffusionSection
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.filesystem import Location, children, make_directory, remove_partials
 from svgpipe.manifests.lock import LOCK_NAME, locked
 from svgpipe.manifests.manifest import Json, write_json
 from svgpipe.manifests.model_manifests import EMA, STATISTICS_FILE, weights_file
-from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.flow import shift_of
 
 from ..networks.diffusion import TrainedDiffusion, dit_arguments, open_diffusion

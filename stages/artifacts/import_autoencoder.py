@@ -8,11 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
+from svgpipe.manifests.autoencoder_section import (
+    AutoencoderSection,
+    BackboneSection,
+    DecoderSection,
+    KLSection,
+    ResidualSection,
+)
 from svgpipe.manifests.checkpoint import save_tensors
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest
-from svgpipe.manifests.recipe import AutoencoderSection, BackboneSection, DecoderSection, KLSection, ResidualSection
 from svgpipe.manifests.workdir import StageSpec, WorkDir
 from svgpipe.models.autoencoder import Autoencoder
 from svgpipe.models.convert import decoder_from_official, residual_from_official

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import save_tensors
+from svgpipe.manifests.diffusion_section import DiffusionSection, DiTSection
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import InputRef, digest, summarise
@@ -24,7 +25,6 @@ from svgpipe.manifests.model_manifests import (
     average_name,
     weights_file,
 )
-from svgpipe.manifests.recipe import DiffusionSection, DiTSection
 from svgpipe.manifests.workdir import StageSpec, WorkDir
 from svgpipe.models.convert import require_fit
 from svgpipe.models.dit import DiT

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.diffusion_section import DiffusionSection
 from svgpipe.manifests.errors import ArtifactError, MismatchError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import FrozenModel, require_same
 from svgpipe.manifests.model_manifests import DiffusionManifest, require_decoder
-from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.selection import choose_evenly
 from svgpipe.manifests.shards import ShardSet
 

@@ -19,11 +19,12 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
+from svgpipe.manifests.autoencoder_section import BackboneSection
 from svgpipe.manifests.errors import ArtifactError, UsageError, first_line
+from svgpipe.manifests.evaluation_section import ExtractorSection
 from svgpipe.manifests.filesystem import Location, file_sha256
 from svgpipe.manifests.manifest import InputRef, svgpipe_version
 from svgpipe.manifests.model_manifests import AutoencoderManifest
-from svgpipe.manifests.recipe import BackboneSection, ExtractorSection
 from svgpipe.manifests.report_file import ExtractorInfo
 from svgpipe.models.backbone import Backbone, own_input
 

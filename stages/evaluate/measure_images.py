@@ -16,10 +16,10 @@ from svgpipe.manifests.checkpoint import load_tensors, save_tensors
 from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.evaluation import Measured, ReferenceInfo, SamplerInfo
+from svgpipe.manifests.evaluation_section import EvaluationSection
 from svgpipe.manifests.filesystem import ABANDONED_S, Location, make_directory, remove_partials, remove_tree
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import Json, digest
-from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.shards import ShardFile, refs_of
 from svgpipe.models.feature_distances import FrechetTarget
 

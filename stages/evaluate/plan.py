@@ -7,12 +7,13 @@ from functools import cached_property
 
 import numpy as np
 
+from svgpipe.manifests.diffusion_section import DiffusionSection
 from svgpipe.manifests.errors import MismatchError, UsageError
 from svgpipe.manifests.evaluation import EvaluationManifest
+from svgpipe.manifests.evaluation_section import EvaluationSection, SDESection
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.manifest import InputRef
 from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionManifest, require_decoder
-from svgpipe.manifests.recipe import DiffusionSection, EvaluationSection, SDESection
 from svgpipe.manifests.workdir import StageSpec
 from svgpipe.models.ddpm import ddim_steps, equal_steps
 from svgpipe.models.flow import shift_of

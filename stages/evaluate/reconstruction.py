@@ -20,14 +20,15 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
+from svgpipe.manifests.autoencoder_section import AutoencoderSection, PerceptualSection
 from svgpipe.manifests.calibration import measured_calibration
 from svgpipe.manifests.errors import ArtifactError, UsageError
+from svgpipe.manifests.evaluation_section import ReconstructionSection
 from svgpipe.manifests.filesystem import Location, absolute, file_sha256
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import InputRef, Json, digest
 from svgpipe.manifests.model_manifests import AutoencoderManifest
-from svgpipe.manifests.recipe import AutoencoderSection, PerceptualSection, ReconstructionSection
 from svgpipe.manifests.reconstruction import Reconstructed, ReconstructionManifest, ReconstructionReport
 from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.selection import choose_evenly

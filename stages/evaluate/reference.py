@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests.errors import ArtifactError, UsageError
+from svgpipe.manifests.evaluation_section import EvaluationSection
 from svgpipe.manifests.filesystem import Location, file_sha256, location
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.kinds import KINDS
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, digest, read_json
-from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.selection import choose_evenly
 from svgpipe.manifests.shards import ShardSet, Split
 

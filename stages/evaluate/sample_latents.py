@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from svgpipe.manifests.errors import ArtifactError
+from svgpipe.manifests.evaluation_section import EvaluationSection
 from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.filesystem import Location, absolute, make_directory
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.lock import Lock
 from svgpipe.manifests.manifest import digest
-from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.store_spec import StoreSpec
 
 from ..networks.diffusion import TrainedDiffusion

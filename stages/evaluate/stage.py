@@ -18,10 +18,10 @@ from pathlib import Path
 
 from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
 from svgpipe.manifests.evaluation import EvaluationManifest, LatentsRef, ModelInfo, Report
+from svgpipe.manifests.evaluation_section import EvaluationSection
 from svgpipe.manifests.filesystem import Location, file_sha256
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import digest
-from svgpipe.manifests.recipe import EvaluationSection
 from svgpipe.manifests.report_file import REPORT_NAME
 from svgpipe.manifests.shards import ShardFile
 from svgpipe.manifests.workdir import WorkDir

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from svgpipe.manifests.alignment import MeasuredAlignment
+from svgpipe.manifests.autoencoder_section import AutoencoderSection
 from svgpipe.manifests.checkpoint import load_tensors
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, AutoencoderManifest
-from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.models.autoencoder import Autoencoder, DecoderAlone, LatentDecoder
 from svgpipe.models.backbone import Backbone
 from svgpipe.models.decoder import Decoder

@@ -11,11 +11,11 @@ import timm
 import torch
 from torch import Tensor
 
+from svgpipe.manifests.autoencoder_section import BackboneSection
 from svgpipe.manifests.checkpoint import load_tensors, save_tensors
 from svgpipe.manifests.errors import ArtifactError, UsageError, first_line
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.model_manifests import BACKBONE_FILE
-from svgpipe.manifests.recipe import BackboneSection
 from svgpipe.models.backbone import Backbone, Layers
 from svgpipe.models.convert import in_order
 

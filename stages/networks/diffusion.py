@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svgpipe.manifests.checkpoint import CheckpointStore, load_tensors
+from svgpipe.manifests.diffusion_section import DiffusionSection, DiTSection, Objective
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, Json, read_plan
@@ -23,7 +24,6 @@ from svgpipe.manifests.model_manifests import (
     weights_file,
 )
 from svgpipe.manifests.power_averages import MadeAverages, read_snapshot_name
-from svgpipe.manifests.recipe import DiffusionSection, DiTSection, Objective
 from svgpipe.models.dit import DiT
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from svgpipe.manifests.autoencoder_section import PerceptualSection
 from svgpipe.manifests.errors import ArtifactError, UsageError, first_line
-from svgpipe.manifests.recipe import PerceptualSection
 from svgpipe.models.backbone import Backbone
 from svgpipe.models.losses import LPIPS, BackbonePerceptual
 

@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from svgpipe.manifests.evaluation_section import Labels
 from svgpipe.manifests.precision import Precision
-from svgpipe.manifests.recipe import Labels
 from svgpipe.models.ddpm import STEPS, ddim_steps, equal_steps, sample_ddpm
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import FROM_DIMENSION, shift_of

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from svgpipe.manifests.autoencoder_section import AutoencoderSection
 from svgpipe.manifests.filesystem import Location
-from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.shards import ShardSet
 
 from ..images.decode import RGBArray

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svgpipe.manifests.alignment import MeasuredAlignment, require_same_alignment
+from svgpipe.manifests.autoencoder_section import AutoencoderSection
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import load_tensors, save_tensors
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.manifest import InputRef, Json, differing_fields
 from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest, require_decoder
-from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.models.autoencoder import DecoderAlone
 

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from svgpipe.manifests.autoencoder_section import AutoencoderSection
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore, save_tensors
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location, make_directory, write_atomic
 from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, AutoencoderManifest
-from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.selection import choose_evenly, evenly_spread
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.models.autoencoder import Autoencoder

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
+from svgpipe.manifests.autoencoder_section import AutoencoderSection
 from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.model_manifests import AutoencoderManifest
-from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.manifests.workdir import StageSpec, WorkDir
 

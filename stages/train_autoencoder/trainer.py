@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from svgpipe.manifests.autoencoder_section import AutoencoderSection
 from svgpipe.manifests.filesystem import Location
-from svgpipe.manifests.recipe import AutoencoderSection
 from svgpipe.models.autoencoder import LatentDecoder
 from svgpipe.models.backbone import Backbone
 from svgpipe.models.kl_autoencoder import KLAutoencoder

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from svgpipe.manifests.recipe import AlignSection
+from svgpipe.manifests.diffusion_section import AlignSection
 from svgpipe.models.dit import DiT, Outputs
 from svgpipe.models.representation_alignment import ConvProjector, MLPProjector
 

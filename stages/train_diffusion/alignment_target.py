@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.diffusion_section import DiffusionSection
 from svgpipe.manifests.errors import MismatchError, UsageError
 from svgpipe.manifests.filesystem import absolute
-from svgpipe.manifests.recipe import DiffusionSection
 
 
 @dataclass(frozen=True)

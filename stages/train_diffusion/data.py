@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.diffusion_section import DiffusionSection
 from svgpipe.manifests.local_copy import LocalCopy
-from svgpipe.manifests.recipe import DiffusionSection
 
 from ..runtime.retry import call_with_retries
 from .alignment_target import AlignmentTarget

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.diffusion_section import DiffusionSection
 from svgpipe.manifests.model_manifests import EMA
-from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.selection import evenly_spread
 from svgpipe.models.dit import DiT
 from svgpipe.models.feature_distances import frechet_distance, nearest_class_accuracy

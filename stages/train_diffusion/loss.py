@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
-from svgpipe.manifests.recipe import DiffusionSection
+from svgpipe.manifests.diffusion_section import DiffusionSection
 from svgpipe.manifests.selection import evenly_spread
 from svgpipe.models.ddpm import STEPS as DDPM_STEPS
 from svgpipe.models.ddpm import Process, ddpm_loss

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore, save_tensors
+from svgpipe.manifests.diffusion_section import DiffusionSection
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location, make_directory, write_atomic
 from svgpipe.manifests.local_copy import LocalCopy, LocalDisk
 from svgpipe.manifests.model_manifests import STATISTICS_FILE, DiffusionManifest, weights_file
-from svgpipe.manifests.recipe import DiffusionSection
 
 from ..images.decode import encode_png, tile
 from ..networks.diffusion import width_warning

@@ -12,10 +12,10 @@ from functools import partial
 from torch import Tensor
 
 from svgpipe.manifests.checkpoint import save_tensors
+from svgpipe.manifests.diffusion_section import PowerAverageSection
 from svgpipe.manifests.filesystem import Location, children, make_directory
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.power_averages import AVERAGES_FOLDER, snapshot_file, snapshot_unit
-from svgpipe.manifests.recipe import PowerAverageSection
 
 from ..runtime.retry import call_with_retries
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 from functools import partial
 
 from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.diffusion_section import DiffusionSection
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.local_copy import LocalDisk
 from svgpipe.manifests.model_manifests import DiffusionManifest, require_decoder
-from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.manifests.workdir import StageSpec, WorkDir
 from svgpipe.models.ddpm import ddim_steps
 

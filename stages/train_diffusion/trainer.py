@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from svgpipe.manifests.diffusion_section import DiffusionSection
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.model_manifests import RAW, average_name, power_name
-from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.dit import DiT
 from svgpipe.models.ema import new_average, power_exponent, update_averages, update_power_averages
 from svgpipe.models.seeds import seed_of

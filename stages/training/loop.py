@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import Any, ClassVar, Generic, TypeVar
 
+from svgpipe.manifests.autoencoder_section import AutoencoderSection
 from svgpipe.manifests.checkpoint import Checkpoint, CheckpointStore
+from svgpipe.manifests.diffusion_section import DiffusionSection
 from svgpipe.manifests.errors import InterruptedRunError, UsageError, compile_error, memory_error
 from svgpipe.manifests.filesystem import Location
-from svgpipe.manifests.recipe import AutoencoderSection, DiffusionSection
 
 from ..runtime.device import peak_memory
 from .checkpointing import BackgroundSaver, latest_of_all

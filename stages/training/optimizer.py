@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svgpipe.manifests.recipe import ScheduleSection
+from svgpipe.manifests.schedule_section import ScheduleSection
 
 from .distributed import is_sharded
 

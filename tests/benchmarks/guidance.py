@@ -19,7 +19,7 @@ from pathlib import Path
 
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.evaluation import Report
-from svgpipe.manifests.recipe import EvaluationSection
+from svgpipe.manifests.evaluation_section import EvaluationSection
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.models.flow import shift_of
 from svgpipe.models.sampler import Guidance, time_grid

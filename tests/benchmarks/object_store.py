@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from svgpipe.manifests import FeatureCache, feature_store
+from svgpipe.manifests.diffusion_section import DiffusionSection
 from svgpipe.manifests.filesystem import location
 from svgpipe.manifests.local_copy import LocalCopy
-from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.stages.train_diffusion.data import CacheBatches
 
 ROWS, UNIT_ROWS, BATCH = 32_768, 256, 256

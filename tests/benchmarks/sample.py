@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from svgpipe.manifests.diffusion_section import DiffusionSection
 from svgpipe.manifests.precision import Precision, fastest_precision
-from svgpipe.manifests.recipe import DiffusionSection
 from svgpipe.models.dit import DiT
 from svgpipe.models.sampler import Guidance, sample, time_grid
 from svgpipe.stages.networks.diffusion import build_dit

@@ -42,7 +42,8 @@ READ = (
 )
 REFERENCE = (
     "import sys; from svgpipe.stages.evaluate.reference import open_reference, RealSets; "
-    "from svgpipe.manifests.recipe import EvaluationSection; config = EvaluationSection(reference_images=50_000); "
+    "from svgpipe.manifests.evaluation_section import EvaluationSection; "
+    "config = EvaluationSection(reference_images=50_000); "
     "sets = RealSets.of(open_reference(sys.argv[1]), config, 256); assert len(sets.reference) == 50_000"
 )
 PUBLISH = (

@@ -38,8 +38,9 @@ import torch
 from torch import Tensor
 
 from svgpipe.manifests import FeatureCache
+from svgpipe.manifests.diffusion_section import AlignSection, DiffusionSection
 from svgpipe.manifests.precision import Precision, fastest_precision
-from svgpipe.manifests.recipe import AlignSection, DiffusionSection, Recipe
+from svgpipe.manifests.recipe import Recipe
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.models.svg_autoencoder import SVGAutoencoder

@@ -9,7 +9,8 @@ from unittest.mock import patch
 
 import torch
 
-from svgpipe.manifests.recipe import AutoencoderSection, DiffusionSection, DiTSection
+from svgpipe.manifests.autoencoder_section import AutoencoderSection
+from svgpipe.manifests.diffusion_section import DiffusionSection, DiTSection
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.models.attention import attend, fastest_kernel
 from svgpipe.models.svg_autoencoder import SVGAutoencoder

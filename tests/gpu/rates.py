@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from svgpipe.manifests import FeatureCache
-from svgpipe.manifests.recipe import DiffusionSection, DiTSection
+from svgpipe.manifests.diffusion_section import DiffusionSection, DiTSection
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.models.dit import DiT
