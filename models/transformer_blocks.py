@@ -61,8 +61,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor, rotation: Rotation) -> Tensor:
         b, n, d = x_BND.shape
-        q, k, v = self.qkv(x_BND).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.qkv(x_BND).view(b, n, 3, self.heads, d // self.heads).unbind(2)
+        # Norms before the transposition: after it, they would copy their inputs in small pieces.
+        q, k, v = (part.transpose(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         # Under autocast norms and rotations give float32; attention wants one dtype.
@@ -97,7 +98,7 @@ class SwiGLU(nn.Module):
 
 
 def _modulate(x_BND: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x_BND * (1 + scale) + shift
+    return torch.addcmul(shift, x_BND, 1 + scale)
 
 
 class Block(nn.Module):
@@ -113,8 +114,8 @@ class Block(nn.Module):
 
     def forward(self, x_BND: Tensor, c: Tensor, rotation: Rotation) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x_BND = x_BND + gate_a * self.attn(_modulate(self.norm1(x_BND), shift_a, scale_a), rotation)
-        return x_BND + gate_m * self.mlp(_modulate(self.norm2(x_BND), shift_m, scale_m))
+        x_BND = torch.addcmul(x_BND, gate_a, self.attn(_modulate(self.norm1(x_BND), shift_a, scale_a), rotation))
+        return torch.addcmul(x_BND, gate_m, self.mlp(_modulate(self.norm2(x_BND), shift_m, scale_m)))
 
 
 def run_block(block: nn.Module, x_BND: Tensor, c: Tensor, rotation: Rotation, *, recompute: bool) -> Tensor:
