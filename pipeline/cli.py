@@ -14,7 +14,7 @@ from svgpipe.manifests.errors import InterruptedRunError, SvgpipeError, compile_
 from svgpipe.manifests.filesystem import client_error
 from svgpipe.manifests.manifest import svgpipe_version
 
-from . import analysis_commands, artifact_commands, run_commands, stage_commands
+from . import analysis_commands, artifact_commands, run_commands, sample_commands, stage_commands
 from .cluster import stop_on_sigterm
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(run_commands.app)
 app.add_typer(stage_commands.app)
+app.add_typer(sample_commands.app)
 app.add_typer(artifact_commands.app)
 app.add_typer(analysis_commands.app)
 

@@ -18,7 +18,7 @@ from svgpipe.models.svg_autoencoder import SVGAutoencoder
 from svgpipe.stages.images.decode import psnr
 from svgpipe.stages.images.stream import load_images
 from svgpipe.stages.images.tensors import as_unit_range
-from svgpipe.stages.networks.autoencoder import load_autoencoder, reconstruct
+from svgpipe.stages.networks.autoencoder import load_autoencoder, load_decoder, reconstruct
 from svgpipe.stages.train_autoencoder.decoder_source import DecoderSource
 from svgpipe.stages.train_autoencoder.forward import CachedForward, KLForward, SVGForward
 
@@ -91,7 +91,9 @@ def test_a_step_decodes_what_encoding_would_give(finished: Finished, vaes: Path,
     images = as_unit_range(load_images(finished.shards, rows.tolist(), 32))
     images[1] = images[1].flip(-1)
     tau = 0.8 if kind == "svg" else None
-    cached = CachedForward(source.decoder(), source.stored_shape, source.scaling(), tau, lambda values: values)
+    cached = CachedForward(
+        load_decoder(source.path)[0].train(), source.stored_shape, source.scaling(), tau, lambda values: values
+    )
     stored = source.stored(rows, flipped)
     with torch.no_grad():
         if isinstance(model, SVGAutoencoder):

@@ -31,6 +31,7 @@ PACKAGES_BELOW = {
     "train_autoencoder": SHARED,
     "extract": SHARED,
     "train_diffusion": SHARED,
+    "sample": SHARED,
     "evaluate": SHARED | {"extract"},  # an imported autoencoder is aligned before its first use
     "analyze": SHARED | {"evaluate"},  # confidence intervals
     "import_latents": SHARED | {"extract"},  # counting rejects

@@ -96,12 +96,13 @@ def test_own_images_are_run_as_written(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(photographs)
     shutil.copy(tiny_recipe, tmp_path / "mine.yaml")
-    own = [command for command in commands("README.md") if {"mine.yaml", "work"} & set(command) and ">" not in command]
-    assert [command[1] for command in own] == ["run", "run", "status", "sample-and-eval"]
+    names = {"mine.yaml", "work", "sample"}
+    own = [command for command in commands("README.md") if names & set(command) and ">" not in command]
+    assert [command[1] for command in own] == ["run", "run", "status", "sample"]
     for command in own:
         found = svgpipe(*command[1:])
         assert found.code == 0, found.err
-    assert len(list((tmp_path / "work" / "more" / "png").rglob("*.png"))) == 2 * 48
+    assert (tmp_path / "cats.png").exists()
 
 
 def test_files_and_links_in_readmes_exist() -> None:

@@ -44,7 +44,6 @@ from svgpipe.stages.evaluate.cpu_tasks import LatentsUnit
 from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.evaluate.features import Extractor, load_extractor
 from svgpipe.stages.evaluate.measure_images import extracted
-from svgpipe.stages.evaluate.plan import Sampler
 from svgpipe.stages.evaluate.reference import RealSets, open_reference, shard_reference
 from svgpipe.stages.images.decode import decode_image, to_array
 from svgpipe.stages.images.image_set import ImageSet
@@ -52,6 +51,7 @@ from svgpipe.stages.networks.autoencoder import latent_decoder
 from svgpipe.stages.networks.backbone import build_backbone, state_digest
 from svgpipe.stages.networks.diffusion import open_diffusion
 from svgpipe.stages.networks.downloads import Download
+from svgpipe.stages.networks.sampler import Sampler
 from svgpipe.stages.networks.sampling import SamplerSettings, initial_noise, keep_as_computed, labels_of, sample_latents
 
 from .commands import run_and_kill

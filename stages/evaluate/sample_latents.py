@@ -28,12 +28,13 @@ from svgpipe.manifests.manifest import digest
 from svgpipe.manifests.store_spec import StoreSpec
 
 from ..networks.diffusion import TrainedDiffusion
+from ..networks.sampler import Sampler
 from ..networks.sampling import SamplerSettings, keep_as_computed, sample_latents
 from ..runtime.device import is_compiled, warn_if_imitated
 from ..runtime.progress import Progress
 from ..runtime.runner import Runner, Steps
 from .cpu_tasks import LatentsUnit, SampledUnit, WriteLatents, pass_on
-from .plan import EvaluationPlan, Sampler
+from .plan import EvaluationPlan
 
 DESCRIPTION = "sampler"
 

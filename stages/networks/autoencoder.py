@@ -143,6 +143,25 @@ def new_decoder_alone(config: AutoencoderSection, channels: int, grid: int) -> D
     return DecoderAlone(decoder, None if config.encodes_with_backbone else nn.Conv2d(channels, channels, 1))
 
 
+def load_decoder(directory: Location) -> tuple[DecoderAlone, AutoencoderManifest]:
+    """Open the decoder of a finished autoencoder in eval mode. Its encoder is not even built.
+
+    Returns:
+        Model and manifest.
+
+    Raises:
+        ArtifactError: unfinished, damaged or missing weights.
+    """
+    manifest = AutoencoderManifest.read(directory)
+    model = new_decoder_alone(manifest.section, manifest.channels, manifest.grid[0])
+    try:
+        weights = load_tensors(directory / AUTOENCODER_FILE, manifest.content)
+        model.load_trained_state({key: weights[key] for key in model.trained_state()})
+    except (ValueError, KeyError) as error:
+        raise ArtifactError(f"{directory / AUTOENCODER_FILE}: {error}") from error
+    return model.eval(), manifest
+
+
 def described(model: Autoencoder, config: AutoencoderSection) -> dict[str, Any]:
     """Return the fields of a manifest that say what latents are like: image_size, grid, channels, alignment."""
     described: dict[str, Any] = {"image_size": config.image_size, "alignment": None}
@@ -241,7 +260,7 @@ def decode_latents(model: LatentDecoder, latents: Tensor, batch_size: int = 64) 
 def latent_decoder(autoencoder: Location) -> Callable[[NDArray[np.float32]], RGBArray]:
     """Return `decode_latents` of arrays with the decoder at `autoencoder`, which is loaded at once.
 
-    Raises the errors of `load_autoencoder`.
+    Raises the errors of `load_decoder`.
     """
-    model = load_autoencoder(autoencoder)[0].to(pick_device())
+    model = load_decoder(autoencoder)[0].to(pick_device())
     return lambda latents: decode_latents(model, torch.from_numpy(latents))

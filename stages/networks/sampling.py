@@ -142,11 +142,26 @@ def labels_of(indices: Sequence[int], classes: Sequence[int], seed: int | None =
 
 @torch.no_grad()  # not inference mode: tensors that a sharded model gathers could not be trained on afterwards
 def sample_latents(
-    model: DiT, indices: Sequence[int], settings: SamplerSettings, device: torch.device, guide: DiT | None = None
+    model: DiT,
+    indices: Sequence[int],
+    settings: SamplerSettings,
+    device: torch.device,
+    guide: DiT | None = None,
+    *,
+    labels: Tensor | None = None,
 ) -> Tensor:
-    """Return normalised latents (B,T,C) float32 of the samples numbered `indices`; `guide`: see `sample`."""
+    """Return normalised latents (B,T,C) float32 of the samples numbered `indices`.
+
+    Args:
+        model: the diffusion model.
+        indices: numbers of the samples, which decide their noise.
+        settings: all else that decides a latent.
+        device: of the model.
+        guide: a worse model; see `sample`.
+        labels: (B,) int64; None: those that the settings give to these numbers.
+    """
     noise = initial_noise(settings.seed, indices, model.grid[0] * model.grid[1], model.in_channels)
-    labels = settings.labels_of(indices, model.num_classes).to(device)
+    labels = (settings.labels_of(indices, model.num_classes) if labels is None else labels).to(device)
     common: dict[str, Any] = {
         "null_label": model.null_label,
         "guidance": settings.guided,

@@ -16,7 +16,7 @@ from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.shards import ShardSet
 
 from ..images.decode import RGBArray
-from ..networks.autoencoder import decode_latents
+from ..networks.autoencoder import decode_latents, load_decoder
 from ..networks.backbone import build_backbone
 from ..networks.perceptual import load_perceptual
 from ..runtime.retry import call_with_retries
@@ -58,7 +58,7 @@ class DecoderRun(AutoencoderRun):
         if config.perceives_with_backbone:
             beside = source.path if config.encodes_with_backbone else self.out
             backbone = build_backbone(config.backbone, config.image_size, beside)
-        model, perceptual = source.decoder(), load_perceptual(config.perceptual, backbone)
+        model, perceptual = load_decoder(source.path)[0].train(), load_perceptual(config.perceptual, backbone)
         forward = CachedForward(model, source.stored_shape, source.scaling(), config.decoder_noise, group.sum)
         return AutoencoderTrainer(model, config, group, None, perceptual, self.last_good, forward)
 

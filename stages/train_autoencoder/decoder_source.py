@@ -14,14 +14,11 @@ from svgpipe.manifests.alignment import MeasuredAlignment, require_same_alignmen
 from svgpipe.manifests.autoencoder_section import AutoencoderSection
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.checkpoint import load_tensors, save_tensors
-from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
+from svgpipe.manifests.errors import MismatchError, UsageError
 from svgpipe.manifests.filesystem import Location, absolute
 from svgpipe.manifests.manifest import InputRef, Json, differing_fields
 from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest, require_decoder
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.models.autoencoder import DecoderAlone
-
-from ..networks.autoencoder import new_decoder_alone
 
 ENCODER_KEYS = ("residual", "kl", "vision_loss")  # of the autoencoder; the recipe's are not read
 OF_THE_LATENTS = (
@@ -105,20 +102,6 @@ class DecoderSource:
     def has_flips(self) -> bool:
         """Whether the cache holds flipped images too."""
         return "flip" in self.cache.views
-
-    def decoder(self) -> DecoderAlone:
-        """Return the decoder with the weights of the autoencoder.
-
-        Raises:
-            ArtifactError: the weights are damaged.
-        """
-        model = new_decoder_alone(self.manifest.section, self.manifest.channels, self.manifest.grid[0])
-        try:
-            weights = self._weights()
-            model.load_trained_state({key: weights[key] for key in model.trained_state()})
-        except (ValueError, KeyError) as error:
-            raise ArtifactError(f"{self.path / AUTOENCODER_FILE}: {error}") from error
-        return model
 
     def save(self, trained: dict[str, Tensor], out: Location) -> str:
         """Write the autoencoder with these decoder weights, and a backbone that lies beside it, to `out`.

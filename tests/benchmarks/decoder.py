@@ -28,7 +28,7 @@ from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.stages.extract.stage import extract
 from svgpipe.stages.images.stream import load_images
-from svgpipe.stages.networks.autoencoder import build_autoencoder
+from svgpipe.stages.networks.autoencoder import build_autoencoder, load_decoder
 from svgpipe.stages.runtime.device import pick_device
 from svgpipe.stages.shard.from_images import shard
 from svgpipe.stages.shard.scan import ImageSources
@@ -64,7 +64,9 @@ def trainers(root: Path, recipe: Recipe) -> tuple[AutoencoderTrainer, Autoencode
     source = DecoderSource.open(root / "autoencoder", FeatureCache(root / "cache"), shards)
     config, group = recipe.autoencoder, ProcessGroup(pick_device())
     whole = AutoencoderTrainer(build_autoencoder(config), config, group, None, None, lambda: None)
-    forward = CachedForward(source.decoder(), source.stored_shape, source.scaling(), config.decoder_noise, group.sum)
+    forward = CachedForward(
+        load_decoder(source.path)[0].train(), source.stored_shape, source.scaling(), config.decoder_noise, group.sum
+    )
     return whole, AutoencoderTrainer(forward.model, config, group, None, None, lambda: None, forward), source, shards
 
 

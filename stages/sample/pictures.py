@@ -1,0 +1,81 @@
+"""Writes sampled images: a sheet with captions, single files, or an archive."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.filesystem import Location, children, make_directory, write_atomic
+
+from ..images.decode import RGBArray, encode_png, tile
+
+Form = Literal["sheet", "archive", "files"]
+# Pixels: images on a sheet are enlarged to at least this side, with a strip of this height above for the caption.
+MIN_SIDE, STRIP, MARGIN = 96, 18, 2
+COLUMNS = 8
+
+
+def form_of(out: Location) -> Form:
+    """Return what is written at `out`: `.png` a sheet, `.npz` an archive, a name without suffix a folder of images.
+
+    Raises:
+        UsageError: another suffix, or a folder that is not empty.
+    """
+    suffix = out.suffix.lower()
+    if suffix not in ("", ".png", ".npz"):
+        raise UsageError(f"--out {out}: expected NAME.png (a sheet), NAME.npz, or a folder for single images.")
+    if suffix:
+        if out.is_dir():
+            raise UsageError(f"--out {out}: expected a file to write, found a directory.")
+        return "sheet" if suffix == ".png" else "archive"
+    if out.exists() and (not out.is_dir() or children(out)):
+        raise UsageError(f"--out {out}: expected a new or an empty folder, found something else. Choose another name.")
+    return "files"
+
+
+def write_images(out: Location, images: RGBArray, labels: Sequence[int], names: Sequence[str]) -> None:
+    """Write images (N,H,W,3) as `form_of` says; `labels` are N class numbers, `names` those of all classes.
+
+    An archive has arr_0, the images, and arr_1, the labels (int64), as the ADM evaluator reads it.
+    """
+    form = form_of(out)
+    if form == "files":
+        make_directory(out)
+        for number, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+            name = re.sub(r"[^\w.-]+", "-", names[label])
+            write_atomic(out / f"{number:05d}_{name}.png", encode_png(pixels))
+        return
+    make_directory(out.parent)
+    if form == "sheet":
+        write_atomic(out, encode_png(sheet(images, [names[label] for label in labels])))
+        return
+    buffer = io.BytesIO()
+    np.savez(buffer, arr_0=images, arr_1=np.asarray(labels, np.int64))
+    write_atomic(out, buffer.getvalue())
+
+
+def sheet(images: RGBArray, captions: Sequence[str], columns: int = COLUMNS) -> RGBArray:
+    """Return images (N,H,W,3) side by side, each with its caption above, as one picture (H',W',3)."""
+    factor = -(-MIN_SIDE // images.shape[1])
+    large = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    cells = [_with_caption(pixels, caption) for pixels, caption in zip(large, captions, strict=True)]
+    return tile(np.stack(cells), min(columns, len(cells)))
+
+
+def _with_caption(pixels: RGBArray, caption: str) -> RGBArray:
+    height, width, _ = pixels.shape
+    cell = Image.new("RGB", (width + 2 * MARGIN, height + STRIP + MARGIN), "white")
+    draw, font = ImageDraw.Draw(cell), ImageFont.load_default(12)
+    while draw.textlength(caption, font) > width and len(caption) > 1:
+        caption = caption.removesuffix("…")[:-1] + "…"
+    draw.text((MARGIN, 2), caption, fill="black", font=font)
+    cell.paste(Image.fromarray(pixels), (MARGIN, STRIP))
+    array: NDArray[np.uint8] = np.asarray(cell)
+    return array

@@ -1,0 +1,147 @@
+"""`svgpipe sample`: images of given classes from a finished model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from svgpipe.manifests.errors import UsageError
+from svgpipe.stages.networks.autoencoder import decode_latents, load_autoencoder
+from svgpipe.stages.sample import load
+from svgpipe.stages.sample.classes import labels_in_order
+
+from .conftest import Finished, Outcome
+
+SIZE = 32
+
+
+def test_an_image_depends_on_its_class_and_its_number_alone(finished: Finished) -> None:
+    sampler = load(finished.root / "diffusion")
+    mixed = sampler.sample(["coffee", "cat", "coffee", 1, 1], steps=2, seed=3)
+    alone = sampler.sample(["cat"] * 3, steps=2, seed=3)
+    assert mixed.shape == (5, SIZE, SIZE, 3)
+    assert mixed.dtype == np.uint8
+    assert sampler.class_names.index("cat") == 1
+    np.testing.assert_array_equal(mixed[[1, 3, 4]], alone)
+    assert (alone[0] != alone[1]).any()
+    assert (sampler.sample(["cat"], steps=2, seed=4) != alone[:1]).any()
+    assert sampler.sample([]).size == 0
+
+
+def test_latents_are_decoded_as_the_autoencoder_encoded_them(finished: Finished) -> None:
+    rows = finished.cache.read([0, 5]).astype(np.float32)
+    autoencoder, _ = load_autoencoder(finished.root / "autoencoder")
+    expected = decode_latents(autoencoder, torch.from_numpy(finished.cache.denormalize(rows)))
+    decoded = load(finished.root / "diffusion").decode(torch.from_numpy(rows).flatten(1, 2))
+    assert np.abs(decoded.astype(int) - expected).max() <= 1
+
+
+def test_every_setting_reaches_the_sampler(finished: Finished) -> None:
+    sampler = load(finished.root / "diffusion")
+    own = sampler.settings()
+    trained = sampler.trained.section
+    assert (own.steps, own.time_shift, own.weights) == (trained.sample_steps, trained.sample_shift, "ema-0.9")
+    plain = sampler.sample(["cat"], steps=3)
+    changes = ("evaluation.solver=heun", "evaluation.time_shift=1")
+    for other in (
+        sampler.sample(["cat"], steps=4),
+        sampler.sample(["cat"], steps=3, guidance=4.0),
+        *(sampler.sample(["cat"], steps=3, overrides=[change]) for change in changes),
+        load(finished.root / "diffusion", weights="raw").sample(["cat"], steps=3),
+    ):
+        assert (other != plain).any()
+    with pytest.raises(UsageError, match="one value each"):
+        sampler.sample(["cat"], overrides=["evaluation.steps=[1, 2]"])
+
+
+def test_a_sheet_an_archive_and_files_hold_the_same_images(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    asked = ["sample", finished.root / "diffusion", "--classes", "cat,0", "--count", "5", "--steps", "2"]
+    for out in ("sheet.png", "all.npz", "files"):
+        ran = svgpipe(*asked, "--out", tmp_path / "new" / out)
+        assert ran.code == 0, ran.err
+    assert "5 images of 2 classes" in ran.out
+    with np.load(tmp_path / "new" / "all.npz") as archive:
+        images, labels = archive["arr_0"], archive["arr_1"]
+    assert labels.tolist() == [1, 1, 1, 0, 0]
+    expected = load(finished.root / "diffusion").sample(labels.tolist(), steps=2)
+    np.testing.assert_array_equal(images, expected)
+    files = sorted((tmp_path / "new" / "files").iterdir())
+    assert [file.name for file in files[2:4]] == ["00002_cat.png", "00003_astronaut.png"]
+    for file, pixels in zip(files, images, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), pixels)
+    sheet = np.asarray(Image.open(tmp_path / "new" / "sheet.png"))
+    large = images[1].repeat(3, axis=0).repeat(3, axis=1)
+    places = np.lib.stride_tricks.sliding_window_view(sheet, large.shape)[:, :, 0]
+    assert (places == large).all(axis=(2, 3, 4)).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--classes", "catt"], 2, ["'catt'", "Nearest: cat"]),
+        (["--classes", "3"], 2, ["'3'", "0 to 2"]),
+        (["--out", "a.jpg"], 2, ["NAME.png", "NAME.npz", "folder"]),
+        (["--out", "."], 2, ["empty folder"]),
+        (["--set", "evaluation.stepz=3"], 2, ["evaluation.steps"]),
+        (["--set", "evaluation.solver=ddim"], 2, ["evaluation.solver", "objective flow"]),
+        (["--set", "evaluation.internal_guidance=true"], 2, ["auxiliary head"]),
+        (["--ema", "0.7"], 2, ["0.7", "ema-0.9"]),
+        (["--count", "0"], 2, ["--count"]),
+    ],
+)
+def test_bad_input_is_named(
+    finished: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    svgpipe: Callable[..., Outcome],
+    options: list[str],
+    code: int,
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    found = svgpipe(
+        "sample", finished.root / "diffusion", *([] if "--out" in options else ["--out", "a.png"]), *options
+    )
+    assert found.code == code, found.err
+    for word in words:
+        assert word in found.err, found.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_autoencoder_is_found_or_given(
+    finished: Finished, vaes: Path, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    for name in ("diffusion", "cache", "autoencoder"):
+        shutil.copytree(finished.root / name, tmp_path / "moved" / name)
+    model = tmp_path / "moved" / "diffusion"
+    shutil.rmtree(tmp_path / "moved" / "cache" / "features")  # nothing is read but where the autoencoder is
+    asked = ["--steps", "1", "--count", "2", "--out", tmp_path / "a.png"]
+    assert svgpipe("sample", model, *asked).code == 0
+    checkpoint = next((finished.root / "diffusion" / "checkpoints").glob("step-*"))
+    unknown = svgpipe("sample", checkpoint, *asked)
+    assert unknown.code == 2
+    assert "--autoencoder" in unknown.err
+    assert svgpipe("sample", checkpoint, "--autoencoder", finished.root / "autoencoder", *asked).code == 0
+    other = svgpipe("sample", model, "--autoencoder", vaes / "kl" / "autoencoder", *asked)
+    assert other.code == 1
+    assert "--autoencoder" in other.err
+
+
+@given(st.integers(1, 60), st.lists(st.integers(0, 99), min_size=1, max_size=20, unique=True))
+def test_classes_share_the_images(count: int, classes: list[int]) -> None:
+    labels = labels_in_order(classes, count)
+    numbers = [labels.count(label) for label in classes]
+    assert len(labels) == count == sum(numbers)
+    assert max(numbers) - min(numbers) <= 1
+    assert [label for label in classes if label in labels] == list(dict.fromkeys(labels))
