@@ -15,7 +15,8 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from .sampler import Guidance, GuidedVelocity, Noise
+from .guidance import Guidance, GuidedVelocity
+from .sampler import Noise, Watch
 
 STEPS = 1000
 FIRST_BETA, LAST_BETA = 1e-4, 0.02
@@ -208,6 +209,7 @@ def sample_ddpm(
     weak: Denoiser | None = None,
     noise: Noise,
     ddim_eta: float | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Denoise step by step: (B,T,C) → (B,T,C).
 
@@ -221,7 +223,10 @@ def sample_ddpm(
         weak: a worse model, for autoguidance.
         noise: of the steps; the last step has none.
         ddim_eta: DDIM with this share of noise, instead of DDPM.
+        watch: receives every state.
     """
+    watch = watch or (lambda state: None)
+    watch(x_T)
     process, guidance, x = Process.of_training().respaced(numbers), guidance or Guidance(), x_T
     channels = guidance.channels or x_T.shape[-1]
     predict = GuidedVelocity(model, null_label, weak, channels)
@@ -238,6 +243,7 @@ def sample_ddpm(
             x = process.mean(data, x, step) + deviation * drawn
         else:
             x = _ddim_step(process, data, eps, step, ddim_eta, drawn)
+        watch(x)
     return x
 
 

@@ -2,41 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import location
 
 from .console import ConsoleProgress
 from .options import LOOK, EmaOption, SetOption
 from .synsets import shown_names
 
+if TYPE_CHECKING:
+    from svgpipe.stages.sample import ImageSampler
+
 app = typer.Typer()
+COUNT = 16
+
+
+PicturesOption = Annotated[
+    str,
+    typer.Option(
+        "--out", metavar="FILE|DIR", help="NAME.png: one sheet. NAME.npz: all images. Folder: single .png files."
+    ),
+]
+ClassesOption = Annotated[
+    str | None, typer.Option("--classes", metavar="C,C,…", help="Names or numbers of classes. Default: all.")
+]
+CountOption = Annotated[
+    int | None, typer.Option("--count", metavar="N", min=1, help="Images, shared by the classes. Default: 16.")
+]
+OneStepsOption = Annotated[
+    int | None, typer.Option("--steps", metavar="N", min=1, help="Sampling steps. Default: diffusion.sample_steps.")
+]
+ScaleOption = Annotated[float, typer.Option("--guidance", metavar="W", min=0, help="Guidance scale; 1: none.")]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the noise.")]
+ShowStepsOption = Annotated[
+    bool, typer.Option("--show-steps", help="Also NAME.steps.png and .webp: every step of the sampling, decoded.")
+]
+InterpolateOption = Annotated[
+    tuple[str, str] | None,
+    typer.Option(
+        "--interpolate", metavar="A B", help="Between two classes; with --classes, between two seeds. Also NAME.webp."
+    ),
+]
+FramesOption = Annotated[int, typer.Option("--frames", metavar="N", min=2, max=256, help="Images of an interpolation.")]
+DecoderOption = Annotated[
+    str | None,
+    typer.Option("--autoencoder", metavar="DIR", help="Decodes. Default: the autoencoder of the model's cache."),
+]
 
 
 @app.command(rich_help_panel=LOOK)
 def sample(
     model: Annotated[str, typer.Argument(help="Finished diffusion model, or a checkpoint.")],
-    out: Annotated[
-        str,
-        typer.Option(
-            "--out", metavar="FILE|DIR", help="NAME.png: one sheet. NAME.npz: all images. Folder: single .png files."
-        ),
-    ],
-    classes: Annotated[
-        str | None, typer.Option("--classes", metavar="C,C,…", help="Names or numbers of classes. Default: all.")
-    ] = None,
-    count: Annotated[int, typer.Option("--count", metavar="N", min=1, help="Images, shared by the classes.")] = 16,
-    steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", min=1, help="Sampling steps. Default: diffusion.sample_steps.")
-    ] = None,
-    guidance: Annotated[float, typer.Option("--guidance", metavar="W", min=0, help="Guidance scale; 1: none.")] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the noise.")] = 0,
-    autoencoder: Annotated[
-        str | None,
-        typer.Option("--autoencoder", metavar="DIR", help="Decodes. Default: the autoencoder of the model's cache."),
-    ] = None,
+    out: PicturesOption,
+    classes: ClassesOption = None,
+    count: CountOption = None,
+    steps: OneStepsOption = None,
+    guidance: ScaleOption = 1.0,
+    seed: SeedOption = 0,
+    show_steps: ShowStepsOption = False,
+    interpolate: InterpolateOption = None,
+    frames: FramesOption = 16,
+    autoencoder: DecoderOption = None,
     ema: EmaOption = None,
     overrides: SetOption = None,
 ) -> None:
@@ -44,22 +74,61 @@ def sample(
 
     --set evaluation.KEY=VALUE changes all other settings of the sampling.
     """
-    from svgpipe.stages.sample.classes import class_number, labels_in_order
-    from svgpipe.stages.sample.image_sampler import load
+    from svgpipe.stages.sample import load
+    from svgpipe.stages.sample.classes import labels_in_order
     from svgpipe.stages.sample.pictures import form_of, write_images
+    from svgpipe.stages.sample.sheets import write_interpolation, write_steps
 
     place = location(out)
-    form_of(place)
+    _require_fitting(form_of(place), show_steps=show_steps, interpolate=interpolate, count=count)
     sampler = load(model, autoencoder, ema or "ema")
-    shown = shown_names(sampler.class_names)
-    wanted = list(sampler.trained.classes or range(len(shown)))
-    if classes is not None:
-        given = [name.strip() for name in classes.split(",") if name.strip()]
-        wanted = list(dict.fromkeys(class_number(name, sampler.trained, shown) for name in given))
-    labels = labels_in_order(wanted, count)
-    with ConsoleProgress() as progress:
-        images = sampler.sample(
-            labels, steps=steps, guidance=guidance, seed=seed, overrides=overrides or (), progress=progress
-        )
-    write_images(place, images, labels, shown)
+    settings = sampler.settings(*(overrides or ()), steps=steps, guidance=guidance, seed=seed)
+    names, chosen = shown_names(sampler.class_names), [] if classes is None else classes.split(",")
+    numbers = list(dict.fromkeys(_class_numbers(sampler, chosen, names)))
+    if interpolate is not None:
+        ends = _seeds(interpolate) if numbers else _class_numbers(sampler, interpolate, names)
+        write_interpolation(place, sampler, ends, numbers, settings, names, frames)
+        typer.echo(f"{out}, {place.with_suffix('.webp')}: {frames} images from {interpolate[0]} to {interpolate[1]}")
+        return
+    labels = labels_in_order(numbers or sampler.trained.classes or range(len(names)), count or COUNT)
+    if show_steps:
+        images = write_steps(place, sampler, labels, settings, names)
+        typer.echo(f"{place.with_suffix('.steps.png')}, {place.with_suffix('.steps.webp')}: the steps")
+    else:
+        with ConsoleProgress() as progress:
+            images = sampler.images(labels, settings, progress)
+    write_images(place, images, labels, names)
     typer.echo(f"{out}: {len(images)} images of {len(set(labels))} classes")
+
+
+def _require_fitting(form: str, *, show_steps: bool, interpolate: tuple[str, str] | None, count: int | None) -> None:
+    """Check options against each other.
+
+    Raises:
+        UsageError: they do not go together.
+    """
+    if form != "sheet" and (show_steps or interpolate):
+        raise UsageError("--out: --show-steps and --interpolate write sheets; expected NAME.png.")
+    if interpolate and (show_steps or count is not None):
+        raise UsageError("--interpolate: not together with --show-steps or --count; --frames is the number of images.")
+
+
+def _class_numbers(sampler: ImageSampler, wanted: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Return the numbers of classes, in order. Raises UsageError for an unknown one."""
+    from svgpipe.stages.sample.classes import class_number
+
+    return [class_number(name.strip(), sampler.trained, names) for name in wanted if name.strip()]
+
+
+def _seeds(wanted: Sequence[str]) -> list[int]:
+    """Return two seeds.
+
+    Raises:
+        UsageError: they are not numbers.
+    """
+    if not all(seed.isdecimal() for seed in wanted):
+        raise UsageError(
+            f"--interpolate {' '.join(wanted)}: with --classes, expected two seeds (numbers). Leave --classes out to "
+            "interpolate between two classes."
+        )
+    return [int(seed) for seed in wanted]

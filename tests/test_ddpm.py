@@ -18,7 +18,7 @@ from svgpipe.manifests.manifest import read_json
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.models.ddpm import STEPS, Process, ddim_steps, equal_steps, noised, sample_ddpm
 from svgpipe.models.dit import DiT
-from svgpipe.models.sampler import Guidance
+from svgpipe.models.guidance import Guidance
 from svgpipe.pipeline.cli import main
 
 from .commands import run_and_kill

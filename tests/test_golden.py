@@ -24,13 +24,14 @@ from svgpipe.models.dit import DiT, time_features
 from svgpipe.models.dopri5 import integrate
 from svgpipe.models.encoder import Encoder
 from svgpipe.models.flow import drop_labels, flow_loss, logit_normal, shift_time
+from svgpipe.models.guidance import Guidance, GuidedVelocity
 from svgpipe.models.kl_autoencoder import KLAutoencoder, Posterior
 from svgpipe.models.losses import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from svgpipe.models.official import dit_sizes
 from svgpipe.models.official_vae import kl_from_official
 from svgpipe.models.representation_alignment import MLPProjector, representation_loss
 from svgpipe.models.residual import Alignment, ResidualEncoder
-from svgpipe.models.sampler import SDE, Guidance, GuidedVelocity, Solver, sample, time_grid
+from svgpipe.models.sampler import SDE, Solver, sample, time_grid
 from svgpipe.models.svg_autoencoder import SVGAutoencoder
 from svgpipe.models.vision_loss import distance_matrix_loss, marginal_cosine_loss, vision_loss_weight
 from svgpipe.stages.images.decode import centre_crop

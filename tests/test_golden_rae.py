@@ -14,7 +14,8 @@ from torch import Tensor
 from svgpipe.models.decoder_noise import scaled_noise, with_noise
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import flow_loss, shift_of, shift_time
-from svgpipe.models.sampler import SDE, Guidance, GuidedVelocity, _sample_ode, _sample_sde, sde_grid
+from svgpipe.models.guidance import Guidance, GuidedVelocity
+from svgpipe.models.sampler import SDE, _sample_ode, _sample_sde, sde_grid
 from svgpipe.models.vit_decoder import ViTDecoder
 
 from .conftest import Golden, GoldenFolder

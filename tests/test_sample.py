@@ -15,8 +15,11 @@ from PIL import Image
 
 from svgpipe.manifests.errors import UsageError
 from svgpipe.stages.networks.autoencoder import decode_latents, load_autoencoder
+from svgpipe.stages.networks.sampling import initial_noise
 from svgpipe.stages.sample import load
 from svgpipe.stages.sample.classes import labels_in_order
+from svgpipe.stages.sample.interpolation import between_classes, between_seeds, slerp
+from svgpipe.stages.sample.trajectory import trajectory
 
 from .conftest import Finished, Outcome
 
@@ -97,6 +100,11 @@ def test_a_sheet_an_archive_and_files_hold_the_same_images(
         (["--set", "evaluation.internal_guidance=true"], 2, ["auxiliary head"]),
         (["--ema", "0.7"], 2, ["0.7", "ema-0.9"]),
         (["--count", "0"], 2, ["--count"]),
+        (["--show-steps", "--out", "a.npz"], 2, ["--show-steps", "NAME.png"]),
+        (["--show-steps", "--set", "evaluation.solver=dopri5"], 2, ["--show-steps", "dopri5"]),
+        (["--interpolate", "cat", "dog"], 2, ["'dog'", "0 to 2"]),
+        (["--interpolate", "1", "cat", "--classes", "cat"], 2, ["two seeds"]),
+        (["--interpolate", "0", "1", "--count", "3"], 2, ["--count", "--frames"]),
     ],
 )
 def test_bad_input_is_named(
@@ -136,6 +144,66 @@ def test_the_autoencoder_is_found_or_given(
     other = svgpipe("sample", model, "--autoencoder", vaes / "kl" / "autoencoder", *asked)
     assert other.code == 1
     assert "--autoencoder" in other.err
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "sde"])
+def test_a_trajectory_leads_from_noise_to_the_samples(finished: Finished, solver: str) -> None:
+    sampler = load(finished.root / "diffusion")
+    settings = sampler.settings(f"evaluation.solver={solver}", steps=3, seed=5)
+    labels = [1] * 17 + [0]  # two batches
+    states = trajectory(sampler, labels, settings)
+    assert states.shape == (4, 18, SIZE, SIZE, 3)
+    noise = torch.cat([initial_noise(5, range(17), 16, 116), initial_noise(5, [0], 16, 116)])
+    np.testing.assert_array_equal(states[0], sampler.decode(noise))
+    np.testing.assert_array_equal(states[-1], sampler.images(labels, settings))
+
+
+def test_interpolations_end_in_samples(finished: Finished) -> None:
+    sampler, shares = load(finished.root / "diffusion"), [0.0, 0.5, 1.0]
+    settings = sampler.settings(steps=2, seed=3)
+    ends = [sampler.sample([1], steps=2, seed=seed)[0] for seed in (3, 8)]
+    for images in between_seeds(sampler, 1, (3, 8), shares, settings):
+        assert np.abs(images[[0, 2]].astype(int) - ends).max() <= 1
+        assert all((images[1] != end).any() for end in ends)
+    first = sampler.images([0, 2], settings)
+    images = between_classes(sampler, (0, 2), shares, settings)
+    assert np.abs(images[[0, 2]].astype(int) - first).max() <= 1
+    assert all((images[1] != end).any() for end in first)
+    np.testing.assert_array_equal(sampler.images([0, 2], settings), first)  # the model has its own labels again
+    guided = sampler.settings(steps=2, seed=3, guidance=3.0)
+    moved = between_classes(sampler, (0, 2), shares, guided)[[0, 2]]
+    assert np.abs(moved.astype(int) - sampler.images([0, 2], guided)).max() <= 1
+
+
+@given(st.floats(0, 1), st.integers(0, 5))
+def test_slerp_keeps_the_norm_of_noise(share: float, seed: int) -> None:
+    first, second = initial_noise(seed, [0, 1], 16, 8)
+    first, second = first / first.norm(), second / second.norm()
+    by = torch.tensor([0.0, share, 1.0])
+    points = slerp(first, second, by)
+    torch.testing.assert_close(points.flatten(1).norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(points[[0, 2]], torch.stack([first, second]))
+    torch.testing.assert_close(slerp(first, first, by), first.expand(3, -1, -1))
+    angle = torch.arccos((first * second).sum())
+    torch.testing.assert_close(torch.arccos((first * points[1]).sum().clamp(-1, 1)), share * angle, atol=1e-3, rtol=0)
+
+
+def test_steps_and_interpolations_are_drawn(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    asked = ["sample", finished.root / "diffusion", "--steps", "3", "--out", tmp_path / "a.png"]
+    assert svgpipe(*asked, "--count", "4", "--show-steps").code == 0
+    cell = (96 + 4, 96 + 18 + 2)
+    drawn = {"a.png": (4, 1, 1), "a.steps.png": (4, 4, 1), "a.steps.webp": (4, 1, 4)}
+    assert svgpipe(*asked[:-1], tmp_path / "b.png", "--classes", "cat", "--interpolate", "1", "2").code == 0
+    assert svgpipe(*asked[:-1], tmp_path / "c.png", "--interpolate", "cat", "0", "--frames", "3").code == 0
+    drawn |= {"b.png": (16, 2, 1), "b.webp": (2, 1, 16), "c.png": (3, 1, 1), "c.webp": (1, 1, 3)}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(drawn)
+    for name, (columns, rows, frames) in drawn.items():
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size == (columns * cell[0], rows * cell[1]), name
+            least = 2 if name == "a.steps.webp" else 1  # WebP merges frames that hardly differ
+            assert least <= getattr(picture, "n_frames", 1) <= frames, name
 
 
 @given(st.integers(1, 60), st.lists(st.integers(0, 99), min_size=1, max_size=20, unique=True))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from svgpipe.models.flow import Velocity
-from svgpipe.models.sampler import SDE, Guidance, Solver, sample, time_grid
+from svgpipe.models.guidance import Guidance
+from svgpipe.models.sampler import SDE, Solver, sample, time_grid
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "multistep"])

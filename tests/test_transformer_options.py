@@ -17,7 +17,8 @@ from svgpipe.manifests.evaluation import Report
 from svgpipe.manifests.metrics_file import read_metrics
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import MIN_LEFT, flow_loss, velocity_of_data
-from svgpipe.models.sampler import Guidance, sample
+from svgpipe.models.guidance import Guidance
+from svgpipe.models.sampler import sample
 from svgpipe.pipeline.cli import main
 from svgpipe.stages.networks.diffusion import build_dit, dit_arguments, width_warning
 from svgpipe.stages.train_diffusion.loss import draws_at, times_of, training_losses

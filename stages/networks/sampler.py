@@ -12,7 +12,8 @@ from svgpipe.manifests.evaluation_section import EvaluationSection, SDESection
 from svgpipe.manifests.manifest import InputRef
 from svgpipe.models.ddpm import ddim_steps, equal_steps
 from svgpipe.models.flow import shift_of
-from svgpipe.models.sampler import SDE, Guidance
+from svgpipe.models.guidance import Guidance
+from svgpipe.models.sampler import SDE
 
 from .diffusion import TrainedDiffusion
 from .sampling import DDPM_SOLVERS, SamplerSettings

@@ -18,7 +18,8 @@ from svgpipe.manifests.precision import Precision
 from svgpipe.models.ddpm import STEPS, ddim_steps, equal_steps, sample_ddpm
 from svgpipe.models.dit import DiT
 from svgpipe.models.flow import FROM_DIMENSION, shift_of
-from svgpipe.models.sampler import SDE, Guidance, Solver, sample, times_of_evaluations
+from svgpipe.models.guidance import Guidance
+from svgpipe.models.sampler import SDE, Solver, Watch, sample, times_of_evaluations
 from svgpipe.models.seeds import generator, seed_of
 
 from ..runtime.device import autocast
@@ -149,6 +150,8 @@ def sample_latents(
     guide: DiT | None = None,
     *,
     labels: Tensor | None = None,
+    noise: Tensor | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Return normalised latents (B,T,C) float32 of the samples numbered `indices`.
 
@@ -159,13 +162,17 @@ def sample_latents(
         device: of the model.
         guide: a worse model; see `sample`.
         labels: (B,) int64; None: those that the settings give to these numbers.
+        noise: (B,T,C) to begin with; None: that of these numbers.
+        watch: receives the state of every step, see `sample`.
     """
-    noise = initial_noise(settings.seed, indices, model.grid[0] * model.grid[1], model.in_channels)
+    if noise is None:
+        noise = initial_noise(settings.seed, indices, model.grid[0] * model.grid[1], model.in_channels)
     labels = (settings.labels_of(indices, model.num_classes) if labels is None else labels).to(device)
     common: dict[str, Any] = {
         "null_label": model.null_label,
         "guidance": settings.guided,
         "weak": guide,
+        "watch": watch,
         "noise": partial(noise_of_step, settings.seed, indices, noise.shape[1:], device),
     }
     with autocast(device, settings.precision):

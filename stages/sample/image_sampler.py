@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from svgpipe.manifests.model_manifests import EMA, DiffusionManifest, require_de
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.models.autoencoder import LatentDecoder
 from svgpipe.models.dit import DiT
+from svgpipe.models.sampler import Watch
 
 from ..images.decode import RGBArray
 from ..networks.autoencoder import decode_latents, load_decoder
@@ -51,18 +53,25 @@ class ImageSampler:
         """Names of all classes, in label order."""
         return self.trained.class_names
 
-    def settings(self, *overrides: str) -> SamplerSettings:
-        """Return the settings of a sampling: those of samples during the training, changed by `overrides`.
+    def settings(
+        self, *overrides: str, steps: int | None = None, guidance: float = 1.0, seed: int = 0
+    ) -> SamplerSettings:
+        """Return the settings of a sampling: those of samples during the training, changed by the arguments.
 
         Args:
-            *overrides: `evaluation.KEY=VALUE`, as --set has them. One number of steps and one scale are used.
+            *overrides: `evaluation.KEY=VALUE`, as --set has them.
+            steps: sampling steps; None: as many as for samples during the training.
+            guidance: guidance scale; 1: none.
+            seed: of the noise.
 
         Raises:
             UsageError: an unknown key, or a value that is invalid or does not fit the model.
         """
         trained = self.trained.section
         own = {
-            "steps": trained.sample_steps,
+            "steps": trained.sample_steps if steps is None else steps,
+            "guidance": guidance,
+            "seed": seed,
             "time_shift": trained.sample_shift,
             "solver": "ddim" if trained.objective == "ddpm" else "euler",
             "precision": "auto",
@@ -83,7 +92,6 @@ class ImageSampler:
         guidance: float = 1.0,
         seed: int = 0,
         overrides: Sequence[str] = (),
-        progress: Progress | None = None,
     ) -> RGBArray:
         """Return images (N,H,W,3) uint8, one of every label.
 
@@ -93,40 +101,60 @@ class ImageSampler:
             guidance: guidance scale; 1: none.
             seed: of the noise.
             overrides: further settings, `evaluation.KEY=VALUE`.
-            progress: receives the progress.
 
         Raises:
             UsageError: an unknown class, or an invalid setting.
             ArtifactError: the model samples latents that are not finite, or its file is damaged.
         """
         numbers = [class_number(label, self.trained) for label in labels]
-        given = [f"evaluation.guidance={guidance}", f"evaluation.seed={seed}"]
-        given += [] if steps is None else [f"evaluation.steps={steps}"]
-        settings, shown = self.settings(*given, *overrides), progress or Silent()
-        shown.begin("sample", len(numbers), "images")
+        return self.images(numbers, self.settings(*overrides, steps=steps, guidance=guidance, seed=seed))
+
+    def images(self, labels: Sequence[int], settings: SamplerSettings, progress: Progress | None = None) -> RGBArray:
+        """Return images (N,H,W,3) uint8 of class numbers. Raises the errors of `latents`."""
+        shown, places = progress or Silent(), places_of(labels)
+        shown.begin("sample", len(labels), "images")
         parts = []
-        places = _places(numbers)
-        for first in range(0, len(numbers), BATCH):
+        for first in range(0, len(labels), BATCH):
             chosen = slice(first, first + BATCH)
-            parts.append(self._images(numbers[chosen], places[chosen], settings))
+            parts.append(self.decode(self.latents(labels[chosen], places[chosen], settings)))
             shown.advance(len(parts[-1]))
         return np.concatenate(parts) if parts else np.empty((0, 0, 0, 3), np.uint8)
 
-    def _images(self, labels: Sequence[int], places: Sequence[int], settings: SamplerSettings) -> RGBArray:
-        model = self._model(settings)
-        latents = sample_latents(model, places, settings, self.device, labels=torch.tensor(labels)).cpu()
+    def latents(
+        self,
+        labels: Sequence[int],
+        places: Sequence[int],
+        settings: SamplerSettings,
+        *,
+        noise: Tensor | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """Return normalised latents (N,T,C) float32 on the CPU, of images of these labels.
+
+        Args:
+            labels: class numbers.
+            places: numbers of the images in their classes, which decide the noise.
+            settings: of the sampling.
+            noise: (N,T,C) to begin with; None: that of `places`.
+            watch: receives every state.
+
+        Raises:
+            ArtifactError: they are not finite, or the file of the model is damaged.
+        """
+        given: dict[str, Any] = {"labels": torch.tensor(labels), "noise": noise, "watch": watch}
+        latents = sample_latents(self.model(settings), places, settings, self.device, **given).cpu()
         if not latents.isfinite().all():
             raise ArtifactError(
                 f"{self.trained.directory}: the model sampled latents that are not finite; train it longer or again."
             )
-        return self.decode(latents)
+        return latents
 
     def decode(self, latents: Tensor) -> RGBArray:
         """Return images (N,H,W,3) uint8 of normalised latents (N,T,C)."""
         cells = (latents * self.std + self.mean).unflatten(1, self.trained.grid)
         return decode_latents(self.decoder, cells)
 
-    def _model(self, settings: SamplerSettings) -> DiT:
+    def model(self, settings: SamplerSettings) -> DiT:
         """Return the transformer; it is loaded once for a precision and once for other weights."""
         key = f"{settings.weights} {settings.precision}"
         if key not in self._loaded:
@@ -136,7 +164,7 @@ class ImageSampler:
         return self._loaded[key]
 
 
-def _places(labels: Sequence[int]) -> list[int]:
+def places_of(labels: Sequence[int]) -> list[int]:
     """Return how many equal labels come before each label."""
     before: Counter[int] = Counter()
     places = []

@@ -20,6 +20,7 @@ Form = Literal["sheet", "archive", "files"]
 # Pixels: images on a sheet are enlarged to at least this side, with a strip of this height above for the caption.
 MIN_SIDE, STRIP, MARGIN = 96, 18, 2
 COLUMNS = 8
+FRAME_MS, LAST_MS = 120, 1500  # milliseconds of an animation
 
 
 def form_of(out: Location) -> Form:
@@ -67,6 +68,15 @@ def sheet(images: RGBArray, captions: Sequence[str], columns: int = COLUMNS) -> 
     large = images.repeat(factor, axis=1).repeat(factor, axis=2)
     cells = [_with_caption(pixels, caption) for pixels, caption in zip(large, captions, strict=True)]
     return tile(np.stack(cells), min(columns, len(cells)))
+
+
+def write_frames(out: Location, frames: Sequence[RGBArray]) -> None:
+    """Write pictures (H,W,3) of one size as an animated WebP that loops, and rests at its last picture."""
+    pictures = [Image.fromarray(frame) for frame in frames]
+    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "WEBP", save_all=True, append_images=pictures[1:], duration=durations, loop=0, quality=90)
+    write_atomic(out, buffer.getvalue())
 
 
 def _with_caption(pixels: RGBArray, caption: str) -> RGBArray:

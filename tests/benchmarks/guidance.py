@@ -22,7 +22,8 @@ from svgpipe.manifests.evaluation import Report
 from svgpipe.manifests.evaluation_section import EvaluationSection
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.models.flow import shift_of
-from svgpipe.models.sampler import Guidance, time_grid
+from svgpipe.models.guidance import Guidance
+from svgpipe.models.sampler import time_grid
 from svgpipe.stages.evaluate.reference import open_reference
 from svgpipe.stages.evaluate.stage import sample_and_eval
 from svgpipe.stages.networks.diffusion import open_diffusion

@@ -36,7 +36,8 @@ from torch import Tensor
 from svgpipe.manifests.diffusion_section import DiffusionSection
 from svgpipe.manifests.precision import Precision, fastest_precision
 from svgpipe.models.dit import DiT
-from svgpipe.models.sampler import Guidance, sample, time_grid
+from svgpipe.models.guidance import Guidance
+from svgpipe.models.sampler import sample, time_grid
 from svgpipe.stages.networks.diffusion import build_dit
 from svgpipe.stages.networks.sampling import initial_noise, keep_as_computed
 from svgpipe.stages.runtime.device import autocast, pick_device

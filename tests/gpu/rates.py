@@ -181,7 +181,7 @@ def _loops(setup: Setup, root: Path, shards: ShardSet, cache: FeatureCache) -> I
 
 def sampling(setup: Setup) -> Iterator[Check]:
     """Compiled bfloat16 sampling against the official scheme in float32 (TF32) with two calls per step."""
-    from svgpipe.models.sampler import Guidance
+    from svgpipe.models.guidance import Guidance
 
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True

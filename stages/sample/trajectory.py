@@ -1,0 +1,33 @@
+"""What a sampling passes through: the state of every step, decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from svgpipe.manifests.errors import UsageError
+
+from ..images.decode import RGBArray
+from ..networks.sampling import SamplerSettings
+from .image_sampler import BATCH, ImageSampler, places_of
+
+
+def trajectory(sampler: ImageSampler, labels: Sequence[int], settings: SamplerSettings) -> RGBArray:
+    """Return the decoded noise, and the decoded state after every step: (steps+1,N,H,W,3). The last are the samples.
+
+    Raises:
+        UsageError: the solver chooses other steps for every sample.
+    """
+    if settings.solver == "dopri5":
+        raise UsageError("--show-steps: solver dopri5 chooses other steps for every sample. Choose another solver.")
+    places, batches = places_of(labels), range(0, len(labels), BATCH)
+    parts = [_states(sampler, labels[i : i + BATCH], places[i : i + BATCH], settings) for i in batches]
+    return np.concatenate(parts, axis=1)
+
+
+def _states(sampler: ImageSampler, labels: Sequence[int], places: Sequence[int], settings: SamplerSettings) -> RGBArray:
+    states: list[Tensor] = []
+    sampler.latents(labels, places, settings, watch=lambda state: states.append(state.float().cpu()))
+    return np.stack([sampler.decode(state) for state in states])
