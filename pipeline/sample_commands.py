@@ -1,8 +1,9 @@
-"""The command that shows images of a finished diffusion model."""
+"""Commands that show images of a finished diffusion model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -132,3 +133,77 @@ def _seeds(wanted: Sequence[str]) -> list[int]:
             "interpolate between two classes."
         )
     return [int(seed) for seed in wanted]
+
+
+@app.command(rich_help_panel=LOOK)
+def edit(
+    model: Annotated[str, typer.Argument(help="Finished diffusion model, or a checkpoint.")],
+    image: Annotated[Path, typer.Argument(help="JPEG, PNG or WebP. Its centre square is edited.")],
+    box: Annotated[str, typer.Option("--box", metavar="X,Y,W,H", help="Part to make anew, in pixels of that square.")],
+    wanted: Annotated[str, typer.Option("--class", metavar="CLASS", help="Name or number of the class to make.")],
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder for the page and the pictures.")],
+    source_class: Annotated[
+        str | None, typer.Option("--source-class", metavar="CLASS", help="Class of the image. Default: none.")
+    ] = None,
+    t_edit: Annotated[
+        float, typer.Option("--t-edit", metavar="T", min=0, max=0.95, help="Integrate back to this time; 0: to noise.")
+    ] = 0.0,
+    count: Annotated[int, typer.Option("--count", metavar="N", min=1, max=64, help="Results.")] = 4,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Euler steps.")] = 100,
+    guidance: ScaleOption = 4.0,
+    seed: SeedOption = 0,
+    autoencoder: DecoderOption = None,
+    ema: EmaOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Make a part of an image anew under another class, by inversion; write a page.
+
+    --set evaluation.KEY=VALUE changes the time shift (0.4) and all other settings of the sampling.
+    """
+    from svgpipe.stages.sample.edit import ImageEditor, read_square, require_box
+    from svgpipe.stages.sample.pictures import require_empty
+
+    from .edit_page import write_edit
+
+    folder, place = location(out), _box(box)
+    require_empty(folder)
+    editor = ImageEditor(model, autoencoder, ema or "ema")
+    require_box(place, editor.size)
+    sampler = editor.sampler
+    given = ("evaluation.time_shift=0.4", *(overrides or ()))
+    settings = sampler.settings(*given, steps=steps, guidance=guidance, seed=seed)
+    names = shown_names(sampler.class_names)
+    label = _class_numbers(sampler, [wanted], names)[0]
+    sources = _class_numbers(sampler, [] if source_class is None else [source_class], names)
+    source = sources[0] if sources else None
+    pixels = read_square(image, editor.size)
+    edited = editor.edit(pixels, place, label, settings, source_label=source, t_edit=t_edit, count=count)
+    page = write_edit(
+        folder,
+        edited,
+        place,
+        settings,
+        image=image.name,
+        model=model,
+        class_name=names[label],
+        source_name=None if source is None else names[source],
+        t_edit=t_edit,
+    )
+    best = max(edited.outside)
+    typer.echo(
+        f"PSNR outside of the box: {best:.2f} dB, of the reconstruction {edited.outside_of_reconstruction:.2f} dB"
+    )
+    typer.echo(f"page: {page}")
+
+
+def _box(text: str) -> tuple[int, int, int, int]:
+    """Return the four numbers of a box.
+
+    Raises:
+        UsageError: others than four whole numbers.
+    """
+    try:
+        x, y, width, height = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--box {text}: expected four whole numbers x,y,width,height.") from error
+    return x, y, width, height

@@ -192,6 +192,23 @@ def load(
         MismatchError: the autoencoder has other latents.
         UsageError: no such weights, or nothing names the autoencoder.
     """
+    trained, found = open_model(model, autoencoder)
+    return ImageSampler(trained, load_decoder(found)[0], weights)
+
+
+def open_model(
+    model: str | Path | Location, autoencoder: str | Path | Location | None
+) -> tuple[TrainedDiffusion, Location]:
+    """Open a diffusion model, and find the autoencoder of its latents.
+
+    Returns:
+        The model, and the directory of the autoencoder.
+
+    Raises:
+        ArtifactError: see `load`, as for the others.
+        MismatchError: see there.
+        UsageError: see there.
+    """
     place = _as_location(model)
     trained = open_diffusion(place)
     # A checkpoint names no autoencoder. Of a given one, only the shape of its latents can be compared.
@@ -207,7 +224,7 @@ def load(
         if not found.exists():
             raise UsageError(f"{place}: its autoencoder is not at {found} any more. {give}")
     require_decoder(str(place), maker, (*trained.grid, trained.channels), found, give)
-    return ImageSampler(trained, load_decoder(found)[0], weights)
+    return trained, found
 
 
 def _as_location(path: str | Path | Location) -> Location:

@@ -36,9 +36,18 @@ def form_of(out: Location) -> Form:
         if out.is_dir():
             raise UsageError(f"--out {out}: expected a file to write, found a directory.")
         return "sheet" if suffix == ".png" else "archive"
+    require_empty(out)
+    return "files"
+
+
+def require_empty(out: Location) -> None:
+    """Check that a folder is new or empty.
+
+    Raises:
+        UsageError: it is not, or there is a file.
+    """
     if out.exists() and (not out.is_dir() or children(out)):
         raise UsageError(f"--out {out}: expected a new or an empty folder, found something else. Choose another name.")
-    return "files"
 
 
 def write_images(out: Location, images: RGBArray, labels: Sequence[int], names: Sequence[str]) -> None:

@@ -1,0 +1,76 @@
+"""Editing by inversion: an image is integrated back to noise, and a part of it forward again under another label.
+
+Legend: B batch, T tokens, C channels; z latents, t time from 0 (noise) to 1 (data).
+Source: SVG (arXiv 2510.15301), its section on editing: inversion with the path recorded, noise inside a box, a softened
+mask, Euler steps under the new class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .flow import Velocity
+from .guidance import Guidance, GuidedVelocity
+
+
+def invert(velocity: Velocity, z1_BTC: Tensor, y_B: Tensor, times: Sequence[float]) -> list[Tensor]:
+    """Return the states at `times`, ascending to 1, of Euler steps from data back to noise; the last is `z1_BTC`."""
+    path = [z1_BTC]
+    for before, t in reversed(list(pairwise(times))):
+        v = velocity(path[-1], z1_BTC.new_full((len(z1_BTC),), t), y_B)
+        path.append(path[-1] - (t - before) * v.to(z1_BTC.dtype))
+    return path[::-1]
+
+
+def repaint(
+    v_at: GuidedVelocity,
+    path: Sequence[Tensor],
+    mask_T1: Tensor,
+    noise_BTC: Tensor,
+    y_B: Tensor,
+    times: Sequence[float],
+    guidance: Guidance,
+) -> Tensor:
+    """Return latents (B,T,C) at time 1, made anew where the mask is 1, and as recorded where it is 0.
+
+    Args:
+        v_at: the model, with its guidance.
+        path: states (B,T,C) of the image at `times`, see `invert`.
+        mask_T1: between 0 and 1.
+        noise_BTC: standard normal. It is scaled to the deviation of states at the first time.
+        y_B: new labels.
+        times: ascending, the last is 1.
+        guidance: scale and mode.
+    """
+    t0, steps = times[0], len(times) - 1
+    # The deviation of t data + (1 - t) noise, for normalised data.
+    z = path[0] + mask_T1 * (noise_BTC * (t0**2 + (1 - t0) ** 2) ** 0.5 - path[0])
+    for step, (t, after) in enumerate(pairwise(times)):
+        v = v_at(z, t, y_B, guidance.weights(step, steps, t))
+        z = z + (after - t) * v.to(z.dtype)
+        z = path[step + 1] + mask_T1 * (z - path[step + 1])
+    return z
+
+
+def soft_mask(box: tuple[int, int, int, int], size: int, grid: tuple[int, int]) -> Tensor:
+    """Return the share of every cell (T,1) that lies in a box (x, y, width, height) of an image, softened.
+
+    Softened: averaged over 3x3 cells with the weights 1 2 1, in both directions.
+
+    Args:
+        box: in pixels of the image.
+        size: pixels per side of the image.
+        grid: rows and columns of cells.
+    """
+    x, y, width, height = box
+    inside = torch.zeros(1, 1, size, size)
+    inside[..., y : y + height, x : x + width] = 1
+    share = F.interpolate(inside, grid, mode="area")
+    weights = torch.tensor([1.0, 2.0, 1.0]) / 4
+    kernel = (weights[:, None] * weights)[None, None]
+    return F.conv2d(F.pad(share, (1, 1, 1, 1), mode="replicate"), kernel).flatten()[:, None]
