@@ -23,6 +23,7 @@ from svgpipe.pipeline.preflight import check_model_settings
 from svgpipe.pipeline.study_checks import check_study
 from svgpipe.stages.networks.diffusion import width_warning
 
+from .browser import require_good_page
 from .commands import run_and_kill
 from .conftest import Finished, Outcome
 
@@ -71,6 +72,10 @@ def done(finished: Finished, photographs: Path, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("study")
     assert main([str(a) for a in study_args(finished, photographs, folder, folder / "work")]) == 0
     return folder / "work"
+
+
+def test_the_page_opens_in_a_browser(done: Path, tmp_path: Path) -> None:
+    require_good_page(done / "study.html", tmp_path)
 
 
 def results_of(workdir: Path) -> dict[str, Any]:
