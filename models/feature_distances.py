@@ -5,11 +5,12 @@ Legend: n m rows, D dimensions.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-BLOCK = 4096
-CELLS = 2**27  # maximum size of a table of distances in memory: half a gigabyte
+BLOCK = 4096  # rows; a table of distances between two blocks has 64 MB
 
 
 class FrechetTarget:
@@ -33,16 +34,7 @@ class FrechetTarget:
         Raises:
             ValueError: fewer than two.
         """
-        if len(features) < 2:
-            raise ValueError(f"Fréchet distance: expected at least two rows, found {len(features)}")
-        # In blocks: in float64 and centred, all of ImageNet would take 40 GB.
-        blocks, device = features.split(BLOCK), device or features.device
-        mean = torch.stack([block.to(device).double().sum(0) for block in blocks]).sum(0) / len(features)
-        scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=device)
-        for block in blocks:
-            centred = block.to(device).double() - mean
-            scatter += centred.T @ centred
-        return cls(mean, scatter / (len(features) - 1))
+        return cls(*_moments(features, device or features.device))
 
     def distance(self, features: Tensor) -> float:
         """Of (n,D) rows, never below 0.
@@ -50,11 +42,25 @@ class FrechetTarget:
         Raises:
             ValueError: fewer than two.
         """
-        return self.distances(features, [torch.arange(len(features))])[0]
+        if len(features) <= features.shape[1]:
+            return self.distances(features, [torch.arange(len(features))])[0]
+        mean, covariance = _moments(features, self.mean.device)
+        return self._distance(mean, covariance, torch.linalg.eigvalsh(self.root @ covariance @ self.root))
+
+    def _distance(self, mean: Tensor, covariance: Tensor, values: Tensor) -> float:
+        """Of a Gaussian, with the eigenvalues (D,) of C1^½ C2 C1^½."""
+        apart, trace = (mean - self.mean).square().sum(), covariance.trace()
+        return max(0.0, float(apart + self.trace + trace - 2 * values.clamp_min(0).sqrt().sum()))
 
     def distances(self, features: Tensor, picks: list[Tensor]) -> list[float]:
-        """The same for several choices of rows, each (k,) row numbers that may repeat."""
-        values = _rows(features)
+        """The same for several choices of few rows, each (k,) row numbers that may repeat.
+
+        Raises:
+            ValueError: fewer than two rows.
+        """
+        if len(features) < 2:
+            raise ValueError(f"Fréchet distance: expected at least two rows, found {len(features)}")
+        values = features.to(self.mean.device).double()
         turned = values @ self.root  # the covariance of these is C1^½ C2 C1^½
         distances = []
         for pick in picks:
@@ -70,21 +76,42 @@ class FrechetTarget:
             distances.append(max(0.0, float(apart + self.trace + trace - 2 * root_trace)))
         return distances
 
-    def influences(self, features: Tensor) -> Tensor:
-        """(n,) float64: contribution of each of (n,D) rows to the distance, up to a constant; n must be above D.
+    def distance_and_influences(self, features: Tensor) -> tuple[float, Tensor]:
+        """The distance of (n,D) rows, and the contribution of each of them to it, up to a constant; n must be above D.
 
-        To first order, the distance of a set changes by the mean of these values over its rows:
+        To first order, the distance of a set changes by the mean of these values, (n,) float64, over its rows:
         2 (x − μ2)·(μ2 − μ1) + |x − μ2|² − yᵀ S^-½ y, with y = C1^½ (x − μ2) and S the covariance of y, because the
         derivative of tr S^½ is ½ tr(S^-½ dS). Its gap to a plain bootstrap is a few per cent from n = 4 D on.
         """
-        values = _rows(features)
-        mean = values.mean(0)
-        centred = values - mean
-        turned = centred @ self.root
-        variances, axes = torch.linalg.eigh(turned.T @ turned / (len(values) - 1))
-        varies = variances > len(values) * torch.finfo(torch.float64).eps * variances.max()
-        of_root = ((turned @ axes[:, varies]).square() / variances[varies].sqrt()).sum(1)
-        return 2 * centred @ (mean - self.mean) + centred.square().sum(1) - of_root
+        mean, covariance = _moments(features, self.mean.device)
+        values, axes = torch.linalg.eigh(self.root @ covariance @ self.root)
+        varies = values > len(features) * torch.finfo(torch.float64).eps * values.max()
+        to_axes = self.root @ (axes[:, varies] / values[varies] ** 0.25)
+        influences = []
+        for block in features.split(BLOCK):
+            centred = block.to(mean.device).double() - mean
+            of_root = (centred @ to_axes).square().sum(1)
+            influences.append(2 * centred @ (mean - self.mean) + centred.square().sum(1) - of_root)
+        return self._distance(mean, covariance, values), torch.cat(influences)
+
+
+def _moments(features: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(D,) mean and (D,D) unbiased covariance of (n,D) rows, float64 on `device`.
+
+    In blocks: in float64 and centred, all of ImageNet would take 40 GB.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    if len(features) < 2:
+        raise ValueError(f"Fréchet distance: expected at least two rows, found {len(features)}")
+    blocks = features.split(BLOCK)
+    mean = torch.stack([block.to(device).double().sum(0) for block in blocks]).sum(0) / len(features)
+    scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=device)
+    for block in blocks:
+        centred = block.to(device).double() - mean
+        scatter += centred.T @ centred
+    return mean, scatter / (len(features) - 1)
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
@@ -94,12 +121,6 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
         ValueError: a set of fewer than two rows.
     """
     return FrechetTarget.of(second).distance(first)
-
-
-def _rows(features: Tensor) -> Tensor:
-    if len(features) < 2:
-        raise ValueError(f"Fréchet distance: expected at least two rows, found {len(features)}")
-    return features.double()
 
 
 def _centred(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,21 +139,22 @@ def kernel_influences(rows: Tensor, places: Tensor, reference: Tensor) -> Tensor
     """(n,) float64: contribution of each row to the kernel distance to a reference, up to a constant.
 
     To first order, the distance of a set changes by the mean of these values over its rows:
-    2 (E k(x,x') − E k(x,y)), with
-    k(a,b) = (a·b/D + 1)³ as of KID, arXiv 1801.01401.
+    2 (E k(x,x') − E k(x,y)), with k(a,b) = (a·b/D + 1)³ as of KID, arXiv 1801.01401. Products are float32, sums
+    float64.
 
     Args:
         rows: (n,D) features.
         places: (m,) rows that represent all as x', m > 1; no row is compared with itself.
         reference: (l,D) y.
     """
-    others, reference = rows[places].double(), reference.double()
+    rows, others, reference = rows.float(), rows[places].float(), reference.float()
     influences = []
     for start in range(0, len(rows), BLOCK):
-        part = rows[start : start + BLOCK].double()
+        part = rows[start : start + BLOCK]
         own = places == torch.arange(start, start + len(part))[:, None]
-        among = _cubic_kernel(part, others).masked_fill(own, 0).sum(1) / (~own).sum(1)
-        influences.append(2 * (among - _cubic_kernel(part, reference).mean(1)))
+        kernel = _cubic_kernel(part, others).masked_fill(own, 0)
+        among = kernel.sum(1, dtype=torch.float64) / (~own).sum(1)
+        influences.append(2 * (among - _cubic_kernel(part, reference).mean(1, dtype=torch.float64)))
     return torch.cat(influences)
 
 
@@ -143,32 +165,52 @@ def _cubic_kernel(first: Tensor, second: Tensor) -> Tensor:
 def ball_radii(rows: Tensor, neighbours: int = 3) -> Tensor:
     """(m,) distance of each of (m,D) rows to its k-th neighbour among the others.
 
+    Every distance is computed once, and counts for both of its rows.
+
     Raises:
         ValueError: unless m > neighbours.
     """
     if len(rows) <= neighbours:
         raise ValueError(f"precision and recall: expected more than {neighbours} rows, found {len(rows)}")
-    radii = [torch.cdist(block, rows).kthvalue(neighbours + 1).values for block in rows.split(_block(rows))]
-    return torch.cat(radii)
+    blocks = rows.split(BLOCK)
+    nearest = [
+        block.new_full((len(block), neighbours + 1), math.inf) for block in blocks
+    ]  # the first is the row itself
+
+    def see(place: int, distances: Tensor) -> None:
+        nearest[place] = torch.cat([nearest[place], distances], dim=1).topk(neighbours + 1, largest=False).values
+
+    for one, block in enumerate(blocks):
+        for other in range(one, len(blocks)):
+            distances = torch.cdist(block, blocks[other])
+            see(one, distances)
+            if other > one:
+                see(other, distances.T)
+    return torch.cat([found.amax(1) for found in nearest])
 
 
-def covered(features: Tensor, by: Tensor, radii: Tensor) -> Tensor:
-    """(n,) bool: which of the (n,D) rows lie within a ball around one of the (m,D) rows of `by`.
+def cover_each_other(first: Tensor, second: Tensor, first_radii: Tensor, second_radii: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) and (m,) bool: which rows of either set lie within a ball around a row of the other.
 
     Samples covered by real images give precision, real images covered by samples give recall.
 
     Args:
-        features: (n,D) rows.
-        by: (m,D) centres of the balls.
-        radii: (m,) of the balls, from `ball_radii`.
+        first: (n,D) rows.
+        second: (m,D) rows.
+        first_radii: (n,) of the balls around `first`, from `ball_radii`; negative: none.
+        second_radii: (m,) of the balls around `second`.
 
     Source: arXiv 1904.06991, eq. 1 and 2.
     """
-    return torch.cat([(torch.cdist(block, by) <= radii).any(1) for block in features.split(_block(by))])
-
-
-def _block(by: Tensor) -> int:
-    return max(1, min(BLOCK, CELLS // len(by)))
+    in_second = torch.zeros(len(first), dtype=torch.bool)
+    in_first = torch.zeros(len(second), dtype=torch.bool)
+    for i in range(0, len(first), BLOCK):
+        for j in range(0, len(second), BLOCK):
+            here, there = slice(i, i + BLOCK), slice(j, j + BLOCK)
+            distances = torch.cdist(first[here], second[there])
+            in_second[here] |= (distances <= second_radii[there]).any(1)
+            in_first[there] |= (distances <= first_radii[here, None]).any(0)
+    return in_second, in_first
 
 
 def nearest_class_hits(reference: Tensor, reference_labels: Tensor, features: Tensor, labels: Tensor) -> Tensor | None:

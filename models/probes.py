@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .feature_distances import CELLS
-
 BLOCK = 8192
 STEPS = 200
 KNN_TEMPERATURE = 0.07
+CELLS = 2**27  # maximum size of a table of similarities in memory: half a gigabyte
 
 
 def fit_linear(features_nD: Tensor, labels_n: Tensor, num_classes: int, decay: float) -> nn.Linear:

@@ -17,13 +17,13 @@ from svgpipe.models import feature_distances
 from svgpipe.models.feature_distances import (
     FrechetTarget,
     ball_radii,
-    covered,
+    cover_each_other,
     frechet_distance,
     nearest_class_accuracy,
 )
 from svgpipe.stages.evaluate import metrics
 from svgpipe.stages.evaluate.intervals import estimate, mean_estimate, picks
-from svgpipe.stages.evaluate.metrics import Comparison, Features, inception_score, kernel_distances
+from svgpipe.stages.evaluate.metrics import Comparison, Features, inception_score, inception_scores, kernel_distances
 
 
 def test_frechet_distance_against_the_closed_form() -> None:
@@ -87,8 +87,7 @@ def test_precision_and_recall_equal_torch_fidelity() -> None:
         samples * 0.5, reference, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False
     )
     narrow = samples * 0.5
-    precision = covered(narrow, reference, ball_radii(reference))
-    recall = covered(reference, narrow, ball_radii(narrow))
+    precision, recall = cover_each_other(narrow, reference, ball_radii(narrow), ball_radii(reference))
     assert float(precision.double().mean()) == pytest.approx(expected[KEY_METRIC_PRECISION], abs=1e-6)
     assert float(recall.double().mean()) == pytest.approx(expected[KEY_METRIC_RECALL], abs=1e-6)
     assert precision.double().mean() > recall.double().mean()  # narrow samples lie within, and leave much out
@@ -102,9 +101,14 @@ def test_precision_and_recall_equal_torch_fidelity() -> None:
 
 def test_large_tables_of_distances_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     samples, reference = gaussians(60, 90)
-    whole = covered(samples, reference, ball_radii(reference))
-    monkeypatch.setattr(feature_distances, "CELLS", 7 * 90)
-    assert torch.equal(covered(samples, reference, ball_radii(reference)), whole)
+    radii = ball_radii(samples), ball_radii(reference)
+    whole = cover_each_other(samples, reference, *radii)
+    by_hand = torch.cdist(samples, samples).sort(1).values[:, 3]
+    torch.testing.assert_close(radii[0], by_hand)
+    monkeypatch.setattr(feature_distances, "BLOCK", 7)
+    torch.testing.assert_close(ball_radii(samples), by_hand)
+    for found, expected in zip(cover_each_other(samples, reference, *radii), whole, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_precision_and_recall_use_a_subset_of_very_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,10 +117,10 @@ def test_precision_and_recall_use_a_subset_of_very_many_images(monkeypatch: pyte
     monkeypatch.setattr(metrics, "MAX_BALLS", 30)
     found = Comparison(Features(reference), 0, 0).measure(Features(samples))
     some, less = reference[evenly_spread(90, 30)], samples[evenly_spread(60, 30)]
-    for name, inside in (
-        ("precision", covered(samples, some, ball_radii(some))),
-        ("recall", covered(some, less, ball_radii(less))),
-    ):
+    nothing = torch.full((60,), -1.0)
+    precision, _ = cover_each_other(samples, some, nothing, ball_radii(some))
+    _, recall = cover_each_other(less, some, ball_radii(less), nothing[:30])
+    for name, inside in (("precision", precision), ("recall", recall)):
         measured = found[name]
         assert measured is not None
         assert measured.num_images == len(inside)
@@ -126,6 +130,13 @@ def test_precision_and_recall_use_a_subset_of_very_many_images(monkeypatch: pyte
 
 def test_inception_score_equals_torch_fidelity() -> None:
     (logits,) = gaussians(200, dimensions=10)
+    chosen = picks(200, 5, seed=3)
+    assert inception_scores(3 * logits, chosen) == pytest.approx([inception_score(3 * logits[p]) for p in chosen])
+    few = logits[:30]
+    alone = picks(30, 2, seed=3)
+    assert inception_scores(few, alone) == pytest.approx([inception_score(few[pick]) for pick in alone])
+    odd = torch.cat([logits, logits[:7]])  # 207 do not divide by ten
+    assert inception_scores(odd, [torch.arange(207)]) == pytest.approx([inception_score(odd)])
     assert inception_score(3 * logits) == pytest.approx(isc_features_to_metric(3 * logits)[KEY_METRIC_ISC_MEAN])
     assert inception_score(torch.zeros(5, 10)) == pytest.approx(1)
     assert inception_score(100 * torch.eye(10).repeat(100, 1)) > 9
@@ -157,7 +168,7 @@ def test_the_interval_of_a_distance_covers_new_draws() -> None:
     width = found.high - found.low
     assert 0.5 < width / (4 * others.std()) < 2
     itself = comparison.measure(Features(reference))["frechet_distance"]
-    assert itself is not None and itself.low == 0 and itself.high is not None and itself.high > 0
+    assert itself is not None and itself.low == pytest.approx(0, abs=1e-9)
     assert estimate(2.0, [], 5).model_dump() == {"value": 2.0, "low": None, "high": None, "num_images": 5}
 
 
@@ -217,8 +228,10 @@ def test_influences_leave_out_dimensions_that_do_not_vary() -> None:
     reference, samples = gaussians(50, 40)
     flat = torch.cat([samples, torch.zeros(40, 1)], dim=1)
     target = FrechetTarget.of(torch.cat([reference, torch.zeros(50, 1)], dim=1))
-    expected = FrechetTarget.of(reference).influences(samples)
-    torch.testing.assert_close(target.influences(flat), expected)
+    expected = FrechetTarget.of(reference).distance_and_influences(samples)
+    found = target.distance_and_influences(flat)
+    assert found[0] == pytest.approx(expected[0])
+    torch.testing.assert_close(found[1], expected[1])
 
 
 def test_the_interval_of_a_mean_lies_within_its_values() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +14,13 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metri
 
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.selection import evenly_spread
-from svgpipe.models.feature_distances import FrechetTarget, ball_radii, covered, kernel_influences, nearest_class_hits
+from svgpipe.models.feature_distances import (
+    FrechetTarget,
+    ball_radii,
+    cover_each_other,
+    kernel_influences,
+    nearest_class_hits,
+)
 
 from ..runtime.device import pick_device
 from .intervals import estimate, picks, share_estimate
@@ -22,11 +29,12 @@ KERNEL_SUBSETS = 50
 KERNEL_SUBSET_SIZE = 1000
 # KID subsets overlap, so their spread underestimates the error. The interval comes from the contributions of single
 # images instead, estimated against at most this many images of each set.
-KERNEL_ROWS = 10_000
+KERNEL_ROWS = 5_000
 # With this many images per dimension, the interval of a Fréchet distance comes from contributions of single images too:
 # it needs one decomposition of a matrix instead of one per resampling.
 FIRST_ORDER = 3
 INCEPTION_SPLITS = 10
+FIDELITY_SEED = 2020  # of torch-fidelity's splits
 MIN_TO_SPLIT = 100
 NEIGHBOURS = 3
 # The radius of a ball needs the distances to all other images: days of work for all of ImageNet. As in the paper.
@@ -63,12 +71,13 @@ class Comparison:
 
     def measure(self, features: Features) -> dict[str, Estimate | None]:
         """Return the fields of `Measured`; None if there are too few images, or no logits or labels."""
+        precision, recall = self.precision_and_recall(features.pooled)
         return {
             "frechet_distance": self.frechet(features.pooled),
             "kernel_distance": self.kernel(features.pooled),
-            "inception_score": None if features.logits is None else self._inception_score(features.logits),
-            "precision": self._precision(features.pooled),
-            "recall": self._recall(features.pooled),
+            "inception_score": None if features.logits is None else self.inception(features.logits),
+            "precision": precision,
+            "recall": recall,
             "class_accuracy": self._class_accuracy(features),
         }
 
@@ -77,12 +86,14 @@ class Comparison:
 
         The interval is to first order if there are enough images, see FIRST_ORDER.
         """
-        resampled, rows = picks(len(pooled), self.replicates, self.seed), pooled.to(pick_device())
-        if resampled and len(rows) >= FIRST_ORDER * rows.shape[1]:
-            influences = self._target.influences(rows).cpu()
-            value, replicates = self._target.distance(rows), [float(influences[pick].mean()) for pick in resampled]
+        resampled = picks(len(pooled), self.replicates, self.seed)
+        if resampled and len(pooled) >= FIRST_ORDER * pooled.shape[1]:
+            value, influences = self._target.distance_and_influences(pooled)
+            replicates = [float(influences.cpu()[pick].mean()) for pick in resampled]
+        elif resampled:
+            value, *replicates = self._target.distances(pooled, [torch.arange(len(pooled)), *resampled])
         else:
-            value, *replicates = self._target.distances(rows, [torch.arange(len(rows)), *resampled])
+            value, replicates = self._target.distance(pooled), []
         return estimate(value, replicates, len(pooled), least=0.0)
 
     def kernel(self, pooled: Tensor) -> Estimate | None:
@@ -97,24 +108,24 @@ class Comparison:
         moved = [float(influences[pick].mean()) for pick in picks(len(pooled), self.replicates, self.seed)]
         return estimate(value, moved, len(pooled))
 
-    def _inception_score(self, logits: Tensor) -> Estimate:
-        resampled = [inception_score(logits[pick]) for pick in picks(len(logits), self.replicates, self.seed)]
+    def inception(self, logits: Tensor) -> Estimate:
+        """Return the Inception Score of (n,K) logits."""
+        resampled = inception_scores(logits, picks(len(logits), self.replicates, self.seed))
         return estimate(inception_score(logits), resampled, len(logits), least=1.0)
 
     @cached_property
-    def _reference_balls(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.reference is None else balls(self.reference.pooled)
+    def _reference_radii(self) -> Tensor:
+        assert self.reference is not None, "the reference has images"
+        return radii_of_some(_at_most(self.reference.pooled, MAX_BALLS))
 
-    def _precision(self, pooled: Tensor) -> Estimate | None:
-        if self._reference_balls is None:
-            return None
-        return self._share(covered(pooled, *self._reference_balls))
-
-    def _recall(self, pooled: Tensor) -> Estimate | None:
-        own_balls = None if self.reference is None else balls(pooled)
-        if self.reference is None or own_balls is None:
-            return None
-        return self._share(covered(_at_most(self.reference.pooled, MAX_BALLS), *own_balls))
+    def precision_and_recall(self, pooled: Tensor) -> tuple[Estimate | None, Estimate | None]:
+        """Return shares of the samples in balls of the reference, and of it in theirs; None: too few for balls."""
+        if self.reference is None:
+            return None, None
+        reference, radii = _at_most(self.reference.pooled, MAX_BALLS), radii_of_some(pooled)
+        in_reference, in_own = cover_each_other(pooled, reference, radii, self._reference_radii)
+        precision = self._share(in_reference) if len(reference) > NEIGHBOURS else None
+        return precision, self._share(in_own) if len(pooled) > NEIGHBOURS else None
 
     def _class_accuracy(self, features: Features) -> Estimate | None:
         if features.labels is None or self.reference is None or self.reference.labels is None:
@@ -127,10 +138,13 @@ class Comparison:
         return share if self.replicates else Estimate(value=share.value, num_images=share.num_images)
 
 
-def balls(pooled: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return centres (m,D) and radii (m,) of the balls of (n,D) features, m ≤ MAX_BALLS; None if there are too few."""
-    centres = _at_most(pooled, MAX_BALLS)
-    return None if len(centres) <= NEIGHBOURS else (centres, ball_radii(centres, NEIGHBOURS))
+def radii_of_some(pooled: Tensor) -> Tensor:
+    """Return radii (n,) of the balls around (n,D) features; at most MAX_BALLS have one, and none of too few."""
+    radii = torch.full((len(pooled),), -1.0)
+    places = evenly_spread(len(pooled), MAX_BALLS)
+    if len(places) > NEIGHBOURS:
+        radii[places] = ball_radii(_at_most(pooled, MAX_BALLS), NEIGHBOURS)
+    return radii
 
 
 def _at_most(rows: Tensor, count: int) -> Tensor:
@@ -155,5 +169,31 @@ def inception_score(logits: Tensor) -> float:
 
     A split with one image scores 1.
     """
-    splits = INCEPTION_SPLITS if len(logits) >= MIN_TO_SPLIT else 1
-    return float(isc_features_to_metric(logits, splits=splits)[KEY_METRIC_ISC_MEAN])
+    return float(isc_features_to_metric(logits, splits=_splits(logits))[KEY_METRIC_ISC_MEAN])
+
+
+def _splits(logits: Tensor) -> int:
+    return INCEPTION_SPLITS if len(logits) >= MIN_TO_SPLIT else 1
+
+
+def inception_scores(logits: Tensor, chosen: Sequence[Tensor]) -> list[float]:
+    """Return `inception_score` of several choices of rows, each (n,) row numbers of (n,K) logits that may repeat.
+
+    A split's mean KL is the mean of Σ p log p over its rows, minus Σ q log q of its mean q. So one product with the
+    counts of the rows gives all splits of a choice, instead of a softmax of every choice.
+    """
+    count, splits = len(logits), _splits(logits)
+    # Rows are shuffled as in torch-fidelity, then split.
+    shuffled = torch.from_numpy(np.random.RandomState(FIDELITY_SEED).permutation(count))
+    split_of = (torch.arange(1, count + 1) * splits - 1).div(count, rounding_mode="floor")
+    p = logits.double().softmax(1)
+    negative_entropy = torch.special.entr(p).sum(1).neg()
+    p, scores = p.float(), []
+    for pick in chosen:
+        counts = torch.zeros(splits, count)
+        counts.index_put_((split_of, pick[shuffled]), torch.ones(count), accumulate=True)
+        sizes = counts.sum(1, keepdim=True)
+        mean = (counts @ p / sizes).double()
+        divergence = (counts.double() @ negative_entropy) / sizes[:, 0] + torch.special.entr(mean).sum(1)
+        scores.append(float(divergence.exp().mean()))
+    return scores
