@@ -38,6 +38,9 @@ def repaint(
 ) -> Tensor:
     """Return latents (B,T,C) at time 1, made anew where the mask is 1, and as recorded where it is 0.
 
+    In the steps, every cell with a mask above 0 is made anew: a share of a state at every step would bring the cell
+    back to the recorded path. The shares blend the ends of both paths.
+
     Args:
         v_at: the model, with its guidance.
         path: states (B,T,C) of the image at `times`, see `invert`.
@@ -47,30 +50,30 @@ def repaint(
         times: ascending, the last is 1.
         guidance: scale and mode.
     """
-    t0, steps = times[0], len(times) - 1
+    t0, steps, anew = times[0], len(times) - 1, mask_T1 > 0
     # The deviation of t data + (1 - t) noise, for normalised data.
-    z = path[0] + mask_T1 * (noise_BTC * (t0**2 + (1 - t0) ** 2) ** 0.5 - path[0])
+    z = torch.where(anew, noise_BTC * (t0**2 + (1 - t0) ** 2) ** 0.5, path[0])
     for step, (t, after) in enumerate(pairwise(times)):
         v = v_at(z, t, y_B, guidance.weights(step, steps, t))
-        z = z + (after - t) * v.to(z.dtype)
-        z = path[step + 1] + mask_T1 * (z - path[step + 1])
-    return z
+        z = torch.where(anew, z + (after - t) * v.to(z.dtype), path[step + 1])
+    return path[-1] + mask_T1 * (z - path[-1])
 
 
 def soft_mask(box: tuple[int, int, int, int], size: int, grid: tuple[int, int]) -> Tensor:
-    """Return the share of every cell (T,1) that lies in a box (x, y, width, height) of an image, softened.
+    """Return a mask (T,1) over cells: 1 where a cell touches a box, less in the cells around it, 0 elsewhere.
 
-    Softened: averaged over 3x3 cells with the weights 1 2 1, in both directions.
+    The cells around it have the mean over 3x3 cells, with the weights 1 2 1 in both directions.
 
     Args:
-        box: in pixels of the image.
+        box: x, y, width, height in pixels of the image.
         size: pixels per side of the image.
         grid: rows and columns of cells.
     """
     x, y, width, height = box
     inside = torch.zeros(1, 1, size, size)
     inside[..., y : y + height, x : x + width] = 1
-    share = F.interpolate(inside, grid, mode="area")
+    cells = F.adaptive_max_pool2d(inside, grid)
     weights = torch.tensor([1.0, 2.0, 1.0]) / 4
     kernel = (weights[:, None] * weights)[None, None]
-    return F.conv2d(F.pad(share, (1, 1, 1, 1), mode="replicate"), kernel).flatten()[:, None]
+    around = F.conv2d(F.pad(cells, (1, 1, 1, 1), mode="replicate"), kernel)
+    return torch.maximum(cells, around).flatten()[:, None]

@@ -202,8 +202,8 @@ def cover_each_other(first: Tensor, second: Tensor, first_radii: Tensor, second_
 
     Source: arXiv 1904.06991, eq. 1 and 2.
     """
-    in_second = torch.zeros(len(first), dtype=torch.bool)
-    in_first = torch.zeros(len(second), dtype=torch.bool)
+    in_second = torch.zeros(len(first), dtype=torch.bool, device=first.device)
+    in_first = torch.zeros(len(second), dtype=torch.bool, device=first.device)
     for i in range(0, len(first), BLOCK):
         for j in range(0, len(second), BLOCK):
             here, there = slice(i, i + BLOCK), slice(j, j + BLOCK)

@@ -15,8 +15,8 @@ from svgpipe.stages.evaluate.features import load_extractor
 from svgpipe.stages.networks.autoencoder import latent_grid
 from svgpipe.stages.networks.backbone import build_backbone
 from svgpipe.stages.networks.diffusion import open_diffusion, require_patches, width_warning
+from svgpipe.stages.networks.guided_model import require_guided_channels, require_sampling
 from svgpipe.stages.networks.perceptual import load_lpips
-from svgpipe.stages.networks.sampler import require_guided_channels, require_sampling
 from svgpipe.stages.train_diffusion.alignment_target import require_depth
 from svgpipe.stages.train_diffusion.stage import require_sample_steps
 from svgpipe.stages.training.metrics_log import require_wandb

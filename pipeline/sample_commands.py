@@ -54,6 +54,11 @@ DecoderOption = Annotated[
     typer.Option("--autoencoder", metavar="DIR", help="Decodes. Default: the autoencoder of the model's cache."),
 ]
 
+EncoderOption = Annotated[
+    str | None,
+    typer.Option("--autoencoder", metavar="DIR", help="Encodes and decodes. Default: that of the model's cache."),
+]
+
 
 @app.command(rich_help_panel=LOOK)
 def sample(
@@ -73,33 +78,38 @@ def sample(
 ) -> None:
     """Sample images of some classes: a sheet, single files or an .npz.
 
-    --set evaluation.KEY=VALUE changes all other settings of the sampling.
+    --set evaluation.KEY=VALUE changes other settings of the sampling, for example solver or time_shift.
     """
     from svgpipe.stages.sample import load
     from svgpipe.stages.sample.classes import labels_in_order
-    from svgpipe.stages.sample.pictures import form_of, write_images
+    from svgpipe.stages.sample.pictures import form_of, require_new, write_images
     from svgpipe.stages.sample.sheets import write_interpolation, write_steps
 
-    place = location(out)
+    place, written = location(out), []
+    if show_steps:
+        written = [place.with_suffix(".steps.png"), place.with_suffix(".steps.webp")]
+    elif interpolate is not None:
+        written = [place.with_suffix(".webp")]
     _require_fitting(form_of(place), show_steps=show_steps, interpolate=interpolate, count=count)
+    require_new(place, *written)
     sampler = load(model, autoencoder, ema or "ema")
     settings = sampler.settings(*(overrides or ()), steps=steps, guidance=guidance, seed=seed)
-    names, chosen = shown_names(sampler.class_names), [] if classes is None else classes.split(",")
-    numbers = list(dict.fromkeys(_class_numbers(sampler, chosen, names)))
+    names = shown_names(sampler.class_names)
+    numbers = [] if classes is None else list(dict.fromkeys(_class_numbers(sampler, classes.split(","), names)))
     if interpolate is not None:
         ends = _seeds(interpolate) if numbers else _class_numbers(sampler, interpolate, names)
         write_interpolation(place, sampler, ends, numbers, settings, names, frames)
-        typer.echo(f"{out}, {place.with_suffix('.webp')}: {frames} images from {interpolate[0]} to {interpolate[1]}")
+        typer.echo(f"{out}, {written[0]}: {frames} images from {interpolate[0]} to {interpolate[1]}")
         return
-    labels = labels_in_order(numbers or sampler.trained.classes or range(len(names)), count or COUNT)
+    labels = labels_in_order(numbers or sampler.trained.classes or range(len(names)), _count(count, numbers))
     if show_steps:
         images = write_steps(place, sampler, labels, settings, names)
-        typer.echo(f"{place.with_suffix('.steps.png')}, {place.with_suffix('.steps.webp')}: the steps")
+        typer.echo(f"{written[0]}, {written[1]}: {settings.steps} steps")
     else:
         with ConsoleProgress() as progress:
             images = sampler.images(labels, settings, progress)
     write_images(place, images, labels, names)
-    typer.echo(f"{out}: {len(images)} images of {len(set(labels))} classes")
+    typer.echo(f"{out}: images: {len(images)}, classes: {len(set(labels))}")
 
 
 def _require_fitting(form: str, *, show_steps: bool, interpolate: tuple[str, str] | None, count: int | None) -> None:
@@ -114,11 +124,22 @@ def _require_fitting(form: str, *, show_steps: bool, interpolate: tuple[str, str
         raise UsageError("--interpolate: not together with --show-steps or --count; --frames is the number of images.")
 
 
+def _count(asked: int | None, numbers: Sequence[int]) -> int:
+    """Return the number of images of these classes.
+
+    Raises:
+        UsageError: fewer than classes.
+    """
+    if asked is not None and asked < len(numbers):
+        raise UsageError(f"--count {asked}: expected at least one image of each of the {len(numbers)} classes.")
+    return max(COUNT, len(numbers)) if asked is None else asked
+
+
 def _class_numbers(sampler: ImageSampler, wanted: Sequence[str], names: Sequence[str]) -> list[int]:
     """Return the numbers of classes, in order. Raises UsageError for an unknown one."""
     from svgpipe.stages.sample.classes import class_number
 
-    return [class_number(name.strip(), sampler.trained, names) for name in wanted if name.strip()]
+    return [class_number(name.strip(), sampler.trained, names) for name in wanted]
 
 
 def _seeds(wanted: Sequence[str]) -> list[int]:
@@ -152,31 +173,30 @@ def edit(
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Euler steps.")] = 100,
     guidance: ScaleOption = 4.0,
     seed: SeedOption = 0,
-    autoencoder: DecoderOption = None,
+    autoencoder: EncoderOption = None,
     ema: EmaOption = None,
     overrides: SetOption = None,
 ) -> None:
     """Make a part of an image anew under another class, by inversion; write a page.
 
-    --set evaluation.KEY=VALUE changes the time shift (0.4) and all other settings of the sampling.
+    --set evaluation.KEY=VALUE changes other settings of the sampling, for example time_shift, here 0.4.
     """
-    from svgpipe.stages.sample.edit import ImageEditor, read_square, require_box
-    from svgpipe.stages.sample.pictures import require_empty
+    from svgpipe.stages.images.decode import centre_crop, to_array
+    from svgpipe.stages.sample.edit import ImageEditor, read_image, require_box
+    from svgpipe.stages.sample.pictures import require_new
 
     from .edit_page import write_edit
 
-    folder, place = location(out), _box(box)
-    require_empty(folder)
+    folder, place, opened = location(out), _box(box), read_image(image)
+    require_new(folder)
     editor = ImageEditor(model, autoencoder, ema or "ema")
     require_box(place, editor.size)
-    sampler = editor.sampler
+    sampler, names = editor.sampler, shown_names(editor.sampler.class_names)
     given = ("evaluation.time_shift=0.4", *(overrides or ()))
     settings = sampler.settings(*given, steps=steps, guidance=guidance, seed=seed)
-    names = shown_names(sampler.class_names)
-    label = _class_numbers(sampler, [wanted], names)[0]
-    sources = _class_numbers(sampler, [] if source_class is None else [source_class], names)
-    source = sources[0] if sources else None
-    pixels = read_square(image, editor.size)
+    (label,) = _class_numbers(sampler, [wanted], names)
+    source = None if source_class is None else _class_numbers(sampler, [source_class], names)[0]
+    pixels = to_array(centre_crop(opened, editor.size))
     edited = editor.edit(pixels, place, label, settings, source_label=source, t_edit=t_edit, count=count)
     page = write_edit(
         folder,

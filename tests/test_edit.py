@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from svgpipe.models.dit import DiT
 from svgpipe.models.editing import invert, repaint, soft_mask
 from svgpipe.models.guidance import Guidance, GuidedVelocity
 from svgpipe.models.sampler import sample, time_grid
+from svgpipe.stages.images.decode import RGBArray, centre_crop, to_array
+from svgpipe.stages.images.stream import load_images
+from svgpipe.stages.networks.sampling import SamplerSettings
+from svgpipe.stages.sample import edit
+from svgpipe.stages.sample.edit import ImageEditor, read_image
 
 from .conftest import Finished, Outcome
 
@@ -53,20 +60,31 @@ def test_noise_has_the_deviation_of_the_states_where_the_edit_begins() -> None:
     assert edited.item() == pytest.approx((0.6**2 + 0.4**2) ** 0.5)
 
 
+@pytest.mark.parametrize("steps", [4, 100])
+def test_shares_of_the_mask_blend_whatever_the_number_of_steps(steps: int) -> None:
+    times = time_grid(steps, 0.4).tolist()
+    still = [torch.zeros(1, 3, 1)] * (steps + 1)
+    v_at = GuidedVelocity(lambda z, t, y: torch.zeros_like(z), null_label=9)
+    mask = torch.tensor([0.0, 0.25, 1.0])[:, None]
+    edited = repaint(v_at, still, mask, torch.ones(1, 3, 1), torch.tensor([0]), times, Guidance())
+    torch.testing.assert_close(edited[0], mask)
+
+
 @given(st.integers(0, 31), st.integers(0, 31), st.integers(1, 32), st.integers(1, 32))
-def test_the_mask_covers_the_box(x: int, y: int, width: int, height: int) -> None:
+def test_the_mask_is_whole_on_cells_of_the_box_and_ends_one_cell_around_them(
+    x: int, y: int, width: int, height: int
+) -> None:
     width, height = min(width, SIZE - x), min(height, SIZE - y)
     mask = soft_mask((x, y, width, height), SIZE, (8, 8)).view(8, 8)
-    assert 0 <= mask.min() <= mask.max() <= 1 + 1e-6
+    columns, rows = (range(at // 4, (at + length - 1) // 4 + 1) for at, length in ((x, width), (y, height)))
     for row in range(8):
         for column in range(8):
-            left, top = 4 * column, 4 * row  # of the cell; its neighbours decide too
-            inside = x <= max(0, left - 4) and y <= max(0, top - 4)
-            inside &= x + width >= min(SIZE, left + 8) and y + height >= min(SIZE, top + 8)
-            outside = x >= left + 8 or y >= top + 8 or x + width <= left - 4 or y + height <= top - 4
-            if inside:
-                assert mask[row, column] == pytest.approx(1)
-            if outside:
+            apart = max(rows[0] - row, row - rows[-1], columns[0] - column, column - columns[-1])
+            if apart <= 0:
+                assert mask[row, column] == 1
+            elif apart == 1:
+                assert 0 < mask[row, column] <= 0.5
+            else:
                 assert mask[row, column] == 0
 
 
@@ -97,10 +115,45 @@ def test_an_edit_writes_a_page_and_pictures(
     assert "made anew as cat" in page
     assert "as astronaut" in page
     assert (pictures["result-0"] != pictures["result-1"]).any()
-    again = svgpipe(*asked, "--out", tmp_path / "late", "--count", "1", "--t-edit", "0.9")
-    assert again.code == 0, again.err
-    late = np.asarray(Image.open(tmp_path / "late" / "result-0.png"))
-    assert (late != pictures["result-0"]).any()
+    assert ran.out.count(" dB") == 2
+
+
+def test_every_option_changes_the_edit(finished: Finished, photograph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = ImageEditor(finished.root / "diffusion")
+    pixels = to_array(centre_crop(read_image(photograph), SIZE))
+    settings = editor.sampler.settings(steps=4, guidance=100.0)  # the tiny model hardly knows its classes
+
+    def result(settings: SamplerSettings = settings, **options: Any) -> RGBArray:
+        return editor.edit(pixels, (0, 8, 16, 16), options.pop("label", 1), settings, **options).results
+
+    plain = result()
+    np.testing.assert_array_equal(plain, result())
+    np.testing.assert_array_equal(plain[0], result(count=3)[0])
+    changed = {
+        "class": result(label=2),
+        "time": result(t_edit=0.5),
+        "seed": result(editor.sampler.settings(steps=4, guidance=100.0, seed=1)),
+        "guidance": result(editor.sampler.settings(steps=4, guidance=50.0)),
+    }
+    assert [name for name, images in changed.items() if (images == plain).all()] == []
+    # The path changes too little to be seen with the tiny model.
+    inverted: list[int] = []
+
+    def seen(model: DiT, z: Tensor, y: Tensor, times: Sequence[float]) -> list[Tensor]:
+        inverted.append(int(y))
+        return invert(model, z, y, times)
+
+    monkeypatch.setattr(edit, "invert", seen)
+    result()
+    result(source_label=2)
+    assert inverted == [3, 2]  # 3: no class
+
+
+def test_an_image_is_encoded_as_in_the_cache(finished: Finished) -> None:
+    editor, cache = ImageEditor(finished.root / "diffusion"), finished.cache
+    pixels = load_images(finished.shards, [3], SIZE)[0]
+    expected = torch.from_numpy(cache.read([3]).astype(np.float32)).flatten(1, 2)
+    torch.testing.assert_close(editor.encode(pixels), expected, atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.parametrize("kind", ["kl", "aligned-kl"])
@@ -122,7 +175,9 @@ def test_latents_of_a_posterior_are_edited(
         (["--class", "catt"], ["'catt'", "Nearest: cat"]),
         (["--source-class", "catt"], ["'catt'"]),
         (["--set", "evaluation.solver=heun"], ["euler", "heun"]),
-        (["--out", "."], ["empty folder"]),
+        (["--class", ""], ["''"]),
+        (["--source-class", ""], ["''"]),
+        (["--out", "file"], ["already there"]),
     ],
 )
 def test_bad_input_is_named(

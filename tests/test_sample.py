@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from PIL import Image
 
 from svgpipe.manifests.errors import UsageError
 from svgpipe.stages.networks.autoencoder import decode_latents, load_autoencoder
+from svgpipe.stages.networks.diffusion import open_diffusion
 from svgpipe.stages.networks.sampling import initial_noise
 from svgpipe.stages.sample import load
-from svgpipe.stages.sample.classes import labels_in_order
+from svgpipe.stages.sample.classes import class_number, labels_in_order
 from svgpipe.stages.sample.interpolation import between_classes, between_seeds, slerp
 from svgpipe.stages.sample.trajectory import trajectory
 
@@ -61,8 +63,9 @@ def test_every_setting_reaches_the_sampler(finished: Finished) -> None:
         load(finished.root / "diffusion", weights="raw").sample(["cat"], steps=3),
     ):
         assert (other != plain).any()
-    with pytest.raises(UsageError, match="one value each"):
-        sampler.sample(["cat"], overrides=["evaluation.steps=[1, 2]"])
+    for wrong in ("evaluation.steps=3", "evaluation.preset=sit-sde", "evaluation={}", "diffusion.steps=3"):
+        with pytest.raises(UsageError, match="time_shift"):
+            sampler.sample(["cat"], overrides=[wrong])
 
 
 def test_a_sheet_an_archive_and_files_hold_the_same_images(
@@ -72,7 +75,12 @@ def test_a_sheet_an_archive_and_files_hold_the_same_images(
     for out in ("sheet.png", "all.npz", "files"):
         ran = svgpipe(*asked, "--out", tmp_path / "new" / out)
         assert ran.code == 0, ran.err
-    assert "5 images of 2 classes" in ran.out
+    assert "images: 5, classes: 2" in ran.out
+    before = (tmp_path / "new" / "sheet.png").read_bytes()
+    again = svgpipe(*asked, "--seed", "1", "--out", tmp_path / "new" / "sheet.png")
+    assert again.code == 2
+    assert "already there" in again.err
+    assert (tmp_path / "new" / "sheet.png").read_bytes() == before
     with np.load(tmp_path / "new" / "all.npz") as archive:
         images, labels = archive["arr_0"], archive["arr_1"]
     assert labels.tolist() == [1, 1, 1, 0, 0]
@@ -89,22 +97,28 @@ def test_a_sheet_an_archive_and_files_hold_the_same_images(
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "words"),
+    ("options", "words"),
     [
-        (["--classes", "catt"], 2, ["'catt'", "Nearest: cat"]),
-        (["--classes", "3"], 2, ["'3'", "0 to 2"]),
-        (["--out", "a.jpg"], 2, ["NAME.png", "NAME.npz", "folder"]),
-        (["--out", "."], 2, ["empty folder"]),
-        (["--set", "evaluation.stepz=3"], 2, ["evaluation.steps"]),
-        (["--set", "evaluation.solver=ddim"], 2, ["evaluation.solver", "objective flow"]),
-        (["--set", "evaluation.internal_guidance=true"], 2, ["auxiliary head"]),
-        (["--ema", "0.7"], 2, ["0.7", "ema-0.9"]),
-        (["--count", "0"], 2, ["--count"]),
-        (["--show-steps", "--out", "a.npz"], 2, ["--show-steps", "NAME.png"]),
-        (["--show-steps", "--set", "evaluation.solver=dopri5"], 2, ["--show-steps", "dopri5"]),
-        (["--interpolate", "cat", "dog"], 2, ["'dog'", "0 to 2"]),
-        (["--interpolate", "1", "cat", "--classes", "cat"], 2, ["two seeds"]),
-        (["--interpolate", "0", "1", "--count", "3"], 2, ["--count", "--frames"]),
+        (["--classes", "catt"], ["'catt'", "Nearest: cat"]),
+        (["--classes", "3"], ["'3'", "0 to 2"]),
+        (["--out", "a.jpg"], ["NAME.png", "NAME.npz", "folder"]),
+        (["--classes", ","], ["''"]),
+        (["--classes", "cat,coffee", "--count", "1"], ["--count 1", "2 classes"]),
+        (["--out", "file/a.png"], ["file", "not a folder"]),
+        (["--out", "file"], ["already there"]),
+        (["--set", "evaluation.stepz=3"], ["evaluation.stepz", "solver"]),
+        (["--set", "evaluation.time_shift=fast"], ["evaluation.time_shift", "number"]),
+        (["--set", "evaluation.solver=ddim"], ["evaluation.solver", "objective flow"]),
+        (["--set", "evaluation.internal_guidance=true"], ["auxiliary head"]),
+        (["--ema", "0.7"], ["0.7", "ema-0.9"]),
+        (["--count", "0"], ["--count"]),
+        (["--show-steps", "--out", "a.npz"], ["--show-steps", "NAME.png"]),
+        (["--show-steps", "--set", "evaluation.solver=dopri5"], ["--show-steps", "dopri5"]),
+        (["--show-steps", "--count", "65"], ["--count", "64"]),
+        (["--interpolate", "", "cat"], ["''"]),
+        (["--interpolate", "cat", "dog"], ["'dog'", "0 to 2"]),
+        (["--interpolate", "1", "cat", "--classes", "cat"], ["two seeds"]),
+        (["--interpolate", "0", "1", "--count", "3"], ["--count", "--frames"]),
     ],
 )
 def test_bad_input_is_named(
@@ -113,7 +127,6 @@ def test_bad_input_is_named(
     monkeypatch: pytest.MonkeyPatch,
     svgpipe: Callable[..., Outcome],
     options: list[str],
-    code: int,
     words: list[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -121,7 +134,7 @@ def test_bad_input_is_named(
     found = svgpipe(
         "sample", finished.root / "diffusion", *([] if "--out" in options else ["--out", "a.png"]), *options
     )
-    assert found.code == code, found.err
+    assert found.code == 2, found.err
     for word in words:
         assert word in found.err, found.err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -135,13 +148,13 @@ def test_the_autoencoder_is_found_or_given(
     model = tmp_path / "moved" / "diffusion"
     shutil.rmtree(tmp_path / "moved" / "cache" / "features")  # nothing is read but where the autoencoder is
     asked = ["--steps", "1", "--count", "2", "--out", tmp_path / "a.png"]
-    assert svgpipe("sample", model, *asked).code == 0
+    assert svgpipe("sample", model, *asked[:-1], tmp_path / "moved.png").code == 0
     checkpoint = next((finished.root / "diffusion" / "checkpoints").glob("step-*"))
     unknown = svgpipe("sample", checkpoint, *asked)
     assert unknown.code == 2
     assert "--autoencoder" in unknown.err
     assert svgpipe("sample", checkpoint, "--autoencoder", finished.root / "autoencoder", *asked).code == 0
-    other = svgpipe("sample", model, "--autoencoder", vaes / "kl" / "autoencoder", *asked)
+    other = svgpipe("sample", model, "--autoencoder", vaes / "kl" / "autoencoder", *asked[:-1], tmp_path / "b.png")
     assert other.code == 1
     assert "--autoencoder" in other.err
 
@@ -204,6 +217,23 @@ def test_steps_and_interpolations_are_drawn(
             assert picture.size == (columns * cell[0], rows * cell[1]), name
             least = 2 if name == "a.steps.webp" else 1  # WebP merges frames that hardly differ
             assert least <= getattr(picture, "n_frames", 1) <= frames, name
+
+
+def test_classes_are_found_by_name_and_by_number(finished: Finished) -> None:
+    trained = open_diffusion(finished.root / "diffusion")
+    model = replace(trained, class_names=["n02012849", "n01443537", "1", "n03126707"], untrained_classes=())
+    shown = ["n02012849 crane", "n01443537 goldfish", "1", "n03126707 crane"]
+    for wanted, expected in (("goldfish", 1), ("GOLDFISH", 1), ("n01443537", 1), ("0", 0), ("1", 2), (1, 1), (3, 3)):
+        assert class_number(wanted, model, shown) == expected, wanted
+    with pytest.raises(UsageError, match="several classes have this name: n02012849, n03126707"):
+        class_number("crane", model, shown)
+    with pytest.raises(UsageError, match="Nearest: goldfish"):
+        class_number("goldfisch", model, shown)
+    for wrong in (4, -1, "", "4"):
+        with pytest.raises(UsageError, match="0 to 3"):
+            class_number(wrong, model, shown)
+    with pytest.raises(UsageError, match="without an image"):
+        class_number(1, replace(model, untrained_classes=(1,)), shown)
 
 
 @given(st.integers(1, 60), st.lists(st.integers(0, 99), min_size=1, max_size=20, unique=True))

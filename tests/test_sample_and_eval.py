@@ -51,7 +51,7 @@ from svgpipe.stages.networks.autoencoder import latent_decoder
 from svgpipe.stages.networks.backbone import build_backbone, state_digest
 from svgpipe.stages.networks.diffusion import open_diffusion
 from svgpipe.stages.networks.downloads import Download
-from svgpipe.stages.networks.sampler import Sampler
+from svgpipe.stages.networks.guided_model import GuidedModel
 from svgpipe.stages.networks.sampling import SamplerSettings, initial_noise, keep_as_computed, labels_of, sample_latents
 
 from .commands import run_and_kill
@@ -447,7 +447,7 @@ def drawn_by_a_worker(finished: Finished, *, guided: bool = False, **changes: ob
     """Return the first unit of the last setting, sampled in this process."""
     config = finished.recipe.evaluation.model_copy(update=changes)
     model = open_diffusion(finished.root / "diffusion")
-    sampler = Sampler(model, model if guided else None)
+    sampler = GuidedModel(model, model if guided else None)
     settings = sampler.settings(config)
     spec = FeatureStore.open(latents_of(finished.root / "evaluation", SETTINGS[-1])).spec
     specs = [spec] * len(settings)
@@ -649,7 +649,7 @@ def test_guidance_of_some_channels(finished: Finished, tmp_path: Path, svgpipe: 
     config = finished.recipe.evaluation.model_copy(update={"steps": [1], "guidance": [4.0], "weights": "raw"})
 
     def drawn(**changes: object) -> tuple[SamplerSettings, np.ndarray]:
-        (setting,) = Sampler(model).settings(config.model_copy(update=changes))
+        (setting,) = GuidedModel(model).settings(config.model_copy(update=changes))
         return setting, sample_latents(model.load("raw"), range(2), setting, torch.device("cpu")).numpy()
 
     (whole, guided), (some, mixed) = drawn(), drawn(guidance_channels=3)
@@ -674,9 +674,9 @@ def test_without_guidance_mode_and_guide_are_ignored(finished: Finished) -> None
     """Such sweeps share latents. Not cfg_star, which changes the first steps at any guidance."""
     model = open_diffusion(finished.root / "diffusion")
     config = finished.recipe.evaluation.model_copy(update={"steps": [2], "guidance": [1.0, 1.5]})
-    plain = Sampler(model)
+    plain = GuidedModel(model)
 
-    def drawn(mode: str, sampler: Sampler = plain) -> list[tuple[str, np.ndarray]]:
+    def drawn(mode: str, sampler: GuidedModel = plain) -> list[tuple[str, np.ndarray]]:
         settings = sampler.settings(config.model_copy(update={"guidance_mode": mode}))
         guides = [] if sampler.guide is None else [sampler.guide.load("raw")]
         return [
@@ -689,7 +689,7 @@ def test_without_guidance_mode_and_guide_are_ignored(finished: Finished) -> None
 
     (key, latents), (guided_key, guided) = drawn("constant")
     others = [drawn(mode) for mode in ("interval-0.2-0.9", "linear", "late", "early-0.5")]
-    others.append(drawn("constant", Sampler(model, model)))
+    others.append(drawn("constant", GuidedModel(model, model)))
     for (same_key, same), (other_key, other) in others:
         assert same_key == key and np.array_equal(same, latents)
         assert other_key != guided_key and not np.array_equal(other, guided)
@@ -753,18 +753,18 @@ def test_autoguidance_by_a_checkpoint(finished: Finished, tmp_path: Path, svgpip
 
 def test_a_guide_that_does_not_belong_is_refused(finished: Finished, tmp_path: Path) -> None:
     model = open_diffusion(finished.root / "diffusion")
-    Sampler(model, model).require_match()
+    GuidedModel(model, model).require_match()
     with pytest.raises(MismatchError, match="another shape, objective or other classes"):
-        Sampler(model, replace(model, class_names=model.class_names[::-1])).require_match()
+        GuidedModel(model, replace(model, class_names=model.class_names[::-1])).require_match()
     other = replace(model, directory=tmp_path, content={**model.content})
     mean, std = model.statistics()
     statistics = {"channel_mean": torch.from_numpy(mean) + 1, "channel_std": torch.from_numpy(std)}
     other.content[STATISTICS_FILE] = save_tensors(tmp_path / STATISTICS_FILE, statistics)
     with pytest.raises(MismatchError, match="another cache"):
-        Sampler(model, other).require_match()
+        GuidedModel(model, other).require_match()
     config = finished.recipe.evaluation.model_copy(update={"guidance_mode": "cfg_star-1-2"})
     with pytest.raises(UsageError, match="neither a guide nor an auxiliary head"):
-        Sampler(model, model).settings(config)
+        GuidedModel(model, model).settings(config)
 
 
 def test_labels_are_equal_per_class_or_drawn() -> None:

@@ -29,7 +29,7 @@ KERNEL_SUBSETS = 50
 KERNEL_SUBSET_SIZE = 1000
 # KID subsets overlap, so their spread underestimates the error. The interval comes from the contributions of single
 # images instead, estimated against at most this many images of each set.
-KERNEL_ROWS = 5_000
+KERNEL_ROWS = 10_000
 # With this many images per dimension, the interval of a Fréchet distance comes from contributions of single images too:
 # it needs one decomposition of a matrix instead of one per resampling.
 FIRST_ORDER = 3
@@ -89,7 +89,8 @@ class Comparison:
         resampled = picks(len(pooled), self.replicates, self.seed)
         if resampled and len(pooled) >= FIRST_ORDER * pooled.shape[1]:
             value, influences = self._target.distance_and_influences(pooled)
-            replicates = [float(influences.cpu()[pick].mean()) for pick in resampled]
+            influences = influences.cpu()
+            replicates = [float(influences[pick].mean()) for pick in resampled]
         elif resampled:
             value, *replicates = self._target.distances(pooled, [torch.arange(len(pooled)), *resampled])
         else:
@@ -140,7 +141,7 @@ class Comparison:
 
 def radii_of_some(pooled: Tensor) -> Tensor:
     """Return radii (n,) of the balls around (n,D) features; at most MAX_BALLS have one, and none of too few."""
-    radii = torch.full((len(pooled),), -1.0)
+    radii = pooled.new_full((len(pooled),), -1)
     places = evenly_spread(len(pooled), MAX_BALLS)
     if len(places) > NEIGHBOURS:
         radii[places] = ball_radii(_at_most(pooled, MAX_BALLS), NEIGHBOURS)

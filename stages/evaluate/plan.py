@@ -13,7 +13,7 @@ from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionMani
 from svgpipe.manifests.workdir import StageSpec
 
 from ..networks.diffusion import open_diffusion
-from ..networks.sampler import Sampler
+from ..networks.guided_model import GuidedModel
 from ..networks.sampling import SamplerSettings
 from .features import Extractor, extractor_for, weight_inputs
 from .reference import RealSets, Reference, require_extractor
@@ -29,7 +29,7 @@ class EvaluationPlan:
     diffusion: DiffusionManifest
     autoencoder: Location
     encoder: AutoencoderManifest
-    sampler: Sampler
+    sampler: GuidedModel
     settings: tuple[SamplerSettings, ...]
     reference: Reference
     inputs: dict[str, InputRef]
@@ -57,7 +57,7 @@ class EvaluationPlan:
             UsageError: an unknown guidance mode or unknown weights.
         """
         manifest = DiffusionManifest.read(diffusion)
-        sampler = Sampler(open_diffusion(diffusion), None if guide is None else open_diffusion(guide))
+        sampler = GuidedModel(open_diffusion(diffusion), None if guide is None else open_diffusion(guide))
         sampler.require_match()
         encoder = require_decoder(
             str(diffusion),

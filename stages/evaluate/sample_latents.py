@@ -28,7 +28,7 @@ from svgpipe.manifests.manifest import digest
 from svgpipe.manifests.store_spec import StoreSpec
 
 from ..networks.diffusion import TrainedDiffusion
-from ..networks.sampler import Sampler
+from ..networks.guided_model import GuidedModel
 from ..networks.sampling import SamplerSettings, keep_as_computed, sample_latents
 from ..runtime.device import is_compiled, warn_if_imitated
 from ..runtime.progress import Progress
@@ -112,7 +112,7 @@ def _open(plan: EvaluationPlan, setting: SamplerSettings, locks: ExitStack) -> _
     return _Store(setting, store, Journal(path), -(-config.num_samples // store.spec.unit_rows))
 
 
-def _key(sampler: Sampler, setting: SamplerSettings, config: EvaluationSection) -> str:
+def _key(sampler: GuidedModel, setting: SamplerSettings, config: EvaluationSection) -> str:
     return digest([sampler.model.weights_sha256(config.weights), setting.identity])[:12]
 
 
@@ -155,7 +155,7 @@ class _SampleUnit:
         self,
         device: torch.device,
         *,
-        sampler: Sampler,
+        sampler: GuidedModel,
         settings: Sequence[SamplerSettings],
         config: EvaluationSection,
         specs: Sequence[StoreSpec],

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from svgpipe.manifests.errors import UsageError, first_line
+from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.model_manifests import EMA
 from svgpipe.models.autoencoder import Autoencoder
@@ -20,7 +21,7 @@ from svgpipe.models.editing import invert, repaint, soft_mask
 from svgpipe.models.guidance import GuidedVelocity
 from svgpipe.models.sampler import time_grid
 
-from ..images.decode import RejectedImageError, RGBArray, centre_crop, decode_image, psnr, to_array
+from ..images.decode import RejectedImageError, RGBArray, decode_image, psnr
 from ..images.tensors import as_unit_range
 from ..networks.autoencoder import load_autoencoder
 from ..networks.sampling import SamplerSettings, initial_noise
@@ -89,11 +90,11 @@ class ImageEditor:
         """Make the box of an image (S,S,3) anew.
 
         Args:
-            pixels: the image, as `read_square` reads it.
+            pixels: a square of `size` pixels.
             box: where.
             label: class of the result.
             settings: steps from `t_edit` on, time shift, guidance of the result, seed.
-            source_label: class of the image, for its inversion; None: the label for 'no class'.
+            source_label: class of the inversion; None: the label for 'no class'.
             t_edit: the image is integrated back to this time.
             count: results, each with noise of its own.
 
@@ -108,7 +109,7 @@ class ImageEditor:
             raise UsageError(f"evaluation.solver: editing needs euler, found {settings.solver}.")
         sampler, grid = self.sampler, time_grid(settings.steps, settings.time_shift)
         times = [*(t_edit + (1 - t_edit) * grid[:-1]).tolist(), 1.0]
-        mask, latents = soft_mask(box, self.size, sampler.trained.grid), self._encode(pixels)
+        mask, latents = soft_mask(box, self.size, sampler.trained.grid), self.encode(pixels)
         with torch.no_grad(), autocast(sampler.device, settings.precision):
             changed = self._repainted(latents, mask, label, source_label, times, settings, count)
         reconstruction, *results = sampler.decode(torch.cat([latents, changed.float().cpu()]))
@@ -116,7 +117,7 @@ class ImageEditor:
         outside = [psnr_outside(box, pixels, image) for image in (reconstruction, *results)]
         return Edited(pixels, shown.numpy(), reconstruction, np.stack(results), outside[1:], outside[0])
 
-    def _encode(self, pixels: RGBArray) -> Tensor:
+    def encode(self, pixels: RGBArray) -> Tensor:
         """Return normalised latents (1,T,C); of a posterior the mean."""
         model: Autoencoder = self.autoencoder
         with torch.no_grad():
@@ -148,16 +149,18 @@ class ImageEditor:
         return repaint(v_at, path, mask.to(device), noise.to(device), labels, times, settings.guided)
 
 
-def read_square(path: Path, size: int) -> RGBArray:
-    """Return the centre crop (S,S,3) of an image file.
+def read_image(path: Path) -> Image.Image:
+    """Return the image in a file.
 
     Raises:
         UsageError: no such file, or it cannot be decoded.
     """
+    if not path.is_file():
+        raise UsageError(f"{path}: expected an image file, found none.")
     try:
-        return to_array(centre_crop(decode_image(path.read_bytes()), size))
-    except (RejectedImageError, OSError) as error:
-        raise UsageError(f"{path}: expected a JPEG, PNG or WebP image ({first_line(error)}).") from error
+        return decode_image(path.read_bytes())
+    except RejectedImageError as error:
+        raise UsageError(f"{path}: expected a JPEG, PNG or WebP image ({error}).") from error
 
 
 def require_box(box: Box, size: int) -> None:

@@ -25,13 +25,24 @@ from svgpipe.models.sampler import Watch
 from ..images.decode import RGBArray
 from ..networks.autoencoder import decode_latents, load_decoder
 from ..networks.diffusion import TrainedDiffusion, open_diffusion
-from ..networks.sampler import Sampler
+from ..networks.guided_model import GuidedModel
 from ..networks.sampling import SamplerSettings, keep_as_computed, sample_latents
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Silent
 from .classes import class_number
 
 BATCH = 16  # images per forward pass; does not change them
+# Keys of the recipe's section evaluation that change a sampling; steps, guidance, seed and weights are arguments.
+CHANGEABLE = (
+    "solver",
+    "time_shift",
+    "guidance_mode",
+    "guidance_channels",
+    "internal_guidance",
+    "precision",
+    "ddim_eta",
+    "sde",
+)
 
 
 class ImageSampler:
@@ -46,7 +57,7 @@ class ImageSampler:
         self.trained, self.weights, self.device = model, model.weights_name(weights), pick_device()
         self.decoder = decoder.to(self.device)
         self.mean, self.std = (torch.from_numpy(values) for values in model.statistics())
-        self._loaded: dict[str, DiT] = {}
+        self._loaded: tuple[str, DiT] | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -59,7 +70,7 @@ class ImageSampler:
         """Return the settings of a sampling: those of samples during the training, changed by the arguments.
 
         Args:
-            *overrides: `evaluation.KEY=VALUE`, as --set has them.
+            *overrides: `evaluation.KEY=VALUE`, as --set has them, with a KEY of `CHANGEABLE`.
             steps: sampling steps; None: as many as for samples during the training.
             guidance: guidance scale; 1: none.
             seed: of the noise.
@@ -67,6 +78,8 @@ class ImageSampler:
         Raises:
             UsageError: an unknown key, or a value that is invalid or does not fit the model.
         """
+        for override in overrides:
+            _require_changeable(override)
         trained = self.trained.section
         own = {
             "steps": trained.sample_steps if steps is None else steps,
@@ -79,10 +92,7 @@ class ImageSampler:
         }
         defaults = [f"evaluation.{key}={json.dumps(value)}" for key, value in own.items()]
         config: EvaluationSection = load_recipe(None, [*defaults, *overrides]).evaluation
-        settings = Sampler(self.trained).settings(config)
-        if len(settings) > 1:
-            raise UsageError("evaluation.steps, evaluation.guidance: expected one value each, found several.")
-        return settings[0]
+        return GuidedModel(self.trained).settings(config)[0]
 
     def sample(
         self,
@@ -100,7 +110,7 @@ class ImageSampler:
             steps: sampling steps; None: as many as for samples during the training.
             guidance: guidance scale; 1: none.
             seed: of the noise.
-            overrides: further settings, `evaluation.KEY=VALUE`.
+            overrides: further settings, see `settings`.
 
         Raises:
             UsageError: an unknown class, or an invalid setting.
@@ -155,13 +165,26 @@ class ImageSampler:
         return decode_latents(self.decoder, cells)
 
     def model(self, settings: SamplerSettings) -> DiT:
-        """Return the transformer; it is loaded once for a precision and once for other weights."""
-        key = f"{settings.weights} {settings.precision}"
-        if key not in self._loaded:
+        """Return the transformer. It is loaded again if the precision changes."""
+        if self._loaded is None or self._loaded[0] != settings.precision:
             model = self.trained.load(settings.weights)
             keep_as_computed(model, settings.precision)
-            self._loaded = {key: model.to(self.device)}
-        return self._loaded[key]
+            self._loaded = settings.precision, model.to(self.device)
+        return self._loaded[1]
+
+
+def _require_changeable(override: str) -> None:
+    """Check the key of an override.
+
+    Raises:
+        UsageError: it does not change a sampling.
+    """
+    section, key, *_ = [*override.partition("=")[0].strip().split("."), ""]
+    if section != "evaluation" or key not in CHANGEABLE:
+        raise UsageError(
+            f"--set {override}: expected evaluation.KEY=VALUE with one of {', '.join(CHANGEABLE)}. Steps, guidance, "
+            "seed and weights have options."
+        )
 
 
 def places_of(labels: Sequence[int]) -> list[int]:

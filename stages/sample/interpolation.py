@@ -39,7 +39,8 @@ def between_seeds(
 ) -> tuple[RGBArray, RGBArray]:
     """Return images (F,H,W,3) of a class by lerp and by slerp of the noises of two seeds, for F shares from 0 to 1.
 
-    The ends are the first images of the class with these seeds.
+    The ends are the first images of the class with these seeds, if the solver is deterministic. The noise of another
+    solver's steps is the same for all, of the seed of `settings`.
     """
     cells, channels = sampler.trained.cells, sampler.trained.channels
     first, second = (initial_noise(seed, [0], cells, channels)[0] for seed in seeds)

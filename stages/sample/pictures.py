@@ -20,34 +20,37 @@ Form = Literal["sheet", "archive", "files"]
 # Pixels: images on a sheet are enlarged to at least this side, with a strip of this height above for the caption.
 MIN_SIDE, STRIP, MARGIN = 96, 18, 2
 COLUMNS = 8
+OTHER_FILES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy", ".zip", ".tar", ".html", ".pdf"}
 FRAME_MS, LAST_MS = 120, 1500  # milliseconds of an animation
 
 
 def form_of(out: Location) -> Form:
-    """Return what is written at `out`: `.png` a sheet, `.npz` an archive, a name without suffix a folder of images.
+    """Return what is written at `out`: `.png` a sheet, `.npz` an archive, other names a folder of images.
 
     Raises:
-        UsageError: another suffix, or a folder that is not empty.
+        UsageError: the suffix of another kind of file.
     """
     suffix = out.suffix.lower()
-    if suffix not in ("", ".png", ".npz"):
+    if suffix in OTHER_FILES:
         raise UsageError(f"--out {out}: expected NAME.png (a sheet), NAME.npz, or a folder for single images.")
-    if suffix:
-        if out.is_dir():
-            raise UsageError(f"--out {out}: expected a file to write, found a directory.")
-        return "sheet" if suffix == ".png" else "archive"
-    require_empty(out)
-    return "files"
+    if suffix == ".png":
+        return "sheet"
+    return "archive" if suffix == ".npz" else "files"
 
 
-def require_empty(out: Location) -> None:
-    """Check that a folder is new or empty.
+def require_new(*targets: Location) -> None:
+    """Check that nothing would be overwritten, and create the folder of the targets. An empty folder is no target yet.
 
     Raises:
-        UsageError: it is not, or there is a file.
+        UsageError: something is there, or the folder cannot be made.
     """
-    if out.exists() and (not out.is_dir() or children(out)):
-        raise UsageError(f"--out {out}: expected a new or an empty folder, found something else. Choose another name.")
+    for target in targets:
+        if target.exists() and not (target.is_dir() and not target.suffix and not children(target)):
+            raise UsageError(f"--out: {target} is already there. Choose another name, or remove it.")
+    try:
+        make_directory(targets[0].parent)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"--out {targets[0]}: {error.filename} is not a folder.") from error
 
 
 def write_images(out: Location, images: RGBArray, labels: Sequence[int], names: Sequence[str]) -> None:
@@ -62,7 +65,6 @@ def write_images(out: Location, images: RGBArray, labels: Sequence[int], names: 
             name = re.sub(r"[^\w.-]+", "-", names[label])
             write_atomic(out / f"{number:05d}_{name}.png", encode_png(pixels))
         return
-    make_directory(out.parent)
     if form == "sheet":
         write_atomic(out, encode_png(sheet(images, [names[label] for label in labels])))
         return

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from svgpipe.manifests.filesystem import Location, make_directory, write_atomic
+from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.manifests.selection import evenly_spread
 
 from ..images.decode import RGBArray, encode_png
@@ -17,6 +18,7 @@ from .pictures import sheet, write_frames
 from .trajectory import trajectory
 
 STEP_COLUMNS, STEP_ROWS = 9, 8
+MAX_IMAGES, MAX_CLASSES = 64, 16  # of an animation: WebP has at most 16,383 pixels per side
 
 
 def write_steps(
@@ -35,14 +37,15 @@ def write_steps(
         The samples (N,H,W,3).
 
     Raises:
-        UsageError: the solver has no common steps.
+        UsageError: too many images, or the solver has no common steps.
     """
+    if len(labels) > MAX_IMAGES:
+        raise UsageError(f"--show-steps: expected --count of at most {MAX_IMAGES}, found {len(labels)}.")
     states, captions = trajectory(sampler, labels, settings), [names[label] for label in labels]
     steps, rows = evenly_spread(len(states), STEP_COLUMNS), evenly_spread(len(labels), STEP_ROWS)
     cells = [(row, step) for row in rows for step in steps]
     told = [f"{captions[row]}, {f'step {step}' if step else 'noise'}" for row, step in cells]
     picture = sheet(np.stack([states[step, row] for row, step in cells]), told, len(steps))
-    make_directory(out.parent)
     write_atomic(out.with_suffix(".steps.png"), encode_png(picture))
     write_frames(out.with_suffix(".steps.webp"), [sheet(state, captions) for state in states])
     return states[-1]
@@ -67,7 +70,12 @@ def write_interpolation(
         settings: of the sampling.
         names: of all classes.
         frames: images per row.
+
+    Raises:
+        UsageError: too many classes.
     """
+    if len(labels) > MAX_CLASSES:
+        raise UsageError(f"--interpolate: expected at most {MAX_CLASSES} --classes, found {len(labels)}.")
     shares = np.linspace(0, 1, frames).tolist()
     rows: dict[str, RGBArray] = {}
     for label in labels:
@@ -78,7 +86,6 @@ def write_interpolation(
     captions = [f"{name} {share:.2f}" for name in rows for share in shares]
     if not labels:  # the names do not fit between small images
         captions = [names[ends[0]], *(f"{share:.2f}" for share in shares[1:-1]), names[ends[1]]]
-    make_directory(out.parent)
     write_atomic(out, encode_png(sheet(np.concatenate(list(rows.values())), captions, frames)))
     moments = [np.stack(images) for images in zip(*rows.values(), strict=True)]
     write_frames(out.with_suffix(".webp"), [sheet(images, list(rows)) for images in moments])

@@ -101,7 +101,7 @@ def _sde(section: SDESection | None) -> SDE | None:
 
 
 @dataclass(frozen=True)
-class Sampler:
+class GuidedModel:
     """The diffusion model, and the worse model that guides it, if any."""
 
     model: TrainedDiffusion
@@ -165,6 +165,6 @@ class Sampler:
         sha256 = guide.weights_sha256(config.guide_weights)
         return {"guide": InputRef(kind="diffusion", fingerprint=sha256, path=str(guide.directory), config=about)}
 
-    def absolute(self) -> Sampler:
+    def absolute(self) -> GuidedModel:
         """Return the same with absolute paths, for processes with another current directory."""
-        return Sampler(self.model.absolute(), None if self.guide is None else self.guide.absolute())
+        return GuidedModel(self.model.absolute(), None if self.guide is None else self.guide.absolute())
