@@ -209,10 +209,8 @@ def edit(
         source_name=None if source is None else names[source],
         t_edit=t_edit,
     )
-    best = max(edited.outside)
-    typer.echo(
-        f"PSNR outside of the box: {best:.2f} dB, of the reconstruction {edited.outside_of_reconstruction:.2f} dB"
-    )
+    each = ", ".join(f"{value:.2f}" for value in edited.outside)
+    typer.echo(f"PSNR outside of the box: {each} dB; of the reconstruction {edited.outside_of_reconstruction:.2f} dB")
     typer.echo(f"page: {page}")
 
 
