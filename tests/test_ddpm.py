@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.evaluation import Report
 from svgpipe.manifests.feature_store import FeatureStore
 from svgpipe.manifests.manifest import read_json
@@ -20,6 +21,9 @@ from svgpipe.models.ddpm import STEPS, Process, ddim_steps, equal_steps, noised,
 from svgpipe.models.dit import DiT
 from svgpipe.models.guidance import Guidance
 from svgpipe.pipeline.cli import main
+from svgpipe.stages.sample import load
+from svgpipe.stages.sample.edit import ImageEditor
+from svgpipe.stages.sample.trajectory import trajectory
 
 from .commands import run_and_kill
 from .conftest import Finished, Outcome
@@ -182,3 +186,19 @@ def test_the_last_step_is_almost_noise() -> None:
     torch.testing.assert_close(noised(x, eps, torch.tensor([0]), process), x, atol=0.1, rtol=0)
     torch.testing.assert_close(noised(x, eps, torch.tensor([STEPS - 1]), process), eps, atol=0.1, rtol=0)
     assert ddim_steps(25) == list(range(0, 1000, 40))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+def test_the_steps_of_a_sampling_end_in_its_samples(ddpm: Path, solver: str) -> None:
+    sampler = load(ddpm)
+    assert sampler.settings().solver == "ddim"
+    settings, labels = sampler.settings(f"evaluation.solver={solver}", steps=4), [0, 0, 1]
+    states = trajectory(sampler, labels, settings)
+    assert len(states) == 5
+    np.testing.assert_array_equal(states[-1], sampler.images(labels, settings))
+    assert (states[0] != states[-1]).any()
+
+
+def test_editing_needs_a_flow(ddpm: Path) -> None:
+    with pytest.raises(UsageError, match="objective flow, found ddpm"):
+        ImageEditor(ddpm)

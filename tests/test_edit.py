@@ -61,7 +61,7 @@ def test_noise_has_the_deviation_of_the_states_where_the_edit_begins() -> None:
 
 
 @pytest.mark.parametrize("steps", [4, 100])
-def test_shares_of_the_mask_blend_whatever_the_number_of_steps(steps: int) -> None:
+def test_the_mask_blends_independently_of_the_number_of_steps(steps: int) -> None:
     times = time_grid(steps, 0.4).tolist()
     still = [torch.zeros(1, 3, 1)] * (steps + 1)
     v_at = GuidedVelocity(lambda z, t, y: torch.zeros_like(z), null_label=9)
@@ -101,7 +101,7 @@ def test_an_edit_writes_a_page_and_pictures(
 ) -> None:
     out = tmp_path / "edit"
     asked = ["edit", finished.root / "diffusion", photograph, "--box", "0,8,16,16", "--class", "cat", "--steps", "3"]
-    ran = svgpipe(*asked, "--out", out, "--count", "2", "--source-class", "0")
+    ran = svgpipe(*asked, "--out", out, "--count", "2", "--source-class", "0", "--t-edit", "0.5", "--seed", "7")
     assert ran.code == 0, ran.err
     pictures = {path.stem: np.asarray(Image.open(path)).astype(float) for path in out.glob("*.png")}
     assert sorted(pictures) == ["mask", "reconstruction", "result-0", "result-1", "source"]
@@ -112,10 +112,17 @@ def test_an_edit_writes_a_page_and_pictures(
     for name in ("reconstruction", "result-0", "result-1"):
         error = ((pictures[name] - pictures["source"])[outside] ** 2).mean()
         assert f"{name.replace('-', ' ')}, {10 * np.log10(255**2 / error):.2f} dB" in page, name
+    editor = ImageEditor(finished.root / "diffusion")
+    settings = editor.sampler.settings("evaluation.time_shift=0.4", steps=3, guidance=4.0, seed=7)
+    square = pictures["source"].astype(np.uint8)
+    expected = editor.edit(square, (0, 8, 16, 16), 1, settings, source_label=0, t_edit=0.5, count=2)
+    for number, pixels in enumerate(expected.results):
+        np.testing.assert_array_equal(pictures[f"result-{number}"], pixels)
+    assert "back to time 0.5" in page
     assert "made anew as cat" in page
     assert "as astronaut" in page
     assert (pictures["result-0"] != pictures["result-1"]).any()
-    assert ran.out.count(" dB") == 2
+    assert ", ".join(f"{value:.2f}" for value in expected.outside) in ran.out
 
 
 def test_every_option_changes_the_edit(finished: Finished, photograph: Path, monkeypatch: pytest.MonkeyPatch) -> None:

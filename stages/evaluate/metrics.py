@@ -183,6 +183,8 @@ def inception_scores(logits: Tensor, chosen: Sequence[Tensor]) -> list[float]:
     A split's mean KL is the mean of Σ p log p over its rows, minus Σ q log q of its mean q. So one product with the
     counts of the rows gives all splits of a choice, instead of a softmax of every choice.
     """
+    if not chosen:
+        return []
     count, splits = len(logits), _splits(logits)
     # Rows are shuffled as in torch-fidelity, then split.
     shuffled = torch.from_numpy(np.random.RandomState(FIDELITY_SEED).permutation(count))

@@ -16,7 +16,6 @@ from torch import Tensor
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.model_manifests import EMA
-from svgpipe.models.autoencoder import Autoencoder
 from svgpipe.models.editing import invert, repaint, soft_mask
 from svgpipe.models.guidance import GuidedVelocity
 from svgpipe.models.sampler import time_grid
@@ -119,9 +118,9 @@ class ImageEditor:
 
     def encode(self, pixels: RGBArray) -> Tensor:
         """Return normalised latents (1,T,C); of a posterior the mean."""
-        model: Autoencoder = self.autoencoder
+        model, images = self.autoencoder, as_unit_range(pixels[None]).to(self.sampler.device)
         with torch.no_grad():
-            encoded = model.latents(model.encode(as_unit_range(pixels[None]).to(self.sampler.device)))
+            encoded = model.latents(model.encode(images))
         cells = encoded.flatten(2).transpose(1, 2).float().cpu()
         return (cells - self.sampler.mean) / self.sampler.std
 

@@ -63,7 +63,7 @@ def between_classes(
 
 @contextmanager
 def _mixed_labels(model: DiT, classes: Sequence[int], shares: Tensor) -> Iterator[list[int]]:
-    """Add a label for every mixture of two classes, as long as the context lasts.
+    """Give every mixture of two classes a label of its own inside the context.
 
     Yields:
         The labels.

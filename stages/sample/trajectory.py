@@ -18,10 +18,10 @@ def trajectory(sampler: ImageSampler, labels: Sequence[int], settings: SamplerSe
     """Return the decoded noise, and the decoded state after every step: (steps+1,N,H,W,3). The last are the samples.
 
     Raises:
-        UsageError: the solver chooses other steps for every sample.
+        UsageError: the solver has no common steps.
     """
     if settings.solver == "dopri5":
-        raise UsageError("--show-steps: solver dopri5 chooses other steps for every sample. Choose another solver.")
+        raise UsageError("--show-steps: solver dopri5 chooses the steps of every sample itself. Choose another solver.")
     places, batches = places_of(labels), range(0, len(labels), BATCH)
     parts = [_states(sampler, labels[i : i + BATCH], places[i : i + BATCH], settings) for i in batches]
     return np.concatenate(parts, axis=1)

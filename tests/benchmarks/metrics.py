@@ -2,11 +2,11 @@
 
     .venv/bin/python -m tests.benchmarks.metrics [--rows 50000]
 
-Two sets of 50,000 x 2,048 features and 1,008 logits, correlated Gaussians. svgpipe: FID, KID, Inception Score,
-precision and recall with 95 % intervals from 100 resamplings. torch-fidelity: the same figures from the same features,
-once. Times are seconds of the wall clock, after the features. Peak memory is that of the process, for svgpipe alone,
-without the features themselves. The last line is JSON: svgpipe's time over torch-fidelity's, for every figure, and what
-the plan allows: time over 180 s, and memory over 3 GB.
+The input is two sets of 50,000 x 2,048 features and 1,008 logits, correlated Gaussians. svgpipe computes FID, KID,
+Inception Score, precision and recall with 95 % intervals from 100 resamplings. torch-fidelity computes the same figures
+from the same features, without intervals. Times are seconds of the wall clock; extracting features is not part of them.
+Peak memory is that of svgpipe above the features. The last line is JSON: svgpipe's time over torch-fidelity's for every
+figure, the total time over 180 s, and the peak memory over 3 GB.
 """
 
 from __future__ import annotations
