@@ -18,6 +18,7 @@ from pydantic import Field
 from .estimate import Estimate
 from .evaluation_section import SDESection
 from .manifest import FrozenModel, Manifest
+from .nearest_images import NearestImages
 from .paper import PAPER_ROWS, PaperRow
 from .report_file import ExtractorInfo, WrittenReport
 
@@ -82,12 +83,22 @@ class Measured(FrozenModel):
     )
     inception_score: Estimate | None = Field(description="Inception only.")
     precision: Estimate | None = Field(
-        description="Fraction of the images inside the manifold of the reference (at most 50,000 images of it)."
+        description="Fraction of the images inside the manifold of the reference (3-neighbour balls of at most 50,000 "
+        "images of it)."
     )
     recall: Estimate | None = Field(
         description="Fraction of the reference inside the manifold of the images (at most 50,000 of each). The "
         "interval is over the images of the reference."
     )
+    density: Estimate | None = Field(
+        None, description="Mean number of 5-neighbour balls of the reference that hold an image, over 5."
+    )
+    coverage: Estimate | None = Field(
+        None,
+        description="Fraction of the reference with an image in its 5-neighbour ball. The interval is over the images "
+        "of the reference.",
+    )
+    nearest: NearestImages | None = Field(None, description="Distances to the nearest images of the reference.")
     class_accuracy: Estimate | None = Field(
         description="Fraction of images whose nearest class mean of the reference, in feature space, is their class."
     )

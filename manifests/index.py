@@ -49,6 +49,11 @@ class ImageRef:
     reject: str | None = None
     damaged: bool = False
 
+    @property
+    def name(self) -> str:
+        """The image for a person: `TAR: KEY`, or its file."""
+        return f"{self.tar.name}: {self.key}" if self.tar.suffix == ".tar" else str(self.tar)
+
     def read(self) -> bytes:
         """Return the bytes of the image.
 

@@ -1,11 +1,9 @@
-"""Distances between two sets of features, precision and recall, and distance to the class means.
+"""Distances between two sets of features, and distance to the class means.
 
 Legend: n m rows, D dimensions.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -160,57 +158,6 @@ def kernel_influences(rows: Tensor, places: Tensor, reference: Tensor) -> Tensor
 
 def _cubic_kernel(first: Tensor, second: Tensor) -> Tensor:
     return (first @ second.T / first.shape[1] + 1) ** 3
-
-
-def ball_radii(rows: Tensor, neighbours: int = 3) -> Tensor:
-    """(m,) distance of each of (m,D) rows to its k-th neighbour among the others.
-
-    Every distance is computed once, and counts for both of its rows.
-
-    Raises:
-        ValueError: unless m > neighbours.
-    """
-    if len(rows) <= neighbours:
-        raise ValueError(f"precision and recall: expected more than {neighbours} rows, found {len(rows)}")
-    blocks = rows.split(BLOCK)
-    nearest = [
-        block.new_full((len(block), neighbours + 1), math.inf) for block in blocks
-    ]  # the first is the row itself
-
-    def see(place: int, distances: Tensor) -> None:
-        nearest[place] = torch.cat([nearest[place], distances], dim=1).topk(neighbours + 1, largest=False).values
-
-    for one, block in enumerate(blocks):
-        for other in range(one, len(blocks)):
-            distances = torch.cdist(block, blocks[other])
-            see(one, distances)
-            if other > one:
-                see(other, distances.T)
-    return torch.cat([found.amax(1) for found in nearest])
-
-
-def cover_each_other(first: Tensor, second: Tensor, first_radii: Tensor, second_radii: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) and (m,) bool: which rows of either set lie within a ball around a row of the other.
-
-    Samples covered by real images give precision, real images covered by samples give recall.
-
-    Args:
-        first: (n,D) rows.
-        second: (m,D) rows.
-        first_radii: (n,) of the balls around `first`, from `ball_radii`; negative: none.
-        second_radii: (m,) of the balls around `second`.
-
-    Source: arXiv 1904.06991, eq. 1 and 2.
-    """
-    in_second = torch.zeros(len(first), dtype=torch.bool, device=first.device)
-    in_first = torch.zeros(len(second), dtype=torch.bool, device=first.device)
-    for i in range(0, len(first), BLOCK):
-        for j in range(0, len(second), BLOCK):
-            here, there = slice(i, i + BLOCK), slice(j, j + BLOCK)
-            distances = torch.cdist(first[here], second[there])
-            in_second[here] |= (distances <= second_radii[there]).any(1)
-            in_first[there] |= (distances <= first_radii[here, None]).any(0)
-    return in_second, in_first
 
 
 def nearest_class_hits(reference: Tensor, reference_labels: Tensor, features: Tensor, labels: Tensor) -> Tensor | None:

@@ -16,10 +16,12 @@ from svgpipe.manifests.model_manifests import AutoencoderManifest, DiffusionMani
 from svgpipe.manifests.selection import choose_evenly, evenly_spread
 from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.evaluate.measure_images import RECONSTRUCTIONS
+from svgpipe.stages.evaluate.neighbour_metrics import MIN_HELDOUT
 from svgpipe.stages.evaluate.reference import MIN_IMAGES, RealSets, Reference
 from svgpipe.stages.images.image_set import ImageSet
 
 from .charts import Drawing, LineChart, curve
+from .nearest_section import nearest_section
 from .overview import overview_rows, overview_webp, sampler_of
 from .page import Grid, lineage, picture, render, webp_url
 from .synsets import shown_names
@@ -48,6 +50,10 @@ def render_report(evaluation: Location, autoencoder: Location, diffusion: Locati
     curves = _curves(autoencoder / "metrics.jsonl", ("heldout_psnr", "l1", "perceptual"), "autoencoder")
     curves += _curves(diffusion / "metrics.jsonl", ("loss", "heldout_loss"), "diffusion")
     overview = overview_webp(overview_rows(evaluation, report, best, sets))
+    nearest = None
+    if best.nearest is not None:
+        real = ImageSet(sets.reference, report.image_size)
+        nearest = nearest_section(best, decoded_images(evaluation, best.name), lines, real)
     page = render(
         "report_template.html",
         overview=webp_url(overview),
@@ -56,6 +62,8 @@ def render_report(evaluation: Location, autoencoder: Location, diffusion: Locati
         best=best,
         lines=lines,
         chart=chart,
+        nearest=nearest,
+        min_heldout=MIN_HELDOUT,
         over_steps=distances is not None and distances.x_name == "steps",
         largest=max(r.frechet_distance.value for r in report.results),
         grids=_grids(evaluation, report, samples, best, reference, sets),
@@ -67,7 +75,8 @@ def render_report(evaluation: Location, autoencoder: Location, diffusion: Locati
     )
     write_atomic(path, page)
     write_atomic(path.with_name(OVERVIEW), overview)
-    for drawing in [*([] if chart is None else [chart]), *curves]:
+    near = [] if nearest is None else [nearest.chart]
+    for drawing in [*([] if chart is None else [chart]), *near, *curves]:
         drawing.save_beside(path)
     return path
 

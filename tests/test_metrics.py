@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -12,16 +14,13 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
+from svgpipe.manifests.estimate import Estimate
+from svgpipe.manifests.nearest_images import QUANTILES, NearestImages
 from svgpipe.manifests.selection import evenly_spread
-from svgpipe.models import feature_distances
-from svgpipe.models.feature_distances import (
-    FrechetTarget,
-    ball_radii,
-    cover_each_other,
-    frechet_distance,
-    nearest_class_accuracy,
-)
-from svgpipe.stages.evaluate import metrics
+from svgpipe.models import feature_distances, neighbours
+from svgpipe.models.feature_distances import FrechetTarget, frechet_distance, nearest_class_accuracy
+from svgpipe.models.neighbours import Neighbours, ball_radii, compare_neighbours
+from svgpipe.stages.evaluate import metrics, neighbour_metrics
 from svgpipe.stages.evaluate.intervals import estimate, mean_estimate, picks
 from svgpipe.stages.evaluate.metrics import Comparison, Features, inception_score, inception_scores, kernel_distances
 
@@ -72,6 +71,16 @@ def gaussians(*sizes: int, dimensions: int = 6, seed: int = 0) -> list[torch.Ten
     return [torch.randn(size, dimensions, generator=source) for size in sizes]
 
 
+def estimate_of(found: Mapping[str, Estimate | NearestImages | None], name: str) -> Estimate:
+    value = found[name]
+    assert isinstance(value, Estimate)
+    return value
+
+
+def compared(rows: torch.Tensor, reference: torch.Tensor) -> Neighbours:
+    return compare_neighbours(rows, reference, ball_radii(rows, [3])[0], ball_radii(reference, [3, 5]))
+
+
 @pytest.mark.parametrize(("count", "dimensions"), [(40, 6), (12, 30)])
 def test_distances_of_resampled_rows_are_those_of_the_rows(count: int, dimensions: int) -> None:
     """With either Gram matrix."""
@@ -87,45 +96,87 @@ def test_precision_and_recall_equal_torch_fidelity() -> None:
         samples * 0.5, reference, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False
     )
     narrow = samples * 0.5
-    precision, recall = cover_each_other(narrow, reference, ball_radii(narrow), ball_radii(reference))
+    found = compared(narrow, reference)
+    precision, recall = found.precise, found.recalled
     assert float(precision.double().mean()) == pytest.approx(expected[KEY_METRIC_PRECISION], abs=1e-6)
     assert float(recall.double().mean()) == pytest.approx(expected[KEY_METRIC_RECALL], abs=1e-6)
     assert precision.double().mean() > recall.double().mean()  # narrow samples lie within, and leave much out
-    with pytest.raises(ValueError, match="more than 3 rows, found 3"):
-        ball_radii(reference[:3])
+    assert ball_radii(reference[:3], [1, 3])[1].tolist() == [-1, -1, -1]  # no third neighbour, no ball
     both = Comparison(Features(reference), 0, 0).measure(Features(narrow))
     for name, inside in (("precision", precision), ("recall", recall)):
-        figure_of = both[name]
-        assert figure_of is not None and figure_of.value == pytest.approx(float(inside.double().mean()))
+        assert estimate_of(both, name).value == pytest.approx(float(inside.double().mean()))
 
 
 def test_large_tables_of_distances_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     samples, reference = gaussians(60, 90)
-    radii = ball_radii(samples), ball_radii(reference)
-    whole = cover_each_other(samples, reference, *radii)
-    by_hand = torch.cdist(samples, samples).sort(1).values[:, 3]
-    torch.testing.assert_close(radii[0], by_hand)
-    monkeypatch.setattr(feature_distances, "BLOCK", 7)
-    torch.testing.assert_close(ball_radii(samples), by_hand)
-    for found, expected in zip(cover_each_other(samples, reference, *radii), whole, strict=True):
-        assert torch.equal(found, expected)
+    whole = compared(samples, reference)
+    ordered = torch.cdist(samples, samples).sort(1).values
+    by_hand = torch.stack([ordered[:, 3], ordered[:, 5]])
+    torch.testing.assert_close(ball_radii(samples, [3, 5]), by_hand)
+    monkeypatch.setattr(neighbours, "BLOCK", 7)
+    torch.testing.assert_close(ball_radii(samples, [3, 5]), by_hand)
+    parts = compared(samples, reference)
+    for field in dataclasses.fields(Neighbours):
+        torch.testing.assert_close(getattr(parts, field.name), getattr(whole, field.name))
 
 
-def test_precision_and_recall_use_a_subset_of_very_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All pairs of images are compared; the results say how many images they are over."""
+def test_density_and_coverage_are_those_of_their_definition() -> None:
+    """arXiv 2002.09797, eq. 3 and 4, with the five neighbours of its authors."""
     samples, reference = gaussians(60, 90)
-    monkeypatch.setattr(metrics, "MAX_BALLS", 30)
+    samples = samples * 0.5
+    apart = torch.cdist(samples, reference)
+    radii = torch.cdist(reference, reference).sort(1).values[:, 5]
+    found = Comparison(Features(reference), 50, 0).measure(Features(samples))
+    density, coverage = estimate_of(found, "density"), estimate_of(found, "coverage")
+    assert density.value == pytest.approx(float((apart <= radii).sum()) / (5 * 60))
+    assert coverage.value == pytest.approx(float((apart.amin(0) <= radii).double().mean()))
+    assert density.value > 1 > coverage.value  # narrow samples are where the reference is dense, and leave much out
+    assert density.low is not None and density.high is not None and density.low < density.value < density.high
+    assert (density.num_images, coverage.num_images) == (60, 90)
+
+
+def test_copies_of_reference_images_are_found_and_named() -> None:
+    """Of new images 1 % are closer than the threshold; of copies all are, with the images that they copy."""
+    reference, heldout, new = gaussians(300, 300, 300)
+    copies = reference[40:50] + 1e-4
+    names = [f"a.tar: {number}" for number in range(300)]
+    comparison = Comparison(Features(reference, names=names), 10, 0, heldout=heldout)
+    found = comparison.measure(Features(torch.cat([new, copies])))["nearest"]
+    assert isinstance(found, NearestImages) and found.near_copies is not None and found.threshold is not None
+    assert found.threshold == pytest.approx(float(torch.cdist(heldout, reference).amin(1).quantile(0.01)), rel=1e-4)
+    assert 10 / 310 <= found.near_copies.value < 20 / 310
+    copied = {pair.image: pair.name for pair in found.closest[:10]}
+    assert copied == dict(zip(range(300, 310), names[40:50], strict=True))
+    assert len(found.closest) == max(10, round(found.near_copies.value * 310))
+    assert found.closest[0].distance == pytest.approx(1e-4 * 6**0.5, rel=1e-2)  # not lost in rounding
+    distances = torch.cdist(torch.cat([new, copies]), reference).amin(1)
+    expected = distances.quantile(torch.tensor(QUANTILES))
+    torch.testing.assert_close(torch.tensor(found.distances), expected, atol=1e-3, rtol=1e-3)
+    few = Comparison(Features(reference), 10, 0, heldout=heldout[:99]).measure(Features(new))["nearest"]
+    assert isinstance(few, NearestImages) and few.near_copies is None and len(few.closest) == 10
+
+
+def test_neighbours_use_balls_of_a_subset_of_very_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The balls need all pairs of images; the results say how many images they are over. Nearest images are of all."""
+    samples, reference = gaussians(60, 90)
+    whole = compared(samples, reference)
+    monkeypatch.setattr(neighbour_metrics, "MAX_BALLS", 30)
     found = Comparison(Features(reference), 0, 0).measure(Features(samples))
     some, less = reference[evenly_spread(90, 30)], samples[evenly_spread(60, 30)]
-    nothing = torch.full((60,), -1.0)
-    precision, _ = cover_each_other(samples, some, nothing, ball_radii(some))
-    _, recall = cover_each_other(less, some, ball_radii(less), nothing[:30])
-    for name, inside in (("precision", precision), ("recall", recall)):
-        measured = found[name]
-        assert measured is not None
-        assert measured.num_images == len(inside)
-        assert measured.value == pytest.approx(float(inside.double().mean()))
-    assert len(inside) == 30
+    of_reference, of_samples = compared(samples, some), compared(less, some)
+    expected = {
+        "precision": of_reference.precise,
+        "recall": of_samples.recalled,
+        "density": of_reference.balls / 5,
+        "coverage": of_reference.covered,
+    }
+    for name, values in expected.items():
+        measured = estimate_of(found, name)
+        assert measured.num_images == len(values)
+        assert measured.value == pytest.approx(float(values.double().mean())), name
+    nearest = found["nearest"]
+    assert isinstance(nearest, NearestImages)
+    assert nearest.distances[0] == pytest.approx(float(whole.distances.min()))
 
 
 def test_inception_score_equals_torch_fidelity() -> None:
@@ -160,15 +211,14 @@ def test_the_interval_of_a_distance_covers_new_draws() -> None:
     reference, *sets = gaussians(3000, *[200] * 30)
     comparison = Comparison(Features(reference), replicates=200, seed=0)
     shifted = [rows + 0.5 for rows in sets]
-    found = comparison.measure(Features(shifted[0]))["frechet_distance"]
-    assert found is not None
+    found = estimate_of(comparison.measure(Features(shifted[0])), "frechet_distance")
     assert found.low is not None
     assert found.high is not None
     others = np.array([frechet_distance(rows, reference) for rows in shifted[1:]])
     width = found.high - found.low
     assert 0.5 < width / (4 * others.std()) < 2
-    itself = comparison.measure(Features(reference))["frechet_distance"]
-    assert itself is not None and itself.low == pytest.approx(0, abs=1e-9) and itself.high is not None
+    itself = estimate_of(comparison.measure(Features(reference)), "frechet_distance")
+    assert itself.low == pytest.approx(0, abs=1e-9) and itself.high is not None
     assert estimate(2.0, [], 5).model_dump() == {"value": 2.0, "low": None, "high": None, "num_images": 5}
 
 
@@ -249,8 +299,7 @@ def test_wilson_interval_of_all_hits() -> None:
     apart = Features(reference + 10 * labels[:, None], labels=labels)
     found = Comparison(apart, 20, 0).measure(replace(among, pooled=apart.pooled[:6] + 1e-3))
     for name in ("precision", "class_accuracy"):
-        share = found[name]
-        assert share is not None and share.value == 1 and share.high == pytest.approx(1)
+        share = estimate_of(found, name)
+        assert share.value == 1 and share.high == pytest.approx(1)
         assert share.low is not None and 0.5 < share.low < 0.7
-    bare = Comparison(apart, 0, 0).measure(among)["precision"]
-    assert bare is not None and bare.low is None
+    assert estimate_of(Comparison(apart, 0, 0).measure(among), "precision").low is None

@@ -81,7 +81,7 @@ def test_more_neighbours_than_rows_uses_all_rows() -> None:
 
 
 def test_a_fraction_of_one_has_an_interval() -> None:
-    found = share_estimate(torch.ones(256, dtype=torch.bool))
+    found = share_estimate(torch.ones(256, dtype=torch.bool), interval=True)
     assert found.value == 1 and found.low is not None and 0.98 < found.low < 0.99  # 1 - 1.96²/(n + 1.96²)
 
 

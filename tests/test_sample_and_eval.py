@@ -57,6 +57,7 @@ from svgpipe.stages.networks.sampling import SamplerSettings, initial_noise, kee
 from .commands import run_and_kill
 from .conftest import Finished, Outcome, tree_bytes
 
+PAIRS = 2 * 6  # pictures of samples and of the images nearest to them
 SETTINGS = ["steps-001_guidance-1", "steps-002_guidance-1", "steps-001_guidance-1.5", "steps-002_guidance-1.5"]
 
 
@@ -228,6 +229,30 @@ def test_the_report_traces_every_number(finished: Finished) -> None:
     assert {"svgpipe", "torch", "timm", "torch-fidelity"} < set(report.software)
 
 
+def test_the_report_names_the_images_that_samples_are_nearest_to(finished: Finished) -> None:
+    """Found again from the features of both sets; without 100 held-out images, no sample is called a near-copy."""
+    out = finished.root / "evaluation"
+    report = Report.read(out)
+    sets = RealSets.of(shard_reference(finished.shards), finished.recipe.evaluation, report.image_size)
+    encoder = AutoencoderManifest.read(finished.root / "autoencoder")
+    section = finished.recipe.evaluation.extractor
+    extractor = features.extractor_for(section, encoder, finished.root / "autoencoder")
+    real, samples = (
+        extracted(finished.root, images, extractor, 4)["pooled"]
+        for images in (ImageSet(sets.reference, report.image_size), decoded_images(out, SETTINGS[0]))
+    )
+    measured = next(r for r in report.results if r.name == SETTINGS[0])
+    assert measured.nearest is not None and measured.nearest.near_copies is None
+    distances, rows = torch.cdist(samples, real).min(1)
+    order = distances.argsort().tolist()
+    found = measured.nearest.closest
+    assert [pair.image for pair in found] == order
+    assert [pair.name for pair in found] == [sets.reference[int(rows[i])].name for i in order]
+    assert re.fullmatch(r"shard-\d+\.tar: \d{8}", found[0].name)
+    assert [pair.distance for pair in found] == pytest.approx(distances[order].tolist(), rel=1e-3)
+    assert any("share of near-copies: it needs 100 held-out images" in reason for reason in report.not_measured)
+
+
 def test_every_field_of_the_report_is_documented_beside_it(finished: Finished) -> None:
     schema = json.loads((finished.root / "evaluation" / "report.schema.json").read_text())
     report = json.loads((finished.root / "evaluation" / "report.json").read_text())
@@ -242,14 +267,20 @@ def test_the_page_is_self_contained_and_shows_everything(finished: Finished) -> 
     page = (finished.root / "evaluation" / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert "<script" not in page
-    assert page.count("<figure ") == 6 + 6 + 2 * 6 + 6
+    assert page.count("<figure ") == 6 + 6 + 2 * 6 + 6 + PAIRS
     assert len(page) < 10_000_000
     # Every picture is a link to itself, which enlarges it without a script; closing leads back to its grid.
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids)) and set(re.findall(r'href="#([^"]+)"', page)) <= set(ids)
     assert all(re.findall(r'alt="([^"]*)"', page))
     headings = ("Real images", "Reconstructions", "Samples, ", "Steps side by side, guidance 1.5")
-    for words in (*headings, "What the paper reports", "decoded noise (ceiling)", "held-out real"):
+    for words in (
+        *headings,
+        "What the paper reports",
+        "decoded noise (ceiling)",
+        "held-out real",
+        "Copies of reference images",
+    ):
         assert words in page
     for artifact in ("shards", "autoencoder", "cache", "diffusion"):
         manifest = json.loads((finished.root / artifact / "manifest.json").read_text())
@@ -296,7 +327,7 @@ def test_a_page_of_a_large_sweep_stays_small(
     monkeypatch.setattr(report_page, "SIDE_BY_SIDE", 8)
     places = (finished.root / "autoencoder", finished.root / "diffusion", open_reference(str(finished.root / "shards")))
     page = report_page.render_report(out, *places).read_text()
-    assert page.count("<figure ") == 6 + 6 + 2 * (2 * 2) + 6
+    assert page.count("<figure ") == 6 + 6 + 2 * (2 * 2) + 6 + PAIRS
     large = picture(np.zeros((300, 600, 3), np.uint8), "")
     with Image.open(io.BytesIO(base64.b64decode(large.data.partition(",")[2]))) as image:
         assert image.size == (256, 128)
@@ -339,12 +370,12 @@ def test_the_report_compares_guidance_if_steps_do_not_vary(
 ) -> None:
     page = page_of(finished, tmp_path / "out", monkeypatch, [SETTINGS[1], SETTINGS[3]])
     assert "Guidance side by side, 2 steps" in page and "columns: guidance 1, 1.5" in page
-    assert page.count("<figure ") == 6 + 6 + 2 * 3 + 6
+    assert page.count("<figure ") == 6 + 6 + 2 * 3 + 6 + PAIRS
 
 
 def test_a_single_setting_is_shown_once(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = page_of(finished, tmp_path / "out", monkeypatch, SETTINGS[:1])
-    assert "side by side" not in page and page.count("<figure ") == 6 + 6 + 6
+    assert "side by side" not in page and page.count("<figure ") == 6 + 6 + 6 + PAIRS
     assert "Lowest distance: <strong>1 step</strong>." in page
 
 

@@ -169,7 +169,7 @@ def _probe_group(
 
 
 def _accuracy(predicted: Tensor, labels: Tensor) -> Estimate:
-    return share_estimate(predicted == labels)
+    return share_estimate(predicted == labels, interval=True)
 
 
 def _best_decay(x: Tensor, y: Tensor, num_classes: int, seed: int) -> float:

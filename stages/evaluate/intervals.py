@@ -53,8 +53,10 @@ def _between(replicates: Sequence[float], value: float, num_images: int) -> Esti
     return Estimate(value=value, low=float(low), high=float(high), num_images=num_images)
 
 
-def share_estimate(hits: Tensor) -> Estimate:
-    """Return the fraction of (n,) hits with its Wilson interval, which has a width even if all or none are hits."""
+def share_estimate(hits: Tensor, *, interval: bool) -> Estimate:
+    """Return the fraction of (n,) hits, with its Wilson interval, which has a width even if all or none are hits."""
     count, n = int(hits.sum()), len(hits)
+    if not interval:
+        return Estimate(value=count / n, num_images=n)
     ends = binomtest(count, n).proportion_ci(0.95, method="wilson")
     return Estimate(value=count / n, low=float(ends.low), high=float(ends.high), num_images=n)

@@ -22,6 +22,7 @@ from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import Json, digest
 from svgpipe.manifests.shards import ShardFile, refs_of
 from svgpipe.models.feature_distances import FrechetTarget
+from svgpipe.models.neighbours import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS
 
 from ..images.decode import psnr
 from ..images.image_set import ImageSet
@@ -30,7 +31,8 @@ from ..runtime.device import pick_device
 from ..runtime.progress import Progress
 from .features import LOGITS, POOLED, Extractor, software
 from .intervals import mean_estimate
-from .metrics import NEIGHBOURS, Comparison, Features
+from .metrics import Comparison, Features
+from .neighbour_metrics import MIN_HELDOUT
 from .plan import EvaluationPlan
 from .reference import Reference
 
@@ -119,7 +121,8 @@ class _Measurement:
         """Loaded when first needed: a resumed run with all results does not load the reference."""
         config = self.plan.config
         real = self.features(REFERENCE) if REFERENCE in self.sets else None
-        return Comparison(real, config.bootstrap, config.seed, _target(self.plan.reference))
+        heldout = self.extracted(HELDOUT)[POOLED] if real is not None and HELDOUT in self.sets else None
+        return Comparison(real, config.bootstrap, config.seed, _target(self.plan.reference), heldout)
 
     def extracted(self, name: str) -> dict[str, Tensor]:
         """Return the features of a set, cached or computed now. Features of all sets may exceed the memory."""
@@ -131,13 +134,16 @@ class _Measurement:
         by_layer = self.extracted(name)
         labelled = name != NOISE and (self.same_classes or name not in self.sampled)
         labels = torch.from_numpy(self.sets[name].labels) if labelled else None
-        return Features(by_layer[POOLED], by_layer.get(LOGITS) if name != REFERENCE else None, labels)
+        if name != REFERENCE:
+            return Features(by_layer[POOLED], by_layer.get(LOGITS), labels)
+        return Features(by_layer[POOLED], labels=labels, names=[ref.name for ref in self.sets[name].refs])
 
     def key(self, name: str) -> str:
         """Return a digest of everything that determines the metrics of a set."""
         plan, config = self.plan, self.plan.config
         measured_by = [software(), plan.extractor.description.model_dump(), config.bootstrap, config.seed]
-        against = [self.reference.model_dump(), self.same_classes]
+        heldout = self.sets[HELDOUT].digest if HELDOUT in self.sets else None
+        against = [self.reference.model_dump(), self.same_classes, heldout]
         return digest([measured_by, against, name, self.sets[name].digest])
 
     def measured(self, name: str) -> Json:
@@ -162,21 +168,32 @@ class _Measurement:
         if HELDOUT not in self.sets:
             reasons.append("held-out real images (the floor): the reference has fewer than two; shard with a holdout")
         if REFERENCE not in self.sets:
-            what = "kernel distance, precision, recall and nearest classes"
+            what = "kernel distance, precision, recall, density, coverage, nearest images and nearest classes"
             reasons.append(f"{what}: the reference is statistics, not images")
-        elif not self.same_classes:
-            reasons.append("fraction of samples nearest to their class: the reference has other classes")
+        else:
+            reasons += self._not_compared()
         if RECONSTRUCTIONS not in self.sets:
             reasons.append("reconstructions: the reference has no images, or the autoencoder no alignment yet")
         if LOGITS not in self.plan.extractor.layers:
             reasons.append("Inception Score: it needs the classes of Inception, but another extractor was chosen")
-        if REFERENCE in self.sets and min(map(len, self.sets.values())) <= NEIGHBOURS:
-            reasons.append(f"precision and recall of sets of {NEIGHBOURS} images or fewer")
         return reasons + [
             f"effect of guidance {s.guidance:g} with {s.steps} steps: {s.guidance_mode} acts at none of their times"
             for s in self.plan.settings
             if s.guidance != 1 and not s.acts
         ]
+
+    def _not_compared(self) -> list[str]:
+        """Return what is not measured although the reference has images."""
+        heldout, reasons = len(self.sets.get(HELDOUT, ())), []
+        if not self.same_classes:
+            reasons.append("fraction of samples nearest to their class: the reference has other classes")
+        if min(map(len, self.sets.values())) <= PRECISION_NEIGHBOURS:
+            reasons.append(f"precision and recall of sets of {PRECISION_NEIGHBOURS} images or fewer")
+        if len(self.sets[REFERENCE]) <= DENSITY_NEIGHBOURS:
+            reasons.append(f"density and coverage: the reference has {DENSITY_NEIGHBOURS} images or fewer")
+        if heldout < MIN_HELDOUT:
+            reasons.append(f"share of near-copies: it needs {MIN_HELDOUT} held-out images, the reference has {heldout}")
+        return reasons
 
 
 def _target(reference: Reference) -> FrechetTarget | None:

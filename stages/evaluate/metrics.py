@@ -1,4 +1,4 @@
-"""Metrics of a set of images, from its features: FID, KID, Inception Score, precision, recall, accuracy."""
+"""Metrics of a set of images, from its features: FID, KID, Inception Score, accuracy, and those of neighbours."""
 
 from __future__ import annotations
 
@@ -13,17 +13,13 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
 from svgpipe.manifests.estimate import Estimate
+from svgpipe.manifests.nearest_images import NearestImages
 from svgpipe.manifests.selection import evenly_spread
-from svgpipe.models.feature_distances import (
-    FrechetTarget,
-    ball_radii,
-    cover_each_other,
-    kernel_influences,
-    nearest_class_hits,
-)
+from svgpipe.models.feature_distances import FrechetTarget, kernel_influences, nearest_class_hits
 
 from ..runtime.device import pick_device
 from .intervals import estimate, picks, share_estimate
+from .neighbour_metrics import NeighbourMetrics
 
 KERNEL_SUBSETS = 50
 KERNEL_SUBSET_SIZE = 1000
@@ -36,9 +32,6 @@ FIRST_ORDER = 3
 INCEPTION_SPLITS = 10
 FIDELITY_SEED = 2020  # of torch-fidelity's splits
 MIN_TO_SPLIT = 100
-NEIGHBOURS = 3
-# The radius of a ball needs the distances to all other images: days of work for all of ImageNet. As in the paper.
-MAX_BALLS = 50_000
 
 
 @dataclass(frozen=True)
@@ -48,6 +41,7 @@ class Features:
     pooled: Tensor  # (n,D) float32
     logits: Tensor | None = None  # (n,K) float32, Inception only
     labels: Tensor | None = None  # (n,) int64, if the images have labels of the reference's classes
+    names: Sequence[str] = ()  # (n,) of the images, for messages
 
 
 @dataclass(frozen=True)
@@ -61,6 +55,7 @@ class Comparison:
     replicates: int
     seed: int
     target: FrechetTarget | None = None
+    heldout: Tensor | None = None  # (k,D) features of held-out images, for the nearest reference images
 
     @cached_property
     def _target(self) -> FrechetTarget:
@@ -69,15 +64,22 @@ class Comparison:
         assert self.reference is not None, "the reference is either images or statistics"
         return FrechetTarget.of(self.reference.pooled, pick_device())
 
-    def measure(self, features: Features) -> dict[str, Estimate | None]:
+    @cached_property
+    def neighbours(self) -> NeighbourMetrics | None:
+        """Return what compares sets with the reference image by image; None: it has no images."""
+        real = self.reference
+        if real is None:
+            return None
+        return NeighbourMetrics(real.pooled, real.names, self.heldout, self.replicates, self.seed)
+
+    def measure(self, features: Features) -> dict[str, Estimate | NearestImages | None]:
         """Return the fields of `Measured`; None if there are too few images, or no logits or labels."""
-        precision, recall = self.precision_and_recall(features.pooled)
+        by_neighbours = dict.fromkeys(("precision", "recall", "density", "coverage", "nearest"))
         return {
+            **(by_neighbours if self.neighbours is None else self.neighbours.measure(features.pooled)),
             "frechet_distance": self.frechet(features.pooled),
             "kernel_distance": self.kernel(features.pooled),
             "inception_score": None if features.logits is None else self.inception(features.logits),
-            "precision": precision,
-            "recall": recall,
             "class_accuracy": self._class_accuracy(features),
         }
 
@@ -114,38 +116,11 @@ class Comparison:
         resampled = inception_scores(logits, picks(len(logits), self.replicates, self.seed))
         return estimate(inception_score(logits), resampled, len(logits), least=1.0)
 
-    @cached_property
-    def _reference_radii(self) -> Tensor:
-        assert self.reference is not None, "the reference has images"
-        return radii_of_some(_at_most(self.reference.pooled, MAX_BALLS))
-
-    def precision_and_recall(self, pooled: Tensor) -> tuple[Estimate | None, Estimate | None]:
-        """Return shares of the samples in balls of the reference, and of it in theirs; None: too few for balls."""
-        if self.reference is None:
-            return None, None
-        reference, radii = _at_most(self.reference.pooled, MAX_BALLS), radii_of_some(pooled)
-        in_reference, in_own = cover_each_other(pooled, reference, radii, self._reference_radii)
-        precision = self._share(in_reference) if len(reference) > NEIGHBOURS else None
-        return precision, self._share(in_own) if len(pooled) > NEIGHBOURS else None
-
     def _class_accuracy(self, features: Features) -> Estimate | None:
         if features.labels is None or self.reference is None or self.reference.labels is None:
             return None
         hits = nearest_class_hits(self.reference.pooled, self.reference.labels, features.pooled, features.labels)
-        return None if hits is None else self._share(hits)
-
-    def _share(self, hits: Tensor) -> Estimate:
-        share = share_estimate(hits)
-        return share if self.replicates else Estimate(value=share.value, num_images=share.num_images)
-
-
-def radii_of_some(pooled: Tensor) -> Tensor:
-    """Return radii (n,) of the balls around (n,D) features; at most MAX_BALLS have one, and none of too few."""
-    radii = pooled.new_full((len(pooled),), -1)
-    places = evenly_spread(len(pooled), MAX_BALLS)
-    if len(places) > NEIGHBOURS:
-        radii[places] = ball_radii(_at_most(pooled, MAX_BALLS), NEIGHBOURS)
-    return radii
+        return None if hits is None else share_estimate(hits, interval=bool(self.replicates))
 
 
 def _at_most(rows: Tensor, count: int) -> Tensor:
