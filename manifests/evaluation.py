@@ -41,6 +41,7 @@ class SamplerInfo(FrozenModel):
     ddim_eta: float | None = Field(None, description="ddim: share of noise in the steps; null: 0.")
     sde: SDESection | None = Field(None, description="Settings of the solver sde; null: those of SiT and REPA.")
     internal: bool | None = Field(None, description="Guided by the model's own auxiliary head; null: not.")
+    repeat: int = Field(0, description="Number of the seed among those of the sweep; 0: the first.")
 
     @property
     def named_steps(self) -> str:
@@ -50,10 +51,22 @@ class SamplerInfo(FrozenModel):
         return f"{self.steps} step{'s' if self.steps > 1 else ''}"
 
 
+class SeedSpread(FrozenModel):
+    """A distance of one setting over the seeds of the sweep."""
+
+    steps: int = Field(description="Number of steps.")
+    guidance: float = Field(description="Guidance scale.")
+    space: str = Field(description="Feature space: that of the extractor, or a name of `spaces`.")
+    seeds: list[int] = Field(description="The seeds.")
+    minimum: float = Field(description="Smallest of the distances.")
+    mean: float = Field(description="Their mean.")
+    deviation: float = Field(description="Their standard deviation, unbiased.")
+
+
 class ReferenceInfo(FrozenModel):
     """The reference: real images, or statistics of real images."""
 
-    kind: str = Field(description="shards, folder or statistics.")
+    kind: str = Field(description="shards, folder, statistics, or npz: images of an .npz, perhaps with statistics.")
     description: str = Field(description="In words.")
     num_images: int | None = Field(description="Number of images; null for statistics.")
     content: str = Field(description="sha256 over the images and their crop; for statistics, of the file.")
@@ -77,6 +90,17 @@ class Measured(FrozenModel):
     )
     num_images: int = Field(description="Number of images.")
     frechet_distance: Estimate = Field(description="Fréchet distance to the reference; called FID only for Inception.")
+    spatial_distance: Estimate | None = Field(
+        None, description="sFID: the same of Inception's spatial features, as ADM takes them."
+    )
+    spaces: dict[str, Estimate] = Field(
+        default_factory=dict, description="Fréchet distance in the other feature spaces, by name."
+    )
+    distance_ratio: float | None = Field(
+        None,
+        description="FDr: mean over the feature spaces of the distance over that of the held-out images; null: no "
+        "other spaces, or no held-out images.",
+    )
     kernel_distance: Estimate | None = Field(
         description="Polynomial MMD², mean over 50 subsets of at most 1000 images (KID for Inception). The interval "
         "is over the images, to first order."
@@ -120,7 +144,16 @@ class Report(WrittenReport):
     image_size: int = Field(description="Pixels per side of all images.")
     class_names: list[str] = Field(description="Class names of the diffusion model, in label order.")
     preset: str | None = Field(None, description="Named settings of a published number; null: none.")
-    deviations: list[str] = Field(default_factory=list, description="What differs from the preset.")
+    protocol: str | None = Field(None, description="Named protocol of the measurement; null: custom.")
+    deviations: list[str] = Field(
+        default_factory=list, description="What differs from the preset and from the protocol."
+    )
+    spaces: dict[str, ExtractorInfo] = Field(
+        default_factory=dict, description="Networks of the other feature spaces, by name."
+    )
+    seeds: list[SeedSpread] = Field(
+        default_factory=list, description="Distances of every setting over the seeds; empty: one seed."
+    )
     results: list[Measured] = Field(description="The settings of the sweep in order, then the reference lines.")
     not_measured: list[str] = Field(
         default_factory=list, description="Metrics that were not measured, with the reason."

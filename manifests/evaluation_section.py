@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from .feature_spaces import SpaceName
 from .precision import Precision
 from .presets import NAMES as PRESETS
 from .presets import Preset, preset_values
+from .protocols import NAMES as PROTOCOLS
+from .protocols import Protocol, protocol_values
 from .section import Natural, Positive, Section, TimeShift
 
 Labels = Literal["equal", "drawn"]
@@ -105,7 +108,21 @@ class EvaluationSection(Section):
     )
     guide_weights: str = Field("ema", pattern=WEIGHTS, description="Weights of the --guide model.")
     compile: Literal["auto"] | bool = Field("auto", description="torch.compile the model. auto: on CUDA.")
+    protocol: Annotated[Protocol | None, BeforeValidator(lambda name: None if name == "custom" else name)] = Field(
+        None, description=f"Settings that published numbers are measured with: {', '.join(PROTOCOLS)}; null: custom."
+    )
     extractor: ExtractorSection = ExtractorSection()
+    spaces: dict[SpaceName, str | None] | None = Field(
+        None,
+        description="Also the Fréchet distance in other spaces: name and weights (a file, or hub). null: none.",
+    )
+    spatial_distance: bool = Field(False, description="Also sFID, of Inception's features before pooling.")
+    inception_in_order: bool = Field(
+        False, description="Inception Score over 5,000 images after 5,000, as ADM, not over ten random splits."
+    )
+    seeds: Positive | None = Field(
+        None, description="Number of sweeps with the seeds seed, seed + 1, ...: mean, minimum, deviation; null: one."
+    )
     reference_images: int | None = Field(None, ge=2, description="Maximum number of reference images; null: all.")
     bootstrap: Resamplings = Field(100, description="Bootstrap resamplings for the intervals; 0: no intervals.")
     seed: Natural = Field(0, description="Seed of noise, drawn labels and bootstrap.")
@@ -123,21 +140,44 @@ class EvaluationSection(Section):
                 raise ValueError(f"{name} must name no value twice, found {list(values)}")
         return self
 
-    def preset_keys(self) -> set[str]:
-        """Return the keys that are as the preset sets them."""
-        values = {} if self.preset is None else preset_values(self.preset)
+    @model_validator(mode="after")
+    def _of_inception(self) -> Self:
+        for key in ("spatial_distance", "inception_in_order"):
+            if getattr(self, key) and self.extractor.kind != "inception":
+                raise ValueError(f"{key} needs extractor.kind inception, found {self.extractor.kind}")
+        return self
+
+    @property
+    def spaces_used(self) -> dict[SpaceName, str]:
+        """Weights of the other feature spaces by name; those that were left out (null) are missing."""
+        return {name: weights for name, weights in (self.spaces or {}).items() if weights is not None}
+
+    def named_keys(self) -> set[str]:
+        """Return the keys that are as the preset or the protocol sets them."""
+        values = self._named_values()
         wanted = EvaluationSection.model_validate(values)
         return {key for key in values if getattr(self, key) == getattr(wanted, key)}
 
     def deviations(self) -> list[str]:
-        """Return what differs from the preset: `steps: [25] instead of [250]`."""
-        if self.preset is None:
-            return []
-        values = preset_values(self.preset)
-        wanted, own = (one.model_dump(mode="json") for one in (EvaluationSection.model_validate(values), self))
+        """Return what differs from the preset and the protocol: `steps: [25] instead of [250]`.
+
+        Files of weights are no deviation.
+        """
+        values = self._named_values()
+        wanted, own = (_without_files(one) for one in (EvaluationSection.model_validate(values), self))
         return [
             f"{key}: {own[key]} instead of {wanted[key]}" for key in wanted if key in values and own[key] != wanted[key]
         ]
+
+    def _named_values(self) -> dict[str, Any]:
+        preset = {} if self.preset is None else preset_values(self.preset)
+        return preset if self.protocol is None else {**preset, **protocol_values(self.protocol)}
+
+
+def _without_files(section: EvaluationSection) -> dict[str, Any]:
+    values = section.model_dump(mode="json")
+    spaces = None if section.spaces is None else sorted(section.spaces_used)
+    return values | {"extractor": section.extractor.kind, "spaces": spaces}
 
 
 class ReconstructionSection(Section):

@@ -26,7 +26,8 @@ class NearestImages(FrozenModel):
         description=f"At the quantiles {', '.join(f'{100 * level:g}' for level in QUANTILES)} %."
     )
     threshold: float | None = Field(
-        description="Distance that 1 % of the held-out images are below; null: fewer than 100 of them."
+        description="Distance that 1 % of new images are below: of reconstructions of held-out images or, where the "
+        "autoencoder cannot encode, of held-out images. null: fewer than 100 of them."
     )
     near_copies: Estimate | None = Field(
         description="Fraction of the images that are closer than the threshold; 1 % is expected of new images."

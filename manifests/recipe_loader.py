@@ -1,8 +1,8 @@
 """Loads recipes by name or from a file, and overrides single values.
 
 `--set section.key=value` overrides a value. A file may begin with `extends: NAME|FILE` and then lists only its
-differences. `evaluation.preset` fills in keys that are not given beside it. An unknown key is an error that names the
-nearest valid key.
+differences. `evaluation.preset` and `evaluation.protocol` fill in keys that are not given beside them. An unknown key
+is an error that names the nearest valid key.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from .errors import UsageError
 from .evaluation_section import EvaluationSection
 from .presets import NAMES as PRESETS
 from .presets import preset_values
+from .protocols import NAMES as PROTOCOLS
+from .protocols import protocol_values
 from .recipe import Recipe
 from .section import Section
 from .yaml_values import parse_value, parse_yaml
 
 MOVED = {"autoencoder.residual.enabled": "autoencoder.kind: svg or vision"}  # keys of earlier versions
 YAML_SUFFIXES = {".yaml", ".yml"}
-PRESET_OVERRIDE = "evaluation.preset="
+NAMED_OVERRIDES = ("evaluation.preset=", "evaluation.protocol=")
 
 
 def builtin_names() -> list[str]:
@@ -46,8 +48,8 @@ def load_recipe(name_or_file: str | None, overrides: Sequence[str] = ()) -> Reci
     layers, where = _read_layers(name_or_file) if name_or_file is not None else ([], "recipe")
     for layer in layers:
         _refuse_unknown_keys(layer, Recipe, where)
-    # First the preset, so that other options of the command line win over it, and it over the recipe.
-    first = [override for override in overrides if override.startswith(PRESET_OVERRIDE)]
+    # First preset and protocol, so that other options of the command line win over them, and they over the recipe.
+    first = [override for override in overrides if override.startswith(NAMED_OVERRIDES)]
     for override in first:
         layers.append({})
         _apply_override(layers[-1], override)
@@ -56,7 +58,8 @@ def load_recipe(name_or_file: str | None, overrides: Sequence[str] = ()) -> Reci
         if override not in first:
             _apply_override(raw, override)
     if any(override.startswith("evaluation=") for override in overrides):  # it replaces the whole section
-        raw["evaluation"] = {**_preset(raw["evaluation"]), **raw["evaluation"]}
+        section = raw["evaluation"]
+        raw["evaluation"] = {**_named_values("preset", section), **_named_values("protocol", section), **section}
     _refuse_unknown_keys(raw, Recipe, "--set")
     try:
         return Recipe.model_validate(raw)
@@ -68,7 +71,7 @@ def load_recipe(name_or_file: str | None, overrides: Sequence[str] = ()) -> Reci
 
 def _explained(error: dict[str, Any], where: str, given: set[str]) -> str:
     """Return one line for an invalid value, which begins with its origin: the file, or the command line."""
-    name = ".".join(str(part) for part in error["loc"] if not isinstance(part, int))
+    name = ".".join(str(part) for part in error["loc"] if part != "[key]" and not isinstance(part, int))
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected", 1)
     origin = "command line" if any(f"{key}.".startswith(f"{name}.") for key in given) else where
     found = "" if isinstance(error["input"], dict) else f", found {_brief(error['input'])}"  # a section has many keys
@@ -83,16 +86,17 @@ def recipe_yaml(recipe: Recipe) -> str:
 
 def _yaml_lines(section: Section, indent: str = "") -> Iterator[str]:
     values = section.model_dump(mode="json")
-    preset = section.preset_keys() if isinstance(section, EvaluationSection) else set()
+    named = section.named_keys() if isinstance(section, EvaluationSection) else set()
     for name, field in type(section).model_fields.items():
         inner = getattr(section, name)
+        # So that another preset or protocol can be chosen in this file.
+        off = "# of the preset or protocol: " if name in named else ""
         if isinstance(inner, Section):
-            yield f"{indent}{name}:"
-            yield from _yaml_lines(inner, indent + "  ")
+            yield f"{indent}{off}{name}:"
+            yield from (f"{indent}{off}{line}" for line in _yaml_lines(inner, "  "))
         else:
             dumped = yaml.safe_dump(values[name], default_flow_style=True, allow_unicode=True, width=10**6)
             comment = "" if field.description is None else f"  # {field.description}"
-            off = "# of the preset: " if name in preset else ""  # so that another preset can be chosen in this file
             yield f"{indent}{off}{name}: {dumped.splitlines()[0]}{comment}"
 
 
@@ -120,20 +124,29 @@ def _read_layers(name_or_file: str, seen: tuple[str, ...] = ()) -> tuple[list[di
 
 
 def _merged(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the layers merged, later ones over earlier ones. The last preset that is named begins with its layer."""
-    named = [i for i, layer in enumerate(layers) if "preset" in (layer.get("evaluation") or {})]
+    """Return the layers merged, later ones over earlier ones.
+
+    The last preset that is named begins with its layer, and the last protocol too.
+    """
+    last = {
+        key: max((i for i, layer in enumerate(layers) if key in (layer.get("evaluation") or {})), default=None)
+        for key in ("preset", "protocol")
+    }
     merged: dict[str, Any] = {}
     for i, layer in enumerate(layers):
-        if named and i == named[-1]:
-            merged = _merge(merged, {"evaluation": _preset(layer["evaluation"])})
+        for key in last:
+            if i == last[key]:
+                merged = _merge(merged, {"evaluation": _named_values(key, layer["evaluation"])})
         merged = _merge(merged, layer)
     return merged
 
 
-def _preset(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of the preset that a section names; none for an unknown name, which is refused later."""
-    name = evaluation.get("preset")
-    return preset_values(name) if name in PRESETS else {}
+def _named_values(key: str, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of the preset or protocol that a section names; none for an unknown name, refused later."""
+    name = evaluation.get(key)
+    if key == "preset":
+        return preset_values(name) if name in PRESETS else {}
+    return protocol_values(name) if name in PROTOCOLS else {}
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

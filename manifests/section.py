@@ -69,4 +69,6 @@ def _named(kinds: set[Any]) -> str:
     """Return what a field holds, for a message."""
     if kinds & {int, float}:
         return "a number"
-    return "true or false" if bool in kinds else "a text"
+    if bool in kinds:
+        return "true or false"
+    return "a text" if str in kinds else "keys with values"

@@ -36,9 +36,9 @@ def nearest_section(samples: Measured, images: ImageSet, lines: dict[str, Measur
     nearest = samples.nearest
     assert nearest is not None, "measured where the reference has images"
     shown = nearest.closest[:SHOWN]
-    pictures = [picture(images.pixels(pair.image), f"sample {pair.image}, {pair.distance:.3g}") for pair in shown]
+    pictures = [picture(images.pixels(pair.image), f"{pair.image}: {pair.distance:.3g}") for pair in shown]
     pictures += [picture(real.pixels(pair.reference), pair.name) for pair in shown]
-    note = "first row: samples with their distance; second row: the nearest reference image"
+    note = "first row: samples with their number and distance; second row: the nearest reference images"
     sets = {"samples": nearest}
     for role, name in (("heldout", "held-out real"), ("reconstructions", "reconstructions")):
         if role in lines and (other := lines[role].nearest) is not None:

@@ -13,6 +13,7 @@ from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.filesystem import Location, location, make_directory
 from svgpipe.manifests.local_copy import LocalDisk
 from svgpipe.manifests.presets import NAMES as PRESETS
+from svgpipe.manifests.protocols import NAMES as PROTOCOLS
 from svgpipe.manifests.store_spec import StoreDtype
 
 from .synsets import imagenet_synsets
@@ -126,6 +127,10 @@ PresetOption = Annotated[
     str | None,
     typer.Option("--preset", metavar="NAME", help=f"Settings of a published number: {', '.join(PRESETS)}."),
 ]
+ProtocolOption = Annotated[
+    str | None,
+    typer.Option("--protocol", metavar="NAME", help=f"Measure as published numbers were: {', '.join(PROTOCOLS)}."),
+]
 StepsOption = Annotated[
     str | None, typer.Option("--steps", metavar="N,N,…", help="Sampling steps, for example 5,10,25.")
 ]
@@ -167,6 +172,7 @@ def overrides_with(
     keep_damaged: bool = False,
     store_dtype: str | None = None,
     preset: str | None = None,
+    protocol: str | None = None,
     steps: str | None = None,
     guidance: str | None = None,
     ema: str | None = None,
@@ -181,6 +187,7 @@ def overrides_with(
         "shard.keep_damaged": keep_damaged or None,
         "extract.store_dtype": store_dtype,
         "evaluation.preset": preset,
+        "evaluation.protocol": protocol,
         "evaluation.steps": None if steps is None else f"[{steps}]",
         "evaluation.guidance": None if guidance is None else f"[{guidance}]",
         "evaluation.weights": None if ema is None else f'"{ema}"',

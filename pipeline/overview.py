@@ -62,7 +62,8 @@ def sampler_of(result: Measured) -> SamplerInfo:
 
 
 def _has_guidance_of(best: Measured, result: Measured) -> bool:
-    return result.sampler is not None and result.sampler.guidance == sampler_of(best).guidance
+    sampler, wanted = result.sampler, sampler_of(best)
+    return sampler is not None and (sampler.guidance, sampler.repeat) == (wanted.guidance, wanted.repeat)
 
 
 def _one_per_class(images: ImageSet) -> list[int]:

@@ -41,7 +41,7 @@ def render_report(evaluation: Location, autoencoder: Location, diffusion: Locati
     """
     manifest = EvaluationManifest.read(evaluation)
     report = Report.read(evaluation)
-    samples = [r for r in report.results if r.role == "samples"]
+    samples = [r for r in report.results if r.sampler is not None and r.sampler.repeat == 0]  # of the first seed
     best = min(samples, key=lambda r: r.frechet_distance.value)
     lines: dict[str, Measured] = {r.role: r for r in report.results if r.role != "samples"}
     sets = RealSets.of(reference, EvaluationSection.model_validate(manifest.config), report.image_size)
@@ -64,6 +64,7 @@ def render_report(evaluation: Location, autoencoder: Location, diffusion: Locati
         chart=chart,
         nearest=nearest,
         min_heldout=MIN_HELDOUT,
+        new_images="reconstructed held-out images" if "reconstructions" in lines else "the held-out images",
         over_steps=distances is not None and distances.x_name == "steps",
         largest=max(r.frechet_distance.value for r in report.results),
         grids=_grids(evaluation, report, samples, best, reference, sets),

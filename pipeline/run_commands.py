@@ -34,6 +34,7 @@ from .options import (
     PngOption,
     PoolOption,
     PresetOption,
+    ProtocolOption,
     SetOption,
     StepsOption,
     StoreDtypeOption,
@@ -74,6 +75,7 @@ def run(
     store_dtype: StoreDtypeOption = None,
     max_rejects: MaxRejectsOption = 0.001,
     preset: PresetOption = None,
+    protocol: ProtocolOption = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     ema: EmaOption = None,
@@ -96,7 +98,8 @@ def run(
 
     changed = overrides_with(overrides, source=source, heldout=heldout, heldout_labels=heldout_labels)
     changed = overrides_with(changed, unlabelled=unlabelled, holdout=holdout, keep_damaged=keep_damaged)
-    changed = overrides_with(changed, store_dtype=store_dtype, preset=preset, steps=steps, guidance=guidance, ema=ema)
+    changed = overrides_with(changed, store_dtype=store_dtype, preset=preset, protocol=protocol)
+    changed = overrides_with(changed, steps=steps, guidance=guidance, ema=ema)
     options = RunOptions(
         resources=resources_of(workers, cpus_per_worker, gpus_per_worker),
         trainers=None if train_workers is None else resources_of(train_workers, cpus_per_worker, gpus_per_worker),

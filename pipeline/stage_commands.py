@@ -42,6 +42,7 @@ from .options import (
     PoolOption,
     PresetOption,
     ProcessesOption,
+    ProtocolOption,
     RecipeOption,
     RequiredRecipeOption,
     SetOption,
@@ -308,13 +309,16 @@ def sample_and_eval(
     reference: Annotated[
         str,
         typer.Option(
-            "--reference", metavar="PATH", help="Real images: a shard set, an image folder, or .npz with mu and sigma."
+            "--reference",
+            metavar="PATH",
+            help="Real images: a shard set, an image folder, or an .npz as ADM publishes them.",
         ),
     ],
     out: OutOption,
     recipe: RequiredRecipeOption,
     overrides: SetOption = None,
     preset: PresetOption = None,
+    protocol: ProtocolOption = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     ema: EmaOption = None,
@@ -335,13 +339,14 @@ def sample_and_eval(
     from .report import render_report
     from .run import export_samples
 
-    changed = overrides_with(overrides, preset=preset, steps=steps, guidance=guidance, ema=ema)
+    changed = overrides_with(overrides, preset=preset, protocol=protocol, steps=steps, guidance=guidance, ema=ema)
     config = load_recipe(recipe, changed).evaluation
     model, decoder, directory = location(diffusion), location(autoencoder), location(out)
     shared = directory.parent if pool is None else location(pool)
-    opened = open_reference(reference, count=config.reference_images, hashes=shared / "features" / "reference-hashes")
     resources = resources_of(workers, cpus_per_worker, gpus_per_worker)
     with runner_for(resources, address) as runner, ConsoleProgress() as progress:
+        kept = shared / "features" / "reference-hashes"
+        opened = open_reference(reference, count=config.reference_images, kept=kept, progress=progress)
         run_stage(
             model,
             decoder,

@@ -255,9 +255,9 @@ class StudyRun:
         """Return the images that distances are measured to: of the study, or the training split."""
         if self.study.reference is None:
             return shard_reference(shards)
-        hashes = self.workdir / SHARED / "features" / "reference-hashes"
+        kept = self.workdir / SHARED / "features" / "reference-hashes"
         count = self.study.variants[0].recipe.evaluation.reference_images
-        return open_reference(self.study.reference, count=count, hashes=hashes)
+        return open_reference(self.study.reference, count=count, kept=kept)
 
 
 def reconstruction_section(variant: Variant) -> ReconstructionSection:

@@ -108,7 +108,9 @@ def _variant(places: Places, reference: str, failure: str | None) -> VariantResu
         velocity_agreement=None if one is None else one.mean_parted,
         curvature=None if straight is None else straight.curvature,
         one_step_error=None if straight is None else straight.one_step,
-        samples=[] if report is None else [_sampled(r) for r in report.results if r.role == "samples"],
+        samples=[]
+        if report is None
+        else [_sampled(r) for r in report.results if r.sampler is not None and r.sampler.repeat == 0],
     )
 
 

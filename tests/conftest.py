@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import skimage
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from torch_fidelity import feature_extractor_inceptionv3
 
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.recipe import Recipe
@@ -241,6 +243,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory, photographs: Path, tiny_r
     root = tmp_path_factory.mktemp("finished") / "work"
     assert main(["run", str(tiny_recipe), "--workdir", str(root), "--source", str(photographs)]) == 0
     return Finished(root, tiny_recipe)
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file in the place of torch-fidelity's, which is not available here: the same layout, random weights."""
+    module, path = feature_extractor_inceptionv3, tmp_path_factory.mktemp("inception") / "inception.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: None)
+        torch.manual_seed(0)
+        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.save(network.state_dict(), path)
+    return path
 
 
 VAE_CHANNELS = 3

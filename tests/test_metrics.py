@@ -140,7 +140,7 @@ def test_copies_of_reference_images_are_found_and_named() -> None:
     reference, heldout, new = gaussians(300, 300, 300)
     copies = reference[40:50] + 1e-4
     names = [f"a.tar: {number}" for number in range(300)]
-    comparison = Comparison(Features(reference, names=names), 10, 0, heldout=heldout)
+    comparison = Comparison(Features(reference, names=names), 10, 0, new=heldout)
     found = comparison.measure(Features(torch.cat([new, copies])))["nearest"]
     assert isinstance(found, NearestImages) and found.near_copies is not None and found.threshold is not None
     assert found.threshold == pytest.approx(float(torch.cdist(heldout, reference).amin(1).quantile(0.01)), rel=1e-4)
@@ -152,7 +152,7 @@ def test_copies_of_reference_images_are_found_and_named() -> None:
     distances = torch.cdist(torch.cat([new, copies]), reference).amin(1)
     expected = distances.quantile(torch.tensor(QUANTILES))
     torch.testing.assert_close(torch.tensor(found.distances), expected, atol=1e-3, rtol=1e-3)
-    few = Comparison(Features(reference), 10, 0, heldout=heldout[:99]).measure(Features(new))["nearest"]
+    few = Comparison(Features(reference), 10, 0, new=heldout[:99]).measure(Features(new))["nearest"]
     assert isinstance(few, NearestImages) and few.near_copies is None and len(few.closest) == 10
 
 

@@ -47,7 +47,7 @@ def test_statistics_of_the_same_images_give_the_same_distance(
     shape = (len(finished.shards.usable("train")), 1280)  # other tests leave features of other extractors there
     (pooled,) = (found.double().numpy() for found in kept if found.shape == shape)
     name = Report.read(finished.root / "evaluation").extractor.name
-    moments = {"mu": pooled.mean(0), "sigma": np.cov(pooled, rowvar=False), "mu_s": np.zeros(3)}
+    moments = {"mu": pooled.mean(0), "sigma": np.cov(pooled, rowvar=False), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
     np.savez(tmp_path / "stats.npz", extractor=name, **moments)
     out = tmp_path / "out"
     done = svgpipe(*eval_args(finished, tmp_path / "stats.npz", out))
@@ -148,7 +148,7 @@ def test_invalid_references_are_refused(finished: Finished, svgpipe: Callable[..
     gone = refused(tmp_path / "gone.npz")
     assert gone.code == 1 and "no such file" in gone.err
     np.savez(tmp_path / "half.npz", mu=np.zeros(4), arr_0=np.zeros(1))
-    assert "found mu, arr_0" in refused(tmp_path / "half.npz").err
+    assert "arrays mu and sigma, found mu" in refused(tmp_path / "half.npz").err
     np.savez(tmp_path / "odd.npz", mu=np.zeros(4), sigma=np.zeros((4, 3)))
     assert "(4,) and (4, 3)" in refused(tmp_path / "odd.npz").err
     (tmp_path / "text.npz").write_text("nothing of the kind")
@@ -191,17 +191,17 @@ def test_a_reference_folder_is_hashed_once(photographs: Path, tmp_path: Path, mo
         return real(path)
 
     monkeypatch.setattr(Path, "read_bytes", recorded)
-    first = open_reference(str(folder), count=12, hashes=tmp_path / "hashes")
+    first = open_reference(str(folder), count=12, kept=tmp_path / "hashes")
     assert len(read) == len(first.images) == 12
     read.clear()
-    again = open_reference(str(folder), count=12, hashes=tmp_path / "hashes")
+    again = open_reference(str(folder), count=12, kept=tmp_path / "hashes")
     assert read == [] and again.ref.fingerprint == first.ref.fingerprint
     changed = Path(str(first.images[3].tar))
     changed.write_bytes(real(changed) + b"more")
-    other = open_reference(str(folder), count=12, hashes=tmp_path / "hashes")
+    other = open_reference(str(folder), count=12, kept=tmp_path / "hashes")
     assert read == [changed.name] and other.ref.fingerprint != first.ref.fingerprint
     (kept,) = (tmp_path / "hashes").iterdir()
     kept.write_text("{")
     read.clear()
-    assert open_reference(str(folder), count=12, hashes=tmp_path / "hashes").ref.fingerprint == other.ref.fingerprint
+    assert open_reference(str(folder), count=12, kept=tmp_path / "hashes").ref.fingerprint == other.ref.fingerprint
     assert len(read) == 12

@@ -19,7 +19,6 @@ import pytest
 import torch
 import webdataset as wds
 from PIL import Image
-from torch_fidelity import feature_extractor_inceptionv3
 
 from svgpipe.manifests import feature_store
 from svgpipe.manifests.autoencoder_section import BackboneSection
@@ -38,12 +37,12 @@ from svgpipe.models.sampler import time_grid
 from svgpipe.pipeline import overview
 from svgpipe.pipeline import report as report_page
 from svgpipe.pipeline.page import picture
-from svgpipe.stages.evaluate import features, measure_images
+from svgpipe.stages.evaluate import extracted_features, features
 from svgpipe.stages.evaluate import sample_latents as latents_stage
 from svgpipe.stages.evaluate.cpu_tasks import LatentsUnit
 from svgpipe.stages.evaluate.decode_latents import decoded_images
+from svgpipe.stages.evaluate.extracted_features import extracted
 from svgpipe.stages.evaluate.features import Extractor, load_extractor
-from svgpipe.stages.evaluate.measure_images import extracted
 from svgpipe.stages.evaluate.reference import RealSets, open_reference, shard_reference
 from svgpipe.stages.images.decode import decode_image, to_array
 from svgpipe.stages.images.image_set import ImageSet
@@ -829,16 +828,14 @@ def test_a_decoder_that_does_not_belong_is_refused(
 
 
 def test_distances_are_called_fid_with_the_published_inception_weights(
-    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    finished: Finished,
+    inception_file: Path,
+    tmp_path: Path,
+    svgpipe: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The published file is not available here: one with the same layout and random weights replaces it."""
-    module = feature_extractor_inceptionv3
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: None)
-        torch.manual_seed(0)
-        network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    torch.save(network.state_dict(), tmp_path / "inception.pth")
+    shutil.copy(inception_file, tmp_path / "inception.pth")
+    state = torch.load(inception_file)
     section = ExtractorSection(kind="inception", weights=str(tmp_path / "inception.pth"))
     own = build_backbone(finished.recipe.autoencoder.backbone, 32)
     other = "Fréchet distance with the Inception weights inception.pth (not FID)"
@@ -854,10 +851,10 @@ def test_distances_are_called_fid_with_the_published_inception_weights(
     assert report.metric == "FID"
     scores = [r.inception_score for r in report.results]
     assert all(score is not None and 1 - 1e-6 < score.value < 2 for score in scores)
-    assert report.extractor.weights == state_digest(network.state_dict())  # whatever file they lie in
+    assert report.extractor.weights == state_digest(state)  # whatever file they lie in
     assert report.inputs["extractor"] == file_sha256(tmp_path / "inception.pth")
     assert report.extractor.library.startswith("torch-fidelity 0.")
-    torch.save({**network.state_dict(), "more": torch.zeros(1)}, tmp_path / "inception.pth")
+    torch.save({**state, "more": torch.zeros(1)}, tmp_path / "inception.pth")
     replaced = svgpipe(*eval_args(finished, tmp_path / "out", *change, *weights))
     assert replaced.code == 1 and "extractor" in replaced.err  # finished, but measured with other weights
     (tmp_path / "inception.pth").write_bytes(b"cut short")
@@ -959,7 +956,7 @@ def test_features_of_a_large_set_are_stored_in_parts(
     backbone = build_backbone(finished.recipe.autoencoder.backbone, 32)
     extractor = load_extractor(ExtractorSection(kind="backbone"), backbone)
     expected = extractor.features(images, 2)["pooled"]
-    monkeypatch.setattr(measure_images, "PART", 2)
+    monkeypatch.setattr(extracted_features, "PART", 2)
     looked: list[int] = []
 
     def until_killed(self: Extractor, part: ImageSet, batch_size: int) -> dict[str, torch.Tensor]:

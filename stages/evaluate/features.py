@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch_fidelity.utils import get_featuresdict_from_dataset
 from svgpipe.manifests.autoencoder_section import BackboneSection
 from svgpipe.manifests.errors import ArtifactError, UsageError, first_line
 from svgpipe.manifests.evaluation_section import ExtractorSection
+from svgpipe.manifests.feature_spaces import SPACES, SpaceName
 from svgpipe.manifests.filesystem import Location, file_sha256
 from svgpipe.manifests.manifest import InputRef, svgpipe_version
 from svgpipe.manifests.model_manifests import AutoencoderManifest
@@ -34,7 +36,7 @@ from ..networks.downloads import Download
 from ..networks.weight_files import read_weight_file
 from ..runtime.device import pick_device
 
-POOLED, LOGITS = "pooled", "logits"
+POOLED, LOGITS, SPATIAL = "pooled", "logits", "spatial"
 INCEPTION_LAYERS = {POOLED: "2048", LOGITS: "logits_unbiased"}
 INCEPTION = "inception-v3-compat"
 INCEPTION_SIZE = 299
@@ -48,6 +50,32 @@ SOFTWARE = ("torch", "torch-fidelity", "timm", "pillow", "scikit-image", "scipy"
 def software() -> dict[str, str]:
     """Return the versions of the libraries that determine a number."""
     return {"svgpipe": svgpipe_version(), **{name: metadata.version(name) for name in SOFTWARE}}
+
+
+class SpatialInception(FeatureExtractorInceptionV3):  # type: ignore[misc]
+    """torch-fidelity's Inception, which also gives the features of sFID, (B,2023), under the name `spatial`.
+
+    These are the first 7 channels of the 17x17 map of block Mixed_6d, in the order row, column, channel. Source:
+    guided-diffusion evaluations/evaluator.py, where the block is `mixed_6/conv:0`.
+    """
+
+    CHANNELS = 7
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.returned = [*self.features_list, SPATIAL]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        maps: list[Tensor] = []
+        hook = self.Mixed_6d.register_forward_hook(lambda _, __, output: maps.append(output[:, : self.CHANNELS]))
+        try:
+            others = super().forward(images)
+        finally:
+            hook.remove()
+        return (*others, maps[0].permute(0, 2, 3, 1).flatten(1).float())
+
+    def convert_features_tuple_to_dict(self, features: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return dict(zip(self.returned, features, strict=True))
 
 
 class BackboneExtractor(FeatureExtractorBase):  # type: ignore[misc]
@@ -72,7 +100,7 @@ class Extractor:
     """A feature extractor and its description."""
 
     module: nn.Module
-    layers: dict[str, str]  # POOLED, and LOGITS if it has them, by the names in the module
+    layers: dict[str, str]  # POOLED, and LOGITS and SPATIAL if it has them, by the names in the module
     space: str  # what statistics of a reference must be of: the network, and its input size if that is not its own
     metric: str
     description: ExtractorInfo
@@ -98,8 +126,27 @@ def weight_inputs(**sources: str) -> dict[str, InputRef]:
     }
 
 
+def space_extractor(name: SpaceName, weights: str) -> Extractor:
+    """Load the network of another feature space.
+
+    Returns:
+        The extractor.
+
+    Raises:
+        ArtifactError: weights are neither given nor downloadable. The message says which file and which option.
+    """
+    space, key = SPACES[name], f"evaluation.spaces.{name}"
+    section = ExtractorSection(kind="timm", name=space.model, weights=weights, input_size=space.input_size)
+    return load_extractor(section, None, key, weights_key=key)
+
+
 def extractor_for(
-    config: ExtractorSection, encoder: AutoencoderManifest, autoencoder: Location, where: str = "evaluation.extractor"
+    config: ExtractorSection,
+    encoder: AutoencoderManifest,
+    autoencoder: Location,
+    where: str = "evaluation.extractor",
+    *,
+    spatial: bool = False,
 ) -> Extractor:
     """Load the extractor of a recipe, with the backbone of the autoencoder if it is asked for.
 
@@ -118,11 +165,16 @@ def extractor_for(
                 "inception, or timm with a name."
             )
         backbone = build_backbone(encoder.section.backbone, encoder.image_size, autoencoder)
-    return load_extractor(config, backbone, where)
+    return load_extractor(config, backbone, where, spatial=spatial)
 
 
 def load_extractor(
-    config: ExtractorSection, backbone: Backbone | None, where: str = "evaluation.extractor"
+    config: ExtractorSection,
+    backbone: Backbone | None,
+    where: str = "evaluation.extractor",
+    *,
+    spatial: bool = False,
+    weights_key: str | None = None,
 ) -> Extractor:
     """Load the extractor of a recipe.
 
@@ -130,6 +182,8 @@ def load_extractor(
         config: section of the recipe.
         backbone: of the autoencoder, for kind `backbone`.
         where: dotted name of the section, for messages.
+        spatial: also the features of sFID, of Inception.
+        weights_key: dotted name of the key of the weights; default: `weights` in the section.
 
     Returns:
         The extractor.
@@ -139,7 +193,7 @@ def load_extractor(
         UsageError: an unknown timm model.
     """
     if config.kind == "timm":
-        backbone = _timm(config, where)
+        backbone = _timm(config, where, weights_key)
     if config.kind != "inception":
         assert backbone is not None, "built where the recipe names kind backbone"
         size = _other_size(config, backbone.name)
@@ -151,15 +205,23 @@ def load_extractor(
             _record(config.kind, backbone.name, backbone, backbone.input_size, "timm"),
             int(backbone.model.head_hidden_size),
         )
+    return _inception(config, where, spatial=spatial)
+
+
+def _inception(config: ExtractorSection, where: str, *, spatial: bool) -> Extractor:
+    """Return torch-fidelity's Inception.
+
+    Raises:
+        ArtifactError: its weights are neither given nor downloadable.
+    """
     state = None if config.weights == "hub" else read_weight_file(Path(config.weights))
     try:
         with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
             # torch-fidelity unpickles its file, so it is given one that holds only tensors.
             safe = Path(folder) / "inception.pth"
             torch.save(INCEPTION_WEIGHTS.load() if state is None else state, safe)
-            module = FeatureExtractorInceptionV3(
-                INCEPTION, list(INCEPTION_LAYERS.values()), feature_extractor_weights_path=str(safe)
-            )
+            network = SpatialInception if spatial else FeatureExtractorInceptionV3
+            module = network(INCEPTION, list(INCEPTION_LAYERS.values()), feature_extractor_weights_path=str(safe))
     except Exception as error:  # errors of urllib, and of torch for a damaged file
         raise ArtifactError(
             f"{where}: Inception weights could not be loaded ({first_line(error)}). "
@@ -169,7 +231,7 @@ def load_extractor(
     published = config.weights == "hub" or INCEPTION_WEIGHTS.is_file(Path(config.weights))
     return Extractor(
         module.eval(),
-        INCEPTION_LAYERS,
+        INCEPTION_LAYERS | ({SPATIAL: SPATIAL} if spatial else {}),
         INCEPTION,
         "FID" if published else f"Fréchet distance with the Inception weights {Path(config.weights).name} (not FID)",
         _record("inception", INCEPTION, module, INCEPTION_SIZE, "torch-fidelity"),
@@ -194,7 +256,7 @@ def _record(kind: str, name: str, network: nn.Module, input_size: int, library: 
     )
 
 
-def _timm(config: ExtractorSection, where: str) -> Backbone:
+def _timm(config: ExtractorSection, where: str, weights_key: str | None) -> Backbone:
     """Return a timm model at the recipe's input size or its own, pooled as for its classifier.
 
     Raises:
@@ -208,9 +270,9 @@ def _timm(config: ExtractorSection, where: str) -> Backbone:
     size = config.input_size or own_size
     section = BackboneSection(name=config.name, weights=config.weights, input_size=size, feature_level=level)
     if size == own_size:
-        return build_backbone(section, size, where=where, pooled=True)
+        return build_backbone(section, size, where=where, pooled=True, weights_key=weights_key)
     try:
-        backbone = build_backbone(section, size, where=where, pooled=True)
+        backbone = build_backbone(section, size, where=where, pooled=True, weights_key=weights_key)
         BackboneExtractor(backbone)(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError) as error:  # timm's, in the constructor or in the forward pass
         raise UsageError(

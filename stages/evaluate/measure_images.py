@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -12,12 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svgpipe.manifests.checkpoint import load_tensors, save_tensors
-from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.evaluation import Measured, ReferenceInfo, SamplerInfo
 from svgpipe.manifests.evaluation_section import EvaluationSection
-from svgpipe.manifests.filesystem import ABANDONED_S, Location, make_directory, remove_partials, remove_tree
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import Json, digest
 from svgpipe.manifests.shards import ShardFile, refs_of
@@ -29,17 +25,19 @@ from ..images.image_set import ImageSet
 from ..networks.sampling import SamplerSettings
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress
-from .features import LOGITS, POOLED, Extractor, software
+from .extracted_features import extracted
+from .features import LOGITS, POOLED, SPATIAL, software
 from .intervals import mean_estimate
+from .measure_spaces import SpaceDistances, measure_spaces
 from .metrics import Comparison, Features
 from .neighbour_metrics import MIN_HELDOUT
 from .plan import EvaluationPlan
-from .reference import Reference
+from .reference_npz import Statistics
+from .summary import with_ratios
 
 HELDOUT, RECONSTRUCTIONS, NOISE = "heldout", "reconstructions", "decoded-noise"
 BASELINES = (HELDOUT, RECONSTRUCTIONS, NOISE)  # for comparison with the samples; each name is also a role
 REFERENCE = "reference"
-PART = 5000  # images: the unit of resume of extracted features
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,7 @@ class Compared:
 
     reference: ReferenceInfo
     results: list[Measured]
+    spaces: dict[str, SpaceDistances]
     not_measured: list[str]
 
 
@@ -75,7 +74,12 @@ def measure(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]], pro
         measured = journal.kept(number, work.key(name), functools.partial(work.measured, name))
         results.append(Measured.model_validate(measured))
         progress.advance(1, name)
-    return Compared(work.reference, results, work.not_measured())
+    spaces = work.spaces(names, progress)
+    results = [
+        result.model_copy(update={"spaces": {space: found.distances[result.name] for space, found in spaces.items()}})
+        for result in results
+    ]
+    return Compared(work.reference, with_ratios(results, HELDOUT), spaces, work.not_measured())
 
 
 def _image_sets(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]]) -> dict[str, ImageSet]:
@@ -121,8 +125,24 @@ class _Measurement:
         """Loaded when first needed: a resumed run with all results does not load the reference."""
         config = self.plan.config
         real = self.features(REFERENCE) if REFERENCE in self.sets else None
-        heldout = self.extracted(HELDOUT)[POOLED] if real is not None and HELDOUT in self.sets else None
-        return Comparison(real, config.bootstrap, config.seed, _target(self.plan.reference), heldout)
+        held = self.plan.reference.statistics
+        new = self._new_images if real is not None else None
+        return Comparison(
+            real,
+            config.bootstrap,
+            config.seed,
+            target=None if held is None else _target(held.pooled),
+            spatial_target=None if held is None else _target(held.spatial),
+            new=None if new is None else self.extracted(new)[POOLED],
+            in_order=config.inception_in_order,
+        )
+
+    @property
+    def _new_images(self) -> str | None:
+        """Return the name of images that the model has not seen, decoded as samples are if possible; None: no such."""
+        if HELDOUT not in self.sets:
+            return None
+        return RECONSTRUCTIONS if RECONSTRUCTIONS in self.sets else HELDOUT
 
     def extracted(self, name: str) -> dict[str, Tensor]:
         """Return the features of a set, cached or computed now. Features of all sets may exceed the memory."""
@@ -134,16 +154,19 @@ class _Measurement:
         by_layer = self.extracted(name)
         labelled = name != NOISE and (self.same_classes or name not in self.sampled)
         labels = torch.from_numpy(self.sets[name].labels) if labelled else None
+        spatial = by_layer.get(SPATIAL)
         if name != REFERENCE:
-            return Features(by_layer[POOLED], by_layer.get(LOGITS), labels)
-        return Features(by_layer[POOLED], labels=labels, names=[ref.name for ref in self.sets[name].refs])
+            return Features(by_layer[POOLED], by_layer.get(LOGITS), spatial, labels)
+        names = [ref.name for ref in self.sets[name].refs]
+        return Features(by_layer[POOLED], spatial=spatial, labels=labels, names=names)
 
     def key(self, name: str) -> str:
         """Return a digest of everything that determines the metrics of a set."""
         plan, config = self.plan, self.plan.config
         measured_by = [software(), plan.extractor.description.model_dump(), config.bootstrap, config.seed]
-        heldout = self.sets[HELDOUT].digest if HELDOUT in self.sets else None
-        against = [self.reference.model_dump(), self.same_classes, heldout]
+        measured_by += [config.spatial_distance, config.inception_in_order]
+        new = None if self._new_images is None else self.sets[self._new_images].digest
+        against = [self.reference.model_dump(), self.same_classes, new]
         return digest([measured_by, against, name, self.sets[name].digest])
 
     def measured(self, name: str) -> Json:
@@ -162,6 +185,13 @@ class _Measurement:
         )
         return measured.model_dump(mode="json")
 
+    def spaces(self, names: Sequence[str], progress: Progress) -> dict[str, SpaceDistances]:
+        """Return the distances of these sets in other feature spaces; none if the reference has no images."""
+        if REFERENCE not in self.sets:
+            return {}
+        plan, chosen = self.plan, {name: self.sets[name] for name in names}
+        return measure_spaces(plan.config, self.sets[REFERENCE], chosen, (plan.out, plan.pool), progress)
+
     def not_measured(self) -> list[str]:
         """Return what is not measured, with the reason."""
         reasons = []
@@ -169,9 +199,14 @@ class _Measurement:
             reasons.append("held-out real images (the floor): the reference has fewer than two; shard with a holdout")
         if REFERENCE not in self.sets:
             what = "kernel distance, precision, recall, density, coverage, nearest images and nearest classes"
+            what += ", distances in other spaces" if self.plan.config.spaces_used else ""
             reasons.append(f"{what}: the reference is statistics, not images")
         else:
             reasons += self._not_compared()
+        if self.plan.config.spaces_used and HELDOUT not in self.sets:
+            reasons.append("FDr, the ratio to held-out images over all spaces: the reference has no held-out images")
+        if self.plan.config.spatial_distance and REFERENCE not in self.sets and self.comparison.spatial_target is None:
+            reasons.append("sFID: the reference has neither images nor statistics mu_s and sigma_s")
         if RECONSTRUCTIONS not in self.sets:
             reasons.append("reconstructions: the reference has no images, or the autoencoder no alignment yet")
         if LOGITS not in self.plan.extractor.layers:
@@ -196,42 +231,9 @@ class _Measurement:
         return reasons
 
 
-def _target(reference: Reference) -> FrechetTarget | None:
-    statistics, device = reference.statistics, pick_device()
+def _target(statistics: Statistics | None) -> FrechetTarget | None:
+    device = pick_device()
     return None if statistics is None else FrechetTarget(statistics.mean.to(device), statistics.covariance.to(device))
-
-
-def extracted(
-    pool: Location, images: ImageSet, extractor: Extractor, batch_size: int, folder: str = "features"
-) -> dict[str, Tensor]:
-    """Return the features of a set, cached by the content of images and extractor.
-
-    pool/features/DIGEST.safetensors    the features; DIGEST.json is their journal record, with the hash of the file
-
-    Args:
-        pool: directory that evaluations share.
-        images: the set.
-        extractor: feature extractor.
-        batch_size: images per forward pass.
-        folder: below `pool`; another one for the parts of a large set.
-    """
-    key = digest([images.digest, extractor.description.model_dump(), extractor.layers])[:16]
-    journal, name = Journal(pool, folder), f"{folder}/{key}.safetensors"
-    with suppress(ArtifactError):  # missing or altered: they are extracted again
-        return load_tensors(pool / name, journal.files(key)[0].sha256)
-    make_directory(journal.directory)
-    remove_partials(journal.directory, idle_s=ABANDONED_S)
-    # A large set is stored in parts, so that a kill does not lose hours of work.
-    parts_folder = f"{folder}/parts-{key}"
-    if len(images) <= PART:
-        features = extractor.features(images, batch_size)
-    else:
-        parts = [ImageSet(images.refs[start : start + PART], images.size) for start in range(0, len(images), PART)]
-        pieces = [extracted(pool, part, extractor, batch_size, parts_folder) for part in parts]
-        features = {layer: torch.cat([piece[layer] for piece in pieces]) for layer in extractor.layers}
-    journal.record(key, {}, {name: save_tensors(pool / name, features)})
-    remove_tree(pool / parts_folder)
-    return features
 
 
 def _psnr(originals: ImageSet, reconstructions: ImageSet, config: EvaluationSection) -> Estimate | None:

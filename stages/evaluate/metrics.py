@@ -30,6 +30,7 @@ KERNEL_ROWS = 10_000
 # it needs one decomposition of a matrix instead of one per resampling.
 FIRST_ORDER = 3
 INCEPTION_SPLITS = 10
+ADM_SPLIT = 5000  # images
 FIDELITY_SEED = 2020  # of torch-fidelity's splits
 MIN_TO_SPLIT = 100
 
@@ -40,29 +41,73 @@ class Features:
 
     pooled: Tensor  # (n,D) float32
     logits: Tensor | None = None  # (n,K) float32, Inception only
+    spatial: Tensor | None = None  # (n,D') float32, Inception only, of sFID
     labels: Tensor | None = None  # (n,) int64, if the images have labels of the reference's classes
     names: Sequence[str] = ()  # (n,) of the images, for messages
+
+
+@dataclass(frozen=True)
+class FrechetMetric:
+    """The Fréchet distance of sets to one target, with its interval, computed on a GPU if there is one."""
+
+    target: FrechetTarget
+    replicates: int
+    seed: int
+
+    @classmethod
+    def to_rows(cls, rows: Tensor, replicates: int, seed: int) -> FrechetMetric:
+        """Return the distance to (m,D) features of real images."""
+        return cls(FrechetTarget.of(rows, pick_device()), replicates, seed)
+
+    def measure(self, rows: Tensor) -> Estimate:
+        """Return the distance of (n,D) features. With many images, the interval is to first order, see FIRST_ORDER."""
+        resampled = picks(len(rows), self.replicates, self.seed)
+        if resampled and len(rows) >= FIRST_ORDER * rows.shape[1]:
+            value, influences = self.target.distance_and_influences(rows)
+            influences = influences.cpu()
+            replicates = [float(influences[pick].mean()) for pick in resampled]
+        elif resampled:
+            value, *replicates = self.target.distances(rows, [torch.arange(len(rows)), *resampled])
+        else:
+            value, replicates = self.target.distance(rows), []
+        return estimate(value, replicates, len(rows), least=0.0)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """The reference, and the number of bootstrap resamplings (0: no intervals).
 
-    Without features of reference images, only the Fréchet distance to `target` is measured.
+    Without features of reference images, only the Fréchet distances to the targets are measured.
+
+    Attributes:
+        target: statistics that replace those of the reference images.
+        spatial_target: the same of spatial features.
+        new: (k,D) features of images that the model has not seen, for near-copies.
+        in_order: split images for the Inception Score in their order, as ADM.
     """
 
     reference: Features | None
     replicates: int
     seed: int
     target: FrechetTarget | None = None
-    heldout: Tensor | None = None  # (k,D) features of held-out images, for the nearest reference images
+    spatial_target: FrechetTarget | None = None
+    new: Tensor | None = None
+    in_order: bool = False
 
     @cached_property
-    def _target(self) -> FrechetTarget:
+    def _frechet(self) -> FrechetMetric:
         if self.target is not None:
-            return self.target
+            return FrechetMetric(self.target, self.replicates, self.seed)
         assert self.reference is not None, "the reference is either images or statistics"
-        return FrechetTarget.of(self.reference.pooled, pick_device())
+        return FrechetMetric.to_rows(self.reference.pooled, self.replicates, self.seed)
+
+    @cached_property
+    def _spatial(self) -> FrechetMetric | None:
+        if self.spatial_target is not None:
+            return FrechetMetric(self.spatial_target, self.replicates, self.seed)
+        if self.reference is None or self.reference.spatial is None:
+            return None
+        return FrechetMetric.to_rows(self.reference.spatial, self.replicates, self.seed)
 
     @cached_property
     def neighbours(self) -> NeighbourMetrics | None:
@@ -70,7 +115,7 @@ class Comparison:
         real = self.reference
         if real is None:
             return None
-        return NeighbourMetrics(real.pooled, real.names, self.heldout, self.replicates, self.seed)
+        return NeighbourMetrics(real.pooled, real.names, self.new, self.replicates, self.seed)
 
     def measure(self, features: Features) -> dict[str, Estimate | NearestImages | None]:
         """Return the fields of `Measured`; None if there are too few images, or no logits or labels."""
@@ -78,26 +123,15 @@ class Comparison:
         return {
             **(by_neighbours if self.neighbours is None else self.neighbours.measure(features.pooled)),
             "frechet_distance": self.frechet(features.pooled),
+            "spatial_distance": self._spatial_distance(features),
             "kernel_distance": self.kernel(features.pooled),
             "inception_score": None if features.logits is None else self.inception(features.logits),
             "class_accuracy": self._class_accuracy(features),
         }
 
     def frechet(self, pooled: Tensor) -> Estimate:
-        """Return the Fréchet distance of (n,D) features to the reference, computed on a GPU if there is one.
-
-        The interval is to first order if there are enough images, see FIRST_ORDER.
-        """
-        resampled = picks(len(pooled), self.replicates, self.seed)
-        if resampled and len(pooled) >= FIRST_ORDER * pooled.shape[1]:
-            value, influences = self._target.distance_and_influences(pooled)
-            influences = influences.cpu()
-            replicates = [float(influences[pick].mean()) for pick in resampled]
-        elif resampled:
-            value, *replicates = self._target.distances(pooled, [torch.arange(len(pooled)), *resampled])
-        else:
-            value, replicates = self._target.distance(pooled), []
-        return estimate(value, replicates, len(pooled), least=0.0)
+        """Return the Fréchet distance of (n,D) features to the reference."""
+        return self._frechet.measure(pooled)
 
     def kernel(self, pooled: Tensor) -> Estimate | None:
         """Return the kernel distance of (n,D) features to the reference; interval to first order, see KERNEL_ROWS."""
@@ -113,8 +147,16 @@ class Comparison:
 
     def inception(self, logits: Tensor) -> Estimate:
         """Return the Inception Score of (n,K) logits."""
-        resampled = inception_scores(logits, picks(len(logits), self.replicates, self.seed))
-        return estimate(inception_score(logits), resampled, len(logits), least=1.0)
+        chosen = picks(len(logits), self.replicates, self.seed)
+        resampled = inception_scores(logits, chosen, in_order=self.in_order)
+        whole = [torch.arange(len(logits))]
+        value = inception_scores(logits, whole, in_order=True)[0] if self.in_order else inception_score(logits)
+        return estimate(value, resampled, len(logits), least=1.0)
+
+    def _spatial_distance(self, features: Features) -> Estimate | None:
+        if features.spatial is None or self._spatial is None:
+            return None
+        return self._spatial.measure(features.spatial)
 
     def _class_accuracy(self, features: Features) -> Estimate | None:
         if features.labels is None or self.reference is None or self.reference.labels is None:
@@ -152,24 +194,28 @@ def _splits(logits: Tensor) -> int:
     return INCEPTION_SPLITS if len(logits) >= MIN_TO_SPLIT else 1
 
 
-def inception_scores(logits: Tensor, chosen: Sequence[Tensor]) -> list[float]:
+def inception_scores(logits: Tensor, chosen: Sequence[Tensor], *, in_order: bool = False) -> list[float]:
     """Return `inception_score` of several choices of rows, each (n,) row numbers of (n,K) logits that may repeat.
 
     A split's mean KL is the mean of Σ p log p over its rows, minus Σ q log q of its mean q. So one product with the
-    counts of the rows gives all splits of a choice, instead of a softmax of every choice.
+    counts of the rows gives all splits of a choice, instead of a softmax of every choice. `in_order`: ADM's score, the
+    mean over splits of 5,000 rows in their order. Source: guided-diffusion evaluations/evaluator.py.
     """
     if not chosen:
         return []
     count, splits = len(logits), _splits(logits)
-    # Rows are shuffled as in torch-fidelity, then split.
-    shuffled = torch.from_numpy(np.random.RandomState(FIDELITY_SEED).permutation(count))
-    split_of = (torch.arange(1, count + 1) * splits - 1).div(count, rounding_mode="floor")
+    if in_order:
+        splits = -(-count // ADM_SPLIT)
+        order, split_of = torch.arange(count), torch.arange(count) // ADM_SPLIT
+    else:  # rows are shuffled as in torch-fidelity, then split
+        order = torch.from_numpy(np.random.RandomState(FIDELITY_SEED).permutation(count))
+        split_of = (torch.arange(1, count + 1) * splits - 1).div(count, rounding_mode="floor")
     p = logits.double().softmax(1)
     negative_entropy = torch.special.entr(p).sum(1).neg()
     p, scores = p.float(), []
     for pick in chosen:
         counts = torch.zeros(splits, count)
-        counts.index_put_((split_of, pick[shuffled]), torch.ones(count), accumulate=True)
+        counts.index_put_((split_of, pick[order]), torch.ones(count), accumulate=True)
         sizes = counts.sum(1, keepdim=True)
         mean = (counts @ p / sizes).double()
         divergence = (counts.double() @ negative_entropy) / sizes[:, 0] + torch.special.entr(mean).sum(1)

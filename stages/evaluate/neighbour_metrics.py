@@ -36,14 +36,14 @@ class NeighbourMetrics:
     Attributes:
         pooled: (m,D) features of the reference.
         names: (m,) of its images.
-        heldout: (k,D) features of held-out images, whose distances to the reference are those of new images.
+        new: (k,D) features of images that the model has not seen, decoded as samples are.
         replicates: bootstrap resamplings of the density; 0: no intervals.
         seed: of the bootstrap.
     """
 
     pooled: Tensor
     names: Sequence[str]
-    heldout: Tensor | None
+    new: Tensor | None
     replicates: int
     seed: int
 
@@ -70,10 +70,14 @@ class NeighbourMetrics:
 
     @cached_property
     def threshold(self) -> float | None:
-        """The distance to the reference that 1 % of the held-out images fall below; None: too few of them."""
-        if self.heldout is None or len(self.heldout) < MIN_HELDOUT:
+        """The distance to the reference that 1 % of the new images fall below; None: too few of them.
+
+        A decoded copy of a training image differs from it as a reconstruction does, so distances of real images would
+        be too small a measure.
+        """
+        if self.new is None or len(self.new) < MIN_HELDOUT:
             return None
-        return float(self._compare(self.heldout).distances.quantile(0.01))
+        return float(self._compare(self.new).distances.quantile(0.01))
 
     def _nearest(self, found: Neighbours) -> NearestImages:
         """Return the distances to the reference, and the closest pairs.

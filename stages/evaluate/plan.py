@@ -71,7 +71,7 @@ class EvaluationPlan:
             "autoencoder": encoder.as_input(autoencoder),
             "reference": reference.ref,
             **sampler.guide_input(config),
-            **weight_inputs(extractor=config.extractor.weights),
+            **weight_inputs(extractor=config.extractor.weights, **config.spaces_used),
         }
         return cls(
             out=out,
@@ -94,7 +94,8 @@ class EvaluationPlan:
             ArtifactError: weights are not available.
             UsageError: the reference is statistics of other features.
         """
-        extractor = extractor_for(self.config.extractor, self.encoder, self.autoencoder)
+        config = self.config
+        extractor = extractor_for(config.extractor, self.encoder, self.autoencoder, spatial=config.spatial_distance)
         require_extractor(self.reference, extractor.dimensions, extractor.space)
         return extractor
 
@@ -102,6 +103,15 @@ class EvaluationPlan:
     def sets(self) -> RealSets:
         """The real images that are measured."""
         return RealSets.of(self.reference, self.config, self.encoder.image_size)
+
+    @property
+    def deviations(self) -> list[str]:
+        """What differs from the preset and the protocol of the recipe."""
+        found = self.config.deviations()
+        held = self.reference.statistics
+        if self.config.protocol == "adm" and (held is None or held.spatial is None or not self.reference.images):
+            found.append(f"reference: {self.reference.description} instead of an .npz with statistics and images")
+        return found
 
     @property
     def spec(self) -> StageSpec[EvaluationManifest]:

@@ -48,9 +48,10 @@ from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Recorded
 from ..runtime.runner import LocalRunner, Runner
 from .decode_latents import DecoderOptions, ImageJob, decode
+from .extracted_features import extracted
 from .features import POOLED, Extractor, extractor_for, software, weight_inputs
 from .intervals import mean_estimate
-from .measure_images import RECONSTRUCTIONS, extracted
+from .measure_images import RECONSTRUCTIONS
 from .metrics import Comparison, Features
 from .reference import require_decodable, was_decoded
 

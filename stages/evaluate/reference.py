@@ -1,18 +1,12 @@
-"""The reference of an evaluation: a shard set, a folder of images, or statistics as published by ADM."""
+"""The reference of an evaluation: a shard set, a folder of images, or a file as published by ADM."""
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.evaluation_section import EvaluationSection
@@ -29,36 +23,24 @@ from ..images.folder import visible_files
 from ..runtime.progress import Progress
 from .features import INCEPTION
 from .file_hashes import hashes_of
+from .reference_npz import EXTRACTOR, StatisticsFile, read_npz, unpack_images
 
-MEAN, COVARIANCE, EXTRACTOR = "mu", "sigma", "extractor"
 READERS = 16
 LOOKED_AT_ONCE = 4096
 MIN_IMAGES = 2
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """Mean (D,) and covariance (D,D) of reference features, float64, read from a file.
-
-    `extractor` names the network. Files published by ADM do not name one; they are for Inception.
-    """
-
-    mean: Tensor
-    covariance: Tensor
-    extractor: str = INCEPTION
-
-
-@dataclass(frozen=True)
 class Reference:
     """Real images or their statistics, and their origin."""
 
-    kind: Literal["shards", "folder", "statistics"]
+    kind: Literal["shards", "folder", "statistics", "npz"]
     path: str
     ref: InputRef
-    images: Sequence[ImageRef] = ()  # of a folder
+    images: Sequence[ImageRef] = ()  # of a folder or an .npz
     class_names: Sequence[str] | None = None
     shards: ShardSet | None = None
-    statistics: Statistics | None = None
+    statistics: StatisticsFile | None = None
 
     def count(self, split: Split) -> int:
         """Return the number of images of a split. All images of a folder are in `train`."""
@@ -73,24 +55,33 @@ class Reference:
         return choose_evenly(self.images, count) if split == "train" else []
 
     @property
+    def _has_statistics(self) -> bool:
+        return self.statistics is not None and self.statistics.pooled is not None
+
+    @property
     def description(self) -> str:
         """Description for a report, as in `against …`."""
         return {
             "shards": "real images of the training split",
             "folder": f"the images in {self.path}",
             "statistics": f"the statistics in {self.path}",
+            "npz": f"the images in {self.path}" + (", distances to its statistics" if self._has_statistics else ""),
         }[self.kind]
 
 
-def open_reference(spec: str, *, count: int | None = None, hashes: Location | None = None) -> Reference:
-    """Open a shard set (its directory or tars), an image folder, or an .npz with `mu` and `sigma`.
+def open_reference(
+    spec: str, *, count: int | None = None, kept: Location | None = None, progress: Progress | None = None
+) -> Reference:
+    """Open a shard set (its directory or tars), an image folder, or an .npz with statistics, images or both.
 
     Images are not decoded, see `require_decodable`.
 
     Args:
         spec: path.
         count: maximum number of images of a folder that are measured, evenly spread; None: all. Only these are hashed.
-        hashes: directory where the hashes of the images of folders are kept, so that each file is hashed once.
+        kept: directory for the hashes of the images of folders, so that each file is hashed once, and for the images
+            of .npz files, as tars; None: nothing is kept, and an .npz has no images.
+        progress: receives the progress of unpacking.
 
     Returns:
         The reference.
@@ -100,11 +91,11 @@ def open_reference(spec: str, *, count: int | None = None, hashes: Location | No
         UsageError: see `ShardSet.open`.
     """
     if spec.endswith(".npz"):
-        return _statistics(Path(spec))
+        return _npz(Path(spec), kept, progress)
     directory = location(spec)
     finished = (directory / MANIFEST_NAME).exists() or (directory / PLAN_NAME).exists()
     if isinstance(directory, Path) and directory.is_dir() and not finished:
-        return _folder(directory, count, hashes)
+        return _folder(directory, count, kept)
     return shard_reference(ShardSet.open(spec))
 
 
@@ -122,7 +113,7 @@ def shard_reference(shards: ShardSet) -> Reference:
     return Reference("shards", str(shards.directory), shards.as_input(), class_names=names, shards=shards)
 
 
-def _folder(directory: Path, count: int | None, hashes: Location | None) -> Reference:
+def _folder(directory: Path, count: int | None, kept: Location | None) -> Reference:
     """Return `count` evenly spread images below a folder, in the order of their paths, as `svgpipe shard` finds them.
 
     Classes are the folders, if no image lies outside them.
@@ -149,9 +140,7 @@ def _folder(directory: Path, count: int | None, hashes: Location | None) -> Refe
     classes = sorted({name.partition("/")[0] for name in names}) if all("/" in name for name in names) else None
     numbers = {name: number for number, name in enumerate(classes or [])}
     chosen = choose_evenly(list(zip(names, paths, strict=True)), count)
-    looked = hashes_of(
-        dict(chosen), None if hashes is None else hashes / f"{digest(str(directory.absolute()))[:16]}.json"
-    )
+    looked = hashes_of(dict(chosen), None if kept is None else kept / f"{digest(str(directory.absolute()))[:16]}.json")
     refs = [
         ImageRef(path, 0, looked[name].size, looked[name].sha256, path.stem, numbers.get(name.partition("/")[0], 0))
         for name, path in chosen
@@ -211,38 +200,20 @@ def _look(refs: Sequence[ImageRef], progress: Progress) -> Json:
     return {"images": len(refs)}
 
 
-def _statistics(path: Path) -> Reference:
-    if not path.is_file():
-        raise ArtifactError(f"{path}: expected an .npz with {MEAN} and {COVARIANCE}, found no such file.")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            held = list(archive.files)
-            stored = [archive[name] for name in (MEAN, COVARIANCE) if name in held]
-            if any(array.dtype.kind not in "fiu" for array in stored):
-                raise TypeError(f"expected real numbers, found {', '.join(str(array.dtype) for array in stored)}")
-            arrays = [array.astype(np.float64) for array in stored]
-            extractor = str(archive[EXTRACTOR].item()) if EXTRACTOR in held else INCEPTION
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ArtifactError(f"{path}: not a readable .npz file: {error}") from error
-    if len(arrays) != 2:
-        raise ArtifactError(f"{path}: expected arrays {MEAN} and {COVARIANCE}, found {', '.join(held) or 'none'}.")
-    mean, covariance = arrays
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not len(mean):
-        raise ArtifactError(
-            f"{path}: expected {MEAN} (D,) and {COVARIANCE} (D,D), found {mean.shape} and {covariance.shape}."
-        )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise ArtifactError(f"{path}: expected finite numbers, found others in {MEAN} or {COVARIANCE}.")
-    if not np.allclose(covariance, covariance.T, atol=1e-6 * np.abs(covariance).max()):
-        raise ArtifactError(f"{path}: expected a covariance in {COVARIANCE}, found a matrix that is not symmetric.")
-    eigenvalues = np.linalg.eigvalsh(covariance)
-    if eigenvalues[0] < -1e-3 * max(eigenvalues[-1], 0.0) or eigenvalues[-1] <= 0:
-        raise ArtifactError(
-            f"{path}: expected a covariance in {COVARIANCE}, found a matrix with the eigenvalue {eigenvalues[0]:g}."
-        )
-    ref = InputRef(kind="statistics", fingerprint=file_sha256(path), path=str(path), config={"dimensions": len(mean)})
-    statistics = Statistics(torch.from_numpy(mean), torch.from_numpy(covariance), extractor)
-    return Reference("statistics", str(path), ref, statistics=statistics)
+def _npz(path: Path, kept: Location | None, progress: Progress | None) -> Reference:
+    """Return the statistics of an .npz, and its images if there is a directory to unpack them to.
+
+    Raises:
+        ArtifactError: see `read_npz`; or it has neither statistics nor two images.
+    """
+    held, sha256 = read_npz(path), file_sha256(path)
+    if held.pooled is None and held.num_images < MIN_IMAGES:
+        raise ArtifactError(f"{path}: expected two reference images or more, found {held.num_images}.")
+    images = unpack_images(path, sha256, kept, progress) if kept is not None and held.num_images else []
+    config: dict[str, int] = {} if held.pooled is None else {"dimensions": len(held.pooled.mean)}
+    config |= {"images": held.num_images} if held.num_images else {}
+    ref = InputRef(kind="statistics", fingerprint=sha256, path=str(path), config=config)
+    return Reference("npz" if images else "statistics", str(path), ref, images, statistics=held)
 
 
 def require_extractor(reference: Reference, dimensions: int, extractor: str) -> None:
@@ -252,16 +223,17 @@ def require_extractor(reference: Reference, dimensions: int, extractor: str) -> 
         UsageError: they are of other features.
     """
     held = reference.statistics
-    if held is None:
+    if held is None or held.pooled is None:
         return
-    if held.extractor != extractor:
+    if (named := held.extractor or INCEPTION) != extractor:
         raise UsageError(
-            f"{reference.path}: holds statistics of {held.extractor}, but the extractor is {extractor}. With ADM's, "
+            f"{reference.path}: holds statistics of {named}, but the extractor is {extractor}. With ADM's, "
             f"--set evaluation.extractor.kind=inception; others may name theirs in an array {EXTRACTOR}."
         )
-    if len(held.mean) != dimensions:
+    if len(held.pooled.mean) != dimensions:
         raise UsageError(
-            f"{reference.path}: holds statistics of {len(held.mean)} dimensions, but {extractor} gives {dimensions}."
+            f"{reference.path}: holds statistics of {len(held.pooled.mean)} dimensions, but {extractor} gives "
+            f"{dimensions}."
         )
 
 

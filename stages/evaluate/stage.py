@@ -33,9 +33,11 @@ from ..runtime.runner import LocalRunner, Runner
 from .decode_latents import DecoderOptions, ImageJob, decode
 from .features import software
 from .measure_images import NOISE, RECONSTRUCTIONS, Compared, measure
+from .measure_spaces import require_spaces
 from .plan import EvaluationPlan
 from .reference import Reference, require_decodable, was_decoded
 from .sample_latents import SampledLatents, sample_sweep
+from .summary import over_seeds
 
 
 def sample_and_eval(
@@ -96,6 +98,7 @@ def _evaluate(
     if told is not None and model.objective == "flow":
         progress.say(told)
     _ = plan.extractor  # missing weights must stop a sweep before it samples for hours
+    require_spaces(plan.config)
     sets = plan.sets
     if not was_decoded(plan.reference.shards):
         looked = Journal(plan.out, "journal/looked")
@@ -163,7 +166,10 @@ def _report(plan: EvaluationPlan, measured: Compared) -> Report:
         image_size=plan.sets.size,
         class_names=plan.class_names,
         preset=plan.config.preset,
-        deviations=plan.config.deviations(),
+        protocol=plan.config.protocol,
+        spaces={name: space.extractor for name, space in measured.spaces.items()},
+        seeds=over_seeds(measured.results, plan.extractor.description.name),
+        deviations=plan.deviations,
         results=measured.results,
         not_measured=measured.not_measured,
     )

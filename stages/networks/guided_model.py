@@ -122,7 +122,7 @@ class GuidedModel:
                 solver=config.solver,
                 guidance_mode=config.guidance_mode,
                 time_shift=shift_of(config.time_shift, self.model.cells, self.model.channels),
-                seed=config.seed,
+                seed=config.seed + repeat,
                 precision=config.precision,
                 weights=self.model.weights_name(config.weights),
                 labels=config.labels,
@@ -132,7 +132,9 @@ class GuidedModel:
                 ddim_eta=config.ddim_eta,
                 sde=_sde(config.sde),
                 internal=config.internal_guidance or None,
+                repeat=repeat,
             )
+            for repeat in range(config.seeds or 1)
             for scale in config.guidance
             for steps in config.steps
         ]

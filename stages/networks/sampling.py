@@ -53,11 +53,12 @@ class SamplerSettings:
     ddim_eta: float | None = None  # share of noise of the solver ddim; None: 0
     sde: SDE | None = None  # settings of the solver sde; None: the defaults
     internal: Literal[True] | None = None  # guided by the auxiliary head; None: not
+    repeat: int = 0  # number of the seed among those of the sweep; decides nothing but the name
 
     @property
     def name(self) -> str:
-        """Name of a folder: the two values that a sweep varies."""
-        return f"steps-{self.steps:03d}_guidance-{self.guidance:g}"
+        """Name of a folder: the values that a sweep varies."""
+        return f"steps-{self.steps:03d}_guidance-{self.guidance:g}" + (f"_seed-{self.seed}" if self.repeat else "")
 
     @property
     def guided(self) -> Guidance:
@@ -94,6 +95,7 @@ class SamplerSettings:
     def identity(self) -> dict[str, Any]:
         """What decides latents, as JSON values. A setting that was added later is left out at its default."""
         values = asdict(self.deciding)
+        del values["repeat"]
         return {key: value for key, value in values.items() if key not in ADDED or value is not None}
 
 
