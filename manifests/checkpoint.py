@@ -85,6 +85,10 @@ class CheckpointStore:
         entries = [e for e in self._listed() if folder is None or e["folder"] == folder]
         return entries[-1] if entries else None
 
+    def folders(self) -> list[Location]:
+        """Return the folders of all checkpoints, the oldest first."""
+        return [self.directory / entry["folder"] for entry in sorted(self._listed(), key=lambda entry: entry["step"])]
+
     @property
     def newest(self) -> Location | None:
         """Folder of the newest checkpoint."""

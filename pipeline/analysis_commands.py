@@ -24,11 +24,16 @@ from .options import (
     JsonOption,
     OutOption,
     PoolOption,
+    ProtocolOption,
     RecipeOption,
+    ReferenceOption,
+    RequiredRecipeOption,
     SetOption,
     ShardsOption,
     WorkersOption,
+    overrides_with,
     page_at,
+    positive_numbers,
     resources_of,
 )
 from .tables import print_result
@@ -146,3 +151,58 @@ def eval_reconstruction(
         )
     show_reconstruction(ReconstructionReport.read(directory))
     typer.echo(f"report: {render_reconstruction(directory, encoder, opened)}")
+
+
+@app.command(rich_help_panel=ANALYSE)
+def evaluate_checkpoints(
+    diffusion: Annotated[str, typer.Argument(help="Directory of a training, finished or not.")],
+    cache: Annotated[str, typer.Option("--cache", metavar="DIR", help="Feature cache of the training.")],
+    autoencoder: AutoencoderOption,
+    reference: ReferenceOption,
+    out: OutOption,
+    recipe: RequiredRecipeOption,
+    overrides: SetOption = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", metavar="N", min=1, help="Sampling steps. Default: the recipe's largest.")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="D,D,…", help="Say how many epochs it takes to these distances.")
+    ] = None,
+    protocol: ProtocolOption = None,
+    ema: EmaOption = None,
+    pool: PoolOption = None,
+    workers: WorkersOption = None,
+    cpus_per_worker: CpusOption = None,
+    gpus_per_worker: GpusOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Measure the samples of all checkpoints of a training, without guidance."""
+    from svgpipe.stages.evaluate.checkpoints import evaluate_checkpoints as run_stage
+    from svgpipe.stages.evaluate.reference import open_reference
+
+    from .checkpoints_page import render_checkpoints, show_checkpoints
+    from .cluster import runner_for
+
+    number = None if steps is None else str(steps)
+    config = load_recipe(recipe, overrides_with(overrides, protocol=protocol, steps=number, ema=ema)).evaluation
+    distances = [] if to is None else positive_numbers(to, "--to")
+    directory = location(out)
+    shared = directory.parent if pool is None else location(pool)
+    resources = resources_of(workers, cpus_per_worker, gpus_per_worker)
+    with runner_for(resources, address) as runner, ConsoleProgress() as progress:
+        kept = shared / "features" / "reference-hashes"
+        opened = open_reference(reference, count=config.reference_images, kept=kept, progress=progress)
+        curve = run_stage(
+            location(diffusion),
+            FeatureCache(cache),
+            location(autoencoder),
+            opened,
+            directory,
+            config,
+            pool=shared,
+            distances=distances,
+            runner=runner,
+            progress=progress,
+        )
+    show_checkpoints(curve)
+    typer.echo(f"page: {render_checkpoints(curve, directory)}")

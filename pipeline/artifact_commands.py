@@ -38,6 +38,7 @@ from .options import (
     ShardsOption,
     WorkersOption,
     page_at,
+    positive_numbers,
     read_class_names,
     resources_of,
 )
@@ -325,18 +326,11 @@ def ema(
     """Make averages of the weights of any length after the training: weights `power-SIGMA` for --ema."""
     from svgpipe.stages.artifacts.reconstruct_averages import reconstruct_averages
 
-    sigmas = list(dict.fromkeys(_numbers(sigma, "--sigma")))
+    sigmas = positive_numbers(sigma, "--sigma")
     cache = None if evaluate is None else FeatureCache(evaluate)
     with ConsoleProgress() as progress:
         averages = reconstruct_averages(location(model), sigmas, evaluate=cache, progress=progress)
     print_result([asdict(average) for average in averages], as_json, lambda _: show_averages(model, averages))
-
-
-def _numbers(text: str, option: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"{option}: expected numbers, such as 0.05,0.10, found {text!r}.") from error
 
 
 @app.command(rich_help_panel=LOOK)

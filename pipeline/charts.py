@@ -157,14 +157,39 @@ def curve(title: str, xs: Sequence[float], values: Sequence[float], x_name: str)
     return _finish(figure, title)
 
 
-def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str) -> Drawing:
-    """Return a chart of several curves with points (x, y) of their own; the y axis is logarithmic."""
+def curves(
+    title: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    x_name: str,
+    y_name: str,
+    *,
+    marked: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    levels: Mapping[str, float] | None = None,
+) -> Drawing:
+    """Return a chart of several curves with points (x, y) of their own; the y axis is logarithmic.
+
+    Args:
+        title: of the chart.
+        lines: curves by name; a curve of one point is a marker.
+        x_name: name of the x axis.
+        y_name: name of the y axis.
+        marked: single points by name, in the order of the series after the lines.
+        levels: horizontal reference lines by name.
+    """
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _new(WIDE)
     for number, (name, points) in enumerate(lines.items()):
         xs, ys = zip(*points, strict=True)
-        axes.plot(xs, ys, label=name, color=COLOURS[number % len(COLOURS)], linestyle=_dash(number), linewidth=1.3)
+        style: dict[str, Any] = {"linestyle": _dash(number), "linewidth": 1.3, "marker": "o" if len(xs) == 1 else ""}
+        axes.plot(xs, ys, label=name, color=COLOURS[number % len(COLOURS)], **style)
+    for number, (name, points) in enumerate((marked or {}).items(), len(lines)):
+        xs, ys = zip(*points, strict=True)
+        style = {"linestyle": "none", "marker": MARKERS[number % len(MARKERS)], "markersize": 4.5}
+        axes.plot(xs, ys, label=name, color=COLOURS[number % len(COLOURS)], **style)
+    for name, value in (levels or {}).items():
+        axes.axhline(value, color=LEVEL_COLOUR, linestyle=(0, (3, 3)), linewidth=1)
+        axes.annotate(name, (1.01, value), xycoords=("axes fraction", "data"), va="center", annotation_clip=False)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")  # within a decade, the minor ticks are all there is
@@ -172,7 +197,7 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_nam
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel(x_name)
     axes.set_ylabel(_logarithmic(y_name))
-    _add_legend(figure, list(lines))
+    _add_legend(figure, [*lines, *(marked or {})])
     return _finish(figure, title)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -149,6 +150,14 @@ GuideOption = Annotated[
     str | None,
     typer.Option("--guide", metavar="DIR", help="Autoguidance by a worse model, or checkpoint, of the same cache."),
 ]
+ReferenceOption = Annotated[
+    str,
+    typer.Option(
+        "--reference",
+        metavar="PATH",
+        help="Real images: a shard set, an image folder, or an .npz as ADM publishes them.",
+    ),
+]
 PoolOption = Annotated[
     str | None,
     typer.Option(
@@ -193,6 +202,21 @@ def overrides_with(
         "evaluation.weights": None if ema is None else f'"{ema}"',
     }
     return [*(overrides or []), *(f"{key}={value}" for key, value in values.items() if value is not None)]
+
+
+def positive_numbers(text: str, option: str) -> list[float]:
+    """Return the different numbers of an option like `0.05,0.10`, in their order.
+
+    Raises:
+        UsageError: something else than positive numbers.
+    """
+    try:
+        numbers = list(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 < number < math.inf for number in numbers):
+        raise UsageError(f"{option}: expected numbers above 0, such as 0.05,0.10, found {text!r}.")
+    return numbers
 
 
 def _quoted(text: str | None) -> str | None:

@@ -44,6 +44,7 @@ from .options import (
     ProcessesOption,
     ProtocolOption,
     RecipeOption,
+    ReferenceOption,
     RequiredRecipeOption,
     SetOption,
     ShardsOption,
@@ -306,14 +307,7 @@ def train_diffusion(
 def sample_and_eval(
     diffusion: Annotated[str, typer.Option("--diffusion", metavar="DIR", help="Finished diffusion model.")],
     autoencoder: AutoencoderOption,
-    reference: Annotated[
-        str,
-        typer.Option(
-            "--reference",
-            metavar="PATH",
-            help="Real images: a shard set, an image folder, or an .npz as ADM publishes them.",
-        ),
-    ],
+    reference: ReferenceOption,
     out: OutOption,
     recipe: RequiredRecipeOption,
     overrides: SetOption = None,

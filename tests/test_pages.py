@@ -18,6 +18,10 @@ COMMANDS: dict[str, list[str]] = {
         *("eval-reconstruction", "--autoencoder", "autoencoder", "--shards", "shards", "--out", "FOLDER"),
         *("--set", "reconstruction.extractor.kind=backbone", "--set", "reconstruction.bootstrap=0"),
     ],
+    "curve/checkpoints.html": [
+        *("evaluate-checkpoints", "diffusion", "--cache", "cache", "--autoencoder", "autoencoder"),
+        *("--reference", "shards", "--out", "FOLDER", "--pool", ".", "--recipe", "RECIPE", "--steps", "1"),
+    ],
     "edit/edit.html": [
         *("edit", "diffusion", "PHOTOGRAPH", "--box", "0,0,16,32", "--class", "cat", "--steps", "2", "--out", "FOLDER"),
     ],
@@ -37,7 +41,7 @@ def test_pages_of_commands_open_in_a_browser(
     monkeypatch.chdir(finished.root)
     photograph = next((photographs / next(iter(PHOTOGRAPHS))).iterdir())
     page = tmp_path / name
-    places = {"PAGE": page, "FOLDER": page.parent, "PHOTOGRAPH": photograph}
+    places = {"PAGE": page, "FOLDER": page.parent, "PHOTOGRAPH": photograph, "RECIPE": finished.recipe_file}
     ran = svgpipe(*(places.get(argument, argument) for argument in COMMANDS[name]))
     assert ran.code == 0, ran.err
     require_good_page(page, tmp_path, pictures=name not in ("probe.html", "analysis.html"))

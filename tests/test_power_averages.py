@@ -192,9 +192,9 @@ def test_bad_requests_are_refused(
         assert found.code in (1, 2) and "Traceback" not in found.err
         return found.err
 
-    assert "expected numbers, such as 0.05,0.10, found 'x'" in refused(trained, "--sigma", "x")
+    assert "expected numbers above 0, such as 0.05,0.10, found 'x'" in refused(trained, "--sigma", "x")
     assert "from 0.005 to 0.28, found 0.5" in refused(trained, "--sigma", "0.5")
-    assert "from 0.005 to 0.28, found nan" in refused(trained, "--sigma", "nan")
+    assert "expected numbers above 0, such as 0.05,0.10, found 'nan'" in refused(trained, "--sigma", "nan")
     plain = finished.root / "diffusion"
     assert "Train with diffusion.power_averages" in refused(plain, "--sigma", "0.1")
     assert "expected a diffusion model" in refused(finished.root / "cache", "--sigma", "0.1")

@@ -34,7 +34,6 @@ from ..runtime.device import is_compiled, warn_if_imitated
 from ..runtime.progress import Progress
 from ..runtime.runner import Runner, Steps
 from .cpu_tasks import LatentsUnit, SampledUnit, WriteLatents, pass_on
-from .plan import EvaluationPlan
 
 DESCRIPTION = "sampler"
 
@@ -63,7 +62,24 @@ class _Store:
         return SampledLatents(self.setting, self.store, [file.sha256 for file in files])
 
 
-def sample_sweep(plan: EvaluationPlan, runner: Runner, progress: Progress) -> list[SampledLatents]:
+@dataclass(frozen=True)
+class Sweep:
+    """What is sampled.
+
+    Attributes:
+        sampler: the model, and its guide.
+        settings: of the sweep.
+        config: number of samples, and sizes of units and batches.
+        pool: holds `latents`.
+    """
+
+    sampler: GuidedModel
+    settings: tuple[SamplerSettings, ...]
+    config: EvaluationSection
+    pool: Location
+
+
+def sample_sweep(sweep: Sweep, runner: Runner, progress: Progress) -> list[SampledLatents]:
     """Sample the missing latents of every setting.
 
     Returns:
@@ -74,9 +90,9 @@ def sample_sweep(plan: EvaluationPlan, runner: Runner, progress: Progress) -> li
         ArtifactError: latents are not finite.
     """
     if runner.computes_on_cpu:
-        warn_if_imitated(plan.config.precision)  # here, because logs of workers are not shown
+        warn_if_imitated(sweep.config.precision)  # here, because logs of workers are not shown
     with ExitStack() as locks:
-        stores = [_open(plan, setting, locks) for setting in plan.settings]
+        stores = [_open(sweep, setting, locks) for setting in sweep.settings]
         missing = [
             LatentsUnit(number, unit)
             for number, store in enumerate(stores)
@@ -88,7 +104,7 @@ def sample_sweep(plan: EvaluationPlan, runner: Runner, progress: Progress) -> li
         steps = Steps(
             pass_on,
             partial(
-                _SampleUnit, sampler=plan.sampler.absolute(), settings=plan.settings, config=plan.config, specs=specs
+                _SampleUnit, sampler=sweep.sampler.absolute(), settings=sweep.settings, config=sweep.config, specs=specs
             ),
             WriteLatents([absolute(store.store.path) for store in stores], specs),
         )
@@ -97,17 +113,17 @@ def sample_sweep(plan: EvaluationPlan, runner: Runner, progress: Progress) -> li
         return [store.sampled() for store in stores]
 
 
-def _open(plan: EvaluationPlan, setting: SamplerSettings, locks: ExitStack) -> _Store:
+def _open(sweep: Sweep, setting: SamplerSettings, locks: ExitStack) -> _Store:
     """Lock and prepare the store of one setting.
 
     Returns:
         The store.
     """
-    config = plan.config
-    path = plan.pool / "latents" / f"{setting.name}_{_key(plan.sampler, setting, config)}"
+    config = sweep.config
+    path = sweep.pool / "latents" / f"{setting.name}_{_key(sweep.sampler, setting, config)}"
     make_directory(path)
     locks.callback(Lock(path).release)
-    store = _prepare(path, plan.sampler.model, setting, config.num_samples, config.unit_rows)
+    store = _prepare(path, sweep.sampler.model, setting, config.num_samples, config.unit_rows)
     # Whole outer shards, so that another sweep that adds samples does not change existing ones.
     return _Store(setting, store, Journal(path), -(-config.num_samples // store.spec.unit_rows))
 

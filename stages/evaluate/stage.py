@@ -36,7 +36,7 @@ from .measure_images import NOISE, RECONSTRUCTIONS, Compared, measure
 from .measure_spaces import require_spaces
 from .plan import EvaluationPlan
 from .reference import Reference, require_decodable, was_decoded
-from .sample_latents import SampledLatents, sample_sweep
+from .sample_latents import SampledLatents, Sweep, sample_sweep
 from .summary import over_seeds
 
 
@@ -104,7 +104,8 @@ def _evaluate(
         looked = Journal(plan.out, "journal/looked")
         require_decodable([*sets.reference, *sets.heldout, *sets.reconstructed], looked, progress)
     can_encode = _align(plan, runner, progress)
-    sampled = sample_sweep(plan, runner, progress)
+    sweep = Sweep(plan.sampler, plan.settings, plan.config, plan.pool)
+    sampled = sample_sweep(sweep, runner, progress)
     images = decode(_image_jobs(plan, sampled, can_encode), _decoder_options(plan), plan.out, runner, progress)
     measured = measure(plan, images, progress)
     _report(plan, measured).write(plan.out)
