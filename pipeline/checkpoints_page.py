@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from svgpipe.manifests.checkpoint_curve import CheckpointCurve
+from svgpipe.manifests.checkpoint_curve import CheckpointCurve, Reached
 from svgpipe.manifests.filesystem import Location, children, write_atomic
 from svgpipe.manifests.paper import PAPER_MODELS
 from svgpipe.stages.evaluate.checkpoints import SAMPLES
@@ -31,10 +31,13 @@ def show_checkpoints(curve: CheckpointCurve) -> None:
 
 
 def _reached(curve: CheckpointCurve) -> list[str]:
-    return [
-        f"{one.distance:g}: " + ("not reached" if one.epochs is None else f"{one.epochs:.3g} (step {one.step})")
-        for one in curve.reached
-    ]
+    def told(one: Reached) -> str:
+        if one.epochs is None:
+            return "not reached"
+        first = one.step == curve.points[0].step  # there is no earlier checkpoint to interpolate from
+        return f"{'at most ' if first else ''}{one.epochs:.3g} (step {one.step})"
+
+    return [f"{one.distance:g}: {told(one)}" for one in curve.reached]
 
 
 def render_checkpoints(curve: CheckpointCurve, out: Location) -> Location:

@@ -9,8 +9,9 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from svgpipe.manifests.errors import SvgpipeError, UsageError, first_line
@@ -19,7 +20,7 @@ CONNECT_S = 10.0
 
 if TYPE_CHECKING:
     from svgpipe.stages.runtime.resources import Resources
-    from svgpipe.stages.runtime.runner import Runner
+    from svgpipe.stages.runtime.runner import Computed, Loaded, Runner, Steps, Unit, Written
 
 
 def training_cluster(resources: Resources | None, address: str | None) -> AbstractContextManager[None]:
@@ -35,8 +36,13 @@ def training_cluster(resources: Resources | None, address: str | None) -> Abstra
 def runner_for(resources: Resources, address: str | None) -> Iterator[Runner]:
     """Choose the runner: this process, or Ray for several workers, several GPUs or a cluster.
 
+    Ray starts when the first unit runs, so a finished stage does not start it.
+
     Yields:
         The runner.
+
+    Raises:
+        UsageError: nothing answers at the address.
     """
     from svgpipe.stages.runtime.runner import LocalRunner
 
@@ -45,10 +51,36 @@ def runner_for(resources: Resources, address: str | None) -> Iterator[Runner]:
         threads = None if cpus is None else max(1, int(cpus))
         yield LocalRunner(use_gpu=resources.gpus_per_worker != 0, threads=threads)
         return
-    with connected(address):
+    if address is not None:
+        _require_reachable(address)
+
+    def start() -> Runner:
+        stack.enter_context(connected(address))
         from svgpipe.stages.runtime.ray_runner import RayRunner
 
-        yield RayRunner(resources)
+        return RayRunner(resources)
+
+    with ExitStack() as stack:
+        yield RunnerOnDemand(start)
+
+
+class RunnerOnDemand:
+    """A runner that is made when the first unit runs."""
+
+    def __init__(self, make: Callable[[], Runner]) -> None:
+        self._make = make
+
+    @cached_property
+    def _runner(self) -> Runner:
+        return self._make()
+
+    @property
+    def computes_on_cpu(self) -> bool:
+        return self._runner.computes_on_cpu
+
+    def run(self, units: Sequence[Unit], steps: Steps[Unit, Loaded, Computed, Written]) -> Iterator[Written]:
+        """Return the results of units; see `Runner.run`."""
+        return self._runner.run(units, steps) if units else iter(())
 
 
 def _fits_this_process(resources: Resources) -> bool:

@@ -130,12 +130,12 @@ def test_spatial_features_are_seven_channels_of_a_block(finished: Finished, ince
     section = ExtractorSection(kind="inception", weights=str(inception_file))
     extractor = load_extractor(section, None, spatial=True)
     images = decoded_images(finished.root / "evaluation", "reconstructions")
-    found = extractor.features(images, 4)
+    found = extractor.features(images.all_pixels(), 4)
     assert found[SPATIAL].shape == (6, 2023) and found[SPATIAL].dtype == torch.float32
     maps: list[torch.Tensor] = []
     plain = load_extractor(section, None)
     plain.module.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: maps.append(output))  # type: ignore[union-attr]
-    others = plain.features(images, 6)
+    others = plain.features(images.all_pixels(), 6)
     expected = maps[0][:, :7].permute(0, 2, 3, 1).reshape(6, 17 * 17 * 7)
     torch.testing.assert_close(found[SPATIAL], expected, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(found[POOLED], others[POOLED], rtol=1e-3, atol=1e-5)
@@ -165,7 +165,7 @@ def test_adm_s_protocol_with_an_npz_as_reference(
     assert (report.protocol, report.reference.kind, report.reference.num_images) == ("adm", "npz", len(usable))
     assert [text.partition(":")[0] for text in report.deviations] == ["num_samples"]
     extractor = load_extractor(ExtractorSection(weights=str(inception_file)), None, spatial=True)
-    drawn = extractor.features(decoded_images(tmp_path / "out", "steps-001_guidance-1"), 6)
+    drawn = extractor.features(decoded_images(tmp_path / "out", "steps-001_guidance-1").all_pixels(), 6)
     by_name = {result.name: result for result in report.results}
     sample = by_name["steps-001_guidance-1"]
     for distance, layer, end in (
@@ -174,7 +174,7 @@ def test_adm_s_protocol_with_an_npz_as_reference(
     ):
         target = FrechetTarget(torch.from_numpy(moments[f"mu{end}"]), torch.from_numpy(moments[f"sigma{end}"]))
         assert distance is not None and distance.value == pytest.approx(target.distance(drawn[layer]), rel=1e-4)
-    real = extractor.features(ImageSet(usable, 32), 6)
+    real = extractor.features(ImageSet(usable, 32).all_pixels(), 6)
     precision, recall = adm_precision(real[POOLED].numpy(), drawn[POOLED].numpy())
     assert sample.precision is not None and sample.precision.value == pytest.approx(precision)
     assert sample.recall is not None and sample.recall.value == pytest.approx(recall)
@@ -228,7 +228,7 @@ def test_spaces_and_seeds(
     assert real.distance_ratio == pytest.approx(1)
     extractor = space_extractor("mae-l", "random")
     sets = [ImageSet(finished.shards.usable("train"), 32), decoded_images(tmp_path / "out", names[1])]
-    train, drawn = (extractor.features(images, 4)[POOLED] for images in sets)
+    train, drawn = (extractor.features(images.all_pixels(), 4)[POOLED] for images in sets)
     assert samples[1].spaces["mae-l"].value == pytest.approx(FrechetTarget.of(train).distance(drawn), rel=1e-4)
     spread = {one.space: one for one in report.seeds}
     assert list(spread) == [report.extractor.name, *SMALL] and spread["mae-l"].seeds == [0, 1]

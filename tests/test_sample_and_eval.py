@@ -34,7 +34,7 @@ from svgpipe.manifests.model_manifests import STATISTICS_FILE, AutoencoderManife
 from svgpipe.manifests.reconstruction import ReconstructionReport
 from svgpipe.manifests.shards import shard_name
 from svgpipe.models.sampler import time_grid
-from svgpipe.pipeline import overview
+from svgpipe.pipeline import cluster, overview
 from svgpipe.pipeline import report as report_page
 from svgpipe.pipeline.page import picture
 from svgpipe.stages.evaluate import extracted_features, features
@@ -44,7 +44,7 @@ from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.evaluate.extracted_features import extracted
 from svgpipe.stages.evaluate.features import Extractor, load_extractor
 from svgpipe.stages.evaluate.reference import RealSets, open_reference, shard_reference
-from svgpipe.stages.images.decode import decode_image, to_array
+from svgpipe.stages.images.decode import RGBArray, decode_image, to_array
 from svgpipe.stages.images.image_set import ImageSet
 from svgpipe.stages.networks.autoencoder import latent_decoder
 from svgpipe.stages.networks.backbone import build_backbone, state_digest
@@ -456,7 +456,7 @@ def test_a_report_names_its_preset_and_the_deviations(
         ],
     )
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "Preset <strong>sit-sde</strong>, with deviations: steps: [2] instead of [250]; " in page
+    assert "<strong>Preset sit-sde</strong>, with deviations: steps: [2] instead of [250]; " in page
     sampler = next(result.sampler for result in report.results if result.sampler is not None)
     assert (sampler.solver, sampler.guidance_channels, sampler.labels) == ("sde", 3, "drawn")
 
@@ -533,6 +533,20 @@ def test_another_unit_and_batch_size_gives_the_same_metrics(
         latents, others = (FeatureStore.open(latents_of(tmp_path / n / "out", setting)) for n in ("one", "two"))
         np.testing.assert_array_equal(latents.array("label")[:48], others.array("label")[:48])
         np.testing.assert_allclose(latents.read(range(48)), others.read(range(48)), atol=5e-3)
+
+
+def test_a_finished_evaluation_does_not_start_ray(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(address: str | None = None) -> None:
+        raise AssertionError(f"Ray was started at {address}")
+
+    monkeypatch.setattr(cluster, "connected", started)
+    shutil.copytree(finished.root / "evaluation", tmp_path / "evaluation")
+    done = svgpipe(*eval_args(finished, tmp_path / "evaluation", "--workers", 2))
+    assert done.code == 0, done.err
+    with pytest.raises(AssertionError, match="Ray was started"):
+        svgpipe(*eval_args(finished, tmp_path / "new", "--workers", 2))
 
 
 def test_an_interrupted_sweep_resumes(finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]) -> None:
@@ -868,7 +882,7 @@ def test_any_timm_model_is_an_extractor(finished: Finished, name: str, dimension
     own = build_backbone(finished.recipe.autoencoder.backbone, 32)
     extractor = load_extractor(ExtractorSection(kind="timm", name=name, weights="random"), own)
     images = decoded_images(finished.root / "evaluation", "reconstructions")
-    found = extractor.features(images, 4)
+    found = extractor.features(images.all_pixels(), 4)
     assert set(found) == {"pooled"} and found["pooled"].shape == (6, dimensions) == (6, extractor.dimensions)
     assert extractor.metric == f"Fréchet distance in {name} space (not FID)"
     assert extractor.description.kind == "timm" and len(extractor.description.weights) == 64
@@ -879,9 +893,9 @@ def test_a_timm_extractor_sees_images_of_the_wanted_size(finished: Finished) -> 
     section = ExtractorSection(kind="timm", name="resnet10t", weights="random", input_size=96)
     extractor = load_extractor(section, None)
     images = decoded_images(finished.root / "evaluation", "reconstructions")
-    found = extractor.features(images, 6)["pooled"]
+    found = extractor.features(images.all_pixels(), 6)["pooled"]
     backbone = build_backbone(BackboneSection(name="resnet10t", weights="random", input_size=96, feature_level=-1), 96)
-    pixels = torch.stack([images[index] for index in range(6)]) / 255
+    pixels = torch.from_numpy(images.all_pixels()).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         expected = backbone(pixels).mean((2, 3))
     assert torch.allclose(found, expected, atol=1e-4) and extractor.description.input_size == 96
@@ -899,7 +913,7 @@ def test_features_are_not_shared_between_input_sizes(finished: Finished, tmp_pat
         backbone = build_backbone(section.model_copy(update={"input_size": size}), 32)
         extractor = load_extractor(ExtractorSection(kind="backbone"), backbone)
         kept[size] = extracted(tmp_path / "features", images, extractor, 4)["pooled"]
-        torch.testing.assert_close(kept[size], extractor.features(images, 4)["pooled"])
+        torch.testing.assert_close(kept[size], extractor.features(images.all_pixels(), 4)["pooled"])
     assert not torch.allclose(kept[64], kept[96], rtol=0.1)
 
 
@@ -930,7 +944,7 @@ def test_altered_features_are_computed_again(finished: Finished, tmp_path: Path,
     extractor = load_extractor(
         ExtractorSection(kind="backbone"), build_backbone(finished.recipe.autoencoder.backbone, 32)
     )
-    kept = extracted(tmp_path, images, extractor, 4)["pooled"]
+    kept = extracted(tmp_path, images, extractor, 4)["pooled"].clone()  # the file is mapped into memory
     (file,) = tmp_path.glob("features/*.safetensors")
     whole = file.read_bytes()
     if damage == "no record":
@@ -955,11 +969,11 @@ def test_features_of_a_large_set_are_stored_in_parts(
     images = decoded_images(finished.root / "evaluation", "reconstructions")
     backbone = build_backbone(finished.recipe.autoencoder.backbone, 32)
     extractor = load_extractor(ExtractorSection(kind="backbone"), backbone)
-    expected = extractor.features(images, 2)["pooled"]
+    expected = extractor.features(images.all_pixels(), 2)["pooled"]
     monkeypatch.setattr(extracted_features, "PART", 2)
     looked: list[int] = []
 
-    def until_killed(self: Extractor, part: ImageSet, batch_size: int) -> dict[str, torch.Tensor]:
+    def until_killed(self: Extractor, part: RGBArray, batch_size: int) -> dict[str, torch.Tensor]:
         looked.append(len(part))
         if len(looked) == 3:
             raise KeyboardInterrupt
@@ -970,7 +984,10 @@ def test_features_of_a_large_set_are_stored_in_parts(
     with pytest.raises(KeyboardInterrupt):
         extracted(tmp_path, images, extractor, 2)
     found = extracted(tmp_path, images, extractor, 2)["pooled"]
-    assert looked == [2, 2, 2, 2]  # three parts, and the third once more
+    assert looked in (
+        [2] * 4,
+        [2] * 5,
+    )  # three parts, and once more the third, and the second if it was not written yet
     torch.testing.assert_close(found, expected)
     assert sorted(path.suffix for path in tmp_path.rglob("*") if path.is_file()) == [".json", ".safetensors"]
 

@@ -90,15 +90,17 @@ def evaluate_checkpoints(
     recorded = cache.manifest.inputs.get("autoencoder")
     encoder = require_decoder(str(cache.path), recorded, shape, autoencoder, advice)
     config = config.model_copy(update=_UNGUIDED | {"steps": (max(config.steps),)})
-    work = _Curve(cache, autoencoder, encoder, reference, out, pool or out.parent, config)
+    shown = progress or Silent()
+    work = _Curve(
+        cache, autoencoder, encoder, reference, out, pool or out.parent, config, runner or LocalRunner(), shown
+    )
     work.require(models)
-    shown, runner = progress or Silent(), runner or LocalRunner()
     make_directory(out)
     with locked(out):
         journal = Journal(out)
         points = []
         for model in models:
-            kept = journal.kept(model.step, work.key(model), partial(work.measured, model, runner, shown))
+            kept = journal.kept(model.step, work.key(model), partial(work.measured, model))
             points.append(CheckpointPoint.model_validate(kept))
             value = points[-1].frechet_distance.value
             shown.say(f"step {model.step} ({points[-1].epochs:.3g} epochs): Fréchet distance {value:.4g}")
@@ -153,6 +155,8 @@ class _Curve:
     out: Location
     pool: Location
     config: EvaluationSection
+    runner: Runner
+    progress: Progress
 
     @cached_property
     def extractor(self) -> Extractor:
@@ -177,7 +181,7 @@ class _Curve:
 
     def features(self, images: ImageSet, pool: Location) -> Tensor:
         """Return (n,D) pooled features, kept in `pool`."""
-        return extracted(pool, images, self.extractor, self.config.batch_size)[POOLED]
+        return extracted(pool, images, self.extractor, self.config.batch_size, self.runner)[POOLED]
 
     def require(self, models: Sequence[TrainedDiffusion]) -> None:
         """Check weights and settings of all models, and the statistics, before hours of sampling."""
@@ -196,21 +200,21 @@ class _Curve:
         measured += [config.reference_images, self.reference.ref.fingerprint, self.encoder.fingerprint]
         return digest([model.weights_sha256(config.weights), setting.identity, measured])
 
-    def measured(self, model: TrainedDiffusion, runner: Runner, progress: Progress) -> Json:
+    def measured(self, model: TrainedDiffusion) -> Json:
         """Sample, decode and measure one checkpoint.
 
         Returns:
             JSON of its `CheckpointPoint`.
         """
         work, config, setting = self.out / "work" / f"step-{model.step:08d}", self.config, self.setting(model)
-        progress.say(f"checkpoint of step {model.step}")
-        (sampled,) = sample_sweep(Sweep(GuidedModel(model), (setting,), config, work), runner, progress)
+        self.progress.say(f"checkpoint of step {model.step}")
+        (sampled,) = sample_sweep(Sweep(GuidedModel(model), (setting,), config, work), self.runner, self.progress)
         labels = setting.labels_of(range(config.num_samples), len(model.class_names)).tolist()
         job = ImageJob(setting.name, config.num_samples, store=sampled.store.path, labels=labels)
         mean, std = model.statistics()
         rows, batch = config.unit_rows, config.batch_size
         options = DecoderOptions(self.autoencoder, mean, std, self.real.size, config.seed, rows, batch)
-        decode([job], options, work, runner, progress)
+        decode([job], options, work, self.runner, self.progress)
         images = decoded_images(work, setting.name)
         distance = self.metric.measure(self.features(images, work))
         self._show(images, model.step)

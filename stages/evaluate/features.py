@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,23 +20,21 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from svgpipe.manifests.autoencoder_section import BackboneSection
 from svgpipe.manifests.errors import ArtifactError, UsageError, first_line
 from svgpipe.manifests.evaluation_section import ExtractorSection
 from svgpipe.manifests.feature_spaces import SPACES, SpaceName
-from svgpipe.manifests.filesystem import Location, file_sha256
+from svgpipe.manifests.filesystem import Location, absolute, file_sha256
 from svgpipe.manifests.manifest import InputRef, svgpipe_version
 from svgpipe.manifests.model_manifests import AutoencoderManifest
 from svgpipe.manifests.report_file import ExtractorInfo
 from svgpipe.models.backbone import Backbone, own_input
 
-from ..images.image_set import ImageSet
+from ..images.decode import RGBArray
 from ..networks.backbone import build_backbone, state_digest
 from ..networks.downloads import Download
 from ..networks.weight_files import read_weight_file
-from ..runtime.device import pick_device
 
 POOLED, LOGITS, SPATIAL = "pooled", "logits", "spatial"
 INCEPTION_LAYERS = {POOLED: "2048", LOGITS: "logits_unbiased"}
@@ -105,15 +105,18 @@ class Extractor:
     metric: str
     description: ExtractorInfo
     dimensions: int  # of POOLED
+    source: Callable[[], Extractor]  # loads the same again, in another process
 
     @torch.no_grad()
-    def features(self, images: ImageSet, batch_size: int) -> dict[str, Tensor]:
-        """Return (n,D) float32 features on the CPU, by layer."""
-        device = pick_device()
-        by_layer = get_featuresdict_from_dataset(
-            images, self.module.to(device), batch_size, device.type == "cuda", True, False
-        )
-        return {name: torch.as_tensor(by_layer[layer]).float() for name, layer in self.layers.items()}
+    def features(self, images: RGBArray, batch_size: int) -> dict[str, Tensor]:
+        """Return features (n,D) float32 on the CPU, by layer, of images (n,H,W,3) uint8."""
+        device = next(self.module.parameters()).device
+        batches = []
+        for part in torch.from_numpy(images).permute(0, 3, 1, 2).split(batch_size):
+            found = self.module(part.contiguous().to(device))
+            by_layer = self.module.convert_features_tuple_to_dict(found)  # type: ignore[operator]
+            batches.append({name: by_layer[layer].float().cpu() for name, layer in self.layers.items()})
+        return {name: torch.cat([batch[name] for batch in batches]) for name in self.layers}
 
 
 def weight_inputs(**sources: str) -> dict[str, InputRef]:
@@ -157,6 +160,7 @@ def extractor_for(
         UsageError: the autoencoder has no backbone.
         ArtifactError: see `load_extractor`.
     """
+    again = partial(extractor_for, _absolute(config), encoder, absolute(autoencoder), where, spatial=spatial)
     backbone = None
     if config.kind == "backbone":
         if not encoder.backbone_weights:
@@ -165,7 +169,13 @@ def extractor_for(
                 "inception, or timm with a name."
             )
         backbone = build_backbone(encoder.section.backbone, encoder.image_size, autoencoder)
-    return load_extractor(config, backbone, where, spatial=spatial)
+    return replace(load_extractor(config, backbone, where, spatial=spatial), source=again)
+
+
+def _absolute(config: ExtractorSection) -> ExtractorSection:
+    """Return the same with an absolute path of weights, for processes with another current directory."""
+    path = Path(config.weights)
+    return config.model_copy(update={"weights": str(path.absolute())}) if path.is_file() else config
 
 
 def load_extractor(
@@ -204,6 +214,7 @@ def load_extractor(
             f"Fréchet distance in {backbone.name} space{size} (not FID)",
             _record(config.kind, backbone.name, backbone, backbone.input_size, "timm"),
             int(backbone.model.head_hidden_size),
+            partial(load_extractor, _absolute(config), None if config.kind == "timm" else backbone, where),
         )
     return _inception(config, where, spatial=spatial)
 
@@ -236,6 +247,7 @@ def _inception(config: ExtractorSection, where: str, *, spatial: bool) -> Extrac
         "FID" if published else f"Fréchet distance with the Inception weights {Path(config.weights).name} (not FID)",
         _record("inception", INCEPTION, module, INCEPTION_SIZE, "torch-fidelity"),
         int(INCEPTION_LAYERS[POOLED]),
+        partial(load_extractor, _absolute(config), None, where, spatial=spatial),
     )
 
 

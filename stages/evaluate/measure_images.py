@@ -25,7 +25,8 @@ from ..images.image_set import ImageSet
 from ..networks.sampling import SamplerSettings
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress
-from .extracted_features import extracted
+from ..runtime.runner import Runner
+from .extracted_features import extract_sets, extracted
 from .features import LOGITS, POOLED, SPATIAL, software
 from .intervals import mean_estimate
 from .measure_spaces import SpaceDistances, measure_spaces
@@ -50,22 +51,22 @@ class Compared:
     not_measured: list[str]
 
 
-def measure(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]], progress: Progress) -> Compared:
+def measure(
+    plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]], runner: Runner, progress: Progress
+) -> Compared:
     """Measure every set against the reference; run again to resume.
 
     Args:
         plan: the evaluation.
         images: tars of every decoded set, by name.
+        runner: where features are computed.
         progress: receives the progress.
 
     Returns:
         The numbers of the report.
     """
     work = _Measurement(plan, _image_sets(plan, images))
-    progress.begin("measure", len(work.sets), "image sets")
-    for name in work.sets:
-        work.extracted(name)
-        progress.advance(1, name)
+    extract_sets(plan.pool, [*work.sets.values()], plan.extractor, plan.config.batch_size, runner, progress)
     names = [*work.sampled, *(line for line in BASELINES if line in work.sets)]
     journal = Journal(plan.out, "journal/compare")  # the intervals of 50,000 images take minutes
     progress.begin("compare", len(names), "image sets")
@@ -74,7 +75,7 @@ def measure(plan: EvaluationPlan, images: Mapping[str, Sequence[ShardFile]], pro
         measured = journal.kept(number, work.key(name), functools.partial(work.measured, name))
         results.append(Measured.model_validate(measured))
         progress.advance(1, name)
-    spaces = work.spaces(names, progress)
+    spaces = work.spaces(names, runner, progress)
     results = [
         result.model_copy(update={"spaces": {space: found.distances[result.name] for space, found in spaces.items()}})
         for result in results
@@ -185,12 +186,12 @@ class _Measurement:
         )
         return measured.model_dump(mode="json")
 
-    def spaces(self, names: Sequence[str], progress: Progress) -> dict[str, SpaceDistances]:
+    def spaces(self, names: Sequence[str], runner: Runner, progress: Progress) -> dict[str, SpaceDistances]:
         """Return the distances of these sets in other feature spaces; none if the reference has no images."""
         if REFERENCE not in self.sets:
             return {}
         plan, chosen = self.plan, {name: self.sets[name] for name in names}
-        return measure_spaces(plan.config, self.sets[REFERENCE], chosen, (plan.out, plan.pool), progress)
+        return measure_spaces(plan.config, self.sets[REFERENCE], chosen, (plan.out, plan.pool), runner, progress)
 
     def not_measured(self) -> list[str]:
         """Return what is not measured, with the reason."""

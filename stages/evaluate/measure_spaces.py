@@ -15,7 +15,8 @@ from svgpipe.manifests.report_file import ExtractorInfo
 
 from ..images.image_set import ImageSet
 from ..runtime.progress import Progress
-from .extracted_features import extracted
+from ..runtime.runner import Runner
+from .extracted_features import extract_sets, extracted
 from .features import POOLED, Extractor, software, space_extractor
 from .metrics import FrechetMetric
 
@@ -43,6 +44,7 @@ def measure_spaces(
     reference: ImageSet,
     sets: Mapping[str, ImageSet],
     places: tuple[Location, Location],
+    runner: Runner,
     progress: Progress,
 ) -> dict[str, SpaceDistances]:
     """Return the distances of all sets to the reference in every space; run again to resume.
@@ -52,6 +54,7 @@ def measure_spaces(
         reference: real images.
         sets: images by name.
         places: the evaluation, and the directory of features that evaluations share.
+        runner: where features are computed.
         progress: receives the progress.
 
     Returns:
@@ -62,7 +65,9 @@ def measure_spaces(
     for name, weights in config.spaces_used.items():
         space = _Space(config, space_extractor(name, weights), reference, pool)
         journal = Journal(out, f"journal/spaces/{name}")
-        progress.begin(f"measure in {name}", len(sets), "image sets")
+        progress.say(f"feature space {name}")
+        extract_sets(pool, [reference, *sets.values()], space.extractor, config.batch_size, runner, progress)
+        progress.begin(f"compare in {name}", len(sets), "image sets")
         distances = {}
         for number, (one, images) in enumerate(sets.items()):
             kept = journal.kept(number, space.key(images), partial(space.distance, images))

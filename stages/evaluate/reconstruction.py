@@ -48,7 +48,7 @@ from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Recorded
 from ..runtime.runner import LocalRunner, Runner
 from .decode_latents import DecoderOptions, ImageJob, decode
-from .extracted_features import extracted
+from .extracted_features import extract_sets, extracted
 from .features import POOLED, Extractor, extractor_for, software, weight_inputs
 from .intervals import mean_estimate
 from .measure_images import RECONSTRUCTIONS
@@ -235,7 +235,7 @@ def _evaluate(
         image_size=size,
         num_images=len(plan.chosen),
         images=plan.originals.digest,
-        results=_measure(plan, sets, lpips, progress),
+        results=_measure(plan, sets, lpips, runner, progress),
         not_measured=missing,
     ).write(out)
     manifest = ReconstructionManifest(
@@ -290,10 +290,11 @@ def _lpips(config: ReconstructionSection, missing: list[str]) -> Lpips | None:
 
 
 def _measure(
-    plan: ReconstructionPlan, sets: dict[str, ImageSet], lpips: Lpips | None, progress: Progress
+    plan: ReconstructionPlan, sets: dict[str, ImageSet], lpips: Lpips | None, runner: Runner, progress: Progress
 ) -> list[Reconstructed]:
     """Return the metrics of every set against the originals."""
     config, originals, pool = plan.config, plan.originals, plan.pool
+    extract_sets(pool, [originals, *sets.values()], plan.extractor, config.batch_size, runner, progress)
     reference = extracted(pool, originals, plan.extractor, config.batch_size)
     comparison = Comparison(Features(reference[POOLED]), config.bootstrap, config.seed)
     progress.begin("measure", len(sets) * len(originals), "images")

@@ -89,8 +89,6 @@ def sample_sweep(sweep: Sweep, runner: Runner, progress: Progress) -> list[Sampl
         BusyError: another process samples the same latents.
         ArtifactError: latents are not finite.
     """
-    if runner.computes_on_cpu:
-        warn_if_imitated(sweep.config.precision)  # here, because logs of workers are not shown
     with ExitStack() as locks:
         stores = [_open(sweep, setting, locks) for setting in sweep.settings]
         missing = [
@@ -98,6 +96,8 @@ def sample_sweep(sweep: Sweep, runner: Runner, progress: Progress) -> list[Sampl
             for number, store in enumerate(stores)
             for unit in store.journal.missing(range(store.count))
         ]
+        if missing and runner.computes_on_cpu:
+            warn_if_imitated(sweep.config.precision)  # here, because logs of workers are not shown
         specs = [store.store.spec for store in stores]
         total = sum(store.count * store.store.spec.unit_rows for store in stores)
         progress.begin("sample", total, "latents", total - sum(specs[unit.setting].unit_rows for unit in missing))

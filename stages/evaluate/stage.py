@@ -107,7 +107,7 @@ def _evaluate(
     sweep = Sweep(plan.sampler, plan.settings, plan.config, plan.pool)
     sampled = sample_sweep(sweep, runner, progress)
     images = decode(_image_jobs(plan, sampled, can_encode), _decoder_options(plan), plan.out, runner, progress)
-    measured = measure(plan, images, progress)
+    measured = measure(plan, images, runner, progress)
     _report(plan, measured).write(plan.out)
     return work.publish(_manifest(plan, sampled, images))
 

@@ -1,14 +1,11 @@
-"""Sets of images by number, for extractors and pages. Does not need torch-fidelity."""
+"""Sets of images by number, for extractors and pages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from svgpipe.manifests.index import ImageRef
 from svgpipe.manifests.manifest import digest
@@ -16,8 +13,8 @@ from svgpipe.manifests.manifest import digest
 from .decode import CROP, RGBArray, centre_crop, decode_member, to_array
 
 
-class ImageSet(Dataset[Tensor]):
-    """(3,S,S) uint8 images for torch-fidelity; ADM centre crops of larger images."""
+class ImageSet:
+    """Images (S,S,3) uint8; ADM centre crops of larger images."""
 
     def __init__(self, refs: Sequence[ImageRef], size: int) -> None:
         self.refs, self.size = refs, size
@@ -31,8 +28,9 @@ class ImageSet(Dataset[Tensor]):
         image = decode_member(ref)
         return to_array(image if image.size == (self.size, self.size) else centre_crop(image, self.size))
 
-    def __getitem__(self, i: int) -> Tensor:
-        return torch.from_numpy(self.pixels(i)).permute(2, 0, 1).contiguous()
+    def all_pixels(self) -> RGBArray:
+        """Return (n,S,S,3) uint8."""
+        return np.stack([self.pixels(i) for i in range(len(self))])
 
     @property
     def labels(self) -> NDArray[np.int64]:
