@@ -87,6 +87,12 @@ def analyze(
     per_class: Annotated[
         int, typer.Option("--per-class", metavar="N", min=2, help="Maximum number of images per class.")
     ] = 64,
+    velocities: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--velocities", metavar="A B", help="Two classes, by name or number: velocities from noise to their images."
+        ),
+    ] = None,
     seed: Annotated[
         int,
         typer.Option("--seed", metavar="N", min=0, max=2**32 - 1, help="Seed of splits, noise, t-SNE and bootstrap."),
@@ -107,6 +113,7 @@ def analyze(
             [location(model) for model in diffusion or []],
             classes=classes,
             per_class=per_class,
+            velocities=velocities,
             weights=ema or "ema",
             seed=seed,
             progress=progress,

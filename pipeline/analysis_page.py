@@ -10,8 +10,9 @@ from rich.markup import escape
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.filesystem import Location, write_atomic
 from svgpipe.stages.analyze.analyze import Analysis, CacheAnalysis
+from svgpipe.stages.analyze.class_velocities import ClassVelocities
 
-from .charts import Drawing, LineChart, scatter
+from .charts import Drawing, LineChart, arrows, scatter
 from .page import render
 from .synsets import shown_names
 from .tables import new_table, print_table, with_interval
@@ -33,6 +34,7 @@ class CachePlots:
     analysis: CacheAnalysis
     map: Drawing | None
     agreement: Drawing | None
+    velocities: Drawing | None
     rows: str
 
 
@@ -68,6 +70,15 @@ def summary_rows(caches: Sequence[CacheAnalysis]) -> list[AnalysisRow]:
             ["–" if (p := c.mean_parted) is None else f"{_text(p)}, {p.num_images} points" for c in caches],
         )
     )
+    if any(c.velocities is not None for c in caches):
+        rows += [
+            AnalysisRow(
+                f"cosine of velocities, {which}",
+                "velocity to an image, and the mean velocity to the class",
+                ["–" if (v := c.velocities) is None else _of_both(v, attribute) for c in caches],
+            )
+            for which, attribute in (("own class", "own"), ("other class", "other"))
+        ]
     straight = [c.straightness for c in caches]
     for name, what, attribute in (
         (
@@ -101,7 +112,7 @@ def render_analysis(analysis: Analysis, out: Location) -> None:
         deviation=deviation,
     )
     write_atomic(out, page)
-    for drawing in (deviation, *(drawing for plot in plots for drawing in (plot.map, plot.agreement))):
+    for drawing in (deviation, *(drawing for plot in plots for drawing in (plot.map, plot.agreement, plot.velocities))):
         if drawing is not None:
             drawing.save_beside(out)
 
@@ -124,7 +135,19 @@ def _plots(one: CacheAnalysis, number: int) -> CachePlots:
             f"Agreement of velocity fields, cache {number}", "t", "cosine", times, series, {}
         ).render()
     rows = ", ".join(f"{a.rows.value:.3g} at {a.time:g}" for a in one.agreement)
-    return CachePlots(one, points, agreement, rows)
+    return CachePlots(one, points, agreement, _velocities(one, number), rows)
+
+
+def _velocities(one: CacheAnalysis, number: int) -> Drawing | None:
+    """Return the chart of the velocities from a noise sample to the images of two classes."""
+    if (found := one.velocities) is None:
+        return None
+    targets = {plane.name: (plane.images, plane.mean) for plane in found.classes}
+    return arrows(f"Velocities of two classes, cache {number}", found.source, targets)
+
+
+def _of_both(found: ClassVelocities, attribute: str) -> str:
+    return "; ".join(f"{plane.name} {_text(getattr(plane, attribute))}" for plane in found.classes)
 
 
 def _text(f: Estimate | None) -> str:

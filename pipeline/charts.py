@@ -216,6 +216,28 @@ def scatter(title: str, points: Sequence[tuple[float, float]], names: Sequence[s
     return _finish(figure, title)
 
 
+def arrows(
+    title: str,
+    source: tuple[float, float],
+    targets: Mapping[str, tuple[Sequence[tuple[float, float]], tuple[float, float]]],
+) -> Drawing:
+    """Return a chart of thin lines from one point to the points of each target, and an arrow to its mean."""
+    figure, axes = _new(SQUARE)
+    for number, (name, (points, mean)) in enumerate(targets.items()):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        for x, y in points:
+            axes.plot([source[0], x], [source[1], y], color=colour, alpha=0.15, linewidth=0.6)
+        xs, ys = zip(*points, strict=True)
+        axes.scatter(xs, ys, s=12, color=colour, marker=marker, alpha=0.75, linewidths=0)
+        axes.annotate("", mean, source, arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 2.2})
+        axes.annotate(name, mean, (0, 8), textcoords="offset points", color=INK, ha="center", fontweight="bold")
+    axes.plot(*source, "o", color=LEVEL_COLOUR, markersize=7)
+    axes.annotate("noise", source, (0, -14), textcoords="offset points", color=INK, ha="center")
+    axes.set_aspect("equal")
+    axes.set_axis_off()
+    return _finish(figure, title)
+
+
 def _new(size: tuple[float, float]) -> tuple[Figure, Axes]:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it reports a home directory without its cache folder
     from matplotlib import rc_context

@@ -18,6 +18,7 @@ from svgpipe.models.empirical_flow import empirical_velocity
 from svgpipe.stages.analyze import analyze as analyze_stage
 from svgpipe.stages.analyze import velocity_agreement as stage
 from svgpipe.stages.analyze.class_distances import class_distances
+from svgpipe.stages.analyze.class_velocities import class_velocities
 from svgpipe.stages.analyze.straightness import straightness
 from svgpipe.stages.analyze.velocity_agreement import _groups, _points, velocity_agreement
 
@@ -225,3 +226,57 @@ def test_velocity_agreement_covers_every_pair_of_classes() -> None:
                     theirs = empirical_velocity(z, found.time, latents[half])
                     cosines.append(torch.nn.functional.cosine_similarity(own, theirs, dim=1))
         assert found.between.value == pytest.approx(float(torch.cat(cosines).mean()), abs=1e-5)
+
+
+def test_velocities_of_two_classes_have_known_cosines_and_places() -> None:
+    """Two tight classes on the axes of a space in which noise is short against them."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(20, 50, generator=generator) * 0.1 for _ in range(2))
+    first[:, 0] += 1000
+    second[:, 1] += 1000
+    second[:, 2] += torch.linspace(-30, 30, 20)  # the largest variation beside the line between the means
+    found = class_velocities((first, second), ("cat", "dog"), 50, 0)
+    for plane in found.classes:
+        assert plane.own.value == pytest.approx(1, abs=1e-3) and plane.other.value == pytest.approx(0, abs=0.02)
+        assert plane.own.num_images == len(plane.images) == 20
+        assert plane.mean == pytest.approx(np.mean(plane.images, axis=0), abs=1e-3)
+    cat, dog = found.classes
+    assert (cat.name, dog.name) == ("cat", "dog")
+    assert dog.mean[0] - cat.mean[0] == pytest.approx(1000 * 2**0.5, rel=1e-4)
+    assert dog.mean[1] == pytest.approx(cat.mean[1], abs=1)
+    heights = np.ptp([y for _, y in dog.images]), np.ptp([y for _, y in cat.images])
+    assert heights[0] == pytest.approx(60, rel=0.01) and heights[1] < 1
+    assert abs(found.source[0]) < 10  # the noise lies half-way between the classes
+    mixed = class_velocities((first[::2], first[1::2]), ("a", "b"), 50, 0)
+    assert mixed.classes[0].own.value == pytest.approx(mixed.classes[0].other.value, abs=1e-4)
+    with pytest.raises(ValueError, match="at least 3 images of cat, found 2"):
+        class_velocities((first[:2], second), ("cat", "dog"), 50, 0)
+    with pytest.raises(ValueError, match="the same mean"):
+        class_velocities((first, first), ("cat", "dog"), 50, 0)
+    with pytest.raises(ValueError, match="are all equal"):
+        class_velocities((torch.zeros(3, 4), torch.ones(3, 4)), ("cat", "dog"), 50, 0)
+
+
+def test_velocities_of_two_classes_of_a_cache(
+    finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
+) -> None:
+    cache, page = finished.root / "cache", tmp_path / "page.html"
+    names = finished.cache.classes
+    asked = ["analyze", cache, "--velocities", names[0], "2"]
+    done = svgpipe(*asked, "--json", "--html", page)
+    assert done.code == 0, done.err
+    (one,) = json.loads(done.out)["caches"]
+    planes = one["velocities"]["classes"]
+    assert [plane["name"] for plane in planes] == [names[0], names[2]]
+    rows = np.flatnonzero(finished.cache.labels == 2)
+    assert len(planes[1]["images"]) == len(rows[finished.cache.valid[rows]])
+    assert all(-1 <= plane["own"]["value"] <= 1 for plane in planes)
+    text = page.read_text()
+    assert "Velocities of two classes" in text and (tmp_path / "page-velocities-of-two-classes-cache-1.pdf").exists()
+    assert "cosine of velocities, own class" in text
+    for pair, said in (
+        ((names[0], "0"), f"found {names[0]} twice"),
+        ((names[0], "nothing"), "expected a class name of"),
+    ):
+        wrong = svgpipe("analyze", cache, "--velocities", *pair)
+        assert wrong.code == 2 and said in wrong.err

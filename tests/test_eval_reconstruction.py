@@ -20,6 +20,7 @@ from svgpipe.manifests.shards import ShardSet
 from svgpipe.models.losses import LPIPS
 from svgpipe.models.svg_autoencoder import SVGAutoencoder
 from svgpipe.pipeline.reconstruction_page import _spread_over_classes
+from svgpipe.stages.evaluate import compare_images
 from svgpipe.stages.evaluate import reconstruction as stage
 from svgpipe.stages.evaluate.decode_latents import decoded_images
 from svgpipe.stages.images.decode import RGBArray
@@ -220,8 +221,8 @@ def test_decoded_and_measured_images_are_reused(
         looked.append(1)
         return original(*given)  # type: ignore[arg-type]
 
-    original = stage._compare
-    monkeypatch.setattr(stage, "_compare", compare)
+    original = compare_images.compare
+    monkeypatch.setattr(compare_images, "compare", compare)
     shutil.copytree(evaluated.parent / "features", tmp_path / "features")  # but no decoded tars to be found
     found = svgpipe(*arguments(finished, out))
     assert found.code == 0 and "(7 done before)" in found.err

@@ -13,7 +13,7 @@ from .conftest import PHOTOGRAPHS, Finished, Outcome
 COMMANDS: dict[str, list[str]] = {
     "cache.html": ["inspect", "cache", "--html", "PAGE"],
     "probe.html": ["probe", "cache", "--html", "PAGE"],
-    "analysis.html": ["analyze", "cache", "--diffusion", "diffusion", "--html", "PAGE"],
+    "analysis.html": ["analyze", "cache", "--diffusion", "diffusion", "--velocities", "0", "1", "--html", "PAGE"],
     "reconstruction/report.html": [
         *("eval-reconstruction", "--autoencoder", "autoencoder", "--shards", "shards", "--out", "FOLDER"),
         *("--set", "reconstruction.extractor.kind=backbone", "--set", "reconstruction.bootstrap=0"),

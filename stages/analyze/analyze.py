@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from svgpipe.manifests.cache import FeatureCache
+from svgpipe.manifests.class_names import find_class
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.estimate import Estimate
 from svgpipe.manifests.filesystem import Location
@@ -26,6 +27,7 @@ from ..networks.diffusion import TrainedDiffusion, open_diffusion
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Silent
 from .class_distances import Distances, class_distances, tsne
+from .class_velocities import ClassVelocities, class_velocities
 from .pooling import channel_groups, pooled, spread
 from .straightness import Straightness, straightness
 from .velocity_agreement import Agreement, velocity_agreement
@@ -57,6 +59,7 @@ class CacheAnalysis(FrozenModel):
     agreement: list[Agreement] = Field(description="Whole latents, at times from noise (0) to data (1).")
     mean_parted: Estimate | None = Field(description="Mean of `parted` over the times. Most times are near the noise.")
     map: list[MappedImage] = Field(description="t-SNE of pooled, standardised features.")
+    velocities: ClassVelocities | None = Field(None, description="Of the two classes that were asked for.")
     straightness: Straightness | None
     not_measured: list[str]
 
@@ -75,6 +78,7 @@ def analyze(
     *,
     classes: int = CLASSES,
     per_class: int = PER_CLASS,
+    velocities: tuple[str, str] | None = None,
     weights: str = EMA,
     seed: int = 0,
     progress: Progress | None = None,
@@ -87,6 +91,7 @@ def analyze(
             one to the first cache of its autoencoder.
         classes: maximum number of classes.
         per_class: maximum number of images per class.
+        velocities: two classes, by name or number, whose velocities are compared; None: none.
         weights: of the models: ema, ema-DECAY or raw.
         seed: of splits, noise, t-SNE and bootstrap.
         progress: receives the progress.
@@ -97,8 +102,7 @@ def analyze(
     Raises:
         MismatchError: a model that belongs to none of the caches, or two models of the same cache.
         ArtifactError: a cache has fewer than two classes with two valid images.
-        UsageError: no such weights, or
-            more than 4096 images.
+        UsageError: no such weights or class, or more than 4096 images.
     """
     progress = progress or Silent()
     trained = _assign(caches, models)
@@ -112,9 +116,11 @@ def analyze(
             f"--classes {classes} and --per-class {per_class}: expected at most {MAX_IMAGES} images per cache, found "
             f"{most}. All pairs are compared; use fewer images."
         )
+    pairs = [None if velocities is None else _pair(cache, velocities) for cache in caches]
     analyses = []
-    for cache, rows in zip(caches, chosen, strict=True):
-        analyses.append(_analyze_one(cache, trained.get(cache.manifest.fingerprint), rows, weights, seed, progress))
+    for cache, rows, pair in zip(caches, chosen, pairs, strict=True):
+        analysis = _analyze_one(cache, trained.get(cache.manifest.fingerprint), rows, weights, seed, progress)
+        analyses.append(analysis if pair is None else _with_velocities(analysis, cache, pair, per_class, seed))
     return Analysis(seed=seed, caches=analyses)
 
 
@@ -210,6 +216,33 @@ def _agreement(
         names = ", ".join(cache.classes[c] for c in left_out)
         missing.append(f"velocity agreement of {names}: far fewer images than in the other classes")
     return agreement, parted
+
+
+def _pair(cache: FeatureCache, names: tuple[str, str]) -> tuple[int, int]:
+    """Return the numbers of two different classes.
+
+    Raises:
+        UsageError: there is no such class, or both are the same.
+    """
+    first, second = (find_class(name, cache.classes, str(cache.path)) for name in names)
+    if first == second:
+        raise UsageError(f"--velocities: expected two different classes, found {cache.classes[first]} twice.")
+    return first, second
+
+
+def _with_velocities(
+    analysis: CacheAnalysis, cache: FeatureCache, pair: tuple[int, int], per_class: int, seed: int
+) -> CacheAnalysis:
+    """Return the analysis with the velocities of two classes; or with the reason why they are not measured."""
+    members = [np.flatnonzero(cache.valid & (cache.labels == number)) for number in pair]
+    rows = [own[evenly_spread(len(own), per_class)] for own in members]
+    latents = [torch.from_numpy(cache.read_latents(own).astype(np.float32)).flatten(1) for own in rows]
+    names = cache.classes[pair[0]], cache.classes[pair[1]]
+    try:
+        found = class_velocities((latents[0], latents[1]), names, RESAMPLINGS, seed)
+    except ValueError as error:
+        return analysis.model_copy(update={"not_measured": [*analysis.not_measured, str(error)]})
+    return analysis.model_copy(update={"velocities": found})
 
 
 def _straightness(

@@ -6,21 +6,17 @@ measure   pairs of images, and sets of images, as 8-bit images
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from skimage.color import deltaE_ciede2000, rgb2lab
-from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from svgpipe.manifests.alignment import keep_alignment, require_same_alignment
-from svgpipe.manifests.autoencoder_section import AutoencoderSection, PerceptualSection
+from svgpipe.manifests.autoencoder_section import AutoencoderSection
 from svgpipe.manifests.calibration import measured_calibration
 from svgpipe.manifests.errors import ArtifactError, UsageError
 from svgpipe.manifests.evaluation_section import ReconstructionSection
@@ -38,15 +34,11 @@ from svgpipe.manifests.workdir import StageSpec, WorkDir
 from ..extract.align import align_for_evaluation, needs_alignment
 from ..extract.calibrate import measure_features
 from ..extract.encoder_actor import EncoderOptions
-from ..images.decode import CROP, RGBArray, psnr
 from ..images.image_set import ImageSet
-from ..images.tensors import as_unit_range
-from ..networks.backbone import state_digest
-from ..networks.perceptual import load_lpips
 from ..networks.weight_files import read_weight_file
-from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Recorded
 from ..runtime.runner import LocalRunner, Runner
+from .compare_images import Lpips, compare_sets
 from .decode_latents import DecoderOptions, ImageJob, decode
 from .extracted_features import extract_sets, extracted
 from .features import POOLED, Extractor, extractor_for, software, weight_inputs
@@ -58,13 +50,6 @@ from .reference import require_decodable, was_decoded
 WITHOUT_RESIDUAL = "without-residual"
 MIN_IMAGES = 2
 DEVIATION_IMAGES = 512  # whose latents give the unit of the noise
-
-
-class Lpips(NamedTuple):
-    """LPIPS of two (S,S,3) uint8 images, and the digest of its tensors."""
-
-    distance: Callable[[RGBArray, RGBArray], float]
-    weights: str
 
 
 @dataclass(frozen=True)
@@ -272,21 +257,13 @@ def _lpips(config: ReconstructionSection, missing: list[str]) -> Lpips | None:
     named = [Path(name) for name in (config.vgg_weights, config.lpips_weights) if name != "hub"]
     for path in named:
         read_weight_file(path)
-    weights = PerceptualSection(vgg_weights=config.vgg_weights, lpips_weights=config.lpips_weights)
     try:
-        model = load_lpips(weights, "reconstruction").to(device := pick_device())
+        return Lpips.open(config.vgg_weights, config.lpips_weights)
     except ArtifactError as error:
         if named:
             raise
         missing.append(f"LPIPS: {error} (Use another output directory: this one stays as it is.)")
         return None
-
-    @torch.inference_mode()
-    def distance(one: RGBArray, two: RGBArray) -> float:
-        pair = [as_unit_range(pixels[None]).to(device) * 2 - 1 for pixels in (one, two)]
-        return float(model(*pair))
-
-    return Lpips(distance, state_digest(model.state_dict()))
 
 
 def _measure(
@@ -297,13 +274,13 @@ def _measure(
     extract_sets(pool, [originals, *sets.values()], plan.extractor, config.batch_size, runner, progress)
     reference = extracted(pool, originals, plan.extractor, config.batch_size)
     comparison = Comparison(Features(reference[POOLED]), config.bootstrap, config.seed)
-    progress.begin("measure", len(sets) * len(originals), "images")
+    values = compare_sets(plan.out, originals, sets, config.unit_rows, lpips, runner, progress)
     results = []
     noise_of = {job.name: job.noise or None for job in plan.jobs()}
-    for number, (name, images) in enumerate(sets.items()):
+    for name, images in sets.items():
         means = {
-            key: mean_estimate(finite, config.bootstrap, config.seed) if len(finite := _finite(values)) else None
-            for key, values in _compared(plan, number, name, images, lpips, progress).items()
+            key: mean_estimate(finite, config.bootstrap, config.seed) if len(finite := _finite(of_all)) else None
+            for key, of_all in values[name].items()
         }
         features = extracted(pool, images, plan.extractor, config.batch_size)[POOLED]
         results.append(
@@ -317,59 +294,6 @@ def _measure(
             )
         )
     return results
-
-
-def _compared(
-    plan: ReconstructionPlan, number: int, name: str, images: ImageSet, lpips: Lpips | None, progress: Progress
-) -> dict[str, list[float | None]]:
-    """Return the values of every metric, image by image, stored in the journal in units of `unit_rows` images."""
-    originals, journal, rows = plan.originals, Journal(plan.out, "journal/measure"), plan.config.unit_rows
-    measures: dict[str, list[float | None]] = {}
-    starts = range(0, len(originals), rows)
-    for part, start in enumerate(starts):
-        chosen = range(start, min(start + rows, len(originals)))
-        shown = [ref.sha256 for source in (originals, images) for ref in source.refs[start : chosen.stop]]
-        key = digest([software(), CROP, originals.size, shown, None if lpips is None else lpips.weights])
-        compare = partial(_compare_all, originals, images, chosen, lpips)
-        for measure, values in journal.kept(number * len(starts) + part, key, compare).items():
-            measures.setdefault(measure, []).extend(values)
-        progress.advance(len(chosen), name)
-    return measures
-
-
-def _compare_all(
-    originals: ImageSet, images: ImageSet, rows: Sequence[int], lpips: Lpips | None
-) -> dict[str, list[float | None]]:
-    """Return `_compare` of the images at `rows`; None for the infinite PSNR of an exact reproduction."""
-    measures: dict[str, list[float | None]] = {}
-    for row in rows:
-        for key, value in _compare(originals.pixels(row), images.pixels(row), lpips).items():
-            measures.setdefault(key, []).append(value if np.isfinite(value) else None)
-    return measures
-
-
-def _compare(original: RGBArray, reconstruction: RGBArray, lpips: Lpips | None) -> dict[str, float]:
-    """Compare an image with its reconstruction, both (S,S,3) uint8; names as in `Reconstructed`.
-
-    Returns:
-        Metrics by name.
-    """
-    similarity = structural_similarity(
-        original,
-        reconstruction,
-        data_range=255,
-        channel_axis=2,
-        gaussian_weights=True,
-        sigma=1.5,
-        use_sample_covariance=False,
-    )
-    colours: NDArray[np.float64] = deltaE_ciede2000(rgb2lab(original), rgb2lab(reconstruction))
-    values = {
-        "psnr": float(psnr(original[None], reconstruction[None])[0]),
-        "ssim": float(similarity),
-        "colour_difference": float(colours.mean()),
-    }
-    return values if lpips is None else {**values, "lpips": lpips.distance(original, reconstruction)}
 
 
 def _finite(values: list[float | None]) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
+from svgpipe.manifests.class_names import find_class
 from svgpipe.manifests.errors import UsageError
 from svgpipe.manifests.selection import evenly_spread
 
@@ -23,38 +23,10 @@ def class_number(wanted: str | int, model: TrainedDiffusion, shown: Sequence[str
         UsageError: there is no such class, there are several, or it had no training images.
     """
     names = model.class_names
-    if isinstance(wanted, str) and wanted in names:
-        number = names.index(wanted)
-    elif isinstance(wanted, str) and (found := _named(wanted.lower(), names, shown or names)):
-        if len(found) > 1:
-            raise UsageError(f"class {wanted!r}: several classes have this name: {', '.join(names[n] for n in found)}.")
-        number = found[0]
-    elif str(wanted).isdecimal() and int(wanted) < len(names):
-        number = int(wanted)
-    else:
-        raise UsageError(
-            f"class {str(wanted)!r}: expected a class name of {model.directory}, or a number from 0 to "
-            f"{len(names) - 1}.{_nearest(str(wanted).lower(), names, shown or names)}"
-        )
+    number = find_class(wanted, names, str(model.directory), shown)
     if number in model.untrained_classes:
         raise UsageError(f"class {names[number]!r}: {model.directory} was trained without an image of it.")
     return number
-
-
-def _named(lowered: str, names: Sequence[str], shown: Sequence[str]) -> list[int]:
-    """Return the classes that are shown under a name, with or without their own before it."""
-    return [
-        number
-        for number, (name, text) in enumerate(zip(names, shown, strict=True))
-        if lowered and lowered in (text.lower(), text.removeprefix(name).strip().lower())
-    ]
-
-
-def _nearest(lowered: str, names: Sequence[str], shown: Sequence[str]) -> str:
-    alone = [text.removeprefix(name).strip() or text for name, text in zip(names, shown, strict=True)]
-    by_lowered = {text.lower(): text for text in (*names, *alone)}
-    near = difflib.get_close_matches(lowered, list(by_lowered), 3, 0.5)
-    return f" Nearest: {', '.join(by_lowered[text] for text in near)}." if near else ""
 
 
 def labels_in_order(classes: Sequence[int], count: int) -> list[int]:
