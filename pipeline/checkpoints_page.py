@@ -19,6 +19,7 @@ from .tables import new_table, print_table, with_interval
 PAGE_NAME = "checkpoints.html"
 PAPER_SIZE = 256  # pixels; at others, the paper's points are not drawn
 MAX_ROWS = 20
+STRIP_WIDTH = 1280  # pixels; strips of large samples would make a page too large for mail
 
 
 def show_checkpoints(curve: CheckpointCurve) -> None:
@@ -77,5 +78,5 @@ def _rows(curve: CheckpointCurve, out: Location) -> list[Picture]:
         with Image.open(io.BytesIO(written[f"step-{point.step:08d}"].read_bytes())) as strip:
             pixels = np.asarray(strip.convert("RGB"))
         caption = f"step {point.step}, {point.epochs:.3g} epochs: {point.frechet_distance.value:.4g}"
-        pictures.append(picture(pixels, caption, lossless=True))
+        pictures.append(picture(pixels, caption, largest=STRIP_WIDTH))
     return pictures

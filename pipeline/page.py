@@ -45,8 +45,8 @@ def render(template: str, **values: Any) -> bytes:
 MAX_PICTURE, QUALITY = 256, 85
 
 
-def picture(pixels: RGBArray, caption: str, *, lossless: bool = False) -> Picture:
-    """Convert (H,W,3) uint8 to an embedded WebP of at most MAX_PICTURE pixels per side. Feature maps are lossless.
+def picture(pixels: RGBArray, caption: str, *, lossless: bool = False, largest: int = MAX_PICTURE) -> Picture:
+    """Convert (H,W,3) uint8 to an embedded WebP of at most `largest` pixels per side. Feature maps are lossless.
 
     Returns:
         The picture with its caption.
@@ -54,7 +54,7 @@ def picture(pixels: RGBArray, caption: str, *, lossless: bool = False) -> Pictur
     buffer = io.BytesIO()
     image = Image.fromarray(pixels)
     if not lossless:
-        image.thumbnail((MAX_PICTURE, MAX_PICTURE), Image.Resampling.LANCZOS)
+        image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     image.save(buffer, "WEBP", quality=QUALITY, lossless=lossless)
     return Picture(webp_url(buffer.getvalue()), caption)
 

@@ -865,7 +865,7 @@ def test_distances_are_called_fid_with_the_published_inception_weights(
     assert report.metric == "FID"
     scores = [r.inception_score for r in report.results]
     assert all(score is not None and 1 - 1e-6 < score.value < 2 for score in scores)
-    assert report.extractor.weights == state_digest(state)  # whatever file they lie in
+    assert report.extractor.weights == state_digest(state)  # of the tensors, not of the file
     assert report.inputs["extractor"] == file_sha256(tmp_path / "inception.pth")
     assert report.extractor.library.startswith("torch-fidelity 0.")
     torch.save({**state, "more": torch.zeros(1)}, tmp_path / "inception.pth")

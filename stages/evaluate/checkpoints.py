@@ -28,13 +28,11 @@ from svgpipe.manifests.lock import locked
 from svgpipe.manifests.manifest import MANIFEST_NAME, Json, digest, write_json
 from svgpipe.manifests.model_manifests import AutoencoderManifest, require_decoder
 from svgpipe.manifests.selection import evenly_spread
-from svgpipe.models.feature_distances import FrechetTarget
 
 from ..images.image_set import ImageSet
 from ..networks.diffusion import TrainedDiffusion, open_diffusion
 from ..networks.guided_model import GuidedModel
 from ..networks.sampling import SamplerSettings
-from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Silent
 from ..runtime.runner import LocalRunner, Runner
 from .decode_latents import DecoderOptions, ImageJob, decode, decoded_images
@@ -173,9 +171,7 @@ class _Curve:
         """The distance to the reference."""
         config, held = self.config, self.reference.statistics
         if held is not None and held.pooled is not None:
-            device = pick_device()
-            target = FrechetTarget(held.pooled.mean.to(device), held.pooled.covariance.to(device))
-            return FrechetMetric(target, config.bootstrap, config.seed)
+            return FrechetMetric(held.pooled.target(), config.bootstrap, config.seed)
         rows = self.features(ImageSet(self.real.reference, self.real.size), self.pool)
         return FrechetMetric.to_rows(rows, config.bootstrap, config.seed)
 

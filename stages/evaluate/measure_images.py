@@ -17,13 +17,11 @@ from svgpipe.manifests.evaluation_section import EvaluationSection
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.manifest import Json, digest
 from svgpipe.manifests.shards import ShardFile, refs_of
-from svgpipe.models.feature_distances import FrechetTarget
 from svgpipe.models.neighbours import DENSITY_NEIGHBOURS, PRECISION_NEIGHBOURS
 
 from ..images.decode import psnr
 from ..images.image_set import ImageSet
 from ..networks.sampling import SamplerSettings
-from ..runtime.device import pick_device
 from ..runtime.progress import Progress
 from ..runtime.runner import Runner
 from .extracted_features import extract_sets, extracted
@@ -33,7 +31,6 @@ from .measure_spaces import SpaceDistances, measure_spaces
 from .metrics import Comparison, Features
 from .neighbour_metrics import MIN_HELDOUT
 from .plan import EvaluationPlan
-from .reference_npz import Statistics
 from .summary import with_ratios
 
 HELDOUT, RECONSTRUCTIONS, NOISE = "heldout", "reconstructions", "decoded-noise"
@@ -132,8 +129,8 @@ class _Measurement:
             real,
             config.bootstrap,
             config.seed,
-            target=None if held is None else _target(held.pooled),
-            spatial_target=None if held is None else _target(held.spatial),
+            target=None if held is None or held.pooled is None else held.pooled.target(),
+            spatial_target=None if held is None or held.spatial is None else held.spatial.target(),
             new=None if new is None else self.extracted(new)[POOLED],
             in_order=config.inception_in_order,
         )
@@ -230,11 +227,6 @@ class _Measurement:
         if heldout < MIN_HELDOUT:
             reasons.append(f"share of near-copies: it needs {MIN_HELDOUT} held-out images, the reference has {heldout}")
         return reasons
-
-
-def _target(statistics: Statistics | None) -> FrechetTarget | None:
-    device = pick_device()
-    return None if statistics is None else FrechetTarget(statistics.mean.to(device), statistics.covariance.to(device))
 
 
 def _psnr(originals: ImageSet, reconstructions: ImageSet, config: EvaluationSection) -> Estimate | None:

@@ -27,8 +27,10 @@ from svgpipe.manifests.index import ImageRef, read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shard_writer import TarImage, write_tar
 from svgpipe.manifests.shards import shard_name
+from svgpipe.models.feature_distances import FrechetTarget
 
 from ..images.decode import RGBArray, encode_png
+from ..runtime.device import pick_device
 from ..runtime.progress import Progress
 
 MEAN, COVARIANCE, EXTRACTOR, IMAGES = "mu", "sigma", "extractor", "arr_0"
@@ -44,6 +46,11 @@ class Statistics:
 
     mean: Tensor
     covariance: Tensor
+
+    def target(self) -> FrechetTarget:
+        """Return the Gaussian that sets are compared with, on the GPU if there is one."""
+        device = pick_device()
+        return FrechetTarget(self.mean.to(device), self.covariance.to(device))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Inception Score, precision and recall with 95 % intervals from 100 resamplings; 
 also computes density, coverage and the nearest reference images. torch-fidelity computes the same figures from the same
 features, without intervals and without these three. Times are seconds of the wall clock without extracting features.
 Peak memory is that of svgpipe above the features. The last line is JSON: svgpipe's time over torch-fidelity's
-for every figure, the total time over 180 s, and the peak memory over 3 GB.
+for every figure, the total time divided by 180 s, and the peak memory divided by 3 GB.
 """
 
 from __future__ import annotations
