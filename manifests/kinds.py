@@ -6,6 +6,7 @@ from .cache_manifest import CacheManifest
 from .errors import ArtifactError
 from .evaluation import EvaluationManifest
 from .filesystem import Location, children
+from .label_maps import LabelMapsManifest
 from .manifest import MANIFEST_NAME, PLAN_NAME, Manifest, read_json
 from .model_manifests import AutoencoderManifest, DiffusionManifest
 from .reconstruction import ReconstructionManifest
@@ -20,6 +21,7 @@ KINDS: dict[str, type[Manifest]] = {
         DiffusionManifest,
         EvaluationManifest,
         ReconstructionManifest,
+        LabelMapsManifest,
     )
 }
 

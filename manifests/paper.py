@@ -47,6 +47,20 @@ class PaperProbe(FrozenModel):
 PAPER_PROBES = [PaperProbe(features="raw DINOv3", top1=81.7), PaperProbe(features="SVG", top1=81.8)]
 
 
+class PaperDense(FrozenModel):
+    """A dense probe of the paper, by its protocol: Table 4 of arXiv 2510.15301v4."""
+
+    features: str = Field(description="Features that were probed.")
+    mean_iou: float = Field(description="ADE20K, in %.")
+    rmse: float = Field(description="NYUv2, in metres.")
+
+
+PAPER_DENSE = [
+    PaperDense(features="raw DINOv3", mean_iou=46.37, rmse=0.362),
+    PaperDense(features="SVG", mean_iou=46.51, rmse=0.361),
+]
+
+
 class PaperModel(FrozenModel):
     """A row of the paper's Table 1 (v4): FID on ImageNet at 256 pixels with 50,000 samples."""
 

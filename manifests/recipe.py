@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from .autoencoder_section import AutoencoderSection
+from .dense_section import DenseProbeSection, MapsSection
 from .diffusion_section import DiffusionSection
 from .evaluation_section import EvaluationSection, ReconstructionSection
 from .precision import Precision
@@ -70,3 +71,5 @@ class Recipe(Section):
     diffusion: DiffusionSection = DiffusionSection()
     evaluation: EvaluationSection = EvaluationSection()
     reconstruction: ReconstructionSection = ReconstructionSection()
+    maps: MapsSection = MapsSection()
+    dense_probe: DenseProbeSection = DenseProbeSection()

@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 
 from svgpipe.manifests import FeatureCache
-from svgpipe.manifests.filesystem import location
+from svgpipe.manifests.dense_section import DenseProbeSection
+from svgpipe.manifests.errors import UsageError
+from svgpipe.manifests.filesystem import Location, location
+from svgpipe.manifests.label_maps import LabelMaps
 from svgpipe.manifests.recipe_loader import load_recipe
 from svgpipe.manifests.reconstruction import ReconstructionReport
 from svgpipe.manifests.shards import ShardSet
@@ -24,6 +27,7 @@ from .options import (
     JsonOption,
     OutOption,
     PoolOption,
+    ProcessesOption,
     ProtocolOption,
     RecipeOption,
     ReferenceOption,
@@ -52,10 +56,21 @@ def probe(
         int | None,
         typer.Option("--rows", metavar="N", min=2, help="Maximum number of training and of test rows, evenly spread."),
     ] = None,
+    maps: Annotated[
+        str | None,
+        typer.Option(
+            "--maps", metavar="DIR", help="Label maps of the same shards: probe segmentation and depth per grid cell."
+        ),
+    ] = None,
+    validation_maps: Annotated[
+        str | None, typer.Option("--validation-maps", metavar="DIR", help="Label maps of the test images.")
+    ] = None,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
-    """Classify the cached features: linear probe and k-NN on backbone, residual and both."""
+    """Classify the cached features: linear probe and k-NN on backbone, residual and both; or predict label maps."""
     from svgpipe.stages.analyze.probe import probe as run_stage
 
     from .probe_page import render_probe, show_probe
@@ -63,12 +78,65 @@ def probe(
     page = page_at(html)
     opened = FeatureCache(cache)
     tested = None if validation is None else FeatureCache(validation)
+    if maps is not None or validation_maps is not None:
+        config = load_recipe(recipe, overrides or []).dense_probe
+        _probe_maps(opened, tested, _label_maps(maps, validation_maps), config, rows, page, as_json)
+        return
     with ConsoleProgress() as progress:
         result = run_stage(opened, tested, rows=rows, progress=progress)
     print_result(result, as_json, show_probe)
     if page is not None:
         render_probe(result, page)
         typer.echo(f"page: {html}", err=as_json)
+
+
+def _label_maps(maps: str | None, validation_maps: str | None) -> tuple[LabelMaps, LabelMaps | None]:
+    if maps is None:
+        raise UsageError("--validation-maps: expected also --maps, the label maps of the training images.")
+    return LabelMaps(maps), None if validation_maps is None else LabelMaps(validation_maps)
+
+
+def _probe_maps(
+    cache: FeatureCache,
+    validation: FeatureCache | None,
+    maps: tuple[LabelMaps, LabelMaps | None],
+    config: DenseProbeSection,
+    rows: int | None,
+    page: Location | None,
+    as_json: bool,
+) -> None:
+    from svgpipe.stages.analyze.dense_probe import dense_probe
+
+    from .dense_page import render_dense_probes, show_dense_probes
+
+    with ConsoleProgress() as progress:
+        result, examples = dense_probe(
+            cache, maps[0], config, validation=validation, validation_maps=maps[1], rows=rows, progress=progress
+        )
+    print_result(result, as_json, show_dense_probes)
+    if page is not None:
+        render_dense_probes(result, examples, page)
+        typer.echo(f"page: {page}", err=as_json)
+
+
+@app.command("extract-maps", rich_help_panel=ANALYSE)
+def extract_maps(
+    shards: ShardsOption,
+    out: OutOption,
+    recipe: RequiredRecipeOption,
+    overrides: SetOption = None,
+    workers: ProcessesOption = None,
+) -> None:
+    """Read the masks (KEY.seg.png) and depth maps (KEY.depth.npy) beside the images, for `probe --maps`."""
+    from svgpipe.stages.label_maps.extract_maps import extract_maps as run_stage
+
+    config = load_recipe(recipe, overrides or []).maps
+    with ConsoleProgress() as progress:
+        manifest = run_stage(ShardSet.open(shards), location(out), config, processes=workers, progress=progress)
+    typer.echo(
+        f"{out}: {manifest.num_samples} rows of {manifest.size}x{manifest.size} labels: {manifest.num_segmentation} "
+        f"masks, {manifest.num_depth} depth maps, {manifest.num_rejected} rejected maps"
+    )
 
 
 @app.command(rich_help_panel=ANALYSE)

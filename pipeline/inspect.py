@@ -22,6 +22,7 @@ from svgpipe.manifests.evaluation import EvaluationManifest, Report
 from svgpipe.manifests.filesystem import Location, children
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.kinds import artifacts_below, read_any
+from svgpipe.manifests.label_maps import LabelMapsManifest
 from svgpipe.manifests.lock import describe as describe_owner
 from svgpipe.manifests.lock import owner_of
 from svgpipe.manifests.manifest import MANIFEST_NAME, PLAN_NAME, InputRef, Json, read_json, read_plan
@@ -196,6 +197,18 @@ def _reconstruction_facts(path: Location, manifest: Any) -> Json:
     return {"metric": report.metric, "held-out images": manifest.num_images, **values}
 
 
+def _label_map_facts(path: Location, manifest: Any) -> Json:
+    assert isinstance(manifest, LabelMapsManifest)
+    return {
+        "rows": manifest.num_samples,
+        "labels per image": f"{manifest.size}x{manifest.size}",
+        "images with a mask": manifest.num_segmentation,
+        "classes": _some(manifest.classes),
+        "images with a depth map": manifest.num_depth,
+        "rejected maps": manifest.num_rejected,
+    }
+
+
 def _rounded(estimate: Estimate | None) -> float | None:
     return None if estimate is None else round(estimate.value, 4)
 
@@ -208,6 +221,7 @@ _FACTS: dict[str, Callable[[Location, Any], Json]] = {
     "diffusion": _diffusion_facts,
     "evaluation": _evaluation_facts,
     "reconstruction": _reconstruction_facts,
+    "label-maps": _label_map_facts,
 }
 
 

@@ -115,7 +115,7 @@ def test_a_manifest_of_a_newer_schema_is_refused(
         (["extract", "--shards", "x"], ["Missing option"]),
         (["nonsense"], ["No such command"]),
         (["extract", "--shards", "x/{a.tar", "--autoencoder", "a", "--out", "o"], ["braces"]),
-        (["run", "no-such-recipe", "--workdir", "w"], ["no-such-recipe", "expected one of demo"]),
+        (["run", "no-such-recipe", "--workdir", "w"], ["no-such-recipe", "expected one of ade20k-probe, demo"]),
         (["run", "demo", "--workdir", "w", "--set", "diffusion.stepz=1"], ["did you mean diffusion.steps"]),
         (["shard", "a", "--out", "b", "--holdout", "2"], ["holdout"]),
     ],

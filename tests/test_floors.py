@@ -28,6 +28,7 @@ PACKAGES_BELOW = {
     "networks": {"runtime", "images"},
     "training": {"runtime"},
     "shard": {"runtime", "images"},
+    "label_maps": {"runtime", "images"},
     "train_autoencoder": SHARED,
     "extract": SHARED,
     "train_diffusion": SHARED,

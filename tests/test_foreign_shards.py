@@ -20,7 +20,8 @@ from PIL import Image
 from svgpipe.manifests import FeatureCache
 from svgpipe.manifests.filesystem import Location
 from svgpipe.manifests.shards import ShardSet
-from svgpipe.stages.shard.tar_members import split_name, unsafe
+from svgpipe.stages.images.tar_names import split_name
+from svgpipe.stages.shard.tar_members import unsafe
 
 from .conftest import Finished, Outcome
 
@@ -62,7 +63,8 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ("set/a/2.cls", b" 1\n"),
             ("set/b/3.JPEG", image("JPEG", 3)),
             ("set/b/3.json", json.dumps({"label": 2, "url": "x"}).encode()),
-            ("4.seg.png", image("PNG", 9)),  # not the image of key 4: another extension
+            ("4.mask.png", image("PNG", 9)),  # not the image of key 4: another extension
+            ("4.seg.png", image("PNG", 9)),  # a label map
             ("4.cls", b"2"),
             ("4.png", image("PNG", 4)),
             ("set/a/1.png", image("PNG", 5)),  # a second image under the key of the first
@@ -107,7 +109,7 @@ REASONS = {
     "no label": 1,
     "unknown label": 1,
     "truncated": 1,
-    "'seg.png' is not an image's extension (names are split at their first dot)": 1,
+    "'mask.png' is not an image's extension (names are split at their first dot)": 1,
 }
 
 

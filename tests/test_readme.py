@@ -58,7 +58,7 @@ def test_commands_parse_and_stop_at_the_missing_data(
             continue
         found = svgpipe(*command[1:])
         assert found.code in (1, 2), command
-        assert re.search(r"error: (imagenet|work|photos|runs|ILSVRC2012_img_train)\b", found.err), found.err
+        assert re.search(r"error: (imagenet|ade20k|work|photos|runs|ILSVRC2012_img_train)\b", found.err), found.err
 
 
 def test_the_script_that_these_commands_name_is_installed(tmp_path: Path) -> None:

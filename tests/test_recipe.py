@@ -23,7 +23,8 @@ from svgpipe.stages.runtime.device import autocast, warn_if_imitated
 def test_builtins_are_the_documented_ones() -> None:
     others = ("dit-xl-sdvae", "rae", "rae-xl", "repa-xl-sdvae", "sit-xl-sdvae", "sit-xl-vavae")
     systems = (*others, "svg-b", "svg-l", "svg-xl", "svg-xl-2026")
-    names = ["demo", "fashion-mnist", *(f"imagenet256-{name}" for name in systems)]
+    of_systems = (f"imagenet256-{name}" for name in systems)
+    names = ["ade20k-probe", "demo", "fashion-mnist", *of_systems, "nyuv2-probe"]
     assert builtin_names() == names
     for name in names:
         assert load_recipe(name).name == name

@@ -92,7 +92,7 @@ def probe(
         ArtifactError: fewer than two classes, or damaged features.
     """
     progress = progress or Silent()
-    tested, training, test = _rows_of(cache, validation, rows)
+    tested, training, test = probed_rows(cache, validation, rows)
     classes = len(cache.classes)
     y, y_test = _labels(cache, training), _labels(tested, test)
     if len(y.unique()) < 2 or not len(test):
@@ -130,13 +130,19 @@ def _features(cache: FeatureCache, rows: NDArray[np.int64], progress: Progress) 
     return torch.from_numpy(pooled(cache, rows.tolist(), progress)).to(pick_device())
 
 
-def _rows_of(
+def probed_rows(
     cache: FeatureCache, validation: FeatureCache | None, rows: int | None
 ) -> tuple[FeatureCache, NDArray[np.int64], NDArray[np.int64]]:
     """Return the cache to test on, rows of `cache` to train on, and rows of the other to test on.
 
+    Args:
+        cache: finished cache to train on.
+        validation: cache of test images; None: the held-out rows of `cache`.
+        rows: maximum number of training and of test rows, evenly spread; None: all.
+
     Raises:
-        UsageError: there are no held-out rows.
+        UsageError: there are no held-out rows, or the validation cache holds the training images.
+        MismatchError: a validation cache of another autoencoder or alignment, or with other classes.
     """
     training = cache.training_rows
     if validation is None:

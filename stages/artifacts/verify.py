@@ -18,6 +18,7 @@ from svgpipe.manifests.filesystem import Location, file_sha256, file_size, has_s
 from svgpipe.manifests.index import read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.kinds import read_any
+from svgpipe.manifests.label_maps import LabelMapsManifest
 from svgpipe.manifests.manifest import MANIFEST_NAME, digest, read_json
 from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.power_averages import RECONSTRUCTED_NAME, MadeAverages
@@ -179,6 +180,22 @@ def _verify_reconstruction(path: Location, manifest: Any, *, deep: bool, progres
     yield from _verify_images(path, lambda tars: digest(tars) == manifest.content, deep, progress)
 
 
+def _verify_label_maps(path: Location, manifest: Any, *, deep: bool, progress: Progress) -> Findings:
+    assert isinstance(manifest, LabelMapsManifest)
+    journal, units = Journal(path), -(-manifest.num_samples // manifest.unit_rows)
+    progress.begin("verify", units, "units")
+    before = 0
+    for unit in range(units):
+        try:
+            journal.check(unit, deep=deep)
+        except ArtifactError as error:
+            before += 1
+            yield Finding(str(path), str(error))
+        progress.advance()
+    if not before and LabelMapsManifest.content_of(journal, units) != manifest.content:
+        yield finding(path / MANIFEST_NAME, "the list of units is not the one that was published")
+
+
 def _verify_report(path: Location, sha256: str) -> Findings:
     report = path / REPORT_NAME
     if not has_sha256(report, sha256):
@@ -235,4 +252,5 @@ _CHECKS: dict[str, Callable[..., Findings]] = {
     "diffusion": _verify_diffusion,
     "evaluation": _verify_evaluation,
     "reconstruction": _verify_reconstruction,
+    "label-maps": _verify_label_maps,
 }

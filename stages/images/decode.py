@@ -36,6 +36,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = {TURNS[5], TURNS[6], TURNS[7], TURNS[8]}
 EXTENSIONS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 
 
@@ -141,6 +142,18 @@ def check_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
     """
     with _rejecting():
         _open(data, max_pixels)
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Return (width, height) as `decode_image` would, without decoding.
+
+    Raises:
+        RejectedImageError: see `check_header`.
+    """
+    with _rejecting():
+        image = _open(data, MAX_PIXELS)
+        width, height = image.size
+        return (height, width) if _turn(image) in SIDEWAYS else (width, height)
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:

@@ -25,12 +25,13 @@ from svgpipe.manifests.shards import ShardFile, ShardSetManifest, Split, shard_n
 from svgpipe.manifests.workdir import StageSpec, WorkDir
 
 from ..images.decode import EXTENSIONS, RejectedImageError, centre_crop, decode_or_keep, encode_png, to_array
+from ..images.tar_names import printable
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import cpu_count
 from .changes import ReadFile, read_file, require_unchanged, write_sources
 from .labels import empty_classes, order_warning
-from .publish import leaked_warning, printable, publish_shards
+from .publish import leaked_warning, publish_shards
 from .scan import ImageSources, SourceFile, scan
 
 

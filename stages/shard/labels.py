@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from svgpipe.manifests.errors import UsageError
 
-from .publish import printable
+from ..images.tar_names import printable
 
 # A larger class number is taken for a mistake.
 MAX_LABEL = 10_000_000

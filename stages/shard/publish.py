@@ -10,6 +10,8 @@ from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.shards import ShardFile, ShardSetManifest
 from svgpipe.manifests.workdir import WorkDir
 
+from ..images.tar_names import printable
+
 
 def publish_shards(
     work: WorkDir[ShardSetManifest],
@@ -55,8 +57,3 @@ def leaked_warning(train: Collection[str], heldout: Iterable[tuple[str, str]]) -
     """
     shared = [name for sha256, name in heldout if sha256 in train]
     return f"warning: {len(shared)} held-out images are also training images, as {shared[0]}" if shared else None
-
-
-def printable(name: str) -> str:
-    """Return a file name as valid Unicode; other bytes become replacement characters."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

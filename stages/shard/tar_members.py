@@ -16,8 +16,8 @@ from pathlib import PurePosixPath
 from svgpipe.manifests.filesystem import Location, read_range
 
 from ..images.decode import EXTENSIONS, RejectedImageError, check_header, decode_or_keep
+from ..images.tar_names import DEPTH_EXTENSION, SEGMENTATION_EXTENSION, printable, split_name
 from .labels import NO_LABEL, UNLABELLED, LabelError, RawLabel, label_of_json, label_of_text
-from .publish import printable
 
 SCAN_BYTES = 1 << 22
 # Of several images of one sample, the first usable one in this order is taken: masks are PNG.
@@ -152,7 +152,7 @@ class _Scan:
                 return
             self._add_label(key, extension, row, _content(tar, member) if whole else None)
             return
-        if not _is_media(last):
+        if not _is_media(last) or extension in (SEGMENTATION_EXTENSION, DEPTH_EXTENSION):
             return
         self.images.append(row)
         try:
@@ -257,13 +257,6 @@ def _reject_all_but_one(usable: list[Member]) -> None:
     for row in usable:
         if row is not chosen and chosen is not None:
             row.reject = f"duplicate key: {chosen.path} is the image of this key"
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Return key and lower-case extension: `a/b.jpg` → (`a/b`, `jpg`), `a/b.seg.png` → (`a/b`, `seg.png`)."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return f"{folder}{slash}{stem}", extension.lower()
 
 
 def unsafe(name: str) -> str | None:
