@@ -20,12 +20,13 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, jaccard_score
 
 from svgpipe.manifests import FeatureCache
-from svgpipe.manifests.dense_section import MapsSection
+from svgpipe.manifests.dense_section import DenseProbeSection, MapsSection
 from svgpipe.manifests.label_maps import UNLABELLED, LabelMaps
+from svgpipe.manifests.schedule_section import ScheduleSection
 from svgpipe.manifests.shards import ShardSet
 from svgpipe.models.dense_heads import depth_errors, depth_loss, depth_of_bins, overlaps
 from svgpipe.pipeline.cli import main
-from svgpipe.stages.analyze.dense_fit import MappedRows
+from svgpipe.stages.analyze.dense_fit import DenseHead, MappedRows
 from svgpipe.stages.analyze.dense_probe import _accuracy, _mean_iou
 from svgpipe.stages.images.decode import centre_crop, to_array
 from svgpipe.stages.label_maps.tar_maps import RejectedMapError, _depth, _mask, centre_labels
@@ -79,6 +80,13 @@ def npy(values: NDArray[np.generic]) -> bytes:
     return buffer.getvalue()
 
 
+def claims(side: int) -> bytes:
+    """A header of side x side numbers, without the numbers."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f8", "fortran_order": False, "shape": (side, side)})
+    return buffer.getvalue()
+
+
 def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
     with tarfile.open(path, "w") as tar:
         for key, members in samples.items():
@@ -95,6 +103,7 @@ BAD = {
     "seg.png of another shape": ("seg.png", encoded(np.ones((40, 80), np.uint8), "PNG"), "its shape 80x40 is not that"),
     "depth.npy of three axes": ("depth.npy", npy(np.ones((40, 40, 1))), "array of numbers (H,W)"),
     "depth.npy that is a text": ("depth.npy", b"1 2 3", "not a readable .npy file"),
+    "depth.npy that claims 8 TB": ("depth.npy", claims(1_000_000), "not a readable .npy file"),
     "depth.npy of objects": ("depth.npy", npy(np.asarray([[None]])), "not a readable .npy file"),
 }
 
@@ -136,15 +145,15 @@ def scenes(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Scen
 def test_every_usable_map_is_counted(scenes: Scenes, svgpipe: Callable[..., Outcome]) -> None:
     """Label maps are no images: the index neither lists nor rejects them."""
     shards = ShardSet.open(scenes.shards).manifest
-    assert (shards.num_inputs, shards.num_images, shards.num_rejected) == (91, 91, 0)
+    assert (shards.num_inputs, shards.num_images, shards.num_rejected) == (92, 92, 0)
     again = svgpipe(*scenes.maps_args(scenes.maps))
-    assert again.code == 0 and "91 rows of 16x16 labels: 84 masks, 84 depth maps, 7 rejected maps" in again.out
+    assert again.code == 0 and "92 rows of 16x16 labels: 84 masks, 84 depth maps, 8 rejected maps" in again.out
 
 
 def test_label_maps_lie_on_the_crop_of_their_image(scenes: Scenes) -> None:
     """Row by row: the maps of the store against the scene's own geometry, on the centre crop of the image."""
     maps = LabelMaps(scenes.maps)
-    cases = {3: scene(3), 30: scene(30), 50: scene(43), 70: scene(103)}
+    cases = {3: scene(3), 30: scene(30), 50: scene(42), 70: scene(102)}
     for (row, members), mask, depth in zip(
         cases.items(), maps.read("segmentation", [*cases]), maps.read("depth", [*cases]), strict=True
     ):
@@ -279,15 +288,27 @@ def test_mirrored_images_have_mirrored_maps(scenes: Scenes) -> None:
     np.testing.assert_array_equal(found[1].permute(1, 2, 0), cache.read([3])[0])
 
 
+def test_a_step_has_the_size_of_its_learning_rate(scenes: Scenes) -> None:
+    """A step of AdamW from zero moments changes a weight by the learning rate: here a thousandth, in the warm-up."""
+    data = MappedRows(FeatureCache(scenes.cache), LabelMaps(scenes.maps), "segmentation", np.arange(8))
+    schedule = ScheduleSection(warmup_steps=1000)
+    config = DenseProbeSection(steps=1, batch_size=4, learning_rate=1.0, weight_decay=0.0, schedule=schedule)
+    head = DenseHead(data, slice(0, 116), config, torch.device("cpu"))
+    before, done = [p.detach().clone() for p in head.head.parameters()], list[int]()
+    head.fit(lambda: done.append(1))
+    changes = [float((p.detach() - old).abs().max()) for p, old in zip(head.head.parameters(), before, strict=True)]
+    assert changes == pytest.approx([1e-3] * 2, rel=1e-2) and done == [1]
+
+
 def test_maps_that_cannot_be_used_are_rejected_with_their_reason(
     scenes: Scenes, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     lines = [json.loads(line) for line in (scenes.maps / "rejected.jsonl").read_text().splitlines()]
     for line, (extension, _, reason) in zip(lines, BAD.values(), strict=True):
         assert line["reason"].startswith(f"KEY.{extension}: ") and reason in line["reason"]
-    assert [line["row"] for line in lines] == list(range(40, 47))
+    assert [line["row"] for line in lines] == list(range(40, 48))
     has, masks = (np.asarray(zarr.open_array(scenes.maps / name)[...]) for name in ("has_depth", "segmentation"))
-    assert np.flatnonzero(~has).tolist() == list(range(40, 47)) and (masks[40:47] == UNLABELLED).all()
+    assert np.flatnonzero(~has).tolist() == list(range(40, 48)) and (masks[40:48] == UNLABELLED).all()
     shown = svgpipe("inspect", scenes.maps)
     assert shown.code == 0 and "cat, rocket" in shown.out and "rejected maps" in shown.out
     nothing = svgpipe("extract-maps", "--shards", scenes.shards, "--recipe", "demo", "--out", tmp_path / "none")

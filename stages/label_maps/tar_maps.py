@@ -90,7 +90,7 @@ def _mask(data: bytes, config: MapsSection) -> NDArray[np.uint16]:
 def _depth(data: bytes, config: MapsSection) -> NDArray[np.float32]:
     try:
         values = np.load(io.BytesIO(data), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:  # its header may claim any size
         raise RejectedMapError(f"not a readable .npy file: {error}") from error
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "fiu" or not values.size:
         raise RejectedMapError("expected an array of numbers (H,W)")
