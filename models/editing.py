@@ -7,7 +7,7 @@ mask, Euler steps under the new class.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -18,12 +18,26 @@ from .flow import Velocity
 from .guidance import Guidance, GuidedVelocity
 
 
-def invert(velocity: Velocity, z1_BTC: Tensor, y_B: Tensor, times: Sequence[float]) -> list[Tensor]:
-    """Return the states at `times`, ascending to 1, of Euler steps from data back to noise; the last is `z1_BTC`."""
+def no_report() -> None:
+    """Do nothing after a step."""
+
+
+def invert(
+    velocity: Velocity,
+    z1_BTC: Tensor,
+    y_B: Tensor,
+    times: Sequence[float],
+    step_done: Callable[[], None] = no_report,
+) -> list[Tensor]:
+    """Return the states at `times`, ascending to 1, of Euler steps from data back to noise; the last is `z1_BTC`.
+
+    `step_done` is called after every step.
+    """
     path = [z1_BTC]
     for before, t in reversed(list(pairwise(times))):
         v = velocity(path[-1], z1_BTC.new_full((len(z1_BTC),), t), y_B)
         path.append(path[-1] - (t - before) * v.to(z1_BTC.dtype))
+        step_done()
     return path[::-1]
 
 
@@ -35,6 +49,7 @@ def repaint(
     y_B: Tensor,
     times: Sequence[float],
     guidance: Guidance,
+    step_done: Callable[[], None] = no_report,
 ) -> Tensor:
     """Return latents (B,T,C) at time 1, made anew where the mask is 1, and as recorded where it is 0.
 
@@ -49,6 +64,7 @@ def repaint(
         y_B: new labels.
         times: ascending, the last is 1.
         guidance: scale and mode.
+        step_done: called after every step.
     """
     t0, steps, anew = times[0], len(times) - 1, mask_T1 > 0
     # The deviation of t data + (1 - t) noise, for normalised data.
@@ -56,6 +72,7 @@ def repaint(
     for step, (t, after) in enumerate(pairwise(times)):
         v = v_at(z, t, y_B, guidance.weights(step, steps, t))
         z = torch.where(anew, z + (after - t) * v.to(z.dtype), path[step + 1])
+        step_done()
     return path[-1] + mask_T1 * (z - path[-1])
 
 

@@ -98,12 +98,14 @@ def sample(
     numbers = [] if classes is None else list(dict.fromkeys(_class_numbers(sampler, classes.split(","), names)))
     if interpolate is not None:
         ends = _seeds(interpolate) if numbers else _class_numbers(sampler, interpolate, names)
-        write_interpolation(place, sampler, ends, numbers, settings, names, frames)
+        with ConsoleProgress() as progress:
+            write_interpolation(place, sampler, ends, numbers, settings, names, frames, progress)
         typer.echo(f"{out}, {written[0]}: {frames} images from {interpolate[0]} to {interpolate[1]}")
         return
     labels = labels_in_order(numbers or sampler.trained.classes or range(len(names)), _count(count, numbers))
     if show_steps:
-        images = write_steps(place, sampler, labels, settings, names)
+        with ConsoleProgress() as progress:
+            images = write_steps(place, sampler, labels, settings, names, progress)
         typer.echo(f"{written[0]}, {written[1]}: {settings.steps} steps")
     else:
         with ConsoleProgress() as progress:
@@ -197,7 +199,10 @@ def edit(
     (label,) = _class_numbers(sampler, [wanted], names)
     source = None if source_class is None else _class_numbers(sampler, [source_class], names)[0]
     pixels = to_array(centre_crop(opened, editor.size))
-    edited = editor.edit(pixels, place, label, settings, source_label=source, t_edit=t_edit, count=count)
+    with ConsoleProgress() as progress:
+        edited = editor.edit(
+            pixels, place, label, settings, source_label=source, t_edit=t_edit, count=count, progress=progress
+        )
     page = write_edit(
         folder,
         edited,

@@ -339,8 +339,7 @@ def sample_and_eval(
     shared = directory.parent if pool is None else location(pool)
     resources = resources_of(workers, cpus_per_worker, gpus_per_worker)
     with runner_for(resources, address) as runner, ConsoleProgress() as progress:
-        kept = shared / "features" / "reference-hashes"
-        opened = open_reference(reference, count=config.reference_images, kept=kept, progress=progress)
+        opened = open_reference(reference, count=config.reference_images, pool=shared, progress=progress)
         run_stage(
             model,
             decoder,

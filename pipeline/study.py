@@ -255,9 +255,8 @@ class StudyRun:
         """Return the images that distances are measured to: of the study, or the training split."""
         if self.study.reference is None:
             return shard_reference(shards)
-        kept = self.workdir / SHARED / "features" / "reference-hashes"
         count = self.study.variants[0].recipe.evaluation.reference_images
-        return open_reference(self.study.reference, count=count, kept=kept)
+        return open_reference(self.study.reference, count=count, pool=self.workdir / SHARED)
 
 
 def reconstruction_section(variant: Variant) -> ReconstructionSection:

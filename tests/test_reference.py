@@ -191,17 +191,17 @@ def test_a_reference_folder_is_hashed_once(photographs: Path, tmp_path: Path, mo
         return real(path)
 
     monkeypatch.setattr(Path, "read_bytes", recorded)
-    first = open_reference(str(folder), count=12, kept=tmp_path / "hashes")
+    first = open_reference(str(folder), count=12, pool=tmp_path)
     assert len(read) == len(first.images) == 12
     read.clear()
-    again = open_reference(str(folder), count=12, kept=tmp_path / "hashes")
+    again = open_reference(str(folder), count=12, pool=tmp_path)
     assert read == [] and again.ref.fingerprint == first.ref.fingerprint
     changed = Path(str(first.images[3].tar))
     changed.write_bytes(real(changed) + b"more")
-    other = open_reference(str(folder), count=12, kept=tmp_path / "hashes")
+    other = open_reference(str(folder), count=12, pool=tmp_path)
     assert read == [changed.name] and other.ref.fingerprint != first.ref.fingerprint
-    (kept,) = (tmp_path / "hashes").iterdir()
+    (kept,) = (tmp_path / "features/reference-hashes").iterdir()
     kept.write_text("{")
     read.clear()
-    assert open_reference(str(folder), count=12, kept=tmp_path / "hashes").ref.fingerprint == other.ref.fingerprint
+    assert open_reference(str(folder), count=12, pool=tmp_path).ref.fingerprint == other.ref.fingerprint
     assert len(read) == 12

@@ -18,6 +18,7 @@ from svgpipe.manifests.errors import UsageError
 from svgpipe.stages.networks.autoencoder import decode_latents, load_autoencoder
 from svgpipe.stages.networks.diffusion import open_diffusion
 from svgpipe.stages.networks.sampling import initial_noise
+from svgpipe.stages.runtime.progress import Silent
 from svgpipe.stages.sample import load
 from svgpipe.stages.sample.classes import class_number, labels_in_order
 from svgpipe.stages.sample.interpolation import between_classes, between_seeds, slerp
@@ -175,16 +176,16 @@ def test_interpolations_end_in_samples(finished: Finished) -> None:
     sampler, shares = load(finished.root / "diffusion"), [0.0, 0.5, 1.0]
     settings = sampler.settings(steps=2, seed=3)
     ends = [sampler.sample([1], steps=2, seed=seed)[0] for seed in (3, 8)]
-    for images in between_seeds(sampler, 1, (3, 8), shares, settings):
+    for images in between_seeds(sampler, 1, (3, 8), shares, settings, Silent()):
         assert np.abs(images[[0, 2]].astype(int) - ends).max() <= 1
         assert all((images[1] != end).any() for end in ends)
     first = sampler.images([0, 2], settings)
-    images = between_classes(sampler, (0, 2), shares, settings)
+    images = between_classes(sampler, (0, 2), shares, settings, Silent())
     assert np.abs(images[[0, 2]].astype(int) - first).max() <= 1
     assert all((images[1] != end).any() for end in first)
     assert len(sampler.model(settings).y_embedder.embedding_table.weight) == 4  # its own labels again
     guided = sampler.settings(steps=2, seed=3, guidance=3.0)
-    moved = between_classes(sampler, (0, 2), shares, guided)[[0, 2]]
+    moved = between_classes(sampler, (0, 2), shares, guided, Silent())[[0, 2]]
     assert np.abs(moved.astype(int) - sampler.images([0, 2], guided)).max() <= 1
 
 
@@ -205,10 +206,12 @@ def test_steps_and_interpolations_are_drawn(
     finished: Finished, tmp_path: Path, svgpipe: Callable[..., Outcome]
 ) -> None:
     asked = ["sample", finished.root / "diffusion", "--steps", "3", "--out", tmp_path / "a.png"]
-    assert svgpipe(*asked, "--count", "4", "--show-steps").code == 0
+    shown = svgpipe(*asked, "--count", "4", "--show-steps")
+    assert shown.code == 0 and "sample and decode: 8/8 states" in shown.err  # noise and three steps
     cell = (96 + 4, 96 + 18 + 2)
     drawn = {"a.png": (4, 1, 1), "a.steps.png": (4, 4, 1), "a.steps.webp": (4, 1, 4)}
-    assert svgpipe(*asked[:-1], tmp_path / "b.png", "--classes", "cat", "--interpolate", "1", "2").code == 0
+    between = svgpipe(*asked[:-1], tmp_path / "b.png", "--classes", "cat", "--interpolate", "1", "2")
+    assert between.code == 0 and "sample: 32/32 images" in between.err
     assert svgpipe(*asked[:-1], tmp_path / "c.png", "--interpolate", "cat", "0", "--frames", "3").code == 0
     drawn |= {"b.png": (16, 2, 1), "b.webp": (2, 1, 16), "c.png": (3, 1, 1), "c.webp": (1, 1, 3)}
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(drawn)

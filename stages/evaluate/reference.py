@@ -28,6 +28,7 @@ from .reference_npz import EXTRACTOR, StatisticsFile, read_npz, unpack_images
 READERS = 16
 LOOKED_AT_ONCE = 4096
 MIN_IMAGES = 2
+REFERENCES = "features/reference-hashes"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Reference:
 
 
 def open_reference(
-    spec: str, *, count: int | None = None, kept: Location | None = None, progress: Progress | None = None
+    spec: str, *, count: int | None = None, pool: Location | None = None, progress: Progress | None = None
 ) -> Reference:
     """Open a shard set (its directory or tars), an image folder, or an .npz with statistics, images or both.
 
@@ -79,8 +80,8 @@ def open_reference(
     Args:
         spec: path.
         count: maximum number of images of a folder that are measured, evenly spread; None: all. Only these are hashed.
-        kept: directory for the hashes of the images of folders, so that each file is hashed once, and for the images
-            of .npz files, as tars; None: nothing is kept, and an .npz has no images.
+        pool: its folder `REFERENCES` keeps the hashes of the images of folders, so that each file is hashed once, and
+            the images of .npz files, as tars; None: nothing is kept, and an .npz has no images.
         progress: receives the progress of unpacking.
 
     Returns:
@@ -90,6 +91,7 @@ def open_reference(
         ArtifactError: there is nothing, or it cannot be read.
         UsageError: see `ShardSet.open`.
     """
+    kept = None if pool is None else pool / REFERENCES
     if spec.endswith(".npz"):
         return _npz(Path(spec), kept, progress)
     directory = location(spec)

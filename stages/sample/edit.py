@@ -25,6 +25,7 @@ from ..images.tensors import as_unit_range
 from ..networks.autoencoder import load_autoencoder
 from ..networks.sampling import SamplerSettings, initial_noise
 from ..runtime.device import autocast
+from ..runtime.progress import Progress, Silent
 from .image_sampler import ImageSampler, open_model
 
 Box = tuple[int, int, int, int]
@@ -85,6 +86,7 @@ class ImageEditor:
         source_label: int | None = None,
         t_edit: float = 0.0,
         count: int = 1,
+        progress: Progress | None = None,
     ) -> Edited:
         """Make the box of an image (S,S,3) anew.
 
@@ -96,6 +98,7 @@ class ImageEditor:
             source_label: class of the inversion; None: the label for 'no class'.
             t_edit: the image is integrated back to this time.
             count: results, each with noise of its own.
+            progress: receives the progress.
 
         Returns:
             The results, and what they are compared with.
@@ -109,12 +112,14 @@ class ImageEditor:
         sampler, grid = self.sampler, time_grid(settings.steps, settings.time_shift)
         times = [*(t_edit + (1 - t_edit) * grid[:-1]).tolist(), 1.0]
         mask, latents = soft_mask(box, self.size, sampler.trained.grid), self.encode(pixels)
+        shown = progress or Silent()
+        shown.begin("edit", 2 * settings.steps, "steps")
         with torch.no_grad(), autocast(sampler.device, settings.precision):
-            changed = self._repainted(latents, mask, label, source_label, times, settings, count)
+            changed = self._repainted(latents, mask, label, source_label, times, settings, count, shown)
         reconstruction, *results = sampler.decode(torch.cat([latents, changed.float().cpu()]))
-        shown = F.interpolate(mask.view(1, 1, *sampler.trained.grid), self.size, mode="nearest")[0, 0]
+        drawn = F.interpolate(mask.view(1, 1, *sampler.trained.grid), self.size, mode="nearest")[0, 0]
         outside = [psnr_outside(box, pixels, image) for image in (reconstruction, *results)]
-        return Edited(pixels, shown.numpy(), reconstruction, np.stack(results), outside[1:], outside[0])
+        return Edited(pixels, drawn.numpy(), reconstruction, np.stack(results), outside[1:], outside[0])
 
     def encode(self, pixels: RGBArray) -> Tensor:
         """Return normalised latents (1,T,C); of a posterior the mean."""
@@ -133,10 +138,11 @@ class ImageEditor:
         times: Sequence[float],
         settings: SamplerSettings,
         count: int,
+        progress: Progress,
     ) -> Tensor:
         sampler, model, device = self.sampler, self.sampler.model(settings), self.sampler.device
         source = model.null_label if source_label is None else source_label
-        path = invert(model, latents.to(device), torch.tensor([source], device=device), times)
+        path = invert(model, latents.to(device), torch.tensor([source], device=device), times, progress.advance)
         noise = initial_noise(settings.seed, range(count), sampler.trained.cells, sampler.trained.channels)
         v_at = GuidedVelocity(
             model,
@@ -145,7 +151,7 @@ class ImageEditor:
             internal=model.final_and_auxiliary if settings.internal else None,
         )
         labels = torch.full((count,), label, device=device)
-        return repaint(v_at, path, mask.to(device), noise.to(device), labels, times, settings.guided)
+        return repaint(v_at, path, mask.to(device), noise.to(device), labels, times, settings.guided, progress.advance)
 
 
 def read_image(path: Path) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from svgpipe.models.dit import DiT
 
 from ..images.decode import RGBArray
 from ..networks.sampling import SamplerSettings, initial_noise
+from ..runtime.progress import Progress
 from .image_sampler import BATCH, ImageSampler
 
 
@@ -35,7 +37,12 @@ def slerp(first: Tensor, second: Tensor, shares: Tensor) -> Tensor:
 
 
 def between_seeds(
-    sampler: ImageSampler, label: int, seeds: Sequence[int], shares: Sequence[float], settings: SamplerSettings
+    sampler: ImageSampler,
+    label: int,
+    seeds: Sequence[int],
+    shares: Sequence[float],
+    settings: SamplerSettings,
+    progress: Progress,
 ) -> tuple[RGBArray, RGBArray]:
     """Return images (F,H,W,3) of a class by lerp and by slerp of the noises of two seeds, for F shares from 0 to 1.
 
@@ -47,18 +54,22 @@ def between_seeds(
     by = torch.tensor(shares)
     labels = [label] * len(shares)
     return (
-        _images(sampler, labels, lerp(first, second, by), settings),
-        _images(sampler, labels, slerp(first, second, by), settings),
+        _images(sampler, labels, lerp(first, second, by), settings, progress),
+        _images(sampler, labels, slerp(first, second, by), settings, progress),
     )
 
 
 def between_classes(
-    sampler: ImageSampler, classes: Sequence[int], shares: Sequence[float], settings: SamplerSettings
+    sampler: ImageSampler,
+    classes: Sequence[int],
+    shares: Sequence[float],
+    settings: SamplerSettings,
+    progress: Progress,
 ) -> RGBArray:
     """Return images (F,H,W,3) from one noise, whose label embedding is a mixture of those of two classes."""
     noise = initial_noise(settings.seed, [0], sampler.trained.cells, sampler.trained.channels)
     with _mixed_labels(sampler.model(settings), classes, torch.tensor(shares)) as labels:
-        return _images(sampler, labels, noise.expand(len(shares), -1, -1), settings)
+        return _images(sampler, labels, noise.expand(len(shares), -1, -1), settings, progress)
 
 
 @contextmanager
@@ -78,10 +89,13 @@ def _mixed_labels(model: DiT, classes: Sequence[int], shares: Tensor) -> Iterato
         embedder.embedding_table = table
 
 
-def _images(sampler: ImageSampler, labels: Sequence[int], noise: Tensor, settings: SamplerSettings) -> RGBArray:
+def _images(
+    sampler: ImageSampler, labels: Sequence[int], noise: Tensor, settings: SamplerSettings, progress: Progress
+) -> RGBArray:
     """Return images (F,H,W,3); a stochastic solver adds the same noise to all, so that only the beginning differs."""
-    latents = [
-        sampler.latents(labels[i : i + BATCH], [0] * len(part), settings, noise=part)
-        for i, part in zip(range(0, len(noise), BATCH), noise.split(BATCH), strict=True)
-    ]
-    return sampler.decode(torch.cat(latents))
+    images = []
+    for i, part in zip(range(0, len(noise), BATCH), noise.split(BATCH), strict=True):
+        chosen = labels[i : i + BATCH]
+        images.append(sampler.decode(sampler.latents(chosen, [0] * len(part), settings, noise=part)))
+        progress.advance(len(part))
+    return np.concatenate(images)

@@ -12,6 +12,7 @@ from svgpipe.manifests.selection import evenly_spread
 
 from ..images.decode import RGBArray, encode_png
 from ..networks.sampling import SamplerSettings
+from ..runtime.progress import Progress, Silent
 from .image_sampler import ImageSampler
 from .interpolation import between_classes, between_seeds
 from .pictures import sheet, write_frames
@@ -22,7 +23,12 @@ MAX_IMAGES, MAX_CLASSES = 64, 16  # of an animation: WebP has at most 16,383 pix
 
 
 def write_steps(
-    out: Location, sampler: ImageSampler, labels: Sequence[int], settings: SamplerSettings, names: Sequence[str]
+    out: Location,
+    sampler: ImageSampler,
+    labels: Sequence[int],
+    settings: SamplerSettings,
+    names: Sequence[str],
+    progress: Progress | None = None,
 ) -> RGBArray:
     """Write NAME.steps.png, some images after some steps, and NAME.steps.webp, all images after every step.
 
@@ -32,6 +38,7 @@ def write_steps(
         labels: N class numbers.
         settings: of the sampling.
         names: of all classes.
+        progress: receives the progress.
 
     Returns:
         The samples (N,H,W,3).
@@ -41,7 +48,7 @@ def write_steps(
     """
     if len(labels) > MAX_IMAGES:
         raise UsageError(f"--show-steps: expected --count of at most {MAX_IMAGES}, found {len(labels)}.")
-    states, captions = trajectory(sampler, labels, settings), [names[label] for label in labels]
+    states, captions = trajectory(sampler, labels, settings, progress), [names[label] for label in labels]
     steps, rows = evenly_spread(len(states), STEP_COLUMNS), evenly_spread(len(labels), STEP_ROWS)
     cells = [(row, step) for row in rows for step in steps]
     told = [f"{captions[row]}, {f'step {step}' if step else 'noise'}" for row, step in cells]
@@ -59,6 +66,7 @@ def write_interpolation(
     settings: SamplerSettings,
     names: Sequence[str],
     frames: int,
+    progress: Progress | None = None,
 ) -> None:
     """Write NAME.png, an interpolation per row from left to right, and NAME.webp, which shows it over time.
 
@@ -70,19 +78,21 @@ def write_interpolation(
         settings: of the sampling.
         names: of all classes.
         frames: images per row.
+        progress: receives the progress.
 
     Raises:
         UsageError: too many classes.
     """
     if len(labels) > MAX_CLASSES:
         raise UsageError(f"--interpolate: expected at most {MAX_CLASSES} --classes, found {len(labels)}.")
-    shares = np.linspace(0, 1, frames).tolist()
+    shares, shown = np.linspace(0, 1, frames).tolist(), progress or Silent()
+    shown.begin("sample", max(1, 2 * len(labels)) * frames, "images")
     rows: dict[str, RGBArray] = {}
     for label in labels:
-        by_lerp, by_slerp = between_seeds(sampler, label, ends, shares, settings)
+        by_lerp, by_slerp = between_seeds(sampler, label, ends, shares, settings, shown)
         rows |= {f"{names[label]}, lerp": by_lerp, f"{names[label]}, slerp": by_slerp}
     if not labels:
-        rows = {f"{names[ends[0]]} - {names[ends[1]]}": between_classes(sampler, ends, shares, settings)}
+        rows = {f"{names[ends[0]]} - {names[ends[1]]}": between_classes(sampler, ends, shares, settings, shown)}
     captions = [f"{name} {share:.2f}" for name in rows for share in shares]
     if not labels:  # the names do not fit between small images
         captions = [names[ends[0]], *(f"{share:.2f}" for share in shares[1:-1]), names[ends[1]]]

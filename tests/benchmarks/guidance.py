@@ -77,7 +77,7 @@ def measured(arguments: argparse.Namespace, kind: Kind, steps: int, scales: tupl
     }
     config = EvaluationSection.model_validate(given | changes)
     out = arguments.out / f"{kind.name.replace(', ', '-').replace(' ', '-')}-{steps}-{len(scales)}"
-    reference = open_reference(arguments.reference, count=None, kept=arguments.out / "reference-hashes")
+    reference = open_reference(arguments.reference, count=None, pool=arguments.out)
     guide = arguments.guide if kind.guided else None
     sample_and_eval(arguments.model, arguments.autoencoder, reference, out, config, guide=guide)
     return [result.frechet_distance for result in Report.read(out).results if result.role == "samples"]
