@@ -79,10 +79,10 @@ def depth_loss(predicted: Tensor, true: Tensor) -> Tensor:
     return (g.var() + MEAN_WEIGHT * g.mean().square()).clamp_min(1e-12).sqrt()
 
 
-def overlaps(predicted: Tensor, true: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """(n,K) intersections and unions in cells, int64, of (n,S,S) class indexes; others than 0..K−1 in `true` count not.
+def overlaps(predicted: Tensor, true: Tensor, classes: int) -> Tensor:
+    """(n,3,K) intersections, unions and cells of `true`, int64, of (n,S,S) class indexes.
 
-    The mean over classes of the summed intersections over the summed unions is the mean IoU.
+    Cells of `true` with others than 0..K−1 are not counted. Summed over images, intersections over unions are the IoU.
     """
     known = (true >= 0) & (true < classes)
     image = torch.arange(len(true), device=true.device)[:, None, None].expand_as(true)[known]
@@ -92,8 +92,8 @@ def overlaps(predicted: Tensor, true: Tensor, classes: int) -> tuple[Tensor, Ten
         return torch.bincount(where * classes + labels, minlength=len(true) * classes).reshape(len(true), classes)
 
     hit = found == wanted
-    both = count(image[hit], wanted[hit])
-    return both, count(image, found) + count(image, wanted) - both
+    both, cells = count(image[hit], wanted[hit]), count(image, wanted)
+    return torch.stack([both, count(image, found) + cells - both, cells], dim=1)
 
 
 def depth_errors(predicted: Tensor, true: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ app = typer.Typer()
 
 @app.command(rich_help_panel=ANALYSE)
 def probe(
-    cache: Annotated[str, typer.Argument(help="Finished feature cache. Nothing else is read.")],
+    cache: Annotated[str, typer.Argument(help="Finished feature cache. No images are read.")],
     validation: Annotated[
         str | None,
         typer.Option("--validation", metavar="DIR", help="Cache of test images. Default: the held-out rows."),
@@ -63,18 +63,20 @@ def probe(
         ),
     ] = None,
     validation_maps: Annotated[
-        str | None, typer.Option("--validation-maps", metavar="DIR", help="Label maps of the test images.")
+        str | None, typer.Option("--validation-maps", metavar="DIR", help="Label maps of the images of --validation.")
     ] = None,
     recipe: RecipeOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
     html: HtmlOption = None,
 ) -> None:
-    """Classify the cached features: linear probe and k-NN on backbone, residual and both; or predict label maps."""
+    """Classify the cached features: linear probe and k-NN on backbone, residual and both; or predict label maps."""  # noqa: DOC501
     from svgpipe.stages.analyze.probe import probe as run_stage
 
     from .probe_page import render_probe, show_probe
 
+    if maps is None and (recipe or overrides):
+        raise UsageError("--recipe and --set change only dense probes; expected also --maps.")
     page = page_at(html)
     opened = FeatureCache(cache)
     tested = None if validation is None else FeatureCache(validation)

@@ -55,12 +55,19 @@ def show_dense_probes(result: DenseProbes) -> None:
         )
         columns = COLUMNS[probe.task]
         names = ("number", *(column.name for column in columns))
-        table = new_table("95 % bootstrap intervals over the test images", "channels", *names, right=names)
+        bootstrap = any(getattr(probe.constant, column.field).low is not None for column in columns)
+        title = "95 % bootstrap intervals over the test images" if bootstrap else "without intervals"
+        table = new_table(title, "channels", *names, right=names)
         for scores in [probe.constant, *probe.groups]:
             table.add_row(_name(probe, scores), str(scores.channels or ""), *_cells(scores, columns))
         for paper in probe.paper:
             value = f"{paper.mean_iou:.2f}" if probe.task == "segmentation" else f"{paper.rmse:.3f}"
-            table.add_row(f"paper: {paper.features}", "", value, *[""] * (len(columns) - 1))
+            table.add_row(
+                f"paper, {'ADE20K' if probe.task == 'segmentation' else 'NYUv2'}: {paper.features}",
+                "",
+                value,
+                *[""] * (len(columns) - 1),
+            )
         print_table(table)
 
 

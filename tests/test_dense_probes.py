@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +90,22 @@ def claims(side: int) -> bytes:
     return buffer.getvalue()
 
 
+def grey_png(image: Image.Image, bits: int) -> bytes:
+    """A PNG of one row of grey numbers with few bits, which Pillow cannot write."""
+    numbers, packed = np.asarray(image)[0], 0
+    for number in numbers:
+        packed = packed << bits | int(number)
+    row = (packed << -len(numbers) * bits % 8).to_bytes(-(-len(numbers) * bits // 8), "big")
+
+    def block(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", len(numbers), 1, bits, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + block(b"IHDR", header) + block(b"IDAT", zlib.compress(b"\0" + row)) + block(b"IEND", b"")
+    )
+
+
 def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
     with tarfile.open(path, "w") as tar:
         for key, members in samples.items():
@@ -98,9 +117,16 @@ def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
 
 BAD = {
     "seg.png of 37": ("seg.png", encoded(np.full((40, 40), 37, np.uint8), "PNG"), "unknown class 37: expected 1 to 2"),
+    "seg.png without a class": ("seg.png", encoded(np.zeros((40, 40), np.uint8), "PNG"), "no pixel of the centre crop"),
+    "depth.npy in metres": (
+        "depth.npy",
+        npy(np.full((40, 40), 0.5)),
+        "is between 0.001 and 8 m with maps.depth_unit 0.001",
+    ),
+    "depth.npy that is a zip": ("depth.npy", b"PK" + bytes(60), "not a readable .npy file"),
     "seg.png in colour": ("seg.png", encoded(np.zeros((40, 40, 3), np.uint8), "PNG"), "found RGB"),
     "seg.png cut": ("seg.png", encoded(np.ones((40, 40), np.uint8), "PNG")[:40], "not a PNG image"),
-    "seg.png of another shape": ("seg.png", encoded(np.ones((40, 80), np.uint8), "PNG"), "its shape 80x40 is not that"),
+    "seg.png of another shape": ("seg.png", encoded(np.ones((1, 2), np.uint8), "PNG"), "its shape 2x1 is not that"),
     "depth.npy of three axes": ("depth.npy", npy(np.ones((40, 40, 1))), "array of numbers (H,W)"),
     "depth.npy that is a text": ("depth.npy", b"1 2 3", "not a readable .npy file"),
     "depth.npy that claims 8 TB": ("depth.npy", claims(1_000_000), "not a readable .npy file"),
@@ -145,15 +171,15 @@ def scenes(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Scen
 def test_every_usable_map_is_counted(scenes: Scenes, svgpipe: Callable[..., Outcome]) -> None:
     """Label maps are no images: the index neither lists nor rejects them."""
     shards = ShardSet.open(scenes.shards).manifest
-    assert (shards.num_inputs, shards.num_images, shards.num_rejected) == (92, 92, 0)
+    assert (shards.num_inputs, shards.num_images, shards.num_rejected) == (95, 95, 0)
     again = svgpipe(*scenes.maps_args(scenes.maps))
-    assert again.code == 0 and "92 rows of 16x16 labels: 84 masks, 84 depth maps, 8 rejected maps" in again.out
+    assert again.code == 0 and "95 rows of 16x16 labels: 84 masks, 84 depth maps, 11 rejected maps" in again.out
 
 
 def test_label_maps_lie_on_the_crop_of_their_image(scenes: Scenes) -> None:
     """Row by row: the maps of the store against the scene's own geometry, on the centre crop of the image."""
     maps = LabelMaps(scenes.maps)
-    cases = {3: scene(3), 30: scene(30), 50: scene(42), 70: scene(102)}
+    cases = {3: scene(3), 30: scene(30), 53: scene(42), 73: scene(102)}
     for (row, members), mask, depth in zip(
         cases.items(), maps.read("segmentation", [*cases]), maps.read("depth", [*cases]), strict=True
     ):
@@ -194,6 +220,9 @@ def test_numbers_of_masks_and_units_of_depths() -> None:
     buffer = io.BytesIO()
     palette.save(buffer, "PNG")
     assert _mask(buffer.getvalue(), config).tolist() == [[UNLABELLED, 0], [1, UNLABELLED]]
+    for bits in (1, 2, 4):  # as programs that shrink PNGs store few classes
+        few = Image.fromarray(np.asarray([[0, 1]], np.uint8))
+        assert _mask(grey_png(few, bits), config).tolist() == [[UNLABELLED, 0]], bits
     metres = _depth(npy(np.asarray([[1, 4, 5], [0, np.inf, np.nan]])), config)
     np.testing.assert_array_equal(metres, np.asarray([[0.5, 2, np.nan], [np.nan, np.nan, np.nan]], np.float32))
     assert np.array_equal(_depth(npy(np.asarray([[3]], np.uint16)), config), [[1.5]])
@@ -205,22 +234,22 @@ def test_measures_equal_those_of_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     true, predicted = rng.integers(-1, 4, (5, 8, 8)), rng.integers(0, 4, (5, 8, 8))
     true[true == 2] = 1  # class 2 is only predicted, class 4 does not occur at all
-    both, union = overlaps(torch.from_numpy(predicted), torch.from_numpy(true), 5)
+    found = overlaps(torch.from_numpy(predicted), torch.from_numpy(true), 5)
+    sums = found.sum(0)
     known = true >= 0
     expected = jaccard_score(true[known], predicted[known], average=None, labels=range(4))
-    np.testing.assert_allclose((both.sum(0) / union.sum(0))[:4], expected)
-    per_image = torch.stack([both, union], dim=1).double()
-    assert _mean_iou(per_image) == pytest.approx(expected.mean())
-    assert _accuracy(per_image) == pytest.approx(accuracy_score(true[known], predicted[known]))
+    np.testing.assert_allclose((sums[0] / sums[1])[:4], expected)
+    assert _mean_iou(sums) == pytest.approx(expected[[0, 1, 3]].mean())  # class 2 is in no map
+    assert _accuracy(sums) == pytest.approx(accuracy_score(true[known], predicted[known]))
     depth, guess = torch.rand(3, 4, 4) + 0.5, torch.rand(3, 4, 4) + 0.5
     depth[0, 0, 0], depth[2] = float("nan"), float("nan")
-    found = depth_errors(guess, depth)
+    errors = depth_errors(guess, depth)
     rest = depth[0].isfinite()
     a, b = guess[0][rest], depth[0][rest]
-    torch.testing.assert_close(found[0, 0], (a - b).square().mean().sqrt())
-    torch.testing.assert_close(found[0, 1], ((a - b).abs() / b).mean())
-    assert found[0, 2] == pytest.approx(float((((a / b) < 1.25) & ((b / a) < 1.25)).float().mean()))
-    assert found[2].isnan().all()
+    torch.testing.assert_close(errors[0, 0], (a - b).square().mean().sqrt())
+    torch.testing.assert_close(errors[0, 1], ((a - b).abs() / b).mean())
+    assert errors[0, 2] == pytest.approx(float((((a / b) < 1.25) & ((b / a) < 1.25)).float().mean()))
+    assert errors[2].isnan().all()
 
 
 def test_depth_is_a_mean_of_bins_and_its_loss_knows_no_scale() -> None:
@@ -274,7 +303,7 @@ def test_a_probe_is_repeatable_and_shows_a_table(scenes: Scenes, svgpipe: Callab
     assert one.code == 0 and one.out == other.out
     assert json.loads(one.out)["probes"][0]["training_images"] == 12 - 1  # a row of these has no usable mask
     shown = svgpipe(*short)
-    assert "mean IoU, %" in shown.out and "A.Rel" in shown.out and "paper: raw DINOv3" in shown.out
+    assert "mean IoU, %" in shown.out and "A.Rel" in shown.out and "paper, ADE20K: raw DINOv3" in shown.out
 
 
 def test_mirrored_images_have_mirrored_maps(scenes: Scenes) -> None:
@@ -306,9 +335,9 @@ def test_maps_that_cannot_be_used_are_rejected_with_their_reason(
     lines = [json.loads(line) for line in (scenes.maps / "rejected.jsonl").read_text().splitlines()]
     for line, (extension, _, reason) in zip(lines, BAD.values(), strict=True):
         assert line["reason"].startswith(f"KEY.{extension}: ") and reason in line["reason"]
-    assert [line["row"] for line in lines] == list(range(40, 48))
+    assert [line["row"] for line in lines] == list(range(40, 51))
     has, masks = (np.asarray(zarr.open_array(scenes.maps / name)[...]) for name in ("has_depth", "segmentation"))
-    assert np.flatnonzero(~has).tolist() == list(range(40, 48)) and (masks[40:48] == UNLABELLED).all()
+    assert np.flatnonzero(~has).tolist() == list(range(40, 51)) and (masks[40:51] == UNLABELLED).all()
     shown = svgpipe("inspect", scenes.maps)
     assert shown.code == 0 and "cat, rocket" in shown.out and "rejected maps" in shown.out
     nothing = svgpipe("extract-maps", "--shards", scenes.shards, "--recipe", "demo", "--out", tmp_path / "none")
@@ -342,6 +371,8 @@ def test_a_killed_extraction_of_maps_resumes(scenes: Scenes, tmp_path: Path, svg
     assert lost.code == 1 and f"{damaged}: expected a shard of label maps, found none" in lost.err
     (out / "manifest.json").unlink()
     assert svgpipe(*scenes.maps_args(out)).code == 0 and damaged.read_bytes() == content
+    shutil.rmtree(out / "has_depth/c")
+    assert "does not name the images that have a map" in svgpipe("verify", out).out
 
 
 def test_what_does_not_belong_together_is_refused(
@@ -355,6 +386,11 @@ def test_what_does_not_belong_together_is_refused(
     assert one.code == 2 and "--validation-maps together" in one.err
     missing = svgpipe("probe", scenes.cache, "--maps", tmp_path)
     assert missing.code == 1 and "store of label maps" in missing.err
+    ignored = svgpipe("probe", scenes.cache, "--set", "dense_probe.steps=3")
+    assert ignored.code == 2 and "expected also --maps" in ignored.err
+    wild = ("--set", "dense_probe.learning_rate=1e30", "--set", "dense_probe.steps=3")
+    diverged = svgpipe("probe", scenes.cache, "--maps", scenes.maps, *wild)
+    assert diverged.code == 1 and "lower dense_probe.learning_rate" in diverged.err
     unknown = svgpipe("probe", scenes.cache, "--maps", scenes.maps, "--set", "dense_probe.head=mlp")
     assert unknown.code == 2 and "linear" in unknown.err
     without = svgpipe(
@@ -380,4 +416,7 @@ def test_another_cache_is_tested_on_its_own_maps(
     assert (probe["training_images"], probe["test_images"]) == (60, 6) and probe["tested_on"] == str(cache)
     assert svgpipe(*asked, tmp_path / "finer", "--set", "maps.size=32").code == 0
     refused = svgpipe(*scenes.probe_args("--validation", cache, "--validation-maps", tmp_path / "finer", *short))
-    assert refused.code == 1 and "expected maps.size as in" in refused.err
+    assert refused.code == 1 and "maps.size: 16 there, 32 here" in refused.err
+    assert svgpipe(*asked, tmp_path / "masks", "--set", "maps.depth_unit=null").code == 0
+    masks = svgpipe(*scenes.probe_args("--validation", cache, "--validation-maps", tmp_path / "masks", *short))
+    assert [probe["task"] for probe in json.loads(masks.out)["probes"]] == ["segmentation"]

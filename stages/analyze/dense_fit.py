@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.dense_section import DenseProbeSection
+from svgpipe.manifests.errors import ArtifactError
 from svgpipe.manifests.label_maps import DEPTH, SEGMENTATION, UNLABELLED, LabelMaps
 from svgpipe.models.dense_heads import (
     LinearHead,
@@ -132,20 +133,28 @@ class DenseHead:
 
         Returns:
             The predicted maps.
+
+        Raises:
+            ArtifactError: they are not finite.
         """
         outputs = self._outputs(features)
+        if not outputs.isfinite().all():
+            raise ArtifactError(
+                f"{self.data.cache.path}: the head of {self.data.task} predicts values that are not finite; lower "
+                "dense_probe.learning_rate."
+            )
         return (outputs[:, 0] if self.data.task == DEPTH else outputs.argmax(1)).cpu()
 
 
 def measures(data: MappedRows, predict: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return per image: (n,2,K) intersections and unions, or (n,3) depth errors."""
+    """Return per image: (n,3,K) intersections, unions and labelled cells, or (n,3) depth errors."""
     found = []
     for features, labels in data.batches():
         if data.task == DEPTH:
             found.append(depth_errors(predict(features), labels))
         else:
             classes = len(data.maps.manifest.classes)
-            found.append(torch.stack(overlaps(predict(features), labels, classes), dim=1))
+            found.append(overlaps(predict(features), labels, classes))
     return torch.cat(found)
 
 

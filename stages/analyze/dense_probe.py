@@ -18,11 +18,11 @@ from svgpipe.manifests.cache import FeatureCache
 from svgpipe.manifests.dense_section import DenseProbeSection
 from svgpipe.manifests.errors import ArtifactError, MismatchError, UsageError
 from svgpipe.manifests.estimate import Estimate
-from svgpipe.manifests.label_maps import SEGMENTATION, LabelMaps
-from svgpipe.manifests.manifest import FrozenModel
+from svgpipe.manifests.label_maps import DEPTH, SEGMENTATION, LabelMaps
+from svgpipe.manifests.manifest import FrozenModel, differing_fields
 from svgpipe.manifests.paper import PAPER_DENSE, PaperDense
 
-from ..evaluate.intervals import estimate, mean_estimate, picks
+from ..evaluate.intervals import mean_estimate, picks, quantile_estimate
 from ..runtime.device import pick_device
 from ..runtime.progress import Progress, Silent
 from .dense_fit import DenseHead, MappedRows, constant_prediction, measures
@@ -30,6 +30,7 @@ from .pooling import channel_groups
 from .probe import probed_rows
 
 EXAMPLES = 6
+TASKS = (SEGMENTATION, DEPTH)
 
 
 class DenseScores(FrozenModel):
@@ -37,7 +38,9 @@ class DenseScores(FrozenModel):
 
     group: str = Field(description="backbone, residual or both; or the constant prediction.")
     channels: int = Field(description="0: no features are used.")
-    mean_iou: Estimate | None = Field(None, description="Mean over classes that occur; of all test images together.")
+    mean_iou: Estimate | None = Field(
+        None, description="Mean over the classes in the test maps; of all test images together."
+    )
     accuracy: Estimate | None = Field(None, description="Share of labelled cells of the maps with the right class.")
     rmse: Estimate | None = Field(None, description="Metres, mean over images.")
     relative_error: Estimate | None = Field(None, description="|error| / depth (A.Rel), mean over images.")
@@ -61,7 +64,7 @@ class DenseProbe(FrozenModel):
     constant: DenseScores = Field(description="Of the most frequent class, or of the mean depth, everywhere.")
     groups: list[DenseScores]
     class_iou: dict[str, float | None] = Field(
-        description="Of the last group, by class; null: the class does not occur. Empty for depth."
+        description="Of the last group, by class; null: not in the test maps. Empty for depth."
     )
     paper: list[PaperDense] = Field(default_factory=PAPER_DENSE.copy)
 
@@ -109,7 +112,7 @@ def dense_probe(
 
     Raises:
         UsageError: only one of `validation` and `validation_maps`, or no test rows.
-        MismatchError: label maps of other shards or of other classes, or a cache of another autoencoder.
+        MismatchError: label maps of other shards or with other labels, or a cache of another autoencoder.
         ArtifactError: too few rows have a map, or a file is damaged.
     """
     if (validation is None) != (validation_maps is None):
@@ -120,13 +123,14 @@ def dense_probe(
         _require_same_rows(one, its_maps)
     _require_same_labels(maps, tested_maps)
     progress, device = progress or Silent(), pick_device()
-    tasks = [
-        (_mapped(cache, maps, task, training), _mapped(tested, tested_maps, task, test))
-        for task in maps.names
-        if task in tested_maps.names
-    ]
+    pairs = {task: (_mapped(cache, maps, task, training), _mapped(tested, tested_maps, task, test)) for task in TASKS}
+    tasks = [pair for pair in pairs.values() if all(len(data.rows) for data in pair)]
     if not tasks:
-        raise ArtifactError(f"{tested_maps.path}: has none of the maps of {maps.path}: {', '.join(maps.names)}.")
+        counts = ", ".join(f"{task} {len(one.rows)} and {len(other.rows)}" for task, (one, other) in pairs.items())
+        raise ArtifactError(
+            f"{maps.path}: expected training and test rows with a map of one task, found of {len(training)} and "
+            f"{len(test)} rows: {counts}."
+        )
     progress.begin("train heads", len(tasks) * len(channel_groups(cache)) * config.steps, "steps")
     found = [_probe_task(one, other, config, device, progress) for one, other in tasks]
     return DenseProbes(probes=[probe for probe, _ in found]), [example for _, some in found for example in some]
@@ -138,6 +142,8 @@ def _require_same_rows(cache: FeatureCache, maps: LabelMaps) -> None:
     Raises:
         MismatchError: they were made from other shard sets.
     """
+    if "shards" not in cache.manifest.inputs:
+        raise MismatchError(f"{cache.path}: was not extracted from a shard set, so no label maps belong to its rows.")
     ours, theirs = cache.manifest.input("shards"), maps.manifest.input("shards")
     if ours.fingerprint != theirs.fingerprint:
         raise MismatchError(
@@ -147,23 +153,24 @@ def _require_same_rows(cache: FeatureCache, maps: LabelMaps) -> None:
 
 
 def _require_same_labels(maps: LabelMaps, others: LabelMaps) -> None:
-    for key in ("size", "classes", "max_depth"):
-        expected, found = (getattr(one.manifest, key) for one in (maps, others))
-        if expected != found:
+    """Check that labels mean the same in both.
+
+    Raises:
+        MismatchError: they do not.
+    """
+    compared = {"size": True, "classes": SEGMENTATION, "min_depth": DEPTH, "max_depth": DEPTH}
+    for key, task in compared.items():
+        expected, found = (one.manifest.config[key] for one in (maps, others))
+        if expected != found and (task is True or (task in maps.names and task in others.names)):
+            lines = differing_fields({key: expected}, {key: found}, "maps")
             raise MismatchError(
-                f"{others.path}: expected maps.{key} as in {maps.path}, found another. Extract both with one recipe."
+                f"{others.path}: other label maps than {maps.path}: {lines[0]}. Extract both with one recipe."
             )
 
 
 def _mapped(cache: FeatureCache, maps: LabelMaps, task: str, rows: NDArray[np.int64]) -> MappedRows:
-    """Return the rows that have a map.
-
-    Raises:
-        ArtifactError: there are none.
-    """
-    chosen = np.intersect1d(rows, maps.rows(task))
-    if not len(chosen):
-        raise ArtifactError(f"{maps.path}: none of the {len(rows)} rows of {cache.path} has a map of {task}.")
+    """Return the rows that have a map."""
+    chosen = np.intersect1d(rows, maps.rows(task)) if task in maps.names else rows[:0]
     return MappedRows(cache, maps, task, chosen)
 
 
@@ -205,10 +212,9 @@ def _probe_task(
 def _scores(group: str, channels: int, task: str, per_image: Tensor, config: DenseProbeSection) -> DenseScores:
     count, seed = config.bootstrap, config.seed
     if task == SEGMENTATION:
-        both = per_image.double()
-        resampled = [both[pick] for pick in picks(len(both), count, seed)]
+        sums = [per_image[pick].sum(0) for pick in picks(len(per_image), count, seed)]
         iou, accuracy = (
-            estimate(measure(both), [measure(one) for one in resampled], len(both))
+            quantile_estimate([measure(one) for one in sums], measure(per_image.sum(0)), len(per_image))
             for measure in (_mean_iou, _accuracy)
         )
         return DenseScores(group=group, channels=channels, mean_iou=iou, accuracy=accuracy)
@@ -217,27 +223,23 @@ def _scores(group: str, channels: int, task: str, per_image: Tensor, config: Den
     return DenseScores(group=group, channels=channels, rmse=rmse, relative_error=relative, within_quarter=within)
 
 
-def _mean_iou(per_image: Tensor) -> float:
-    """(n,2,K) intersections and unions → mean over the classes with a union, of all images together.
+def _mean_iou(sums: Tensor) -> float:
+    """(3,K) intersections, unions and labelled cells of all images together → mean over the classes with a cell.
 
     Returns:
         The mean IoU.
     """
-    intersection, union = per_image.sum(0)
-    return float((intersection / union)[union > 0].mean())
+    intersection, union, cells = sums
+    return float((intersection / union)[cells > 0].mean())
 
 
-def _accuracy(per_image: Tensor) -> float:
-    intersection, union = per_image.sum((0, 2))
-    return float(intersection / ((union + intersection) / 2))  # every labelled cell is in one prediction and one class
+def _accuracy(sums: Tensor) -> float:
+    return float(sums[0].sum() / sums[2].sum())
 
 
 def _class_iou(maps: LabelMaps, per_image: Tensor) -> dict[str, float | None]:
-    intersections, unions = per_image.sum(0).tolist()
-    return {
-        name: both / union if union else None
-        for name, both, union in zip(maps.manifest.classes, intersections, unions, strict=True)
-    }
+    sums = zip(maps.manifest.classes, *per_image.sum(0).tolist(), strict=True)
+    return {name: both / union if cells else None for name, both, union, cells in sums}
 
 
 def _examples(test: MappedRows, head: DenseHead) -> list[Example]:

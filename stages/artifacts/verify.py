@@ -18,7 +18,7 @@ from svgpipe.manifests.filesystem import Location, file_sha256, file_size, has_s
 from svgpipe.manifests.index import read_index, refs_of_table
 from svgpipe.manifests.journal import Journal
 from svgpipe.manifests.kinds import read_any
-from svgpipe.manifests.label_maps import LabelMapsManifest
+from svgpipe.manifests.label_maps import LabelMaps, LabelMapsManifest
 from svgpipe.manifests.manifest import MANIFEST_NAME, digest, read_json
 from svgpipe.manifests.model_manifests import AUTOENCODER_FILE, BACKBONE_FILE, AutoencoderManifest, DiffusionManifest
 from svgpipe.manifests.power_averages import RECONSTRUCTED_NAME, MadeAverages
@@ -192,8 +192,19 @@ def _verify_label_maps(path: Location, manifest: Any, *, deep: bool, progress: P
             before += 1
             yield Finding(str(path), str(error))
         progress.advance()
-    if not before and LabelMapsManifest.content_of(journal, units) != manifest.content:
+    if before:
+        return
+    if LabelMapsManifest.content_of(journal, units) != manifest.content:
         yield finding(path / MANIFEST_NAME, "the list of units is not the one that was published")
+    maps, entries = LabelMaps(path), [journal.read(unit) for unit in range(units)]
+    for name in maps.names:
+        try:
+            expected = [has for entry in entries for has in entry["present"][name]]
+            if maps.rows(name).tolist() != np.flatnonzero(expected).tolist():
+                yield finding(path / f"has_{name}", "does not name the images that have a map")
+            maps.read(name, maps.rows(name)[:1].tolist())
+        except ArtifactError as error:
+            yield Finding(str(path), str(error))
 
 
 def _verify_report(path: Location, sha256: str) -> Findings:

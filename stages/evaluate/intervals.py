@@ -36,17 +36,18 @@ def estimate(value: float, replicates: Sequence[float], num_images: int, least: 
     """
     shift = value - sum(replicates) / max(1, len(replicates))
     least = min(least, value)  # rounding may give a value below it
-    return _between([max(least, replicate + shift) for replicate in replicates], value, num_images)
+    return quantile_estimate([max(least, replicate + shift) for replicate in replicates], value, num_images)
 
 
 def mean_estimate(values: Tensor, replicates: int, seed: int) -> Estimate:
     """Return the mean of (n,) values with its interval; for hits and misses, see `share_estimate`."""
     numbers = values.double()
     resampled = [float(numbers[pick].mean()) for pick in picks(len(numbers), replicates, seed)]
-    return _between(resampled, float(numbers.mean()), len(numbers))
+    return quantile_estimate(resampled, float(numbers.mean()), len(numbers))
 
 
-def _between(replicates: Sequence[float], value: float, num_images: int) -> Estimate:
+def quantile_estimate(replicates: Sequence[float], value: float, num_images: int) -> Estimate:
+    """Return a value with the interval of its replicates, which are not shifted; without replicates it has none."""
     if not replicates:
         return Estimate(value=value, num_images=num_images)
     low, high = np.quantile(replicates, QUANTILES)

@@ -34,7 +34,15 @@ from ..images.decode import RejectedImageError, upright_size
 from ..runtime.processes import map_in_processes
 from ..runtime.progress import Progress, Recorded
 from ..runtime.resources import cpu_count
-from .tar_maps import EXTENSIONS, RejectedMapError, centre_labels, members_of, read_map, require_same_shape
+from .tar_maps import (
+    EXTENSIONS,
+    RejectedMapError,
+    centre_labels,
+    members_of,
+    read_map,
+    require_labels,
+    require_same_shape,
+)
 
 NAMED_REJECTS = 5
 
@@ -78,11 +86,13 @@ def extract_maps(
             "maps", spec.num_samples, "images", spec.num_samples - sum(len(spec.rows_of(i)) for i in missing)
         )
         write = _WriteUnit(shards.absolute(), absolute(out), spec, config)
+        named = 0
         for unit, rejects in zip(missing, map_in_processes(write, missing, processes or cpu_count()), strict=True):
-            for reject in rejects[:NAMED_REJECTS]:
+            for reject in rejects[: max(0, NAMED_REJECTS - named)]:
                 progress.say(f"rejected: {reject.tar}: {reject.key}: {reject.reason}")
+            named += len(rejects)
             progress.advance(len(spec.rows_of(unit)))
-        return _publish(work, spec, config, journal)
+        return _publish(work, spec, config, journal, progress)
 
 
 def _names(config: MapsSection) -> tuple[str, ...]:
@@ -96,7 +106,7 @@ def _names(config: MapsSection) -> tuple[str, ...]:
 
 
 def _publish(
-    work: WorkDir[LabelMapsManifest], spec: MapsSpec, config: MapsSection, journal: Journal
+    work: WorkDir[LabelMapsManifest], spec: MapsSpec, config: MapsSection, journal: Journal, progress: Progress
 ) -> LabelMapsManifest:
     """Write what is known only at the end, and the manifest.
 
@@ -118,6 +128,13 @@ def _publish(
     write_presence(work.path, present)
     write_atomic(work.path / REJECTS_NAME, reject_lines(rejects))
     counts = {name: int(values.sum()) for name, values in present.items()}
+    for name, count in counts.items():
+        if count < spec.num_samples:
+            progress.say(
+                f"{spec.num_samples - count} of {spec.num_samples} images have no usable KEY.{EXTENSIONS[name]}"
+            )
+    if rejects:
+        progress.say(f"{len(rejects)} maps are rejected, see {work.path / REJECTS_NAME}")
     return work.publish(
         LabelMapsManifest(
             num_samples=spec.num_samples,
@@ -172,4 +189,6 @@ class _WriteUnit:
             return None
         labels = read_map(ref.tar, member, name, self.config)
         require_same_shape(labels, upright_size(ref.read()))
-        return centre_labels(labels, self.spec.size)
+        cropped = centre_labels(labels, self.spec.size)
+        require_labels(cropped, name, self.config)
+        return cropped

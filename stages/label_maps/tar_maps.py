@@ -71,7 +71,7 @@ def _mask(data: bytes, config: MapsSection) -> NDArray[np.uint16]:
         image = Image.open(io.BytesIO(data), formats=("PNG",))
         if image.width * image.height > MAX_PIXELS:
             raise RejectedMapError(f"too large: {image.width}x{image.height} exceeds {MAX_PIXELS} pixels")
-        numbers = np.asarray(image).astype(np.int64)
+        numbers = np.asarray(image).astype(np.int64) // _scale(data)
     except UnidentifiedImageError as error:
         raise RejectedMapError("not a PNG image") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -87,10 +87,16 @@ def _mask(data: bytes, config: MapsSection) -> NDArray[np.uint16]:
     return np.where(unlabelled, UNLABELLED, numbers - config.first_class).astype(np.uint16)
 
 
+def _scale(data: bytes) -> int:
+    """Return what Pillow multiplies the numbers of a grey PNG of 2 or 4 bits by, so that white is 255; else 1."""
+    bits, colour_type = data[24], data[25]  # of the IHDR block, which is the first
+    return {2: 85, 4: 17}.get(bits, 1) if colour_type == 0 else 1
+
+
 def _depth(data: bytes, config: MapsSection) -> NDArray[np.float32]:
     try:
         values = np.load(io.BytesIO(data), allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError) as error:  # its header may claim any size
+    except Exception as error:  # a damaged header can raise any error in its parser, or claim any size
         raise RejectedMapError(f"not a readable .npy file: {error}") from error
     if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind not in "fiu" or not values.size:
         raise RejectedMapError("expected an array of numbers (H,W)")
@@ -112,12 +118,27 @@ def centre_labels(labels: NDArray[np.generic], size: int) -> NDArray[np.generic]
     return labels[np.ix_(steps + (height - side) // 2, steps + (width - side) // 2)]
 
 
+def require_labels(labels: NDArray[np.generic], name: str, config: MapsSection) -> None:
+    """Check that a map has a label in the centre crop.
+
+    Raises:
+        RejectedMapError: it has none.
+    """
+    if name == SEGMENTATION and (labels == UNLABELLED).all():
+        raise RejectedMapError("no pixel of the centre crop has a class")
+    if name == DEPTH and np.isnan(labels.astype(np.float64)).all():
+        raise RejectedMapError(
+            f"no depth of the centre crop is between {config.min_depth:g} and {config.max_depth:g} m with "
+            f"maps.depth_unit {config.depth_unit:g}"
+        )
+
+
 def require_same_shape(labels: NDArray[np.generic], image_size: tuple[int, int]) -> None:
     """Check that a map shows the same field as its image of (width, height).
 
     Raises:
-        RejectedMapError: its sides have another ratio.
+        RejectedMapError: its sides have another ratio, by more than rounding to whole pixels explains.
     """
     (height, width), (image_width, image_height) = labels.shape, image_size
-    if abs(width * image_height - height * image_width) > max(width, height, image_width, image_height):
+    if 2 * abs(width * image_height - height * image_width) > max(image_width, image_height):
         raise RejectedMapError(f"its shape {width}x{height} is not that of its image, {image_width}x{image_height}")
