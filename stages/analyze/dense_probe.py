@@ -31,6 +31,7 @@ from .probe import probed_rows
 
 EXAMPLES = 6
 TASKS = (SEGMENTATION, DEPTH)
+LABEL_KEYS = {SEGMENTATION: ("classes",), DEPTH: ("min_depth", "max_depth")}  # of the section maps
 
 
 class DenseScores(FrozenModel):
@@ -158,14 +159,13 @@ def _require_same_labels(maps: LabelMaps, others: LabelMaps) -> None:
     Raises:
         MismatchError: they do not.
     """
-    compared = {"size": True, "classes": SEGMENTATION, "min_depth": DEPTH, "max_depth": DEPTH}
-    for key, task in compared.items():
-        expected, found = (one.manifest.config[key] for one in (maps, others))
-        if expected != found and (task is True or (task in maps.names and task in others.names)):
-            lines = differing_fields({key: expected}, {key: found}, "maps")
-            raise MismatchError(
-                f"{others.path}: other label maps than {maps.path}: {lines[0]}. Extract both with one recipe."
-            )
+    common = set(maps.names) & set(others.names)
+    keys = ["size", *(key for task, of_task in LABEL_KEYS.items() if task in common for key in of_task)]
+    expected, found = ({key: one.manifest.config[key] for key in keys} for one in (maps, others))
+    if lines := differing_fields(expected, found, "maps"):
+        raise MismatchError(
+            f"{others.path}: other label maps than {maps.path}: {'; '.join(lines)}. Extract both with one recipe."
+        )
 
 
 def _mapped(cache: FeatureCache, maps: LabelMaps, task: str, rows: NDArray[np.int64]) -> MappedRows:
@@ -218,8 +218,7 @@ def _scores(group: str, channels: int, task: str, per_image: Tensor, config: Den
             for measure in (_mean_iou, _accuracy)
         )
         return DenseScores(group=group, channels=channels, mean_iou=iou, accuracy=accuracy)
-    known = per_image[per_image.isfinite().all(1)]
-    rmse, relative, within = (mean_estimate(known[:, i], count, seed) for i in range(3))
+    rmse, relative, within = (mean_estimate(per_image[:, i], count, seed) for i in range(3))
     return DenseScores(group=group, channels=channels, rmse=rmse, relative_error=relative, within_quarter=within)
 
 
