@@ -1,4 +1,4 @@
-"""Label maps: for every row of a shard set, the class and the depth of every cell of its centre crop.
+"""Label maps: the class and the depth of every cell of the centre crops of a shard set.
 
     segmentation    (sample, row, column) uint16, index of the class; UNLABELLED where there is none
     depth           (sample, row, column) float32, metres; NaN where it is unknown
@@ -98,7 +98,6 @@ def create_maps(path: Location, spec: MapsSpec) -> None:
             compressors=[ZstdCodec(level=3), Crc32cCodec()],
             fill_value=fill,
             dimension_names=("sample", "row", "column"),
-            config={"write_empty_chunks": True},
         )
 
 
@@ -164,7 +163,7 @@ class LabelMaps:
         return np.flatnonzero(self._read(f"has_{name}", slice(None)))
 
     def read(self, name: str, rows: Sequence[int]) -> NDArray[Any]:
-        """Return (n, size, size) maps of distinct rows in any order; all of them must have such a map, see `rows`.
+        """Return (n, size, size) maps of rows in any order, also repeated; all must have such a map, see `rows`.
 
         Raises:
             ArtifactError: a shard is missing or damaged.
@@ -173,11 +172,7 @@ class LabelMaps:
             if not (file := self.path / name / f"c/{unit}/0/0").exists():  # zarr would return maps without labels
                 raise ArtifactError(f"{file}: expected a shard of label maps, found none. {_RESTORE}")
             self._there[name].add(unit)
-        order = np.argsort(rows)
-        values = self._read(name, np.asarray(rows, np.int64)[order])
-        found = np.empty_like(values)
-        found[order] = values
-        return found
+        return self._read(name, np.asarray(rows, np.int64))
 
     def _read(self, name: str, rows: Any) -> NDArray[Any]:
         try:

@@ -59,9 +59,7 @@ class MappedRows:
 
     def labels(self, places: Sequence[int], flipped: Sequence[bool]) -> Tensor:
         """Return (B,S,S): int64 class indexes with IGNORED, or float32 metres with NaN."""
-        rows = self.rows[places]
-        distinct, back = np.unique(rows, return_inverse=True)
-        maps = self.maps.read(self.task, distinct.tolist())[back]
+        maps = self.maps.read(self.task, self.rows[places].tolist())
         maps[np.asarray(flipped, np.bool_)] = maps[np.asarray(flipped, np.bool_)][..., ::-1]
         if self.task == DEPTH:
             return torch.from_numpy(maps)
